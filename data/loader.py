@@ -1,0 +1,389 @@
+"""Global batches for a rank: this rank's slots of batch g as pixels and captions, and the cursor after it.
+
+- Slot i of a batch of B belongs to lane i mod S, lane s to rank s mod W: a batch's content knows neither the world
+  size nor the threads. A lane is worked on by one thread at a time, in the order of its batches.
+- Threads, not processes: reading, simplejpeg and OpenCV all release the GIL, and pixels are written into the batch.
+- The state handed out with a batch is the state after it, so what is saved always means "consumed", however far
+  the threads have read ahead.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.decode import Pixels, SmallImages, decode
+from data.errors import DataError
+from data.index import Members, SourceIndex, index_source
+from data.order import SourceOrder, check_weights
+from data.store import open_store
+from data.stream import LaneStream, Record, Source
+
+SHUFFLE_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of a stage: a directory or `s3://bucket/prefix` of WebDataset tars. See `open_store`."""
+
+    name: str
+    url: str
+    weight: float = 1.0
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    anonymous: bool = False
+
+
+def open_source(config: SourceConfig, members: Members | None = None) -> SourceIndex:
+    """Open and index a source. One rank does this; the result pickles to the others. Raises DataError."""
+    if not config.name or "/" in config.name:
+        raise DataError(
+            f"source name {config.name!r} must be non-empty and without '/': ids are source/shard/key"
+        )
+    store = open_store(
+        config.url,
+        endpoint=config.endpoint,
+        region=config.region,
+        profile=config.profile,
+        anonymous=config.anonymous,
+    )
+    return index_source(store, config.name, members=members)
+
+
+@dataclass
+class Batch:
+    """This rank's share of one global batch, in increasing slot order. b = batch_size / world_size."""
+
+    pixels: torch.Tensor
+    """uint8 (b, 3, H, W), RGB."""
+    captions: list[str]
+    ids: list[str]
+    """"source/shard/key"."""
+    slots: NDArray[np.int64]
+    """(b,), global slot numbers: batch number * batch_size + place in the batch."""
+    state: dict[str, Any]
+    """This rank's state after the batch, JSON values: for `merge_states`, and then a checkpoint."""
+    wait_s: float
+    """Seconds the consumer waited for it."""
+
+
+class _Share:
+    """One batch being filled by the lanes of a rank."""
+
+    def __init__(self, size: int, height: int, width: int) -> None:
+        self.pixels = torch.empty((size, 3, height, width), dtype=torch.uint8)
+        self.captions, self.ids = [""] * size, [""] * size
+        self.lane_states: dict[int, dict[str, Any]] = {}
+        self.error: Exception | None = None
+
+
+class Loader:
+    """An endless iterator of `Batch`. Use as a context manager, or call `close`.
+
+    indices, weights: one weight a source, of any positive sum.
+    batch_size: samples in a global batch; `lanes` divides it, `world_size` divides `lanes`.
+    resolution: pixels, one side or (height, width). shuffle_block: samples.
+    workers: threads; 0 works in the consumer's own. prefetch: batches read ahead of the consumer.
+    state: a global state from `merge_states`, of any world size; else the stage starts at batch `start_batch`.
+
+    Raises DataError for sizes that do not divide, and for a state of another order or other sources.
+    Iterating raises DataError or StoreError where the source does, in the batch that needed it.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[SourceIndex],
+        weights: Sequence[float],
+        *,
+        batch_size: int,
+        lanes: int,
+        resolution: int | tuple[int, int],
+        seed: int,
+        stage: str,
+        rank: int,
+        world_size: int,
+        workers: int = 2,
+        shuffle_block: int = SHUFFLE_BLOCK,
+        small_images: SmallImages = "drop",
+        state: Mapping[str, Any] | None = None,
+        start_batch: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        check_layout(batch_size, lanes, world_size)
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank {rank} must be from 0 to {world_size - 1}")
+        if workers < 0 or prefetch < 1:
+            raise DataError(f"workers ({workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
+        _check_names(indices)
+        check_weights(weights, [index.name for index in indices])
+        self._order = {
+            "seed": seed,
+            "stage": stage,
+            "lanes": lanes,
+            "shuffle_block": shuffle_block,
+            "sources": {index.name: index.fingerprint() for index in indices},
+        }
+        if state is not None:
+            _check_state(state, self._order, start_batch)
+            start_batch = int(state["batch"])
+        sources = _sources(indices, lanes, shuffle_block, seed, stage)
+        self._size = (resolution, resolution) if isinstance(resolution, int) else resolution
+        self._small_images = small_images
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._per_lane, self._workers, self._prefetch = batch_size // lanes, workers, prefetch
+        saved: Mapping[str, Any] = state["lanes"] if state is not None else {}
+        self._streams = {
+            lane: LaneStream(sources, weights, lane, lanes, saved.get(str(lane)))
+            for lane in range(rank, lanes, world_size)
+        }
+        self._consumed = start_batch
+        self._lane_states = {lane: stream.state() for lane, stream in self._streams.items()}
+        # Below: shared with the threads, touched only under the lock.
+        self._changed = threading.Condition()
+        self._shares: dict[int, _Share] = {}
+        self._ready = [(start_batch, lane) for lane in self._streams]  # a heap: the earliest batch first
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        number = self._consumed
+        if self._closed:
+            raise RuntimeError("this Loader is closed")
+        if self._workers:
+            self._start()
+            with self._changed:
+                self._changed.wait_for(lambda: self._finished(number))
+        else:
+            while not self._finished(number):
+                self._work_once(*heapq.heappop(self._ready))
+        share = self._shares[number]
+        if share.error is not None:
+            raise share.error
+        with self._changed:
+            del self._shares[number]
+            self._consumed += 1
+            self._lane_states = share.lane_states
+            self._changed.notify_all()
+        slots = number * self._batch_size + np.arange(
+            self._rank, self._batch_size, self._world_size, dtype=np.int64
+        )
+        waited = time.perf_counter() - began
+        return Batch(share.pixels, share.captions, share.ids, slots, self.state(), waited)
+
+    def state(self) -> dict[str, Any]:
+        """This rank's state after the last batch handed out."""
+        lanes = {str(lane): state for lane, state in sorted(self._lane_states.items())}
+        return {"batch": self._consumed, "order": self._order, "lanes": lanes}
+
+    def counters(self) -> dict[str, int]:
+        """Of this rank's lanes since the stage began: "samples" handed out, and those passed over by reason."""
+        total: Counter[str] = Counter()
+        for state in self._lane_states.values():
+            total.update(state["counters"])
+        return dict(sorted(total.items()))
+
+    def close(self) -> None:
+        """Stop the threads and wait for them; each finishes at most the lane's share it is at."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        if not self._threads:
+            self._threads = [
+                threading.Thread(target=self._work, name=f"data-{n}", daemon=True)
+                for n in range(self._workers)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _finished(self, number: int) -> bool:
+        share = self._shares.get(number)
+        return share is not None and (share.error is not None or len(share.lane_states) == len(self._streams))
+
+    def _may_work(self) -> bool:
+        return bool(self._ready) and self._ready[0][0] < self._consumed + self._prefetch
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._may_work())
+                if self._closed:
+                    return
+                task = heapq.heappop(self._ready)
+            self._work_once(*task)
+
+    def _work_once(self, number: int, lane: int) -> None:
+        """Fill one lane's slots of one batch. A lane is in the heap once, so never with two threads."""
+        with self._changed:
+            if number not in self._shares:
+                self._shares[number] = _Share(self._batch_size // self._world_size, *self._size)
+            share = self._shares[number]
+        try:
+            self._fill(share, lane)
+        except Exception as error:  # noqa: BLE001 - the consumer raises it, when it comes to this batch
+            with self._changed:
+                share.error = error
+                self._changed.notify_all()
+            return
+        with self._changed:
+            share.lane_states[lane] = self._streams[lane].state()
+            heapq.heappush(self._ready, (number + 1, lane))
+            self._changed.notify_all()
+
+    def _fill(self, share: _Share, lane: int) -> None:
+        stream, pixels = self._streams[lane], share.pixels.numpy()
+        for k in range(self._per_lane):
+            if self._closed:
+                raise RuntimeError("this Loader was closed")
+            # Slot lane + k S of the batch, in steps of W from this rank's first.
+            place = (lane - self._rank) // self._world_size + k * len(self._streams)
+            record, pixels[place] = stream.next(self._decode)
+            share.captions[place], share.ids[place] = record.caption, record.id
+
+    def _decode(self, record: Record) -> Pixels:
+        return decode(record.image, self._size, small_images=self._small_images)
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The global state, all lanes, from every rank's after the same batch; small, saved once a checkpoint.
+
+    Raises ValueError if the ranks disagree on batch or order, or lanes are missing.
+    """
+    lanes: dict[str, Any] = {}
+    for state in states:
+        if (state["batch"], state["order"]) != (states[0]["batch"], states[0]["order"]):
+            raise ValueError("the ranks' data states are of different batches or orders")
+        lanes.update(state["lanes"])
+    expected = states[0]["order"]["lanes"]
+    if len(lanes) != expected or sum(len(state["lanes"]) for state in states) != expected:
+        raise ValueError(
+            f"{len(states)} data states hold {len(lanes)} of {expected} lanes: one from each rank is due"
+        )
+    ordered = {str(lane): lanes[str(lane)] for lane in range(expected)}
+    return {"batch": states[0]["batch"], "order": states[0]["order"], "lanes": ordered}
+
+
+def check_layout(batch_size: int, lanes: int, world_size: int) -> None:
+    """Raise DataError unless world_size divides lanes and lanes divides batch_size, naming the nearest allowed."""
+    if min(batch_size, lanes, world_size) < 1:
+        raise DataError(
+            f"batch_size ({batch_size}), lanes ({lanes}) and world_size ({world_size}) must be at least 1"
+        )
+    if lanes % world_size:
+        divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        below, above = max(n for n in divisors if n < world_size), [n for n in divisors if n > world_size]
+        nearest = f"{below} or {above[0]}" if above else f"{below}"
+        raise DataError(
+            f"world_size {world_size} does not divide the {lanes} lanes: the nearest allowed is {nearest}"
+        )
+    if batch_size % lanes:
+        below, up = batch_size // lanes * lanes, (batch_size // lanes + 1) * lanes
+        nearest = f"{below} or {up}" if below else f"{up}"
+        raise DataError(
+            f"batch_size {batch_size} is no multiple of {lanes} lanes: the nearest allowed is {nearest}"
+        )
+
+
+def _check_names(indices: Sequence[SourceIndex]) -> None:
+    names = [index.name for index in indices]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"source {twice[0]!r} is there twice: source names must differ")
+
+
+def _check_state(state: Mapping[str, Any], order: Mapping[str, Any], start_batch: int) -> None:
+    saved = state["order"]
+    for field in ("seed", "stage", "lanes", "shuffle_block"):
+        if saved[field] != order[field]:
+            raise DataError(
+                f"{field} is {order[field]!r}, but the data state was saved with {saved[field]!r}: "
+                "keep it to go on, or start the stage anew"
+            )
+    for name in {**saved["sources"], **order["sources"]}:
+        if saved["sources"].get(name) != order["sources"].get(name):
+            raise DataError(
+                f"source {name!r} has other shards than when the data state was saved: "
+                "restore them to go on, or start the stage anew"
+            )
+    if len(state["lanes"]) != order["lanes"]:
+        raise DataError(
+            f"the data state has {len(state['lanes'])} of {order['lanes']} lanes: give the merged state of all ranks"
+        )
+    if start_batch not in (0, state["batch"]):
+        raise DataError(
+            f"start_batch {start_batch} contradicts the data state, which is after {state['batch']} batches"
+        )
+
+
+def _sources(
+    indices: Sequence[SourceIndex], lanes: int, shuffle_block: int, seed: int, stage: str
+) -> list[Source]:
+    return [
+        Source(
+            index,
+            SourceOrder(
+                index.name, index.counts, lanes=lanes, shuffle_block=shuffle_block, seed=seed, stage=stage
+            ),
+        )
+        for index in indices
+    ]
+
+
+@dataclass(frozen=True)
+class FixedSamples:
+    """Samples for validation: pixels uint8 (n, 3, H, W), captions, ids."""
+
+    pixels: torch.Tensor
+    captions: list[str]
+    ids: list[str]
+
+
+def fixed_samples(
+    indices: Sequence[SourceIndex],
+    weights: Sequence[float],
+    n: int,
+    *,
+    resolution: int | tuple[int, int],
+    small_images: SmallImages = "drop",
+) -> FixedSamples:
+    """The first n different readable samples of one fixed order: the same for every seed, stage and world size.
+
+    Raises DataError if the sources have fewer.
+    """
+    _check_names(indices)
+    check_weights(weights, [index.name for index in indices])
+    stream = LaneStream(_sources(indices, 1, SHUFFLE_BLOCK, 0, "fixed"), weights, 0, 1)
+    drawn = [index.name for index, weight in zip(indices, weights, strict=True) if weight > 0]
+    found: dict[str, tuple[Pixels, str]] = {}
+    while len(found) < n:
+        record, pixels = stream.next(lambda r: decode(r.image, resolution, small_images=small_images))
+        found.setdefault(record.id, (pixels, record.caption))
+        places = stream.state()["sources"]
+        if len(found) < n and all(places[name][0] > 0 for name in drawn):
+            raise DataError(
+                f"{n} fixed samples were asked for, but the sources have only {len(found)} usable ones"
+            )
+    stacked = np.stack([pixels for pixels, _ in found.values()])
+    return FixedSamples(torch.from_numpy(stacked), [caption for _, caption in found.values()], list(found))

@@ -1,0 +1,127 @@
+"""Which sample is where in the run: pure functions of (shard sample counts, seed, stage, lane).
+
+A source's epoch is one permutation of its shards, laid end to end and cut at sample level into S intervals, one
+a lane, that differ by at most one sample. A lane reads its interval front to back, permuted inside blocks of
+`shuffle_block` samples, and goes on to its next epoch on its own. Nothing here knows of ranks or workers, so
+nothing here changes with them.
+
+The cut rotates by one interval each epoch (lane s has interval (s + epoch) mod S): a source with fewer samples
+than lanes leaves some intervals empty, and each lane gets every interval in turn, so none starves. It also keeps
+a source of a single shard, whose permutation never changes, from binding a lane to the same samples for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from data import randomness
+from data.errors import DataError
+
+
+def interval(total: int, lanes: int, lane: int, epoch: int) -> tuple[int, int]:
+    """The positions [start, stop) of an epoch of `total` samples that a lane reads; may be empty."""
+    turn = (lane + epoch) % lanes
+    return turn * total // lanes, (turn + 1) * total // lanes
+
+
+class SourceOrder:
+    """The order of one source's samples, for every lane and epoch.
+
+    counts: samples in each shard; at least one sample in all, else DataError.
+    Safe to share between threads: the caches are lru_cache's.
+    """
+
+    def __init__(
+        self, name: str, counts: ArrayLike, *, lanes: int, shuffle_block: int, seed: int, stage: str
+    ) -> None:
+        self.name, self.lanes, self.shuffle_block = name, lanes, shuffle_block
+        self._counts = np.asarray(counts, dtype=np.int64)
+        self.total = int(self._counts.sum())
+        if self.total < 1:
+            raise DataError(f"source {name!r} has no samples")
+        if lanes < 1 or shuffle_block < 1:
+            raise DataError(f"lanes ({lanes}) and shuffle_block ({shuffle_block}) must be at least 1")
+        self._seed, self._purpose = seed, (stage, "order", name)
+        # Lanes drift apart by a few epochs at most, and each has one block open at a time.
+        self._epoch = lru_cache(maxsize=8)(self._permute_shards)
+        self._block = lru_cache(maxsize=lanes)(self._permute_block)
+
+    def _permute_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        key = randomness.key(self._seed, *self._purpose, "shards", epoch)
+        shards = randomness.permutation(key, len(self._counts))
+        return shards, np.cumsum(self._counts[shards])
+
+    def _permute_block(self, lane: int, epoch: int, block: int, size: int) -> NDArray[np.int64]:
+        return randomness.permutation(
+            randomness.key(self._seed, *self._purpose, "block", epoch, lane, block), size
+        )
+
+    def lane_size(self, lane: int, epoch: int) -> int:
+        """How many samples a lane reads in an epoch: floor or ceil of total / lanes."""
+        start, stop = interval(self.total, self.lanes, lane, epoch)
+        return stop - start
+
+    def settle(self, lane: int, epoch: int, position: int) -> tuple[int, int]:
+        """The same place if it holds a sample, else the first one of the lane's next epoch that does."""
+        # Any S epochs in a row give a lane every interval, and one of them is not empty: this ends.
+        while position >= self.lane_size(lane, epoch):
+            epoch, position = epoch + 1, 0
+        return epoch, position
+
+    def lane_position(self, lane: int, epoch: int, position: int) -> tuple[int, int]:
+        """The (shard, sample in the shard) at a lane's raw position, 0 <= position < lane_size(lane, epoch)."""
+        start, stop = interval(self.total, self.lanes, lane, epoch)
+        assert 0 <= position < stop - start, (lane, epoch, position)
+        block, offset = divmod(position, self.shuffle_block)
+        base = block * self.shuffle_block
+        size = min(self.shuffle_block, stop - start - base)
+        at = start + base + int(self._block(lane, epoch, block, size)[offset])
+        shards, ends = self._epoch(epoch)
+        rank = int(np.searchsorted(ends, at, side="right"))
+        shard = int(shards[rank])
+        return shard, at - int(ends[rank] - self._counts[shard])
+
+
+# Irrational and independent of one another, so that lanes alike at one fork of `mix` spread evenly at the next.
+_FORK_PHASES = tuple(math.sqrt(prime) for prime in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29))
+
+
+def mix(weights: Sequence[float], lane: int, lanes: int, n: int) -> int:
+    """The source of a lane's n-th draw (n from 0), weights >= 0 of any positive sum.
+
+    Bresenham's line at every fork of a balanced tree over the sources: of the first n draws that reach a fork,
+    floor(n * share + phase) go left. So counts in any prefix are closed-form and never drift: with two sources
+    within one draw of exact, with k within log2(k) rounded up. The phase (lane + 1/2) / lanes makes one draw
+    across all the lanes as even as a prefix along one.
+    """
+    low, high, phase = 0, len(weights), (lane + 0.5) / lanes
+    for fork_phase in _FORK_PHASES:
+        if high - low == 1:
+            return low
+        middle = (low + high) // 2
+        share = sum(weights[low:middle]) / sum(weights[low:high])
+        left, left_next = math.floor(n * share + phase), math.floor((n + 1) * share + phase)
+        if left_next > left:
+            high, n = middle, left
+        else:
+            low, n = middle, n - left
+        phase = (lane + 0.5) * fork_phase % 1.0
+    raise DataError(
+        f"{len(weights)} sources are more than {2 ** (len(_FORK_PHASES) - 1)}: merge some of them"
+    )
+
+
+def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
+    """Raise DataError unless there is one weight a source, finite and >= 0, with a positive sum."""
+    if len(weights) != len(names) or not names:
+        raise DataError(f"{len(names)} sources and {len(weights)} weights: there must be one weight a source")
+    for name, weight in zip(names, weights, strict=True):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise DataError(f"source {name!r}: weight {weight} must be a finite number, 0 or more")
+    if sum(weights) <= 0:
+        raise DataError("the weights of all sources are 0: at least one must be positive")

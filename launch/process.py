@@ -1,0 +1,83 @@
+"""From the launcher's environment to a `World`, and from an exception to one sentence and an exit code.
+
+Works alike under `deepspeed`, `torchrun` and plain `python` (one process).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+
+if not torch.cuda.is_available():
+    # DeepSpeed looks at this when it is first imported.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch.distributed as dist
+
+from data.errors import DataError
+from t2i.config import ConfigError
+from t2i.engine.checkpoint import CheckpointError
+from t2i.train.processes import World, leave_with_launcher
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TimeoutError)
+BAD_INPUT = 2
+
+
+@contextmanager
+def joined_world() -> Iterator[World]:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave them again."""
+    import deepspeed
+
+    rank = int(os.environ.setdefault("RANK", "0"))
+    size = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500" if size > 1 else "0")
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    leave_with_launcher()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=30), verbose=False)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def quiet(rank: int) -> None:
+    """Only rank 0 speaks, and libraries do not warn about themselves."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|deepspeed|transformers")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def main(job: Callable[[], None]) -> None:
+    """Run a job; a user's mistake ends it with one sentence and exit code 2."""
+    rank = int(os.environ.get("RANK", "0"))
+    quiet(rank)
+    try:
+        job()
+    except USER_ERRORS as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,64 @@
+"""Draw pictures from a trained model.
+
+    python launch/sample.py --model runs/demo/sft/model --prompts prompts.txt --out DIR
+
+One prompt a line; picture n of prompt i is DIR/iiiii_n.png, with DIR/prompts.json beside. Under `deepspeed` or
+`torchrun` the processes share the work; the pictures are the same for any number of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+from launch.process import joined_world, main  # first: it prepares the environment for DeepSpeed
+
+from jsonargparse import ArgumentError, ArgumentParser  # isort: skip
+from PIL import Image
+from tqdm import tqdm
+
+from t2i.config import ConfigError, SamplingConfig
+from t2i.pipeline import Picture, Pipeline
+from t2i.train.validate import tile
+
+
+def sample() -> None:
+    """Parse the command line and draw."""
+    parser = ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_argument("--model", type=Path, required=True, help="model/ folder of a run")
+    parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
+    parser.add_argument("--pictures", type=int, default=1, help="pictures a prompt")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
+    parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
+    try:
+        options = parser.parse_args()
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if not options.prompts.is_file():
+        raise ConfigError(f"--prompts {options.prompts}: no such file")
+    prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
+    with joined_world() as world:
+        pipeline = Pipeline(options.model, options.weights, world.device)
+        settings = SamplingConfig(**{**pipeline.config.sampling.model_dump(), **options.sampling})
+        pictures = [Picture(prompt, n) for prompt in prompts for n in range(options.pictures)]
+        mine = range(world.rank, len(pictures), world.size)
+        world.from_main(lambda: options.out.mkdir(parents=True, exist_ok=True))
+        for start in tqdm(range(0, len(mine), settings.batch_size), disable=not world.is_main, unit="batch"):
+            chunk = mine[start : start + settings.batch_size]
+            drawn = pipeline.draw([pictures[i] for i in chunk], settings)
+            for i, image in zip(chunk, drawn.numpy(), strict=True):
+                prompt, number = divmod(i, options.pictures)
+                Image.fromarray(tile(image[None], 1)).save(options.out / f"{prompt:05d}_{number}.png")
+        if world.is_main:
+            described = {"model": str(options.model), "weights": options.weights, "prompts": prompts}
+            described["sampling"] = settings.model_dump()
+            (options.out / "prompts.json").write_text(json.dumps(described, indent=1))
+            print(f"{len(pictures)} pictures in {options.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sample)

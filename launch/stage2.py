@@ -1,0 +1,11 @@
+"""Train the second stage (512 px in the paper's recipe) of a run.
+
+    deepspeed launch/stage2.py                                       # configs/pixelgen_xxl.yaml
+    deepspeed launch/stage2.py --config configs/demo.yaml --model.depth 4
+"""
+
+from launch.process import main  # first: it prepares the environment for DeepSpeed
+from launch.train import train
+
+if __name__ == "__main__":
+    main(lambda: train(__doc__, only=1))

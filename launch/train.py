@@ -1,0 +1,18 @@
+"""What the training jobs share: command line, processes, curriculum."""
+
+from __future__ import annotations
+
+import sys
+
+from launch.arguments import parse
+from launch.process import joined_world
+from t2i.train.curriculum import run
+
+DEFAULT_CONFIG = "configs/pixelgen_xxl.yaml"
+
+
+def train(description: str, only: int | None) -> None:
+    """Parse the command line, join the ranks, and train one stage (`only`, from 0) or all."""
+    arguments = parse(description, DEFAULT_CONFIG, sys.argv[1:])
+    with joined_world() as world:
+        run(arguments.config, arguments.overrides, world, only)

@@ -1,0 +1,449 @@
+"""The typed tree of a run: one YAML file, strict, every field documented.
+
+A run is a list of stages. The sections below hold the settings that stages share; a stage names what differs.
+What counts, from weakest to strongest: the defaults here, the file's sections, the stage, the command line.
+Mistakes raise `ConfigError` with one sentence that names the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A user's mistake, said in one sentence that names the field, its value and what would be right."""
+
+
+class Section(BaseModel):
+    """Base of every part of the tree: unknown keys are errors and the docstrings are the help texts."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The denoiser."""
+
+    family: Literal["pixelgen"] = "pixelgen"
+    """Architecture of the denoiser."""
+    patch_size: int = Field(16, gt=0)
+    """Side of a square patch, in pixels; the resolution is a multiple of it."""
+    width: int = Field(1536, gt=0)
+    """Width D of the transformer; a multiple of 4 and of heads."""
+    depth: int = Field(16, gt=0)
+    """Image blocks."""
+    heads: int = Field(24, gt=0)
+    """Attention heads; width / heads is a multiple of 4."""
+    text_depth: int = Field(4, ge=0)
+    """Trainable blocks that refine the frozen text states."""
+    bottleneck: int = Field(256, gt=0)
+    """Width between the two matrices of the patch embedding."""
+    repa_layer: int = Field(8, gt=0)
+    """Number of the block (from 1) whose output is aligned with the patch features."""
+
+    @model_validator(mode="after")
+    def _widths(self) -> ModelConfig:
+        if self.width % self.heads or self.width // self.heads % 4 or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 x heads ({4 * self.heads})")
+        if self.repa_layer > self.depth:
+            raise ValueError(f"repa_layer {self.repa_layer} must be at most depth ({self.depth})")
+        return self
+
+
+class TextConfig(Section):
+    """The frozen language model that reads captions."""
+
+    model: str = "Qwen/Qwen3-1.7B"
+    """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package."""
+    length: int = Field(128, gt=0)
+    """Tokens a caption is padded or cut to."""
+    cache: int = Field(0, ge=0)
+    """Captions whose states stay in memory on each rank; for data sets with few captions."""
+
+
+class SourceConfig(Section):
+    """One set of WebDataset shards."""
+
+    name: str
+    """Name of the source in ids, metrics and reports."""
+    url: str
+    """Directory or s3://bucket/prefix that holds the .tar shards."""
+    heldout: str | None = None
+    """Directory or s3:// prefix of the shards that validation reads; none: no validation on this source."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the samples drawn from this source, relative to the other sources' weights."""
+    endpoint: str | None = None
+    """S3 endpoint URL; none takes AWS's."""
+    region: str | None = None
+    """S3 region; none takes the profile's."""
+    profile: str | None = None
+    """Profile of the AWS credentials file."""
+    anonymous: bool = False
+    """Read a public bucket without signing requests."""
+    licence: str = ""
+    """Licence of the data, shown in the report."""
+    credit: str = ""
+    """Whom to credit for the data, shown in the report."""
+
+
+class DataConfig(Section):
+    """Where samples come from and how they are ordered."""
+
+    sources: list[SourceConfig] = []
+    """The sources, mixed by weight."""
+    resolution: int = Field(256, gt=0)
+    """Side of the square training images, in pixels; a multiple of model.patch_size."""
+    small_images: Literal["drop", "upscale"] = "drop"
+    """What happens to images whose shorter side is below the resolution."""
+    lanes: int = Field(128, gt=0)
+    """Independent orders the data is cut into. The number of ranks divides it; it divides the batch size."""
+    shuffle_block: int = Field(4096, gt=0)
+    """Samples that are permuted together inside a lane."""
+    workers: int = Field(4, ge=0)
+    """Decoding threads a rank."""
+
+
+class ObjectiveConfig(Section):
+    """The loss (PixelGen eq. 6) and the distribution of t."""
+
+    time_mean: float = -0.8
+    """Mean of logit(t)."""
+    time_std: float = Field(0.8, gt=0)
+    """Standard deviation of logit(t)."""
+    timeshift: float = Field(1.0, gt=0)
+    """t becomes t / (t + (1 - t) timeshift); above 1 trains at more noise."""
+    min_noise: float = Field(0.05, gt=0, lt=1)
+    """Lower bound of 1 - t where it divides (JiT, Li and He 2025), in training and sampling."""
+    gate: float = Field(0.3, ge=0, le=1)
+    """Perceptual terms apply to samples with t at or above it (PixelGen Table 6d)."""
+    lpips_weight: float = Field(0.1, ge=0)
+    """Weight of LPIPS (Table 6a)."""
+    lpips_network: Literal["vgg16", "efficientnet-lite0"] = "vgg16"
+    """Network of LPIPS; efficientnet-lite0 is a labelled stand-in."""
+    lpips_path: Path | None = None
+    """File with torchvision's VGG16 weights; none takes them from torchvision's cache or site."""
+    pdino_weight: float = Field(0.01, ge=0)
+    """Weight of P-DINO (Table 6b)."""
+    repa_weight: float = Field(0.5, ge=0)
+    """Weight of representation alignment."""
+    features_network: Literal["dinov2", "efficientnet-lite0"] = "dinov2"
+    """Network of P-DINO and REPA; efficientnet-lite0 is a labelled stand-in."""
+    features_path: str = "facebook/dinov2-base"
+    """Hugging Face name or folder of DINOv2."""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that a sample trains on the null caption."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer, its gradient clipping and its learning-rate schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of AdamW's second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, for both optimizers."""
+    muon_lr: float = Field(0.02, gt=0)
+    """Peak learning rate of Muon, whose updates have a root mean square of about 0.2."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Momentum of Muon (Nesterov's form)."""
+    clip_grad_norm: float = Field(1.0, gt=0)
+    """Largest global gradient norm; a larger gradient is scaled down to it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay at the end of the stage."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the stage, at its end, over which a linear or cosine schedule decays."""
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+    """Where the decay ends, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _decay(self) -> OptimizerConfig:
+        if (self.schedule == "constant") != (self.decay_fraction == 0):
+            raise ValueError(
+                f"decay_fraction {self.decay_fraction} does not go with schedule {self.schedule}: "
+                "a constant schedule has 0, the others more"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """Length and batch of a stage."""
+
+    steps: int = Field(200_000, gt=0)
+    """Global batches in the stage."""
+    batch_size: int = Field(1536, gt=0)
+    """Samples in a global batch, over all ranks and accumulation steps."""
+    micro_batch_size: int = Field(64, gt=0)
+    """Samples a rank takes through the network at a time; divides batch_size / ranks."""
+
+
+class EngineConfig(Section):
+    """How the training step runs."""
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of the network's weights and arithmetic; masters are fp32. auto: bf16 where it is fast."""
+    compile: bool = False
+    """Compile each transformer block; costs about a minute at the start of a stage."""
+
+
+class EmaConfig(Section):
+    """The exponential moving average of the weights, in fp32, sharded over ranks."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Share of the old average that an applied update keeps."""
+
+
+class InitConfig(Section):
+    """What a stage starts from."""
+
+    source: str = "previous"
+    """previous (the stage before; scratch in the first), scratch, or the path of a model/ folder."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Which weights of the source become this stage's."""
+    optimizer: Literal["continue", "reset"] = "continue"
+    """Whether the optimizer's moments go on from the previous stage."""
+    ema: Literal["continue", "reset"] = "continue"
+    """Whether the average goes on, or starts at the stage's first weights."""
+
+
+class SamplingConfig(Section):
+    """How pictures are drawn."""
+
+    solver: Literal["euler", "heun", "adams2"] = "adams2"
+    """Integrator of the sampling equation."""
+    steps: int = Field(25, gt=0)
+    """Steps of the integrator."""
+    guidance_scale: float = Field(4.0, ge=0)
+    """Classifier-free guidance; 1 is none."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance applies to steps that start at low < t <= high."""
+    timeshift: float = Field(3.0, gt=0)
+    """Shift of the time grid; above 1 spends more steps at high noise."""
+    batch_size: int = Field(16, gt=0)
+    """Pictures drawn at once; every batch is filled up to it."""
+    seed: int = 0
+    """Seed of the starting noise; a picture depends on it, its prompt and its number alone."""
+
+
+class ValidationConfig(Section):
+    """What is measured and drawn during training, with the EMA weights."""
+
+    every: int = Field(5000, ge=0)
+    """Steps between validations and sample grids (also at the start and end of a stage); 0 turns both off."""
+    samples: int = Field(1024, ge=0)
+    """Held-out samples, over all sources by weight; 0 turns validation off."""
+    prompts: list[str] = []
+    """Prompts of the sample grid; none turns it off."""
+    columns: int = Field(4, gt=0)
+    """Pictures in a row of the grid."""
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    every: int = Field(10, gt=0)
+    """Steps between lines of metrics.jsonl; each line is of one step, not an average."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases; online needs a login and falls back to offline without one."""
+    wandb_project: str = "pixel-t2i"
+    """Project name there."""
+
+
+class CheckpointConfig(Section):
+    """When the state is saved."""
+
+    every: int = Field(2000, gt=0)
+    """Steps between checkpoints; one is also written at the end of the stage."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints of a stage that are kept."""
+
+
+class StageConfig(Section):
+    """One stage: a name, and in each section only what differs from the run's."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the stage and of its folder."""
+    text: dict[str, Any] = {}
+    """Overrides of the text section."""
+    data: dict[str, Any] = {}
+    """Overrides of the data section."""
+    objective: dict[str, Any] = {}
+    """Overrides of the objective section."""
+    optimizer: dict[str, Any] = {}
+    """Overrides of the optimizer section."""
+    train: dict[str, Any] = {}
+    """Overrides of the train section."""
+    engine: dict[str, Any] = {}
+    """Overrides of the engine section."""
+    ema: dict[str, Any] = {}
+    """Overrides of the ema section."""
+    init: dict[str, Any] = {}
+    """Overrides of the init section."""
+    sampling: dict[str, Any] = {}
+    """Overrides of the sampling section."""
+    validation: dict[str, Any] = {}
+    """Overrides of the validation section."""
+    logging: dict[str, Any] = {}
+    """Overrides of the logging section."""
+    checkpoint: dict[str, Any] = {}
+    """Overrides of the checkpoint section."""
+
+
+class RunConfig(Section):
+    """A run: its whole curriculum."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the run and of its folder."""
+    root: Path = Path("runs")
+    """Folder that holds the run's folder; visible to all ranks."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+    model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    ema: EmaConfig = EmaConfig()
+    init: InitConfig = InitConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    stages: list[StageConfig] = []
+    """The curriculum, in order."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the run writes."""
+        return self.root / self.name
+
+    def stage(self, index: int, overrides: dict[str, Any] | None = None) -> RunConfig:
+        """The settings of one stage: this run's sections with the stage's overrides, then `overrides`.
+
+        Raises:
+            ConfigError: there is no such stage, or its settings are wrong.
+        """
+        if index >= len(self.stages):
+            raise ConfigError(f"stages: the config has {len(self.stages)} stages, so there is no stage {index + 1}")
+        stage = self.stages[index]
+        tree = self.model_dump()
+        for section in StageConfig.model_fields:
+            if section != "name":
+                tree[section] = merge(tree[section], getattr(stage, section))
+        return validate(merge(tree, overrides or {}), where=f"stage {stage.name}")
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` entered, dictionaries joined level by level."""
+    merged = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+def _field_names(path: tuple[str | int, ...]) -> list[str]:
+    """Names of the fields at a place in the tree."""
+    here: Any = RunConfig
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = here.model_fields[part].annotation if part in here.model_fields else None
+        arguments = getattr(annotation, "__args__", (annotation,))
+        here = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), None)
+        if here is None:
+            return []
+    return list(here.model_fields)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """The first of pydantic's findings as one sentence."""
+    first = error.errors()[0]
+    location = tuple(first["loc"])
+    name = ".".join(map(str, location)) or "config"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _field_names(location[:-1]), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(_field_names(location[:-1]))}"
+        return f"{where}: unknown field {name!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first["input"]
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | type(None)) else ""
+    return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
+
+
+def validate(tree: dict[str, Any], where: str) -> RunConfig:
+    """A config from a plain tree.
+
+    Raises:
+        ConfigError: with one sentence; `where` says which file or stage.
+    """
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from error
+    if config.data.resolution % config.model.patch_size:
+        raise ConfigError(
+            f"{where}: data.resolution {config.data.resolution} must be a multiple of "
+            f"model.patch_size ({config.model.patch_size})"
+        )
+    if len({s.name for s in config.stages}) < len(config.stages):
+        raise ConfigError(f"{where}: stages: two stages have the same name")
+    return config
+
+
+def load(path: Path) -> RunConfig:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or its settings are wrong.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: must be a mapping of sections")
+    return validate(tree, where=str(path))
+
+
+def dump(config: RunConfig) -> str:
+    """YAML that `load` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def check_world_size(config: RunConfig, world_size: int, where: str) -> None:
+    """Refuse a number of ranks that cannot share a stage's batch evenly.
+
+    Raises:
+        ConfigError: naming the field and the nearest value that would do.
+    """
+    lanes, batch, micro = config.data.lanes, config.train.batch_size, config.train.micro_batch_size
+    if batch % lanes:
+        raise ConfigError(f"{where}: train.batch_size {batch} must be a multiple of data.lanes ({lanes})")
+    if lanes % world_size:
+        allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        nearest = min(allowed, key=lambda n: abs(n - world_size))
+        raise ConfigError(
+            f"{where}: {world_size} ranks do not divide data.lanes ({lanes}); the nearest number is {nearest}"
+        )
+    if batch // world_size % micro:
+        share = batch // world_size
+        nearest = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        raise ConfigError(
+            f"{where}: train.micro_batch_size {micro} does not divide a rank's share of the batch "
+            f"({batch} / {world_size} = {share}); {nearest} would"
+        )

@@ -1,0 +1,69 @@
+"""The straight path between noise and image, as pure functions.
+
+Convention everywhere: t = 0 is noise, t = 1 the image, `x_t = t x + (1 - t) noise`, velocity
+`v = dx_t/dt = x - noise`. All arithmetic here is fp32 whatever the networks run in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+def logit_normal(uniform: Array, mean: float, std: float) -> Array:
+    """Times whose logit is normal, from uniforms in (0, 1), by the inverse of the distribution function."""
+    logit = mean + std * torch.special.ndtri(torch.from_numpy(uniform))
+    return torch.sigmoid(logit).numpy()
+
+
+def shift_time(t: Array, shift: float) -> Array:
+    """`t / (t + (1 - t) shift)`: a shift above 1 moves times towards noise, keeping 0 and 1."""
+    return t / (t + (1.0 - t) * shift)
+
+
+def _per_sample(t: Tensor, like: Tensor) -> Tensor:
+    return t.float().view(-1, *[1] * (like.ndim - 1))
+
+
+def interpolate(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t (PixelGen eq. 2). image and noise (B, ...), t (B,)."""
+    t = _per_sample(t, image)
+    return t * image + (1.0 - t) * noise
+
+
+def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor, min_noise: float) -> Tensor:
+    """The velocity that a predicted image implies (PixelGen eq. 3), with 1 - t held at `min_noise` or above."""
+    return (image - x_t) / (1.0 - _per_sample(t, x_t)).clamp(min=min_noise)
+
+
+def image_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, min_noise: float = 0.0) -> Tensor:
+    """The inverse of `velocity_from_image`."""
+    return x_t + velocity * (1.0 - _per_sample(t, x_t)).clamp(min=min_noise)
+
+
+def noise_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The noise that a velocity implies: x_t - t v."""
+    return x_t - _per_sample(t, x_t) * velocity
+
+
+def flow_matching_loss(predicted: Tensor, image: Tensor, t: Tensor, min_noise: float) -> Tensor:
+    """Squared error of the velocities (PixelGen eq. 5), the mean over each sample's pixels: (B,).
+
+    Both velocities share x_t and the clamp, so their difference is that of the images over max(1 - t, min_noise).
+    """
+    error = (predicted.float() - image.float()).square().flatten(1).mean(1)
+    return error / (1.0 - t.float()).clamp(min=min_noise).square()
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 pixels to fp32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """fp32 in [-1, 1], clamped, to the nearest uint8."""
+    return ((image.float().clamp(-1, 1) + 1.0) * 127.5 + 0.5).to(torch.uint8)

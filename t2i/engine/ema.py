@@ -1,0 +1,31 @@
+"""An exponential moving average of the weights: fp32, sharded like the optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from t2i.engine.shards import Shards
+
+
+class Ema:
+    """`average <- decay average + (1 - decay) weight`, over this rank's slices.
+
+    Call `update` after applied updates only.
+    """
+
+    def __init__(self, shards: Shards, decay: float) -> None:
+        self.decay = decay
+        self.shards = shards
+        self.values: dict[str, Tensor] = {name: shard.value.clone() for name, shard in shards.items()}
+
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        torch._foreach_lerp_(
+            list(self.values.values()), [s.value for s in self.shards.values()], 1.0 - self.decay
+        )
+
+    def reset(self) -> None:
+        """Start again from the weights as they are now."""
+        for name, shard in self.shards.items():
+            self.values[name].copy_(shard.value)

@@ -1,0 +1,156 @@
+"""Layers that the pixel transformers share.
+
+Shape suffixes: B batch, N image tokens, L text tokens, M keys, H heads, K head width, D model width.
+
+- Rotary embedding in real arithmetic: complex tensors keep a compiler from fusing it.
+- Attention is flash-attn on CUDA where it is installed, PyTorch's fused kernel otherwise, and three plain
+  operations on a CPU, whose fused kernel has a backward about four times slower in bfloat16.
+- Norms and the rotation are computed in fp32 and cast back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if importlib.util.find_spec("flash_attn") is not None:
+    from flash_attn import flash_attn_func
+else:
+    flash_attn_func = None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a learned scale, in fp32."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight.float()).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate) * up)`, where one matrix makes gate and up (first half: gate). No biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1] -> (B, D): 256 sinusoids (cosines first) of the raw t, then Linear, SiLU, Linear.
+
+    The slowest sinusoid has a period of 2 pi `max_period`; t is not scaled by 1000, so 10 spans [0, 1] well.
+    """
+
+    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10.0) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.max_period = max_period
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        index = torch.arange(half, device=t_B.device, dtype=torch.float32)
+        angles = t_B.float()[:, None] * torch.exp(-math.log(self.max_period) * index / half)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x * (1 + scale) + shift`, the adaptive norm of DiT (Peebles and Xie, 2023)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def attention(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:
+    """Softmax attention without a mask, scaled by 1/sqrt(K). Returns (B, H, N, K)."""
+    if q_BHNK.is_cuda:
+        if flash_attn_func is not None and q_BHNK.dtype in (torch.float16, torch.bfloat16):
+            heads_last = (x.transpose(1, 2) for x in (q_BHNK, k_BHMK, v_BHMK))
+            return flash_attn_func(*heads_last).transpose(1, 2)
+        return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
+    scores = q_BHNK @ k_BHMK.transpose(-1, -2) * q_BHNK.shape[-1] ** -0.5
+    # The largest score is subtracted for range alone: it cancels, so its gradient is zero.
+    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    # Dividing after the product keeps the compiler from turning this back into the slow fused kernel.
+    return (weights @ v_BHMK) / weights.sum(-1, keepdim=True)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels by its angle. x (B, H, N, K); cos, sin (N, K/2), fp32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def rope_table(rows: int, columns: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, K/2) of the 2-D rotary embedding of PixelGen for a grid of patches, row-major.
+
+    Positions along an axis of n patches are linspace(0, n, n), both ends included, so their spacing is
+    n/(n-1). Channel pairs alternate x, y, x, y, ...; pair 2k and 2k+1 share the frequency 10000^(-4k/K).
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, head_width, 4, dtype=torch.float64, device="cpu") / head_width)
+    y, x = torch.meshgrid(
+        torch.linspace(0, rows, rows, dtype=torch.float64, device="cpu"),
+        torch.linspace(0, columns, columns, dtype=torch.float64, device="cpu"),
+        indexing="ij",
+    )
+    angles = torch.stack([x.flatten()[:, None] * frequencies, y.flatten()[:, None] * frequencies], dim=-1)
+    angles = angles.flatten(-2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+@lru_cache(maxsize=64)
+def sincos_table(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """The fixed position table (N, D) of MAE: half the channels encode the column, half the row."""
+
+    def encode(position: Tensor) -> Tensor:
+        omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+        angles = position[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64, device="cpu"), torch.arange(columns, dtype=torch.float64, device="cpu"), indexing="ij"
+    )
+    return torch.cat([encode(x.flatten()), encode(y.flatten())], dim=-1).float().to(device)
+
+
+def patchify(image: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C p p): patches row by row, channel-major inside a patch."""
+    batch, channels, height, width = image.shape
+    grid = image.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """The inverse of `patchify`."""
+    batch = tokens.shape[0]
+    grid = tokens.reshape(batch, height // patch, width // patch, -1, patch, patch)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
+
+
+class Projector(nn.Module):
+    """Three-layer SiLU network from a block's features to a frozen encoder's width (REPA, Yu et al. 2024)."""
+
+    def __init__(self, width: int, target: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, target)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)

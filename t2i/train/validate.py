@@ -1,0 +1,124 @@
+"""What is measured and drawn during training with the averaged weights: validation loss and sample grids.
+
+Noise and times are fixed: sample j of n always gets noise j and the time at a fixed quantile of the training
+density, so a curve shows the model alone. Nothing here touches the training step's numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.loader import FixedSamples
+from data.randomness import key, permutation
+from t2i.config import RunConfig
+from t2i.diffusion.flow import flow_matching_loss, interpolate, logit_normal, shift_time, to_unit_range
+from t2i.diffusion.noise import slot_noise
+from t2i.diffusion.objective import Terms, add_bands, band_names
+from t2i.engine.shards import all_reduce_sum
+from t2i.models.pixelgen import PixelGen
+from t2i.models.text import TextEncoder
+from t2i.pipeline import Picture, draw
+from t2i.train.processes import World
+
+
+@dataclass
+class Evaluator:
+    """Validation and sample grids of one stage; all ranks take part in every call."""
+
+    config: RunConfig
+    world: World
+    network: PixelGen
+    """A copy of the denoiser that holds the averaged weights."""
+    text: TextEncoder
+    null_caption: Tensor
+    heldout: FixedSamples | None
+    folder: Path
+    """Where the grids go."""
+
+    @torch.no_grad()
+    def loss(self) -> dict[str, float]:
+        """Flow-matching loss on the held-out samples: `loss`, and `loss_tA-B` by bands of t."""
+        assert self.heldout is not None
+        objective, n = self.config.objective, len(self.heldout.captions)
+        noise_key = key(self.config.seed, "validation")
+        quantiles = (permutation(noise_key, n) + 0.5) / n
+        t = shift_time(logit_normal(quantiles, objective.time_mean, objective.time_std), objective.timeshift)
+        mine = np.arange(self.world.rank, n, self.world.size)
+        terms = Terms()
+        for start in range(0, len(mine), self.config.train.micro_batch_size):
+            index = mine[start : start + self.config.train.micro_batch_size]
+            image = to_unit_range(self.heldout.pixels[index].to(self.world.device))
+            times = torch.from_numpy(t[index]).float().to(self.world.device)
+            x_t = interpolate(image, slot_noise(noise_key, index, image.shape[1:], image.device), times)
+            states = self.text([self.heldout.captions[i] for i in index])
+            predicted = self.network(x_t, times, states).image
+            losses = flow_matching_loss(predicted, image, times, objective.min_noise)
+            terms.add("loss", losses.sum(), len(index))
+            add_bands(terms, "loss", losses, t[index])
+        return global_means(terms, ["loss", *band_names("loss")], self.world.device)
+
+    def grid(self, step: int) -> None:
+        """Draw the config's prompts, each rank its share, and write the grid with its description."""
+        validation, sampling = self.config.validation, self.config.sampling
+        pictures = [Picture(prompt) for prompt in validation.prompts]
+        side = self.config.data.resolution
+        mine = draw(
+            self.network,
+            self.text,
+            self.null_caption,
+            pictures[self.world.rank :: self.world.size],
+            sampling,
+            size=(side, side),
+            min_noise=self.config.objective.min_noise,
+            device=self.world.device,
+        )
+        shares = self.world.gather(mine.numpy())
+        if not self.world.is_main:
+            return
+        images = np.empty((len(pictures), 3, side, side), np.uint8)
+        for rank, share in enumerate(shares):
+            images[rank :: self.world.size] = share
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step_{step:06d}.png"
+        Image.fromarray(tile(images, validation.columns)).save(path)
+        description = {
+            "prompts": validation.prompts,
+            "columns": validation.columns,
+            "rows": -(-len(pictures) // validation.columns),
+            "weights": "ema",
+            "solver": sampling.solver,
+            "steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale,
+            "seed": sampling.seed,
+        }
+        path.with_suffix(".json").write_text(json.dumps(description, indent=1))
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """uint8 (n, 3, H, W) to one picture (rows H, columns W, 3), row by row, white where none is left."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    cells[:count] = images.transpose(0, 2, 3, 1)
+    return cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, -1, 3)
+
+
+def global_means(terms: Terms, names: list[str], device: torch.device) -> dict[str, float]:
+    """Means over all ranks' samples of the named terms, by one sum over ranks; terms without a sample are left out.
+
+    The names are given, since a rank whose samples are all gated has no perceptual term.
+    """
+    table = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+    for column, name in enumerate(names):
+        if name in terms.sums:
+            table[0, column] = terms.sums[name]
+            table[1, column] = terms.counts[name]
+    sums, counts = all_reduce_sum(table).tolist()
+    return {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c > 0}

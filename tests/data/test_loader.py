@@ -1,0 +1,309 @@
+"""The loader's promises: the same global batches whatever the layout, exact resumption anywhere, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
+from tar_samples import jpeg, tar_bytes, write_source
+
+from data.errors import BadSample, DataError
+from data.index import SourceIndex
+from data.loader import Batch, Loader, SourceConfig, fixed_samples, merge_states, open_source
+from data.stream import Record
+
+BATCH, LANES = 16, 8
+Global = list[tuple[int, str, str, bytes]]  # (slot, id, caption, pixels) of one global batch
+
+
+def loader(indices: Sequence[SourceIndex], rank: int = 0, world: int = 1, **kwargs: Any) -> Loader:
+    options: dict[str, Any] = {
+        "batch_size": BATCH, "lanes": LANES, "resolution": 8, "seed": 3, "stage": "pretrain",
+        "workers": 0, "shuffle_block": 4, "weights": [1.0] * len(indices),
+    }  # fmt: skip
+    return Loader(indices, rank=rank, world_size=world, **{**options, **kwargs})
+
+
+def run(
+    indices: Sequence[SourceIndex], batches: int, world: int = 1, **kwargs: Any
+) -> tuple[list[Global], dict[str, Any]]:
+    """The global batches and the merged state after them, put together from all ranks."""
+    per_rank: list[list[Batch]] = []
+    for rank in range(world):
+        with loader(indices, rank, world, **kwargs) as source:
+            per_rank.append([next(source) for _ in range(batches)])
+    merged = []
+    for shares in zip(*per_rank, strict=True):
+        rows: Global = []
+        for share in shares:
+            assert share.slots.tolist() == sorted(share.slots.tolist())
+            assert share.pixels.shape == (BATCH // world, 3, 8, 8) and share.pixels.dtype == torch.uint8
+            numpy = share.pixels.numpy()
+            rows += [
+                (int(slot), id_, caption, numpy[n].tobytes())
+                for n, (slot, id_, caption) in enumerate(
+                    zip(share.slots, share.ids, share.captions, strict=True)
+                )
+            ]
+        merged.append(sorted(rows))
+    return merged, merge_states([shares[-1].state for shares in per_rank])
+
+
+BAD: Mapping[int, Mapping[str, bytes]] = {
+    4: {"jpg": b"no image"},
+    9: {"jpg": jpeg(9)[:100]},
+    17: {"txt": b"\xff\xfe broken"},
+    23: {"txt": b"  \n"},
+    30: {"jpg": jpeg(30, 7)},
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[SourceIndex]:
+    folder = tmp_path_factory.mktemp("sources")
+    return [
+        write_source(folder / "a", [13, 1, 7, 20, 2], "a", BAD),
+        write_source(folder / "b", [5], "b"),  # fewer samples than lanes
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(sources: list[SourceIndex]) -> tuple[list[Global], dict[str, Any]]:
+    return run(sources, 12, weights=[3.0, 1.0])
+
+
+def test_batches_hold_the_right_pixels_and_slots(reference: tuple[list[Global], dict[str, Any]]) -> None:
+    for g, rows in enumerate(reference[0]):
+        assert [slot for slot, *_ in rows] == list(range(g * BATCH, (g + 1) * BATCH))
+        for _, id_, caption, pixels in rows:
+            source, shard, key = id_.split("/")
+            assert caption == f"caption {int(key)}" and shard.endswith(".tar") and source in "ab"
+            colour = np.frombuffer(pixels, np.uint8).reshape(3, -1).mean(axis=1)
+            number = int(key)
+            expected = [40 * (number % 6) + 20, 40 * (number // 6 % 6) + 20, 40 * (number // 36 % 6) + 20]
+            assert np.abs(colour - expected).max() < 8
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 0), (2, 2), (4, 0), (4, 3), (8, 1)])
+def test_any_layout_gives_the_same_global_batches(
+    sources: list[SourceIndex], reference: tuple[list[Global], dict[str, Any]], world: int, workers: int
+) -> None:
+    assert run(sources, 12, world, workers=workers, weights=[3.0, 1.0]) == reference
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prefix=st.integers(1, 11),
+    before=st.sampled_from([1, 2, 4, 8]),
+    after=st.sampled_from([1, 2, 4, 8]),
+    workers=st.integers(0, 2),
+)
+def test_resuming_after_any_prefix_at_any_world_size_continues_identically(
+    sources: list[SourceIndex],
+    reference: tuple[list[Global], dict[str, Any]],
+    prefix: int,
+    before: int,
+    after: int,
+    workers: int,
+) -> None:
+    first, state = run(sources, prefix, before, workers=workers, weights=[3.0, 1.0])
+    state = json.loads(json.dumps(state))
+    rest, end = run(sources, 12 - prefix, after, workers=workers, weights=[3.0, 1.0], state=state)
+    assert (first + rest, end) == reference
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    lanes=st.sampled_from([1, 2, 4, 16]),
+    block=st.integers(1, 5),
+    bad=st.sets(st.integers(0, 40), max_size=5),
+)
+def test_every_readable_sample_exactly_once_an_epoch(
+    tmp_path_factory: pytest.TempPathFactory, counts: list[int], lanes: int, block: int, bad: set[int]
+) -> None:
+    total = sum(counts)
+    bad = {number for number in bad if number < total and len(bad) < total}
+    good = total - len(bad)
+    if not good:
+        return
+    index = write_source(tmp_path_factory.mktemp("s"), counts, replaced={n: {"jpg": b"?"} for n in bad})
+    by_epoch: dict[int, Counter[str]] = {}
+    # One lane's records carry its epoch: read each lane alone until all lanes have left epochs 0 and 1.
+    source = loader([index], lanes=lanes, batch_size=lanes, shuffle_block=block)
+    for stream in source._streams.values():
+        while True:
+            record, _ = stream.next(lambda r: _whole(r))
+            epoch = stream.state()["sources"]["source"][0]
+            if epoch > 1:
+                break
+            by_epoch.setdefault(epoch, Counter())[record.id] += 1
+    for epoch in (0, 1):
+        assert len(by_epoch[epoch]) == good
+        assert set(by_epoch[epoch].values()) == {1}
+
+
+def _whole(record: Record) -> None:
+    if record.image == b"?":
+        raise BadSample("undecodable_image")
+
+
+def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
+    index = write_source(tmp_path, [20, 20], replaced=BAD)
+    with loader([index], lanes=1, batch_size=35, workers=2) as source:
+        batch = next(source)  # one lane: its first 35 good samples are the whole epoch's
+        numbers = {int(id_.rsplit("/", 1)[1]) for id_ in batch.ids}
+        assert len(numbers) == 35 and not numbers & set(BAD)
+        next(source)
+        # After two epochs' good samples; the second's last bad ones may still be unread.
+        counters = source.counters()
+    assert counters["samples"] == 70
+    assert {
+        reason: counters[reason] // 2 + counters[reason] % 2 for reason in counters if reason != "samples"
+    } == {
+        "undecodable_image": 2,
+        "bad_caption": 2,
+        "small_image": 1,
+    }
+    with loader([index], lanes=1, batch_size=36, small_images="upscale") as source:
+        assert any(id_.endswith("000030") for id_ in next(source).ids)
+        assert "small_image" not in source.counters()
+
+
+def test_missing_members_are_bad_samples(tmp_path: Path) -> None:
+    parts = [("a.jpg", jpeg(0)), ("b.txt", b"no image"), ("c.jpg", jpeg(1)), ("c.txt", b"whole")]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(parts))
+    source = loader([open_source(SourceConfig("s", str(tmp_path)))], lanes=1, batch_size=3)
+    assert set(next(source).ids) == {"s/0.tar/c"}
+    assert {"bad_caption", "missing_image", "samples"} == set(source.counters())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_with_nothing_usable_is_an_error_that_says_what_would_be_right(
+    tmp_path: Path, workers: int
+) -> None:
+    index = write_source(tmp_path, [6], "tiny", size=4)
+    with (
+        loader([index], workers=workers) as source,
+        pytest.raises(DataError, match=r"'tiny'.*small_image: 1000.*small_images: upscale"),
+    ):
+        next(source)
+
+
+def test_an_error_in_a_thread_reaches_the_consumer_in_its_batch(tmp_path: Path) -> None:
+    index = write_source(tmp_path / "a", [40])
+    with loader([index], workers=2, batch_size=8, prefetch=1) as source:
+        next(source)
+        (tmp_path / "a" / "00000.tar").unlink()
+        with pytest.raises(DataError, match=r"00000\.tar"):
+            for _ in range(3):
+                next(source)
+
+
+def test_read_ahead_is_bounded_and_close_ends_the_threads(sources: list[SourceIndex]) -> None:
+    source = loader(sources, workers=2, prefetch=3)
+    next(source)
+    threads = source._threads
+    assert len(source._shares) <= 3
+    source.close()
+    assert not any(thread.is_alive() for thread in threads)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(source)
+
+
+def test_a_batch_follows_the_weights(sources: list[SourceIndex]) -> None:
+    rows, _ = run(sources, 8, weights=[0.75, 0.25])
+    for n, batch in enumerate(rows):
+        from_a = sum(id_.startswith("a/") for _, id_, _, _ in batch)
+        assert from_a == 12, n
+    assert {id_[0] for batch in run(sources, 3, weights=[0.0, 2.0])[0] for _, id_, _, _ in batch} == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"world": 3}, "nearest allowed is 2 or 4"),
+        ({"world": 16}, "nearest allowed is 8"),
+        ({"batch_size": 20}, "nearest allowed is 16 or 24"),
+        ({"batch_size": 4}, "nearest allowed is 8"),
+        ({"rank": 2, "world": 2}, "rank 2"),
+        ({"weights": [1.0]}, "one weight a source"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_wrong_layouts_name_the_nearest_right_one(
+    sources: list[SourceIndex], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        loader(sources, **options)
+
+
+def test_a_state_of_something_else_is_refused(sources: list[SourceIndex]) -> None:
+    rows, state = run(sources, 2)
+    for other, said in (
+        ({"seed": 4}, "seed"),
+        ({"stage": "sft"}, "stage"),
+        ({"lanes": 4}, "lanes"),
+        ({"shuffle_block": 5}, "shuffle_block"),
+        ({"start_batch": 7}, "start_batch"),
+    ):
+        with pytest.raises(DataError, match=said):
+            loader(sources, state=state, **other)
+    with pytest.raises(DataError, match="source 'b' has other shards"):
+        loader(sources[:1], state=state)
+    half = next(loader(sources, 0, 2)).state
+    with pytest.raises(DataError, match="4 of 8 lanes"):
+        loader(sources, state=half)
+    with pytest.raises(ValueError, match="4 of 8 lanes"):
+        merge_states([half])
+    assert next(loader(sources, state=state, start_batch=2)).slots[0] == 2 * BATCH
+    assert next(loader(sources, start_batch=5)).slots[0] == 5 * BATCH
+    assert len(rows) == 2
+
+
+def test_fixed_samples_are_different_readable_and_repeatable(sources: list[SourceIndex]) -> None:
+    first = fixed_samples(sources, [1.0, 1.0], 20, resolution=8)
+    again = fixed_samples(sources, [1.0, 1.0], 20, resolution=8)
+    assert first.ids == again.ids and torch.equal(first.pixels, again.pixels)
+    assert len(set(first.ids)) == 20 and first.pixels.shape == (20, 3, 8, 8)
+    assert fixed_samples(sources, [1.0, 1.0], 7, resolution=8).ids == first.ids[:7]
+    assert len(fixed_samples(sources, [1.0, 1.0], 43, resolution=8).ids) == 43  # 48 less the 5 bad ones
+    with pytest.raises(DataError, match="only 43 usable"):
+        fixed_samples(sources, [1.0, 1.0], 44, resolution=8)
+
+
+def test_from_s3_as_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    local = write_source(tmp_path, [9, 8], replaced={3: {"jpg": b"?"}})
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+        client.create_bucket(Bucket="tars")
+        for name in os.listdir(tmp_path):
+            client.put_object(Bucket="tars", Key=f"set/{name}", Body=(tmp_path / name).read_bytes())
+        remote = open_source(SourceConfig("source", "s3://tars/set", endpoint=endpoint, region="us-east-1"))
+        assert run([remote], 3, 2, workers=2) == run([local], 3)
+    finally:
+        server.stop()
+
+
+def test_source_names_are_checked(tmp_path: Path) -> None:
+    index = write_source(tmp_path, [2])
+    with pytest.raises(DataError, match="'source' is there twice"):
+        loader([index, index])
+    with pytest.raises(DataError, match="without '/'"):
+        open_source(SourceConfig("a/b", str(tmp_path)))

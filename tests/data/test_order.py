@@ -1,0 +1,111 @@
+"""The order of samples: exactly once an epoch whatever the cut, no starved lane, and mixtures that hold their weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import DataError
+from data.order import SourceOrder, check_weights, interval, mix
+
+
+def make(counts: list[int], lanes: int, block: int, **kwargs: object) -> SourceOrder:
+    settings_ = {"seed": 1, "stage": "pretrain", "name": "a", **kwargs}
+    return SourceOrder(counts=counts, lanes=lanes, shuffle_block=block, **settings_)  # type: ignore[arg-type]
+
+
+def lane_epoch(order: SourceOrder, lane: int, epoch: int) -> list[tuple[int, int]]:
+    return [order.lane_position(lane, epoch, n) for n in range(order.lane_size(lane, epoch))]
+
+
+COUNTS = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
+
+
+@settings(max_examples=150, deadline=None)
+@given(COUNTS, st.integers(1, 17), st.integers(1, 9), st.integers(0, 5))
+def test_every_sample_exactly_once_an_epoch(counts: list[int], lanes: int, block: int, epoch: int) -> None:
+    order = make(counts, lanes, block)
+    read = [lane_epoch(order, lane, epoch) for lane in range(lanes)]
+    everything = {(shard, sample) for shard, count in enumerate(counts) for sample in range(count)}
+    assert Counter(itertools.chain(*read)) == Counter(everything)
+    sizes = {len(part) for part in read}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(COUNTS, st.integers(1, 17))
+def test_no_lane_starves_and_settling_ends(counts: list[int], lanes: int) -> None:
+    order = make(counts, lanes, 4)
+    for lane in range(lanes):
+        epoch, position, epochs = 0, 0, []
+        for _ in range(3 * order.total):
+            epoch, position = order.settle(lane, epoch, position)
+            assert position < order.lane_size(lane, epoch)
+            epochs.append(epoch)
+            position += 1
+        assert epochs == sorted(epochs)
+        assert epochs[-1] < 3 * lanes + 1
+
+
+def test_a_lane_reads_its_own_interval_in_blocks() -> None:
+    """Unshuffled, the blocks are consecutive runs of the shards' permutation; shuffled, the same sets."""
+    plain, blocked = make([10] * 6, 3, 1), make([10] * 6, 3, 5)
+    for lane in range(3):
+        straight, shuffled = lane_epoch(plain, lane, 0), lane_epoch(blocked, lane, 0)
+        for shard, run in itertools.groupby(straight, key=lambda place: place[0]):
+            assert [sample for _, sample in run] == list(range(10)), shard
+        assert shuffled != straight
+        for start in range(0, 20, 5):
+            assert sorted(shuffled[start : start + 5]) == sorted(straight[start : start + 5])
+    assert (
+        interval(10, 3, 0, 0) == (0, 3)
+        and interval(10, 3, 2, 0) == (6, 10)
+        and interval(10, 3, 2, 1) == (0, 3)
+    )
+
+
+def test_the_order_depends_on_seed_stage_source_and_epoch() -> None:
+    base = lane_epoch(make([5] * 20, 2, 50), 0, 0)
+    assert base == lane_epoch(make([5] * 20, 2, 50), 0, 0)
+    for other in ({"seed": 2}, {"stage": "sft"}, {"name": "b"}):
+        assert base != lane_epoch(make([5] * 20, 2, 50, **other), 0, 0)
+    assert base != lane_epoch(make([5] * 20, 2, 50), 0, 2)
+
+
+def test_an_empty_source_is_refused() -> None:
+    with pytest.raises(DataError, match="'a' has no samples"):
+        make([0, 0], 2, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), st.integers(0, 15))
+def test_mixing_holds_the_weights_in_every_prefix(weights: list[float], lane: int) -> None:
+    draws = np.array([mix(weights, lane, 16, n) for n in range(400)])
+    ideal = np.arange(1, 401)[:, None] * np.array(weights) / sum(weights)
+    error = np.abs(np.cumsum(draws[:, None] == np.arange(len(weights)), axis=0) - ideal).max()
+    depth = (len(weights) - 1).bit_length()
+    assert error <= depth + 1e-6  # for two sources: within one draw
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.9, 0.1], [0.7, 0.2, 0.1], [1, 2, 3, 4]])
+def test_mixing_is_even_over_the_lanes_of_every_draw(weights: list[float]) -> None:
+    shares = np.array(weights) / sum(weights)
+    for n in (0, 1, 7, 1000, 123_456_789):
+        counts = np.bincount([mix(weights, lane, 128, n) for lane in range(128)], minlength=len(weights))
+        assert np.abs(counts - 128 * shares).max() <= (1 if len(weights) == 2 else 4)
+
+
+def test_mixing_never_draws_a_source_of_weight_zero() -> None:
+    assert {mix([0, 1, 0, 2, 0], lane, 8, n) for lane in range(8) for n in range(200)} == {1, 3}
+    assert {mix([5.0], 0, 1, n) for n in range(5)} == {0}
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]])
+def test_bad_weights(weights: list[float]) -> None:
+    with pytest.raises(DataError, match="weight"):
+        check_weights(weights, ["a", "b"])

@@ -1,0 +1,225 @@
+"""Packing: the same bytes for the same arguments, nothing half-written, an honest hold-out."""
+
+import io
+import json
+import multiprocessing
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import webdataset
+
+from data import openmoji, pack, shapes
+from launch.pack import main
+
+
+def read(directory: Path, split: str):
+    """All samples of a split, as webdataset reads them."""
+    urls = sorted(map(str, (directory / split).glob("*.tar")))
+    return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)) if urls else []
+
+
+def contents(directory: Path):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shapes") / "a"
+    pack.pack(shapes.source(100, size=64, heldout=0.1, seed=3), out, shard_size=40)
+    return out
+
+
+@pytest.fixture(scope="module")
+def emojis():
+    return openmoji.source(size=32, heldout=0.05, seed=0)
+
+
+def test_shards_are_balanced_and_webdataset_reads_them(scenes):
+    assert [len(read_tar(p)) for p in sorted((scenes / "train").glob("*.tar"))] == [3 * 30] * 3
+    assert [p.name for p in sorted((scenes / "train").iterdir())] == ["00000.tar", "00001.tar", "00002.tar"]
+    samples = read(scenes, "train")
+    assert len(samples) == 90 and len(read(scenes, "heldout")) == 10
+    for index, sample in enumerate(samples):
+        assert {"jpg", "txt", "json"} == {k for k in sample if not k.startswith("__")}
+        it = shapes.scene(3, index)
+        assert sample["txt"].decode() == it.caption
+        assert json.loads(sample["json"]) == json.loads(json.dumps(it.truth()))
+        image = simplejpeg.decode_jpeg(sample["jpg"])
+        assert np.abs(image.astype(int) - shapes.draw(it, 64)).mean() < 4  # swapped channels: above 10
+        assert simplejpeg.decode_jpeg_header(sample["jpg"])[2:] == ("YCbCr", "444")
+
+
+def read_tar(path: Path):
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    assert all(m.isfile() and m.mtime == 0 and m.uid == 0 and "/" not in m.name for m in members)
+    return members
+
+
+def test_heldout_is_disjoint(scenes):
+    train, heldout = read(scenes, "train"), read(scenes, "heldout")
+    assert not {s["__key__"] for s in train} & {s["__key__"] for s in heldout}
+    assert not {s["jpg"] for s in train} & {s["jpg"] for s in heldout}
+    assert all(json.loads(s["json"])["index"] >= shapes.HELDOUT_START for s in heldout)
+
+
+def test_same_bytes_whatever_the_workers_and_other_bytes_for_another_seed(scenes, tmp_path):
+    pack.pack(shapes.source(100, heldout=0.1, seed=3), tmp_path / "b", shard_size=40, workers=2)
+    assert contents(tmp_path / "b") == contents(scenes)
+    pack.pack(shapes.source(100, heldout=0.1, seed=4), tmp_path / "c", shard_size=40)
+    other = contents(tmp_path / "c")
+    assert other.keys() == contents(scenes).keys()
+    assert all(other[name] != content for name, content in contents(scenes).items())
+
+
+def test_finished_pack_is_left_alone(scenes):
+    before = {p: p.stat().st_mtime_ns for p in scenes.rglob("*")}
+    again = pack.pack(shapes.source(100, heldout=0.1, seed=3), scenes, shard_size=40)
+    assert again.was_finished and again.summary == json.loads((scenes / "dataset.json").read_text())
+    assert {p: p.stat().st_mtime_ns for p in scenes.rglob("*")} == before
+    with pytest.raises(ValueError, match="a pack whose seed is 3, not 5"):
+        pack.pack(shapes.source(100, heldout=0.1, seed=5), scenes, shard_size=40)
+
+
+class Interrupt:
+    """Renders as the source does until its nth sample, then breaks off."""
+
+    def __init__(self, render, n):
+        self.render, self.left = render, n
+
+    def __call__(self, item):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.render(item)
+
+
+def test_goes_on_after_an_interruption(scenes, tmp_path):
+    source = shapes.source(100, heldout=0.1, seed=3)
+    out = tmp_path / "a"
+    broken = pack.Source(**{**vars(source), "render": Interrupt(source.render, 40)})
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack(broken, out, shard_size=40)
+    assert [p.name for p in (out / "train").glob("*.tar")] == ["00000.tar"]
+    assert not (out / "dataset.json").exists()
+    (out / "train" / "00002.tar.1.partial").write_bytes(b"left by a process that was killed")
+    with pytest.raises(ValueError, match="a pack whose shard_size is 40, not 30"):
+        pack.pack(source, out, shard_size=30)
+
+    # Shard 0 is whole and stays, so only the other 70 samples are drawn.
+    pack.pack(pack.Source(**{**vars(source), "render": Interrupt(source.render, 70)}), out, shard_size=40)
+    assert contents(out) == contents(scenes)
+
+
+def hold(out, ready, done):
+    with pack._plan(out, {"source": "x"}):
+        ready.set()
+        done.wait(20)
+
+
+def test_one_process_at_a_time(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(20)
+    with pytest.raises(ValueError, match="another process is packing"):
+        pack.pack(shapes.source(10), tmp_path)
+    done.set()
+    other.join()
+
+
+def test_named_and_left_out_drawings_are_all_that_there_are(emojis):
+    assert sum(map(len, emojis.splits.values())) + emojis.left_out["no English name"] == 4495
+    assert emojis.left_out["no English name"] == 542
+    codes = [d.code for split in emojis.splits.values() for d in split]
+    assert len(set(codes)) == len(codes) == 3953
+
+
+def test_captions_of_drawings(emojis):
+    captions = {d.code: d.caption for split in emojis.splits.values() for d in split}
+    assert captions["2764"] == "red heart"
+    assert captions["1F44B-1F3FD"] == "waving hand, medium skin tone"
+    assert captions["1F468-1F3FB-200D-1F9B0"] == "man, light skin tone, red hair"
+    assert captions["1F468-200D-1F469-200D-1F467-200D-1F466"] == "family, man, woman, girl, boy"
+    assert captions["1F48B"] == "kiss mark"
+    assert captions["1F1F5-1F1EA"] == "Peru flag"
+    assert captions["1F3FD"] == "medium skin tone"
+    assert not any("_" in text or ":" in text for text in captions.values())
+    assert len(set(captions.values())) == len(captions)
+
+
+def test_variants_of_an_emoji_are_held_out_together(emojis):
+    tones = {f"1F3F{d}" for d in "BCDEF"}
+
+    def stem(drawing):  # by code point, where captions() goes by name
+        return tuple(p for p in drawing.code.split("-") if p not in tones and p != "FE0F")
+
+    train, heldout = ({stem(d) for d in emojis.splits[split]} for split in ("train", "heldout"))
+    assert not train & heldout
+    farmers = {openmoji.base(f"{who} farmer, dark skin tone") for who in ("man", "woman", "person")}
+    assert farmers == {openmoji.base("farmer")}
+    assert openmoji.base("man, dark skin tone, red hair") == openmoji.base("woman")
+    share = len(emojis.splits["heldout"]) / 3953
+    assert 0.045 < share <= 0.0501
+    other = openmoji.source(heldout=0.05, seed=1).splits["heldout"]
+    assert {d.code for d in other} != {d.code for d in emojis.splits["heldout"]}
+
+
+def test_drawings_are_packed_on_white(emojis, tmp_path):
+    some = {split: [d for d in items[:20]] for split, items in emojis.splits.items()}
+    some["train"].append(next(d for d in emojis.splits["train"] if d.caption == "red circle"))
+    done = pack.pack(pack.Source(**{**vars(emojis), "splits": some}), tmp_path / "o")
+    assert done.summary["left_out"] == {"no English name": 542}
+    assert done.summary["licence"] == "CC BY-SA 4.0" and "OpenMoji" in done.summary["credit"]
+    samples = read(tmp_path / "o", "train")
+    for sample in samples:
+        image = simplejpeg.decode_jpeg(sample["jpg"])
+        assert image.shape == (32, 32, 3) and image.std() > 5
+        assert image[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 230
+        assert json.loads(sample["json"])["licence"] == "CC BY-SA 4.0"
+    circle = simplejpeg.decode_jpeg(samples[-1]["jpg"])
+    red, green, blue = circle[16, 16].astype(int)
+    assert samples[-1]["txt"] == b"red circle" and red > 180 > 80 > max(green, blue)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("shapes --out {new} --count 0", "count is 0"),
+        ("shapes --out {new} --count few", "count"),
+        ("shapes --out {new} --count 10 --heldout 1.0", "heldout is 1.0"),
+        ("shapes --out {new} --count 10 --size 2", "size is 2"),
+        ("shapes --out {new} --count 10 --shard-size 0", "shard_size is 0"),
+        ("shapes --out {new} --count 10 --workers -1", "workers is -1"),
+        ("openmoji --out {new} --sise 64", "--sise"),
+        ("openmoji --out {full}", "holds other files"),
+        ("openmoji --out {full}/file", "it is a file"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence_and_write_nothing(words, said, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(words.format(new=tmp_path / "new", full=tmp_path / "full").split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("pack.py: ") and said in err and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_says_what_it_did_and_does_nothing_twice(tmp_path, capsys):
+    words = ["shapes", "--out", str(tmp_path / "s"), "--count", "10", "--heldout", "0", "--workers", "1"]
+    assert main(words) == 0
+    assert "packed: 10 train, 0 heldout" in capsys.readouterr().out
+    assert [p.name for p in sorted((tmp_path / "s").iterdir())] == ["dataset.json", "train"]
+    assert main(words) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_tar_is_plain_ustar(scenes):
+    with tarfile.open(fileobj=io.BytesIO((scenes / "train" / "00000.tar").read_bytes())) as tar:
+        assert tar.pax_headers == {}
+        assert tar.getnames()[:3] == [f"scene-0000000000.{end}" for end in ("jpg", "json", "txt")]
