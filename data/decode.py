@@ -61,9 +61,7 @@ def decode(
         raise BadSample("small_image", f"{width} x {height}")
     covered = _cover((height, width), stored)
     if covered[0] * covered[1] > max_pixels:  # a thread of an image, enlarged before it is cropped
-        raise BadSample(
-            "too_many_pixels", f"{width} x {height} would be {covered[1]} x {covered[0]} before cropping"
-        )
+        raise BadSample("too_many_pixels", f"{width} x {height} would be {covered[1]} x {covered[0]} before cropping")
     try:
         pixels = _decode_jpeg(data, covered) if image is None else _to_rgb(image)
     except Exception as fault:  # decoders of foreign bytes raise anything from ValueError to struct.error
@@ -103,7 +101,7 @@ def _orientation(data: bytes, image: Image.Image | None) -> int:
                 return 1
             image = _open(data)
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - a broken EXIF block does not make the pixels bad
+    except Exception:
         return 1
     return value if value in range(1, 9) else 1
 

@@ -1,4 +1,4 @@
-"""What can go wrong with data: the user's mistake, the world's fault, a bad sample. Nothing else is raised on purpose."""
+"""What can go wrong with data: the user's mistake, the world's fault, a bad sample."""
 
 from __future__ import annotations
 

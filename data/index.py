@@ -94,6 +94,8 @@ def index_source(
 
     Raises DataError where there are no shards, or one is empty, not a tar, or without any image.
     """
+    if not name or "/" in name:
+        raise DataError(f"source name {name!r} must be non-empty and without '/': ids are source/shard/key")
     infos = store.list(suffix)
     if not infos:
         raise DataError(f"source {name!r}: no {suffix} shard below {store.url}")

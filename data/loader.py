@@ -23,41 +23,11 @@ from numpy.typing import NDArray
 
 from data.decode import Pixels, SmallImages, decode
 from data.errors import DataError
-from data.index import Members, SourceIndex, index_source
+from data.index import SourceIndex
 from data.order import SourceOrder, check_weights
-from data.store import open_store
 from data.stream import LaneStream, Record, Source
 
 SHUFFLE_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One source of a stage: a directory or `s3://bucket/prefix` of WebDataset tars. See `open_store`."""
-
-    name: str
-    url: str
-    weight: float = 1.0
-    endpoint: str | None = None
-    region: str | None = None
-    profile: str | None = None
-    anonymous: bool = False
-
-
-def open_source(config: SourceConfig, members: Members | None = None) -> SourceIndex:
-    """Open and index a source. One rank does this; the result pickles to the others. Raises DataError."""
-    if not config.name or "/" in config.name:
-        raise DataError(
-            f"source name {config.name!r} must be non-empty and without '/': ids are source/shard/key"
-        )
-    store = open_store(
-        config.url,
-        endpoint=config.endpoint,
-        region=config.region,
-        profile=config.profile,
-        anonymous=config.anonymous,
-    )
-    return index_source(store, config.name, members=members)
 
 
 @dataclass
@@ -178,9 +148,7 @@ class Loader:
             self._consumed += 1
             self._lane_states = share.lane_states
             self._changed.notify_all()
-        slots = number * self._batch_size + np.arange(
-            self._rank, self._batch_size, self._world_size, dtype=np.int64
-        )
+        slots = number * self._batch_size + np.arange(self._rank, self._batch_size, self._world_size, dtype=np.int64)
         waited = time.perf_counter() - began
         return Batch(share.pixels, share.captions, share.ids, slots, self.state(), waited)
 
@@ -213,8 +181,7 @@ class Loader:
     def _start(self) -> None:
         if not self._threads:
             self._threads = [
-                threading.Thread(target=self._work, name=f"data-{n}", daemon=True)
-                for n in range(self._workers)
+                threading.Thread(target=self._work, name=f"data-{n}", daemon=True) for n in range(self._workers)
             ]
             for thread in self._threads:
                 thread.start()
@@ -243,7 +210,7 @@ class Loader:
             share = self._shares[number]
         try:
             self._fill(share, lane)
-        except Exception as error:  # noqa: BLE001 - the consumer raises it, when it comes to this batch
+        except Exception as error:
             with self._changed:
                 share.error = error
                 self._changed.notify_all()
@@ -279,9 +246,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lanes.update(state["lanes"])
     expected = states[0]["order"]["lanes"]
     if len(lanes) != expected or sum(len(state["lanes"]) for state in states) != expected:
-        raise ValueError(
-            f"{len(states)} data states hold {len(lanes)} of {expected} lanes: one from each rank is due"
-        )
+        raise ValueError(f"{len(states)} data states hold {len(lanes)} of {expected} lanes: one from each rank is due")
     ordered = {str(lane): lanes[str(lane)] for lane in range(expected)}
     return {"batch": states[0]["batch"], "order": states[0]["order"], "lanes": ordered}
 
@@ -289,22 +254,16 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def check_layout(batch_size: int, lanes: int, world_size: int) -> None:
     """Raise DataError unless world_size divides lanes and lanes divides batch_size, naming the nearest allowed."""
     if min(batch_size, lanes, world_size) < 1:
-        raise DataError(
-            f"batch_size ({batch_size}), lanes ({lanes}) and world_size ({world_size}) must be at least 1"
-        )
+        raise DataError(f"batch_size ({batch_size}), lanes ({lanes}) and world_size ({world_size}) must be at least 1")
     if lanes % world_size:
         divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
         below, above = max(n for n in divisors if n < world_size), [n for n in divisors if n > world_size]
         nearest = f"{below} or {above[0]}" if above else f"{below}"
-        raise DataError(
-            f"world_size {world_size} does not divide the {lanes} lanes: the nearest allowed is {nearest}"
-        )
+        raise DataError(f"world_size {world_size} does not divide the {lanes} lanes: the nearest allowed is {nearest}")
     if batch_size % lanes:
         below, up = batch_size // lanes * lanes, (batch_size // lanes + 1) * lanes
         nearest = f"{below} or {up}" if below else f"{up}"
-        raise DataError(
-            f"batch_size {batch_size} is no multiple of {lanes} lanes: the nearest allowed is {nearest}"
-        )
+        raise DataError(f"batch_size {batch_size} is no multiple of {lanes} lanes: the nearest allowed is {nearest}")
 
 
 def _check_names(indices: Sequence[SourceIndex]) -> None:
@@ -337,15 +296,11 @@ def _check_state(state: Mapping[str, Any], order: Mapping[str, Any], start_batch
         )
 
 
-def _sources(
-    indices: Sequence[SourceIndex], lanes: int, shuffle_block: int, seed: int, stage: str
-) -> list[Source]:
+def _sources(indices: Sequence[SourceIndex], lanes: int, shuffle_block: int, seed: int, stage: str) -> list[Source]:
     return [
         Source(
             index,
-            SourceOrder(
-                index.name, index.counts, lanes=lanes, shuffle_block=shuffle_block, seed=seed, stage=stage
-            ),
+            SourceOrder(index.name, index.counts, lanes=lanes, shuffle_block=shuffle_block, seed=seed, stage=stage),
         )
         for index in indices
     ]
@@ -382,8 +337,6 @@ def fixed_samples(
         found.setdefault(record.id, (pixels, record.caption))
         places = stream.state()["sources"]
         if len(found) < n and all(places[name][0] > 0 for name in drawn):
-            raise DataError(
-                f"{n} fixed samples were asked for, but the sources have only {len(found)} usable ones"
-            )
+            raise DataError(f"{n} fixed samples were asked for, but the sources have only {len(found)} usable ones")
     stacked = np.stack([pixels for pixels, _ in found.values()])
     return FixedSamples(torch.from_numpy(stacked), [caption for _, caption in found.values()], list(found))

@@ -103,9 +103,7 @@ def rasterise(path: str, size: int) -> NDArray[np.uint8]:
     """The square drawing on white, (size, size, 3) RGB, with the margin that its artist gave it."""
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(
-        svg_path=path, width=size, height=size, background="#ffffff", skip_system_fonts=True
-    )
+    png = resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR_RGB)
     assert image is not None
     return image.astype(np.uint8, copy=False)

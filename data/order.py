@@ -36,9 +36,7 @@ class SourceOrder:
     Safe to share between threads: the caches are lru_cache's.
     """
 
-    def __init__(
-        self, name: str, counts: ArrayLike, *, lanes: int, shuffle_block: int, seed: int, stage: str
-    ) -> None:
+    def __init__(self, name: str, counts: ArrayLike, *, lanes: int, shuffle_block: int, seed: int, stage: str) -> None:
         self.name, self.lanes, self.shuffle_block = name, lanes, shuffle_block
         self._counts = np.asarray(counts, dtype=np.int64)
         self.total = int(self._counts.sum())
@@ -57,9 +55,7 @@ class SourceOrder:
         return shards, np.cumsum(self._counts[shards])
 
     def _permute_block(self, lane: int, epoch: int, block: int, size: int) -> NDArray[np.int64]:
-        return randomness.permutation(
-            randomness.key(self._seed, *self._purpose, "block", epoch, lane, block), size
-        )
+        return randomness.permutation(randomness.key(self._seed, *self._purpose, "block", epoch, lane, block), size)
 
     def lane_size(self, lane: int, epoch: int) -> int:
         """How many samples a lane reads in an epoch: floor or ceil of total / lanes."""
@@ -111,9 +107,7 @@ def mix(weights: Sequence[float], lane: int, lanes: int, n: int) -> int:
         else:
             low, n = middle, n - left
         phase = (lane + 0.5) * fork_phase % 1.0
-    raise DataError(
-        f"{len(weights)} sources are more than {2 ** (len(_FORK_PHASES) - 1)}: merge some of them"
-    )
+    raise DataError(f"{len(weights)} sources are more than {2 ** (len(_FORK_PHASES) - 1)}: merge some of them")
 
 
 def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:

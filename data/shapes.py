@@ -258,7 +258,7 @@ def _heart() -> NDArray[np.float64]:
 
 def _crescent() -> NDArray[np.float64]:
     # Both circles pass through the horns: at 0.098 turns of the outer one, 0.154 of the bite.
-    bite = _arc(0.70, 0.846, 0.154) + (0.42, 0.0)
+    bite = _arc(0.70, 0.846, 0.154) + np.array([0.42, 0.0])
     return np.concatenate([_arc(1.0, 0.098, 0.902), bite])
 
 

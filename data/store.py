@@ -65,18 +65,14 @@ def open_store(
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not bucket or "@" in bucket or ":" in bucket:
             # The URL is not repeated: what stands before an "@" may be a secret.
-            raise DataError(
-                "an S3 source must be s3://bucket/prefix, with the credentials in boto3's usual places"
-            )
+            raise DataError("an S3 source must be s3://bucket/prefix, with the credentials in boto3's usual places")
         return S3Store(bucket, prefix.strip("/"), endpoint, region, profile, anonymous)
     if "://" in url:
         raise DataError(f"source {url!r}: the scheme must be s3://, or give a local directory")
     return LocalStore(url)
 
 
-def _retried(
-    what: str, attempt: Callable[[], T], faults: tuple[type[Exception], ...], attempts: int = 4
-) -> T:
+def _retried(what: str, attempt: Callable[[], T], faults: tuple[type[Exception], ...], attempts: int = 4) -> T:
     for n in range(attempts):
         try:
             return attempt()
@@ -88,9 +84,7 @@ def _retried(
 
 
 def _shrunk(url: str, name: str, end: int) -> DataError:
-    return DataError(
-        f"{url}/{name} ends before byte {end}: it changed since it was indexed; index the source anew"
-    )
+    return DataError(f"{url}/{name} ends before byte {end}: it changed since it was indexed; index the source anew")
 
 
 class LocalStore:
@@ -115,9 +109,7 @@ class LocalStore:
                     name = path.relative_to(self.url).as_posix()
                     found.append(ObjectInfo(name, stat.st_size, str(stat.st_mtime_ns)))
         except OSError as error:
-            raise DataError(
-                f"source {self.url!r}: {error.filename!r} cannot be listed: {error.strerror}"
-            ) from error
+            raise DataError(f"source {self.url!r}: {error.filename!r} cannot be listed: {error.strerror}") from error
         return sorted(found, key=lambda info: info.name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -177,9 +169,7 @@ class S3Store:
 
     def list(self, suffix: str = "") -> list[ObjectInfo]:
         def attempt() -> list[ObjectInfo]:
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._prefix
-            )
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
             return [
                 ObjectInfo(item["Key"].removeprefix(self._prefix), item["Size"], item["ETag"].strip('"'))
                 for page in pages
@@ -197,9 +187,7 @@ class S3Store:
         def attempt() -> bytes:
             # Without a range an empty object is b"", with one it is an error.
             extra = {} if start == 0 and stop is None else {"Range": byte_range}
-            with self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, **extra)[
-                "Body"
-            ] as body:
+            with self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, **extra)["Body"] as body:
                 content: bytes = body.read()
             if stop is not None and len(content) != stop - start:
                 raise _shrunk(self.url, name, stop)
@@ -218,9 +206,7 @@ class S3Store:
                 raise DataError(f"{verb} {what} was refused ({code}): {remedy}") from error
             raise StoreError(f"{verb} {what} failed after retries: {error}") from error
         except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.TokenRetrievalError) as error:
-            raise DataError(
-                f"{verb} {what}: {error}; configure boto3's credentials or set anonymous"
-            ) from error
+            raise DataError(f"{verb} {what}: {error}; configure boto3's credentials or set anonymous") from error
         except aws.ParamValidationError as error:
             raise DataError(f"{verb} {what}: {error}") from error
         except aws.BotoCoreError as error:
@@ -228,9 +214,7 @@ class S3Store:
 
 
 _NO_BUCKET = "the bucket does not exist; check its name and the endpoint"
-_CREDENTIALS = (
-    "the credentials are not valid for this server; check the access key, the secret and the profile"
-)
+_CREDENTIALS = "the credentials are not valid for this server; check the access key, the secret and the profile"
 _DENIED = "these credentials may not list or read it; grant s3:ListBucket and s3:GetObject, or set anonymous"
 _MOVED = "the bucket lives in another region; set region to it"
 _REMEDIES = {

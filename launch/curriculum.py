@@ -1,6 +1,6 @@
 """Train every stage of a run that is not done yet.
 
-    deepspeed launch/curriculum.py --config configs/demo.yaml
+deepspeed launch/curriculum.py --config configs/demo.yaml
 """
 
 from launch.process import main  # first: it prepares the environment for DeepSpeed

@@ -1,7 +1,7 @@
 """Train the first stage (256 px in the paper's recipe) of a run.
 
-    deepspeed launch/stage1.py                                       # configs/pixelgen_xxl.yaml
-    deepspeed launch/stage1.py --config configs/demo.yaml --model.depth 4
+deepspeed launch/stage1.py                                       # configs/pixelgen_xxl.yaml
+deepspeed launch/stage1.py --config configs/demo.yaml --model.depth 4
 """
 
 from launch.process import main  # first: it prepares the environment for DeepSpeed

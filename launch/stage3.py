@@ -1,7 +1,7 @@
 """Train the third stage (fine-tuning in the paper's recipe) of a run.
 
-    deepspeed launch/stage3.py                                       # configs/pixelgen_xxl.yaml
-    deepspeed launch/stage3.py --config configs/demo.yaml --model.depth 4
+deepspeed launch/stage3.py                                       # configs/pixelgen_xxl.yaml
+deepspeed launch/stage3.py --config configs/demo.yaml --model.depth 4
 """
 
 from launch.process import main  # first: it prepares the environment for DeepSpeed

@@ -14,6 +14,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data.errors import DataError
+from data.loader import check_layout
+
 
 class ConfigError(ValueError):
     """A user's mistake, said in one sentence that names the field, its value and what would be right."""
@@ -431,15 +434,11 @@ def check_world_size(config: RunConfig, world_size: int, where: str) -> None:
     Raises:
         ConfigError: naming the field and the nearest value that would do.
     """
-    lanes, batch, micro = config.data.lanes, config.train.batch_size, config.train.micro_batch_size
-    if batch % lanes:
-        raise ConfigError(f"{where}: train.batch_size {batch} must be a multiple of data.lanes ({lanes})")
-    if lanes % world_size:
-        allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
-        nearest = min(allowed, key=lambda n: abs(n - world_size))
-        raise ConfigError(
-            f"{where}: {world_size} ranks do not divide data.lanes ({lanes}); the nearest number is {nearest}"
-        )
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    try:
+        check_layout(batch, config.data.lanes, world_size)
+    except DataError as error:
+        raise ConfigError(f"{where}: {error}") from error
     if batch // world_size % micro:
         share = batch // world_size
         nearest = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)

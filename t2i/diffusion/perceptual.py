@@ -5,7 +5,8 @@
 - `EfficientNetLite`: ImageNet features of EfficientNet-Lite0 from the package registry: a labelled stand-in
   for both where their weights cannot be had.
 
-Images are fp32 in [-1, 1] and are not clamped. Networks are frozen, in eval mode, and kept out of the engine.
+Images are fp32 in [-1, 1] and are not clamped. Networks are frozen, in eval mode, channels
+last (about half the time of channels first on a CPU), and kept out of the engine.
 """
 
 from __future__ import annotations
@@ -62,17 +63,12 @@ class Lpips(nn.Module):
         self.net = lpips.LPIPS(net="vgg", pnet_rand=vgg16 is not None, verbose=False)
         if vgg16 is not None:
             weights = torch.load(vgg16, map_location="cpu", weights_only=True)
-            slices = {
-                f"slice{n}.{name}": layer
-                for n in range(1, 6)
-                for name, layer in getattr(self.net.net, f"slice{n}").named_children()
-            }
-            for path, layer in slices.items():
-                if isinstance(layer, nn.Conv2d):
-                    index = path.split(".")[1]
-                    layer.weight.data.copy_(weights[f"features.{index}.weight"])
-                    layer.bias.data.copy_(weights[f"features.{index}.bias"])
-        self.eval().requires_grad_(False)
+            # The package cuts torchvision's `features` into five slices and keeps the layers' numbers.
+            for part in self.net.net.children():
+                part.load_state_dict(
+                    {name: weights[f"features.{name}"] for name in part.state_dict()},
+                )
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def distance(self, predicted: Tensor, image: Tensor) -> Tensor:
         return self.net(predicted, image).float().flatten()
@@ -92,12 +88,12 @@ class Dinov2(nn.Module):
         from transformers import Dinov2Model
 
         self.net = Dinov2Model.from_pretrained(name)
-        self.width: int = self.net.config.hidden_size
+        self.width = int(self.net.config.hidden_size)
+        self.patch = int(self.net.config.patch_size)  # type: ignore[arg-type]
         self.eval().requires_grad_(False)
 
     def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        patch = self.net.config.patch_size
-        size = (grid[0] * patch, grid[1] * patch)
+        size = (grid[0] * self.patch, grid[1] * self.patch)
         resized = F.interpolate(_imagenet_normalise(image), size, mode="bicubic", antialias=False)
         return self.net(resized).last_hidden_state[:, 1:]
 
@@ -122,10 +118,10 @@ class EfficientNetLite(nn.Module):
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
         self.blocks = nn.ModuleList(net._blocks[: self.LAYERS[-1] + 1])
         self.width = 40
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def _features(self, image: Tensor) -> list[Tensor]:
-        x = self.stem(_imagenet_normalise(image))
+        x = self.stem(_imagenet_normalise(image).contiguous(memory_format=torch.channels_last))
         features = []
         for index, block in enumerate(self.blocks):
             x = block(x)

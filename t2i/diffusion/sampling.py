@@ -7,6 +7,7 @@ is fp32. Calls of the network for N steps: Euler N, Heun 2N - 1, Adams N.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -51,14 +52,14 @@ def guided_velocity(
 
 def euler(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool]) -> Tensor:
     """First order."""
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         x = x + (t_next - t) * velocity(x, t, guided[i])
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool]) -> Tensor:
     """Second order, two calls a step; the last step is Euler's, whose corrector would sit at t = 1."""
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         slope = velocity(x, t, guided[i])
         if t_next < times[-1]:
             slope = (slope + velocity(x + (t_next - t) * slope, t_next, guided[i])) / 2
@@ -72,7 +73,7 @@ def adams2(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool]
     "Adams-2nd" of the PixelGen paper (Table 7); the first step is Euler's.
     """
     previous: tuple[float, Tensor] | None = None
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         step, slope = t_next - t, velocity(x, t, guided[i])
         combined = slope
         if previous is not None:

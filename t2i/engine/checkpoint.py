@@ -99,9 +99,7 @@ class CheckpointWriter:
             OSError: the previous checkpoint could not be written.
         """
         self.wait()
-        snapshot = {
-            key: tensor.detach().to("cpu", copy=True) for key, tensor in state_slices(shards, ema).items()
-        }
+        snapshot = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state_slices(shards, ema).items()}
         places = {name: [shard.start, shard.stop] for name, shard in shards.items()}
         shapes = {name: list(shard.shape) for name, shard in shards.items()}
 
@@ -142,9 +140,7 @@ class CheckpointWriter:
         if self.rank == 0:
             self._commit(aside, self.folder / f"step_{step:08d}", shapes, state)
 
-    def _commit(
-        self, aside: Path, final: Path, shapes: dict[str, list[int]], state: dict[str, Any]
-    ) -> None:
+    def _commit(self, aside: Path, final: Path, shapes: dict[str, list[int]], state: dict[str, Any]) -> None:
         """Rank 0: wait for every rank's part, write the manifest, rename, drop old checkpoints."""
         reports = [aside / f"rank_{rank:05d}.json" for rank in range(self.world_size)]
         deadline = time.monotonic() + COMMIT_TIMEOUT_S

@@ -104,7 +104,7 @@ class DeepSpeedEngine:
         shards: dict[str, Shard] = {}
         for name, parameter in self.module.named_parameters():
             index = group_of[id(parameter)]
-            flat, mapping = partitions[index], parameter._hp_mapping
+            flat, mapping = partitions[index], getattr(parameter, "_hp_mapping", None)
             start = mapping.lp_fragment_address.start if mapping is not None else 0
             numel = mapping.lp_fragment_address.numel if mapping is not None else 0
             flat_start = mapping.hp_fragment_address.start if mapping is not None else 0

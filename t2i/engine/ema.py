@@ -21,9 +21,7 @@ class Ema:
 
     def update(self) -> None:
         """Take in the weights as they are now."""
-        torch._foreach_lerp_(
-            list(self.values.values()), [s.value for s in self.shards.values()], 1.0 - self.decay
-        )
+        torch._foreach_lerp_(list(self.values.values()), [s.value for s in self.shards.values()], 1.0 - self.decay)
 
     def reset(self) -> None:
         """Start again from the weights as they are now."""

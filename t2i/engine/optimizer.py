@@ -89,17 +89,13 @@ class Optimizer(torch.optim.AdamW):
             bucket.append(piece)
         self._apply_bucket(flat, update, bucket, group)
 
-    def _apply_bucket(
-        self, flat: Tensor, update: Tensor, bucket: list[MatrixSlice], group: dict[str, Any]
-    ) -> None:
+    def _apply_bucket(self, flat: Tensor, update: Tensor, bucket: list[MatrixSlice], group: dict[str, Any]) -> None:
         sizes = [piece.shape.numel() for piece in bucket]
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
         whole = torch.zeros(sum(sizes), device=flat.device, dtype=group["work_dtype"])
         for piece, part in zip(bucket, whole.split(sizes), strict=True):
-            part[piece.start : piece.start + piece.numel] = update[
-                piece.flat_start : piece.flat_start + piece.numel
-            ]
+            part[piece.start : piece.start + piece.numel] = update[piece.flat_start : piece.flat_start + piece.numel]
         all_reduce_sum(whole)
         result = torch.zeros_like(whole)
         for index, (piece, source, target) in enumerate(
@@ -141,9 +137,7 @@ def build_optimizer(
     """
     groups: list[dict[str, Any]] = []
     for by_muon in (False, True):
-        named = [
-            (name, p) for name, p in module.named_parameters() if (p.ndim == 2 and muon(name)) == by_muon
-        ]
+        named = [(name, p) for name, p in module.named_parameters() if (p.ndim == 2 and muon(name)) == by_muon]
         if named:
             groups.append(
                 {

@@ -66,9 +66,7 @@ def gather_full(shards: Shards, slices: Mapping[str, Tensor]) -> Iterator[tuple[
     yield from _gather_bucket(shards, slices, bucket)
 
 
-def _gather_bucket(
-    shards: Shards, slices: Mapping[str, Tensor], names: list[str]
-) -> Iterator[tuple[str, Tensor]]:
+def _gather_bucket(shards: Shards, slices: Mapping[str, Tensor], names: list[str]) -> Iterator[tuple[str, Tensor]]:
     if not names:
         return
     sizes = [shards[name].shape.numel() for name in names]

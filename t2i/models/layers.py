@@ -33,9 +33,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -68,7 +66,7 @@ class TimeEmbedding(nn.Module):
         index = torch.arange(half, device=t_B.device, dtype=torch.float32)
         angles = t_B.float()[:, None] * torch.exp(-math.log(self.max_period) * index / half)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -124,7 +122,9 @@ def sincos_table(rows: int, columns: int, width: int, device: torch.device) -> T
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     y, x = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64, device="cpu"), torch.arange(columns, dtype=torch.float64, device="cpu"), indexing="ij"
+        torch.arange(rows, dtype=torch.float64, device="cpu"),
+        torch.arange(columns, dtype=torch.float64, device="cpu"),
+        indexing="ij",
     )
     return torch.cat([encode(x.flatten()), encode(y.flatten())], dim=-1).float().to(device)
 

@@ -58,9 +58,7 @@ class Attention(nn.Module):
         """(B, N, parts D) -> parts tensors (B, H, N, K)."""
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, context: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, context: Tensor | None = None) -> Tensor:
         q, k, v = self._heads(self.qkv(x), 3)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -138,8 +136,9 @@ class PixelGen(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for index in (0, 2):
-            nn.init.normal_(self.time.mlp[index].weight, std=0.02)
+        for parameter in self.time.mlp.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
         nn.init.normal_(self.text_position, std=0.02)
         zeroed = [block.adaln for block in (*self.text_blocks, *self.blocks)] + [self.head]
         for linear in zeroed:

@@ -83,19 +83,17 @@ class TextEncoder(nn.Module):
 
     def forward(self, captions: list[str]) -> Tensor:
         """States (B, length, width) of the captions, on the encoder's device."""
-        missing = [c for c in dict.fromkeys(captions) if c not in self._cache]
-        fresh: dict[str, Tensor] = {}
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
         for start in range(0, len(missing), ENCODE_BATCH):
             chunk = missing[start : start + ENCODE_BATCH]
-            fresh.update(zip(chunk, self._encode_batch(chunk), strict=True))
-        states = torch.stack([fresh[c] if c in fresh else self._cache[c] for c in captions])
+            for caption, states in zip(chunk, self._encode_batch(chunk), strict=True):
+                self._cache[caption] = states.clone()
         for caption in captions:
-            if self._cache_size > 0:
-                self._cache[caption] = fresh.get(caption, self._cache.get(caption))
-                self._cache.move_to_end(caption)
+            self._cache.move_to_end(caption)
+        batch = torch.stack([self._cache[caption] for caption in captions])
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        return states
+        return batch
 
     def null_caption(self) -> Tensor:
         """States (length, width) of the empty caption."""

@@ -118,9 +118,7 @@ def build_objective(config: ObjectiveConfig, device: torch.device) -> Objective:
         distance = stand_in if config.lpips_network == STAND_IN else _load_lpips(config.lpips_path, device)
     if config.pdino_weight + config.repa_weight > 0:
         features = stand_in if config.features_network == STAND_IN else _load_dino(config, device)
-    weights = Weights(
-        config.lpips_weight, config.pdino_weight, config.repa_weight, config.gate, config.min_noise
-    )
+    weights = Weights(config.lpips_weight, config.pdino_weight, config.repa_weight, config.gate, config.min_noise)
     return Objective(weights, distance, features)
 
 

@@ -108,7 +108,7 @@ def _train_stage(
         wandb_project=stage.logging.wandb_project,
         config=stage.model_dump(mode="json"),
     )
-    for notice in stand_ins(stage.objective):
+    for notice in [*stand_ins(stage.objective), *data.notices]:
         observer.event(notice)
     try:
         trainer.run(observer)

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -92,7 +92,7 @@ class Observer:
         stage: str,
         total_steps: int,
         step: int,
-        wandb_mode: str,
+        wandb_mode: Literal["disabled", "offline", "online"],
         wandb_project: str,
         config: dict[str, Any],
     ) -> None:
@@ -103,9 +103,7 @@ class Observer:
         self.metrics = Metrics(directory / "metrics.jsonl")
         self.metrics.rewind(stage, step)
         self.events = directory / "events.log"
-        self._bar = tqdm(
-            total=total_steps, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr
-        )
+        self._bar = tqdm(total=total_steps, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr)
         self._wandb: Any = None
         if wandb_mode != "disabled":
             import wandb

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import data.loader
-from data.index import SourceIndex
-from data.loader import FixedSamples, Loader, fixed_samples, open_source
+from data.index import SourceIndex, all_damage, index_source
+from data.loader import FixedSamples, Loader, fixed_samples
+from data.store import open_store
 from t2i.config import ConfigError, RunConfig, SourceConfig
 from t2i.train.processes import World
 
@@ -17,6 +17,11 @@ class StageData:
 
     indices: list[SourceIndex]
     heldout: FixedSamples | None
+
+    @property
+    def notices(self) -> list[str]:
+        """One sentence for each damaged shard."""
+        return all_damage(self.indices)
 
     def loader(self, config: RunConfig, stage: str, world: World, state: dict | None) -> Loader:
         """This rank's batches, from a checkpoint's data state or the stage's first batch."""
@@ -38,16 +43,14 @@ class StageData:
 
 
 def _open(source: SourceConfig, url: str) -> SourceIndex:
-    return open_source(
-        data.loader.SourceConfig(
-            source.name,
-            url,
-            endpoint=source.endpoint,
-            region=source.region,
-            profile=source.profile,
-            anonymous=source.anonymous,
-        )
+    store = open_store(
+        url,
+        endpoint=source.endpoint,
+        region=source.region,
+        profile=source.profile,
+        anonymous=source.anonymous,
     )
+    return index_source(store, source.name)
 
 
 def open_data(config: RunConfig, world: World, stage: str) -> StageData:

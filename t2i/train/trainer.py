@@ -94,9 +94,7 @@ class StageTrainer:
         attempt: a word that all ranks share and no other start of the run does.
     """
 
-    def __init__(
-        self, config: RunConfig, place: StagePlace, data: StageData, world: World, attempt: str
-    ) -> None:
+    def __init__(self, config: RunConfig, place: StagePlace, data: StageData, world: World, attempt: str) -> None:
         self.config = config
         self.place = place
         self.world = world
@@ -174,9 +172,7 @@ class StageTrainer:
         )
         return None, f"starting from {path}, {init.weights} weights"
 
-    def _load_checkpoint(
-        self, path: Path, *, weights: str, moments: bool, average: str | None
-    ) -> dict[str, Any]:
+    def _load_checkpoint(self, path: Path, *, weights: str, moments: bool, average: str | None) -> dict[str, Any]:
         """Fill weights, moments and average from a checkpoint; its global state."""
         checkpoint = Checkpoint(path, verify=False)
         shards = self.engine.shards
@@ -237,7 +233,7 @@ class StageTrainer:
         t = self._times(batch.slots)
         dropped = uniform(self._keys["caption"], batch.slots) < config.objective.caption_dropout
         terms = Terms()
-        micro = config.train.micro_batch_size
+        micro, patch = config.train.micro_batch_size, config.model.patch_size
         for start in range(0, len(batch.slots), micro):
             part = slice(start, start + micro)
             image = to_unit_range(batch.pixels[part].to(self.world.device, non_blocking=True))
@@ -251,7 +247,7 @@ class StageTrainer:
                 projected,
                 image,
                 t[part],
-                grid=tuple(side // config.model.patch_size for side in image.shape[2:]),
+                grid=(image.shape[2] // patch, image.shape[3] // patch),
                 batch_size=size,
                 ungated=ungated,
                 micro_batches=size // micro,
@@ -304,9 +300,7 @@ class StageTrainer:
         """The one rule for what happens every so many steps: then, and at the end of the stage."""
         return every > 0 and (self.step % every == 0 or self.step == self.steps)
 
-    def _numbers(
-        self, terms: Terms, result: StepResult, lr: float, wait_s: float, step_s: float
-    ) -> dict[str, Any]:
+    def _numbers(self, terms: Terms, result: StepResult, lr: float, wait_s: float, step_s: float) -> dict[str, Any]:
         """One line of metrics: means over the global batch of this step, and what it cost."""
         names = [*TERMS, *band_names("loss_fm")]
         images_per_s = self.config.train.batch_size / step_s

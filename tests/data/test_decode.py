@@ -1,4 +1,4 @@
-"""Decoding against Pillow: the same picture within 44 dB, every format upright on white, and nothing bad let through."""
+"""Decoding against Pillow: the same picture within 44 dB, every format upright on white, nothing bad let through."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ from moto.server import ThreadedMotoServer
 from tar_samples import jpeg, tar_bytes, write_source
 
 from data.errors import BadSample, DataError
-from data.index import SourceIndex
-from data.loader import Batch, Loader, SourceConfig, fixed_samples, merge_states, open_source
+from data.index import SourceIndex, index_source
+from data.loader import Batch, Loader, fixed_samples, merge_states
+from data.store import open_store
 from data.stream import Record
 
 BATCH, LANES = 16, 8
@@ -52,9 +53,7 @@ def run(
             numpy = share.pixels.numpy()
             rows += [
                 (int(slot), id_, caption, numpy[n].tobytes())
-                for n, (slot, id_, caption) in enumerate(
-                    zip(share.slots, share.ids, share.captions, strict=True)
-                )
+                for n, (slot, id_, caption) in enumerate(zip(share.slots, share.ids, share.captions, strict=True))
             ]
         merged.append(sorted(rows))
     return merged, merge_states([shares[-1].state for shares in per_rank])
@@ -169,9 +168,7 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
         # After two epochs' good samples; the second's last bad ones may still be unread.
         counters = source.counters()
     assert counters["samples"] == 70
-    assert {
-        reason: counters[reason] // 2 + counters[reason] % 2 for reason in counters if reason != "samples"
-    } == {
+    assert {reason: counters[reason] // 2 + counters[reason] % 2 for reason in counters if reason != "samples"} == {
         "undecodable_image": 2,
         "bad_caption": 2,
         "small_image": 1,
@@ -184,15 +181,13 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
 def test_missing_members_are_bad_samples(tmp_path: Path) -> None:
     parts = [("a.jpg", jpeg(0)), ("b.txt", b"no image"), ("c.jpg", jpeg(1)), ("c.txt", b"whole")]
     (tmp_path / "0.tar").write_bytes(tar_bytes(parts))
-    source = loader([open_source(SourceConfig("s", str(tmp_path)))], lanes=1, batch_size=3)
+    source = loader([index_source(open_store(str(tmp_path)), "s")], lanes=1, batch_size=3)
     assert set(next(source).ids) == {"s/0.tar/c"}
     assert {"bad_caption", "missing_image", "samples"} == set(source.counters())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_source_with_nothing_usable_is_an_error_that_says_what_would_be_right(
-    tmp_path: Path, workers: int
-) -> None:
+def test_a_source_with_nothing_usable_is_an_error_that_says_what_would_be_right(tmp_path: Path, workers: int) -> None:
     index = write_source(tmp_path, [6], "tiny", size=4)
     with (
         loader([index], workers=workers) as source,
@@ -295,7 +290,7 @@ def test_from_s3_as_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         client.create_bucket(Bucket="tars")
         for name in os.listdir(tmp_path):
             client.put_object(Bucket="tars", Key=f"set/{name}", Body=(tmp_path / name).read_bytes())
-        remote = open_source(SourceConfig("source", "s3://tars/set", endpoint=endpoint, region="us-east-1"))
+        remote = index_source(open_store("s3://tars/set", endpoint=endpoint, region="us-east-1"), "source")
         assert run([remote], 3, 2, workers=2) == run([local], 3)
     finally:
         server.stop()
@@ -306,4 +301,4 @@ def test_source_names_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'source' is there twice"):
         loader([index, index])
     with pytest.raises(DataError, match="without '/'"):
-        open_source(SourceConfig("a/b", str(tmp_path)))
+        index_source(open_store(str(tmp_path)), "a/b")

@@ -1,4 +1,4 @@
-"""The order of samples: exactly once an epoch whatever the cut, no starved lane, and mixtures that hold their weights."""
+"""The order of samples: exactly once an epoch whatever the cut, no starved lane, mixtures that hold their weights."""
 
 from __future__ import annotations
 
@@ -62,11 +62,7 @@ def test_a_lane_reads_its_own_interval_in_blocks() -> None:
         assert shuffled != straight
         for start in range(0, 20, 5):
             assert sorted(shuffled[start : start + 5]) == sorted(straight[start : start + 5])
-    assert (
-        interval(10, 3, 0, 0) == (0, 3)
-        and interval(10, 3, 2, 0) == (6, 10)
-        and interval(10, 3, 2, 1) == (0, 3)
-    )
+    assert interval(10, 3, 0, 0) == (0, 3) and interval(10, 3, 2, 0) == (6, 10) and interval(10, 3, 2, 1) == (0, 3)
 
 
 def test_the_order_depends_on_seed_stage_source_and_epoch() -> None:

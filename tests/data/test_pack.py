@@ -170,7 +170,7 @@ def test_variants_of_an_emoji_are_held_out_together(emojis):
 
 
 def test_drawings_are_packed_on_white(emojis, tmp_path):
-    some = {split: [d for d in items[:20]] for split, items in emojis.splits.items()}
+    some = {split: list(items[:20]) for split, items in emojis.splits.items()}
     some["train"].append(next(d for d in emojis.splits["train"] if d.caption == "red circle"))
     done = pack.pack(pack.Source(**{**vars(emojis), "splits": some}), tmp_path / "o")
     assert done.summary["left_out"] == {"no English name": 542}

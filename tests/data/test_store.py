@@ -101,9 +101,7 @@ def test_user_mistakes_are_named(endpoint: str, tmp_path: Path) -> None:
     assert "verysecret" not in str(caught.value)
 
 
-def test_missing_credentials_are_named(
-    endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_credentials_are_named(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -1,0 +1,43 @@
+# make demo    trains a small model through three stages and shows what it draws
+# make test    the tests, at most 20 minutes on 2 cores
+# make lint    ruff and mypy
+# make bench   what is measured rather than asserted
+# All need Linux, Python 3.11 or later, a C++ compiler and Python's headers; everything else comes from the
+# Python package registry, into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := .cache/demo
+# DeepSpeed compiles one small extension at its first start; kept here, it is not compiled again.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+demo: setup
+	python launch/pack.py openmoji --out $(DATA)/openmoji --size 64
+	python launch/pack.py shapes --out $(DATA)/shapes --size 64 --count 20000
+	deepspeed --num_gpus 2 launch/curriculum.py --config configs/demo.yaml
+
+test: setup
+	pytest
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+
+bench: setup
+	@for script in tests/benchmarks/*.py; do echo "$$script"; python $$script; done
+
+clean:
+	rm -rf .venv .cache runs
