@@ -86,6 +86,18 @@ def draw(
     return torch.cat(drawn) if drawn else torch.empty(0, 3, *size, dtype=torch.uint8)
 
 
+def model_file(folder: Path, weights: Literal["ema", "raw"]) -> Path:
+    """The file with a model folder's weights.
+
+    Raises:
+        ConfigError: the folder is not a model.
+    """
+    file = folder / ("ema.safetensors" if weights == "ema" else "model.safetensors")
+    if not file.exists() or not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder} is not a model folder: {file.name} and config.yaml are expected in it")
+    return file
+
+
 class Pipeline:
     """A trained model, loaded from its folder.
 
@@ -99,9 +111,7 @@ class Pipeline:
     """
 
     def __init__(self, folder: Path, weights: Literal["ema", "raw"], device: torch.device) -> None:
-        file = folder / ("ema.safetensors" if weights == "ema" else "model.safetensors")
-        if not file.exists() or not (folder / "config.yaml").exists():
-            raise ConfigError(f"{folder} is not a model folder: {file.name} and config.yaml are expected in it")
+        file = model_file(folder, weights)
         self.config: RunConfig = load(folder / "config.yaml")
         self.device = device
         dtype = choose_dtype(self.config.engine.dtype, device)

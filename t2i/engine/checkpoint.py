@@ -87,10 +87,7 @@ class CheckpointWriter:
         self.keep = keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".step_*"):
-                shutil.rmtree(leftover)
+        self._cleared = False
 
     def save(self, step: int, shards: Shards, ema: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Begin a checkpoint; all ranks call it with the same step and (on rank 0) the global state.
@@ -99,6 +96,8 @@ class CheckpointWriter:
             OSError: the previous checkpoint could not be written.
         """
         self.wait()
+        if self.rank == 0 and not self._cleared:
+            self._clear_leftovers()
         snapshot = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state_slices(shards, ema).items()}
         places = {name: [shard.start, shard.stop] for name, shard in shards.items()}
         shapes = {name: list(shard.shape) for name, shard in shards.items()}
@@ -111,6 +110,13 @@ class CheckpointWriter:
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def _clear_leftovers(self) -> None:
+        """Remove what killed attempts left uncommitted; the other ranks may be writing this attempt's already."""
+        for leftover in self.folder.glob(".step_*"):
+            if not leftover.name.endswith(f".{self.attempt}"):
+                shutil.rmtree(leftover)
+        self._cleared = True
 
     def wait(self) -> None:
         """Wait for the checkpoint under way and raise what went wrong with it."""

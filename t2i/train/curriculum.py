@@ -6,6 +6,7 @@ the sources. Then the run's folder is locked, and stages that are not done are t
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import ConfigError, RunConfig, check_world_size, dump
+from t2i.pipeline import model_file
 from t2i.train.build import stand_ins
 from t2i.train.observe import Observer
 from t2i.train.processes import RunLock, World
@@ -65,24 +67,29 @@ def run(config: RunConfig, overrides: dict[str, Any], world: World, only: int | 
     _check_predecessor(pending[0], settings[pending[0]], places)
     opened = {index: open_data(settings[index], world, places[index].name) for index in pending}
 
-    locks: list[RunLock] = []
+    lock: RunLock | None = None
 
     def claim() -> str:
-        locks.append(RunLock(config.directory))
-        (config.directory / "config.yaml").write_text(dump(config))
+        nonlocal lock
+        lock = RunLock(config.directory)
         return uuid.uuid4().hex[:8]
 
     attempt = world.from_main(claim)
-    for index in pending:
-        _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt)
-    if world.is_main:
-        print(f"done: pictures and curves are in {write_report(config.directory)}")
-    for lock in locks:
-        lock.release()
+    try:
+        for index in pending:
+            _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt)
+            gc.collect()  # an engine is full of cycles, and holds the stage's memory
+        if world.is_main:
+            print(f"done: pictures and curves are in {write_report(config.directory)}")
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _check_predecessor(index: int, stage: RunConfig, places: list[StagePlace]) -> None:
-    """Refuse a stage that goes on from one that is not done."""
+    """Refuse a stage that goes on from one that is not done, or from a folder that is no model."""
+    if stage.init.source not in ("previous", "scratch"):
+        model_file(Path(stage.init.source), stage.init.weights)
     if stage.init.source == "previous" and index > 0 and not places[index - 1].model.exists():
         raise ConfigError(
             f"stage {places[index].name} goes on from stage {places[index - 1].name}, which is not done in "
@@ -96,6 +103,7 @@ def _train_stage(
     """Train one stage and bring the report up to date."""
     trainer = StageTrainer(stage, place, data, world, attempt)
     if world.is_main:
+        (config.directory / "config.yaml").write_text(dump(config))
         _write_environment(config, stage, data, trainer, world)
     observer = Observer(
         config.directory,

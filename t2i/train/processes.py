@@ -71,8 +71,10 @@ class RunLock:
     """
 
     def __init__(self, directory: Path, patience_s: float = 20.0) -> None:
+        self._made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = (directory / "run.lock").open("a+")
+        self._path = directory / "run.lock"
+        self._file: IO[str] = self._path.open("a+")
         deadline = time.monotonic() + patience_s
         said = False
         while True:
@@ -96,7 +98,12 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let another process have the run."""
+        """Let another process have the run. Folders that were made for the lock and hold nothing else go again."""
+        if self._made and list(self._path.parent.iterdir()) == [self._path]:
+            self._path.unlink()
+            for folder in self._made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
         self._file.close()
 
 

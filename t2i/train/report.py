@@ -104,7 +104,7 @@ def write_report(run_dir: Path) -> Path:
         "Stages": _stage_table(run), "Passed over": _counters(run), "Configuration": _config(run),
         "Environment": _environment(run), "Data": _data(run),
     }  # fmt: skip
-    anchors = {title: title.lower().replace(" ", "-") for title in sections}
+    anchors = [(title, title.lower().replace(" ", "-")) for title in sections]
     torn = f" {run.unreadable_lines} unreadable line(s) of metrics.jsonl were left out."
     notices = [escape(str(notice)) for notice in run.environment.get("notices") or []]
     template = files("t2i.train").joinpath("report_page.html").read_text(encoding="utf-8")
@@ -112,8 +112,8 @@ def write_report(run_dir: Path) -> Path:
         name=escape(run_dir.resolve().name),
         cards=_cards(run),
         notices="".join(f'<aside role="note"><b>Stand-in</b><span>{n}</span></aside>' for n in notices),
-        links="".join(f'<a href="#{a}">{t}</a>' for t, a in anchors.items()),
-        sections="".join(f'<section id="{a}"><h2>{t}</h2>{sections[t]}</section>' for t, a in anchors.items()),
+        links="".join(f'<a href="#{a}">{t}</a>' for t, a in anchors),
+        sections="".join(f'<section id="{a}"><h2>{t}</h2>{sections[t]}</section>' for t, a in anchors),
         footer=time.strftime("Written %Y-%m-%d %H:%M UTC from the run directory.", time.gmtime())
         + torn * bool(run.unreadable_lines),
     )

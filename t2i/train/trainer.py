@@ -37,7 +37,7 @@ from t2i.engine.checkpoint import (
 from t2i.engine.deepspeed import DeepSpeedEngine, StepResult
 from t2i.engine.ema import Ema
 from t2i.engine.shards import gather_full
-from t2i.pipeline import NULL_CAPTION
+from t2i.pipeline import NULL_CAPTION, model_file
 from t2i.train.build import (
     TrainingNetwork,
     build_network,
@@ -189,9 +189,7 @@ class StageTrainer:
 
     def _load_model(self, folder: Path) -> None:
         """Fill the weights from a model folder; a projector that it lacks keeps its fresh weights."""
-        file = folder / ("model.safetensors" if self.config.init.weights == "raw" else "ema.safetensors")
-        if not file.exists():
-            raise ConfigError(f"init.source {folder}: no {file.name} there")
+        file = model_file(folder, self.config.init.weights)
         tensors = load_file(file)
         values: dict[str, Tensor] = {}
         for name, shard in self.engine.shards.items():

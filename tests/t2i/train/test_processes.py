@@ -1,0 +1,65 @@
+"""One writer a run, and what rank 0 says to the others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i.train.processes import RunLock, World
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from t2i.train.processes import RunLock
+lock = RunLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_start_names_the_holder_and_gets_the_run_when_it_dies(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(TimeoutError, match=f"process {holder.pid} on {socket.gethostname()}"):
+        RunLock(tmp_path / "run", patience_s=0.1)
+    holder.kill()
+    holder.wait()
+    RunLock(tmp_path / "run", patience_s=0.1).release()
+
+
+def test_a_second_start_waits_for_a_holder_that_is_leaving(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
+    began = time.monotonic()
+    RunLock(tmp_path / "run", patience_s=20).release()
+    assert time.monotonic() - began > 0.3
+    assert killer.wait() == 0
+
+
+def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path) -> None:
+    RunLock(tmp_path / "runs" / "a").release()
+    assert list(tmp_path.iterdir()) == []
+    lock = RunLock(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "a" / "metrics.jsonl").touch()
+    lock.release()
+    assert (tmp_path / "runs" / "a" / "metrics.jsonl").exists()
+
+
+def test_what_rank_0_raises_is_raised() -> None:
+    world = World(0, 1, torch.device("cpu"))
+    assert world.from_main(os.getpid) == os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        world.from_main(lambda: 1 // 0)
+    assert world.gather("item") == ["item"]
