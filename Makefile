@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	python launch/pack.py openmoji --out $(DATA)/openmoji --size 64
 	python launch/pack.py shapes --out $(DATA)/shapes --size 64 --count 20000
-	deepspeed --num_gpus 2 launch/curriculum.py --config configs/demo.yaml
+	deepspeed --log_level error --num_gpus 2 launch/curriculum.py --config configs/demo.yaml
 
 test: setup
 	pytest

@@ -5,11 +5,13 @@ Works alike under `deepspeed`, `torchrun` and plain `python` (one process).
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 
 import torch
@@ -34,7 +36,8 @@ BAD_INPUT = 2
 @contextmanager
 def joined_world() -> Iterator[World]:
     """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave them again."""
-    import deepspeed
+    with redirect_stdout(io.StringIO()):
+        import deepspeed
 
     rank = int(os.environ.setdefault("RANK", "0"))
     size = int(os.environ.setdefault("WORLD_SIZE", "1"))
@@ -50,7 +53,8 @@ def joined_world() -> Iterator[World]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     leave_with_launcher()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=30), verbose=False)
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=30), verbose=False)
     try:
         yield World(rank, size, device)
     finally:
@@ -61,6 +65,7 @@ def quiet(rank: int) -> None:
     """Only rank 0 speaks, and libraries do not warn about themselves."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|deepspeed|transformers")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -13,9 +13,11 @@ DeepSpeed's own checkpoints, schedulers and client state are not used.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from t2i.engine.optimizer import MatrixSlice, Optimizer, initial_state
 from t2i.engine.shards import Shard
 
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
 
 
 class StepResult(NamedTuple):
@@ -64,22 +66,21 @@ class DeepSpeedEngine:
         self._optimizer = optimizer
         self._accumulation = accumulation
         self._micro_step = 0
-        self._engine, *_ = deepspeed.initialize(
-            model=module.to(device),
-            optimizer=optimizer,
-            dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": micro_batch_size,
-                "gradient_accumulation_steps": accumulation,
-                "gradient_clipping": clip_grad_norm,
-                "zero_optimization": {"stage": 1},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
-                "data_types": {"grad_accum_dtype": "fp32"},
-                "steps_per_print": None,
-            },
-        )
+        config = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip_grad_norm,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "steps_per_print": None,
+        }
+        with redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+            self._engine, *_ = deepspeed.initialize(
+                model=module.to(device), optimizer=optimizer, dist_init_required=False, config=config
+            )
         self.module: nn.Module = self._engine.module
         # Calls go through DeepSpeed's wrapper: its forward arms the clearing of gradients between micro-steps.
         self.network: nn.Module = self._engine

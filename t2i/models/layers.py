@@ -4,7 +4,7 @@ Shape suffixes: B batch, N image tokens, L text tokens, M keys, H heads, K head 
 
 - Rotary embedding in real arithmetic: complex tensors keep a compiler from fusing it.
 - Attention is flash-attn on CUDA where it is installed, PyTorch's fused kernel otherwise, and three plain
-  operations on a CPU, whose fused kernel has a backward about four times slower in bfloat16.
+  operations on a CPU, whose fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py).
 - Norms and the rotation are computed in fp32 and cast back.
 """
 

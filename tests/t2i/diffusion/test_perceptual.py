@@ -162,6 +162,17 @@ def test_lpips_distance(lpips_net: Lpips) -> None:
     check_distance(lpips_net, *images())
 
 
+def test_lpips_gradient_is_finite_where_no_channel_is_active(vgg16: Path, tmp_path: Path) -> None:
+    """The package's norm has an infinite slope at zero, which the rectifier before it has to stop."""
+    weights = torch.load(vgg16, weights_only=True)
+    weights["features.28.bias"] -= 1e3
+    torch.save(weights, tmp_path / "dead.pth")
+    predicted, image = images()
+    predicted.requires_grad_()
+    Lpips(tmp_path / "dead.pth").distance(predicted, image).sum().backward()
+    assert predicted.grad.isfinite().all() and predicted.grad.abs().max() > 0
+
+
 # DINOv2
 
 

@@ -55,6 +55,16 @@ def test_states_do_not_depend_on_neighbours_or_order(encoder: TextEncoder) -> No
     assert len(torch.unique(alone.flatten(1), dim=0)) == len(CAPTIONS)
 
 
+def test_the_model_sees_batches_of_one_size(encoder: TextEncoder) -> None:
+    seen: list[torch.Size] = []
+    encoder.net.register_forward_pre_hook(
+        lambda net, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    for count in (1, 3, ENCODE_BATCH, ENCODE_BATCH + 1):
+        encoder([f"caption {n}" for n in range(count)])
+    assert seen == [(ENCODE_BATCH, LENGTH)] * 5
+
+
 def test_states_are_the_models_own(encoder: TextEncoder) -> None:
     words = encoder.tokenizer(CAPTIONS[0], padding="max_length", max_length=LENGTH, return_tensors="pt")
     with torch.no_grad():
