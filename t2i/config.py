@@ -27,6 +27,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_values_are_no_numbers(cls, tree: Any) -> Any:
+        for name, field in cls.model_fields.items() if isinstance(tree, dict) else ():
+            if field.annotation in (int, float) and isinstance(tree.get(name), bool):
+                raise ValueError(f"{name} must be a number, not {str(tree[name]).lower()}")
+        return tree
+
 
 class ModelConfig(Section):
     """The denoiser."""
@@ -373,7 +381,8 @@ def _field_names(path: tuple[str | int, ...]) -> list[str]:
 
 def _explain(error: ValidationError, where: str) -> str:
     """The first of pydantic's findings as one sentence."""
-    first = error.errors()[0]
+    # A misspelt required field is also missing under its right name: say the misspelling.
+    first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
     location = tuple(first["loc"])
     name = ".".join(map(str, location)) or "config"
     if first["type"] == "extra_forbidden":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -115,8 +116,11 @@ class Pipeline:
         self.config: RunConfig = load(folder / "config.yaml")
         self.device = device
         dtype = choose_dtype(self.config.engine.dtype, device)
-        tensors = load_file(file)
-        self.null_caption = tensors.pop(NULL_CAPTION)
+        try:
+            tensors = load_file(file)
+            self.null_caption = tensors.pop(NULL_CAPTION)
+        except (SafetensorError, KeyError) as error:
+            raise ConfigError(f"{file} is damaged or not a model of this kind: {error}") from error
         denoiser = build_denoiser(self.config.model, self.null_caption.shape[-1], self.config.text.length)
         try:
             denoiser.load_state_dict(

@@ -129,12 +129,15 @@ class Objective:
             loss = loss + w.lpips * distance * per_ungated
             terms.add("loss_lpips", distance, len(open_gate))
 
-        if self.patch_features is not None:
+        # Alignment needs the features of every clean image, P-DINO those of un-gated ones.
+        described = np.arange(len(t)) if w.repa > 0 else open_gate if w.pdino > 0 else open_gate[:0]
+        if len(described) > 0:
+            assert self.patch_features is not None
             with torch.no_grad():
-                target = self.patch_features.tokens(image, grid)
+                target = self.patch_features.tokens(image[described], grid)
             if w.pdino > 0 and len(open_gate) > 0:
                 tokens = self.patch_features.tokens(predicted[open_gate], grid)
-                distance = cosine_distance(tokens, target[open_gate]).sum()
+                distance = cosine_distance(tokens, target[np.searchsorted(described, open_gate)]).sum()
                 loss = loss + w.pdino * distance * per_ungated
                 terms.add("loss_pdino", distance, len(open_gate))
             if w.repa > 0:

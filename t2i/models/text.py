@@ -55,11 +55,11 @@ class TextEncoder(nn.Module):
         super().__init__()
         from transformers import AutoModel, AutoTokenizer
 
+        path = resolve_model(name)
         try:
-            path = resolve_model(name)
             self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
             self.net = AutoModel.from_pretrained(path, dtype=dtype)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"text.model {name!r} cannot be loaded: {reason}") from error
         if self.tokenizer.pad_token is None:

@@ -163,7 +163,6 @@ def test_missing_weights_are_named(copy: Path) -> None:
         Pipeline(copy, "raw", CPU)
 
 
-@pytest.mark.xfail(strict=True, reason="pipeline.py: KeyError where the null caption is missing")
 def test_a_file_without_the_null_caption(copy: Path) -> None:
     tensors = load_file(copy / "ema.safetensors")
     del tensors[NULL_CAPTION]
@@ -172,7 +171,6 @@ def test_a_file_without_the_null_caption(copy: Path) -> None:
         Pipeline(copy, "ema", CPU)
 
 
-@pytest.mark.xfail(strict=True, reason="pipeline.py: SafetensorError where the file is cut short")
 def test_a_file_cut_short(copy: Path) -> None:
     (copy / "ema.safetensors").write_bytes((copy / "ema.safetensors").read_bytes()[:1000])
     with pytest.raises(ConfigError):

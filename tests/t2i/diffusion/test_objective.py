@@ -181,13 +181,11 @@ def test_weight_zero_leaves_a_network_out() -> None:
     assert loss.item() == pytest.approx(means(terms)["loss_fm"])
 
 
-@pytest.mark.xfail(strict=True, reason="objective.py computes clean features whenever it holds a network")
 def test_weight_zero_leaves_a_given_network_uncalled() -> None:
     *_, net = whole(weights(lpips=0.0, pdino=0.0, repa=0.0))
     assert net.described == []
 
 
-@pytest.mark.xfail(strict=True, reason="objective.py describes gated clean images too when only P-DINO asks")
 def test_without_alignment_clean_features_are_of_ungated_samples_only() -> None:
     *_, net = whole(weights(repa=0.0))
     assert [len(image) for image in net.described] == [len(UNGATED)] * 2

@@ -178,7 +178,6 @@ def test_a_wrong_name_is_a_mistake_in_text_model(name: str, tmp_path: Path, monk
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="text.py catches OSError only; transformers raises ValueError here")
 def test_a_folder_without_a_model_is_a_mistake_in_text_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^text\.model '"):
         TextEncoder(str(tmp_path), LENGTH)
