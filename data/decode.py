@@ -41,11 +41,18 @@ def decode(
     small_images: SmallImages = "drop",
     max_pixels: int = MAX_PIXELS,
 ) -> Pixels:
-    """Decode to uint8 (3, H, W), RGB, for `resolution` = H = W or (H, W), in pixels.
+    """Decode an image to uint8 (3, H, W), RGB.
 
     EXIF orientation is applied, alpha is laid on white, of an animation the first frame is taken.
-    An image with a side below the target's is refused ("drop") or enlarged ("upscale").
-    Raises BadSample with reason "small_image", "too_many_pixels" or "undecodable_image".
+
+    Args:
+        data: the file's bytes.
+        resolution: H = W or (H, W), in pixels.
+        small_images: whether an image with a side below the target's is refused ("drop") or enlarged ("upscale").
+        max_pixels: most pixels of the image, and of the image enlarged before cropping.
+
+    Raises:
+        BadSample: with reason "small_image", "too_many_pixels" or "undecodable_image".
     """
     target = (resolution, resolution) if isinstance(resolution, int) else resolution
     header = _jpeg_header(data)

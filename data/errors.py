@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 
-class DataError(ValueError):
-    """A user's mistake or an unusable source, in one sentence: the object, and what would be right."""
+class UserError(ValueError):
+    """A user's mistake, in one sentence that names the field or object and says what would be right.
+
+    The base of every such error in the project; jobs print the sentence and exit with code 2.
+    """
+
+
+class DataError(UserError):
+    """A mistake about data: a source that is missing, empty, malformed, or holds nothing usable."""
 
 
 class StoreError(RuntimeError):
-    """A network or disk fault that outlasted its retries: the run stops, resumable; no sample is to blame."""
+    """A fault of the network or a disk that outlasted its retries: the run stops, resumable; no sample is to blame."""
 
 
 class BadSample(Exception):
-    """One sample cannot or shall not be used: its lane passes it over and counts it under `reason`."""
+    """A sample that cannot be used. `reason` is the counter it is counted under."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)

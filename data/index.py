@@ -1,4 +1,4 @@
-"""What is in each shard: for every sample, its key and where in the tar its image, caption and JSON lie.
+"""What is in each shard: for every sample, its key and where in the tar its image and caption lie.
 
 - WebDataset's convention: neighbouring members whose names agree up to the first dot of the basename are one
   sample; the rest of the name, in lower case, is the member's extension.
@@ -27,14 +27,13 @@ from data.store import ObjectInfo, Store
 Span = tuple[int, int]
 """Byte offset in the tar, and size in bytes."""
 
+SHARD_SUFFIX = ".tar"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""Of several images in one sample the first listed wins."""
+CAPTION_EXTENSION = "txt"
 
-@dataclass(frozen=True)
-class Members:
-    """Which extensions a sample's parts have. Of several images in one sample the first listed wins."""
-
-    image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
-    caption: str = "txt"
-    meta: str = "json"
+_THREADS = 8
+"""Shards that are indexed at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,11 @@ class SampleEntry:
     key: str
     image: Span | None
     caption: Span | None
-    meta: Span | None
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """One shard. `spans` is int64 (samples, 3, 2): image, caption, meta; offset and size, -1 where absent.
+    """One shard. `spans` is int64 (samples, 2, 2): image, caption; offset and size in bytes, -1 where absent.
 
     `damage` says where and why reading ended early; the samples before it are whole.
     """
@@ -63,10 +61,8 @@ class ShardIndex:
         return len(self.keys)
 
     def __getitem__(self, sample: int) -> SampleEntry:
-        image, caption, meta = (
-            (int(offset), int(size)) if offset >= 0 else None for offset, size in self.spans[sample]
-        )
-        return SampleEntry(self.keys[sample], image, caption, meta)
+        image, caption = ((int(offset), int(size)) if offset >= 0 else None for offset, size in self.spans[sample])
+        return SampleEntry(self.keys[sample], image, caption)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,31 +78,39 @@ class SourceIndex:
         object.__setattr__(self, "counts", np.array([len(shard) for shard in self.shards], dtype=np.int64))
 
     def fingerprint(self) -> str:
-        """16 hex digits that change whenever the order of samples would: shard names and sample counts."""
+        """Hash shard names and sample counts: 16 hex digits that change whenever the order of samples would."""
         text = "\n".join(f"{shard.info.name}\t{len(shard)}" for shard in self.shards)
         return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def index_source(
-    store: Store, name: str, *, members: Members | None = None, suffix: str = ".tar", threads: int = 8
-) -> SourceIndex:
-    """Index every shard of a store; `threads` shards at a time.
+def index_source(store: Store, name: str) -> SourceIndex:
+    """Index every shard of a store.
 
-    Raises DataError where there are no shards, or one is empty, not a tar, or without any image.
+    Args:
+        store: what holds the shards, at any depth.
+        name: the source's name, the first part of its samples' ids; without "/".
+
+    Raises:
+        DataError: there are no shards, or one is empty, not a tar, or without any image.
+        StoreError: the network or a disk failed for longer than the retries last.
     """
     if not name or "/" in name:
         raise DataError(f"source name {name!r} must be non-empty and without '/': ids are source/shard/key")
-    infos = store.list(suffix)
+    infos = store.list(SHARD_SUFFIX)
     if not infos:
-        raise DataError(f"source {name!r}: no {suffix} shard below {store.url}")
-    wanted = members or Members()
-    with ThreadPoolExecutor(threads) as pool:
-        shards = tuple(pool.map(lambda info: index_shard(store, info, wanted), infos))
+        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard below {store.url}")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        shards = tuple(pool.map(lambda info: index_shard(store, info), infos))
     return SourceIndex(name, store, shards)
 
 
-def index_shard(store: Store, info: ObjectInfo, members: Members) -> ShardIndex:
-    """The samples of one shard, as many as lie whole before its end or the first fault."""
+def index_shard(store: Store, info: ObjectInfo) -> ShardIndex:
+    """List the samples of one shard, as many as lie whole before its end or the first fault.
+
+    Raises:
+        DataError: the shard is empty, not a tar, or without any image.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
     where = f"shard {store.url}/{info.name}"
     if info.size == 0:
         raise DataError(f"{where} is empty (0 bytes): remove it or write it again")
@@ -116,17 +120,17 @@ def index_shard(store: Store, info: ObjectInfo, members: Members) -> ShardIndex:
     scan = _TarScan(store, info)
     for key, parts in _samples(scan):
         seen.update(dict.fromkeys(parts))
-        image = next((parts[extension] for extension in members.image if extension in parts), None)
-        row = [image, parts.get(members.caption), parts.get(members.meta)]
+        image = next((parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts), None)
+        row = [image, parts.get(CAPTION_EXTENSION)]
         if any(row):
             keys.append(key)
             rows.append([span or (-1, -1) for span in row])
     if not scan.found:
         raise DataError(f"{where} is not a tar file with any whole member: {scan.damage or 'it holds none'}")
-    spans = np.array(rows, dtype=np.int64).reshape(len(rows), 3, 2)
+    spans = np.array(rows, dtype=np.int64).reshape(len(rows), 2, 2)
     if not (spans[:, 0, 0] >= 0).any():
         extensions = ", ".join(f".{extension}" for extension in list(seen)[:8]) or "none with an extension"
-        raise DataError(f"{where} has no image ({'|'.join(members.image)}); its members are: {extensions}")
+        raise DataError(f"{where} has no image ({'|'.join(IMAGE_EXTENSIONS)}); its members are: {extensions}")
     return ShardIndex(info, tuple(keys), spans, scan.damage)
 
 
@@ -207,7 +211,7 @@ class _Ranged(io.RawIOBase):
 
 
 def all_damage(indices: Sequence[SourceIndex]) -> list[str]:
-    """One line for each damaged shard, to be shown at start."""
+    """Say in one line for each damaged shard what is wrong and how many samples are kept."""
     return [
         f"source {index.name!r}: {shard.info.name}: {shard.damage}; {len(shard)} samples kept"
         for index in indices

@@ -2,7 +2,8 @@
 
 - Slot i of a batch of B belongs to lane i mod S, lane s to rank s mod W: a batch's content knows neither the world
   size nor the threads. A lane is worked on by one thread at a time, in the order of its batches.
-- Threads, not processes: reading, simplejpeg and OpenCV all release the GIL, and pixels are written into the batch.
+- Threads, not processes: reading, simplejpeg and torch's resizing release the GIL, and pixels are written straight
+  into the batch.
 - The state handed out with a batch is the state after it, so what is saved always means "consumed", however far
   the threads have read ahead.
 """
@@ -24,10 +25,14 @@ from numpy.typing import NDArray
 from data.decode import Pixels, SmallImages, decode
 from data.errors import DataError
 from data.index import SourceIndex
-from data.order import SourceOrder, check_weights
+from data.order import SourceOrder, check_layout, check_weights
 from data.stream import LaneStream, Record, Source
 
-SHUFFLE_BLOCK = 1024
+PREFETCH = 2
+"""Batches that the threads may be ahead of the consumer."""
+
+_FIXED_SHUFFLE_BLOCK = 1024
+"""Part of what makes fixed samples fixed: another number is another order."""
 
 
 @dataclass
@@ -60,14 +65,25 @@ class _Share:
 class Loader:
     """An endless iterator of `Batch`. Use as a context manager, or call `close`.
 
-    indices, weights: one weight a source, of any positive sum.
-    batch_size: samples in a global batch; `lanes` divides it, `world_size` divides `lanes`.
-    resolution: pixels, one side or (height, width). shuffle_block: samples.
-    workers: threads; 0 works in the consumer's own. prefetch: batches read ahead of the consumer.
-    state: a global state from `merge_states`, of any world size; else the stage starts at batch `start_batch`.
-
-    Raises DataError for sizes that do not divide, and for a state of another order or other sources.
     Iterating raises DataError or StoreError where the source does, in the batch that needed it.
+
+    Args:
+        indices: the sources, with different names.
+        weights: one positive weight a source, of any sum.
+        batch_size: samples in a global batch, over all ranks; a multiple of lanes.
+        lanes: independent orders the data is cut into; a multiple of world_size.
+        resolution: H = W or (H, W) of the images, in pixels.
+        seed: the run's seed.
+        stage: the stage's name; every stage has another order.
+        rank: this process's number, 0 <= rank < world_size.
+        world_size: number of processes that share a global batch.
+        workers: decoding threads; 0 decodes in the consumer's.
+        shuffle_block: samples that are permuted together inside a lane.
+        small_images: "drop" or "upscale" images with a side below the resolution's.
+        state: a global state from `merge_states`, of any world size; None starts at the stage's first batch.
+
+    Raises:
+        DataError: sizes that do not divide, wrong weights or names, or a state of another order or other sources.
     """
 
     def __init__(
@@ -82,18 +98,16 @@ class Loader:
         stage: str,
         rank: int,
         world_size: int,
-        workers: int = 2,
-        shuffle_block: int = SHUFFLE_BLOCK,
-        small_images: SmallImages = "drop",
+        workers: int,
+        shuffle_block: int,
+        small_images: SmallImages,
         state: Mapping[str, Any] | None = None,
-        start_batch: int = 0,
-        prefetch: int = 2,
     ) -> None:
         check_layout(batch_size, lanes, world_size)
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} must be from 0 to {world_size - 1}")
-        if workers < 0 or prefetch < 1:
-            raise DataError(f"workers ({workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
+        if workers < 0:
+            raise DataError(f"workers {workers} must be at least 0")
         _check_names(indices)
         check_weights(weights, [index.name for index in indices])
         self._order = {
@@ -104,24 +118,23 @@ class Loader:
             "sources": {index.name: index.fingerprint() for index in indices},
         }
         if state is not None:
-            _check_state(state, self._order, start_batch)
-            start_batch = int(state["batch"])
+            _check_state(state, self._order)
         sources = _sources(indices, lanes, shuffle_block, seed, stage)
         self._size = (resolution, resolution) if isinstance(resolution, int) else resolution
         self._small_images = small_images
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._per_lane, self._workers, self._prefetch = batch_size // lanes, workers, prefetch
+        self._per_lane, self._workers = batch_size // lanes, workers
         saved: Mapping[str, Any] = state["lanes"] if state is not None else {}
         self._streams = {
             lane: LaneStream(sources, weights, lane, lanes, saved.get(str(lane)))
             for lane in range(rank, lanes, world_size)
         }
-        self._consumed = start_batch
+        self._consumed = int(state["batch"]) if state is not None else 0
         self._lane_states = {lane: stream.state() for lane, stream in self._streams.items()}
         # Below: shared with the threads, touched only under the lock.
         self._changed = threading.Condition()
         self._shares: dict[int, _Share] = {}
-        self._ready = [(start_batch, lane) for lane in self._streams]  # a heap: the earliest batch first
+        self._ready = [(self._consumed, lane) for lane in self._streams]  # a heap: the earliest batch first
         self._threads: list[threading.Thread] = []
         self._closed = False
 
@@ -153,12 +166,12 @@ class Loader:
         return Batch(share.pixels, share.captions, share.ids, slots, self.state(), waited)
 
     def state(self) -> dict[str, Any]:
-        """This rank's state after the last batch handed out."""
+        """Return this rank's state after the last batch handed out, JSON values."""
         lanes = {str(lane): state for lane, state in sorted(self._lane_states.items())}
         return {"batch": self._consumed, "order": self._order, "lanes": lanes}
 
     def counters(self) -> dict[str, int]:
-        """Of this rank's lanes since the stage began: "samples" handed out, and those passed over by reason."""
+        """Count, in this rank's lanes since the stage began, "samples" handed out and those passed over by reason."""
         total: Counter[str] = Counter()
         for state in self._lane_states.values():
             total.update(state["counters"])
@@ -191,7 +204,7 @@ class Loader:
         return share is not None and (share.error is not None or len(share.lane_states) == len(self._streams))
 
     def _may_work(self) -> bool:
-        return bool(self._ready) and self._ready[0][0] < self._consumed + self._prefetch
+        return bool(self._ready) and self._ready[0][0] < self._consumed + PREFETCH
 
     def _work(self) -> None:
         while True:
@@ -235,9 +248,10 @@ class Loader:
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The global state, all lanes, from every rank's after the same batch; small, saved once a checkpoint.
+    """Join every rank's state after the same batch into the global state of all lanes.
 
-    Raises ValueError if the ranks disagree on batch or order, or lanes are missing.
+    Raises:
+        ValueError: the ranks disagree on batch or order, or lanes are missing.
     """
     lanes: dict[str, Any] = {}
     for state in states:
@@ -251,28 +265,13 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"batch": states[0]["batch"], "order": states[0]["order"], "lanes": ordered}
 
 
-def check_layout(batch_size: int, lanes: int, world_size: int) -> None:
-    """Raise DataError unless world_size divides lanes and lanes divides batch_size, naming the nearest allowed."""
-    if min(batch_size, lanes, world_size) < 1:
-        raise DataError(f"batch_size ({batch_size}), lanes ({lanes}) and world_size ({world_size}) must be at least 1")
-    if lanes % world_size:
-        divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
-        below, above = max(n for n in divisors if n < world_size), [n for n in divisors if n > world_size]
-        nearest = f"{below} or {above[0]}" if above else f"{below}"
-        raise DataError(f"world_size {world_size} does not divide the {lanes} lanes: the nearest allowed is {nearest}")
-    if batch_size % lanes:
-        below, up = batch_size // lanes * lanes, (batch_size // lanes + 1) * lanes
-        nearest = f"{below} or {up}" if below else f"{up}"
-        raise DataError(f"batch_size {batch_size} is no multiple of {lanes} lanes: the nearest allowed is {nearest}")
-
-
 def _check_names(indices: Sequence[SourceIndex]) -> None:
     names = [index.name for index in indices]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"source {twice[0]!r} is there twice: source names must differ")
 
 
-def _check_state(state: Mapping[str, Any], order: Mapping[str, Any], start_batch: int) -> None:
+def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
     saved = state["order"]
     for field in ("seed", "stage", "lanes", "shuffle_block"):
         if saved[field] != order[field]:
@@ -289,10 +288,6 @@ def _check_state(state: Mapping[str, Any], order: Mapping[str, Any], start_batch
     if len(state["lanes"]) != order["lanes"]:
         raise DataError(
             f"the data state has {len(state['lanes'])} of {order['lanes']} lanes: give the merged state of all ranks"
-        )
-    if start_batch not in (0, state["batch"]):
-        raise DataError(
-            f"start_batch {start_batch} contradicts the data state, which is after {state['batch']} batches"
         )
 
 
@@ -321,22 +316,30 @@ def fixed_samples(
     n: int,
     *,
     resolution: int | tuple[int, int],
-    small_images: SmallImages = "drop",
+    small_images: SmallImages,
 ) -> FixedSamples:
-    """The first n different readable samples of one fixed order: the same for every seed, stage and world size.
+    """Read the first n different usable samples of one fixed order: the same for every seed, stage and world size.
 
-    Raises DataError if the sources have fewer.
+    Args:
+        indices: the sources, with different names.
+        weights: one positive weight a source, of any sum.
+        n: number of samples, 1 or more.
+        resolution: H = W or (H, W) of the images, in pixels.
+        small_images: "drop" or "upscale" images with a side below the resolution's.
+
+    Raises:
+        DataError: the sources have fewer, or their weights or names are wrong.
+        StoreError: the network or a disk failed for longer than the retries last.
     """
     _check_names(indices)
     check_weights(weights, [index.name for index in indices])
-    stream = LaneStream(_sources(indices, 1, SHUFFLE_BLOCK, 0, "fixed"), weights, 0, 1)
-    drawn = [index.name for index, weight in zip(indices, weights, strict=True) if weight > 0]
+    stream = LaneStream(_sources(indices, 1, _FIXED_SHUFFLE_BLOCK, 0, "fixed"), weights, 0, 1)
     found: dict[str, tuple[Pixels, str]] = {}
     while len(found) < n:
         record, pixels = stream.next(lambda r: decode(r.image, resolution, small_images=small_images))
         found.setdefault(record.id, (pixels, record.caption))
-        places = stream.state()["sources"]
-        if len(found) < n and all(places[name][0] > 0 for name in drawn):
+        epochs = [epoch for epoch, _ in stream.state()["sources"].values()]
+        if len(found) < n and min(epochs) > 0:
             raise DataError(f"{n} fixed samples were asked for, but the sources have only {len(found)} usable ones")
     stacked = np.stack([pixels for pixels, _ in found.values()])
     return FixedSamples(torch.from_numpy(stacked), [caption for _, caption in found.values()], list(found))

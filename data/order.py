@@ -24,7 +24,7 @@ from data.errors import DataError
 
 
 def interval(total: int, lanes: int, lane: int, epoch: int) -> tuple[int, int]:
-    """The positions [start, stop) of an epoch of `total` samples that a lane reads; may be empty."""
+    """Cut out a lane's positions [start, stop) of an epoch of `total` samples; may be empty."""
     turn = (lane + epoch) % lanes
     return turn * total // lanes, (turn + 1) * total // lanes
 
@@ -32,8 +32,18 @@ def interval(total: int, lanes: int, lane: int, epoch: int) -> tuple[int, int]:
 class SourceOrder:
     """The order of one source's samples, for every lane and epoch.
 
-    counts: samples in each shard; at least one sample in all, else DataError.
     Safe to share between threads: the caches are lru_cache's.
+
+    Args:
+        name: the source's name.
+        counts: (shards,), samples in each shard; at least one sample in all.
+        lanes: number of lanes, S.
+        shuffle_block: samples that are permuted together inside a lane.
+        seed: the run's seed.
+        stage: the stage's name; every stage has another order.
+
+    Raises:
+        DataError: there are no samples, or lanes or shuffle_block is below 1.
     """
 
     def __init__(self, name: str, counts: ArrayLike, *, lanes: int, shuffle_block: int, seed: int, stage: str) -> None:
@@ -58,19 +68,19 @@ class SourceOrder:
         return randomness.permutation(randomness.key(self._seed, *self._purpose, "block", epoch, lane, block), size)
 
     def lane_size(self, lane: int, epoch: int) -> int:
-        """How many samples a lane reads in an epoch: floor or ceil of total / lanes."""
+        """Count the samples a lane reads in an epoch: floor or ceil of total / lanes."""
         start, stop = interval(self.total, self.lanes, lane, epoch)
         return stop - start
 
     def settle(self, lane: int, epoch: int, position: int) -> tuple[int, int]:
-        """The same place if it holds a sample, else the first one of the lane's next epoch that does."""
+        """Return the same (epoch, position) if it holds a sample, else the lane's next place that does."""
         # Any S epochs in a row give a lane every interval, and one of them is not empty: this ends.
         while position >= self.lane_size(lane, epoch):
             epoch, position = epoch + 1, 0
         return epoch, position
 
     def lane_position(self, lane: int, epoch: int, position: int) -> tuple[int, int]:
-        """The (shard, sample in the shard) at a lane's raw position, 0 <= position < lane_size(lane, epoch)."""
+        """Find the (shard, sample in the shard) at a lane's raw position, 0 <= position < lane_size(lane, epoch)."""
         start, stop = interval(self.total, self.lanes, lane, epoch)
         assert 0 <= position < stop - start, (lane, epoch, position)
         block, offset = divmod(position, self.shuffle_block)
@@ -88,12 +98,15 @@ _FORK_PHASES = tuple(math.sqrt(prime) for prime in (2, 3, 5, 7, 11, 13, 17, 19, 
 
 
 def mix(weights: Sequence[float], lane: int, lanes: int, n: int) -> int:
-    """The source of a lane's n-th draw (n from 0), weights >= 0 of any positive sum.
+    """Choose the source of a lane's n-th draw (n from 0); the weights are positive, of any sum.
 
     Bresenham's line at every fork of a balanced tree over the sources: of the first n draws that reach a fork,
     floor(n * share + phase) go left. So counts in any prefix are closed-form and never drift: with two sources
     within one draw of exact, with k within log2(k) rounded up. The phase (lane + 1/2) / lanes makes one draw
     across all the lanes as even as a prefix along one.
+
+    Raises:
+        DataError: there are more than 512 sources.
     """
     low, high, phase = 0, len(weights), (lane + 0.5) / lanes
     for fork_phase in _FORK_PHASES:
@@ -111,11 +124,32 @@ def mix(weights: Sequence[float], lane: int, lanes: int, n: int) -> int:
 
 
 def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
-    """Raise DataError unless there is one weight a source, finite and >= 0, with a positive sum."""
+    """Refuse weights that are not one a source, finite and above 0.
+
+    Raises:
+        DataError: naming the source and its weight, or the two numbers that differ.
+    """
     if len(weights) != len(names) or not names:
         raise DataError(f"{len(names)} sources and {len(weights)} weights: there must be one weight a source")
     for name, weight in zip(names, weights, strict=True):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise DataError(f"source {name!r}: weight {weight} must be a finite number, 0 or more")
-    if sum(weights) <= 0:
-        raise DataError("the weights of all sources are 0: at least one must be positive")
+        if not (math.isfinite(weight) and weight > 0):
+            raise DataError(f"source {name!r}: weight {weight} must be a finite number above 0")
+
+
+def check_layout(batch_size: int, lanes: int, world_size: int) -> None:
+    """Refuse a batch that does not divide into the lanes, or lanes that do not divide among the ranks.
+
+    Raises:
+        DataError: naming the nearest number that would do.
+    """
+    if min(batch_size, lanes, world_size) < 1:
+        raise DataError(f"batch_size ({batch_size}), lanes ({lanes}) and world_size ({world_size}) must be at least 1")
+    if lanes % world_size:
+        divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        below, above = max(n for n in divisors if n < world_size), [n for n in divisors if n > world_size]
+        nearest = f"{below} or {above[0]}" if above else f"{below}"
+        raise DataError(f"world_size {world_size} does not divide the {lanes} lanes: the nearest allowed is {nearest}")
+    if batch_size % lanes:
+        below, up = batch_size // lanes * lanes, (batch_size // lanes + 1) * lanes
+        nearest = f"{below} or {up}" if below else f"{up}"
+        raise DataError(f"batch_size {batch_size} is no multiple of {lanes} lanes: the nearest allowed is {nearest}")

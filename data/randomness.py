@@ -1,8 +1,8 @@
 """Randomness that belongs to a slot, not to a process.
 
-Every random choice of a run (t, noise, caption dropout, shuffles, crops) is a pure function of a key
-and an index, so no generator state is ever saved and nothing depends on ranks, workers or micro-batches.
-`key` names the purpose; `uniform`, `normal` and `permutation` draw from it.
+Every random choice of a run (t, noise, caption dropout, shuffles) is a pure function of a key and an
+index, so no generator state is ever saved and nothing depends on ranks, workers or micro-batches.
+`key` names the purpose; `hash_u64`, `uniform` and `permutation` draw from it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def key(seed: int, *purpose: str | int) -> int:
-    """A 64-bit key for one purpose of one run, e.g. `key(seed, "pretrain", "time")`."""
+    """Make the 64-bit key for one purpose of one run, e.g. `key(seed, "pretrain", "time")`."""
     text = "\x1f".join([str(seed), *map(str, purpose)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def hash_u64(key_: int, index: ArrayLike) -> NDArray[np.uint64]:
-    """Stateless 64-bit hash of each index under a key: SplitMix64's finaliser, applied twice.
+    """Hash each index under a key, to 64 bits and without state: SplitMix64's finaliser, applied twice.
 
     Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators" (2014).
     """
@@ -35,11 +35,11 @@ def hash_u64(key_: int, index: ArrayLike) -> NDArray[np.uint64]:
 
 
 def uniform(key_: int, index: ArrayLike) -> NDArray[np.float64]:
-    """One draw from the open interval (0, 1) for each index."""
+    """Draw from the open interval (0, 1), once for each index."""
     return ((hash_u64(key_, index) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def permutation(key_: int, n: int) -> NDArray[np.int64]:
-    """A permutation of range(n) that depends on the key and n alone."""
+    """Permute range(n), by the key and n alone."""
     # The hash is a bijection of the index, so no two keys of the sort are equal.
     return np.argsort(hash_u64(key_, np.arange(n)), kind="stable")

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.pack import Sample, Source, check, check_common
+from data.pack import Contents, Sample, check, check_common
 from data.randomness import key, permutation, uniform
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -101,32 +101,16 @@ class Scene:
         return "a photo of " + joint.join(map(phrase, self.groups))
 
     def truth(self) -> dict[str, Any]:
-        """The ground truth as stored beside the picture; `group` is the noun phrase an object belongs to."""
+        """Return the ground truth as stored beside the picture; `group` is the noun phrase an object belongs to."""
         objects = [
             {"shape": o.shape, "color": o.color, "box": [round(v, 5) for v in o.box], "group": o.group}
             for o in self.objects
         ]
         return {"task": self.task, "objects": objects, "seed": self.seed, "index": self.index}
 
-    def geneval(self) -> dict[str, Any]:
-        """The prompt as a line of GenEval's evaluation_metadata.jsonl: tag, include, exclude, prompt."""
-        include: list[dict[str, Any]] = []
-        for group in self.groups:
-            include.append({"class": group.shape, "count": group.count})
-            if group.color:
-                include[-1]["color"] = group.color
-        if self.relation:
-            # As GenEval has it: the reference comes first, the placed object points back at it.
-            include.reverse()
-            include[1]["position"] = [self.relation, 0]
-        line: dict[str, Any] = {"tag": self.task, "include": include}
-        if self.task == "counting":
-            line["exclude"] = [{"class": g.shape, "count": g.count + 1} for g in self.groups]
-        return line | {"prompt": self.caption}
-
 
 def phrase(group: Group) -> str:
-    """A noun phrase: "an orange circle", "three crosses". Article and plural as GenEval forms them."""
+    """Word a noun phrase: "an orange circle", "three crosses". Article and plural as GenEval forms them."""
     words = f"{group.color} {group.shape}" if group.color else group.shape
     if group.count == 1:
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -134,7 +118,7 @@ def phrase(group: Group) -> str:
 
 
 def scene(seed: int, index: int) -> Scene:
-    """The scene of this seed and index (0 <= index < 2**59); it depends on nothing else."""
+    """Make up the scene of this seed and index (0 <= index < 2**59); it depends on nothing else."""
     tasks = permutation(key(seed, "shapes", "tasks", index // len(TASKS)), len(TASKS))
     task = TASKS[tasks[index % len(TASKS)]]
     u = iter(uniform(key(seed, "shapes", "scene"), index * _DRAWS + np.arange(_DRAWS)).tolist())
@@ -161,13 +145,13 @@ def scene(seed: int, index: int) -> Scene:
 
 
 def _pick_two(u: Iterator[float], names: tuple[str, ...]) -> tuple[str, str]:
-    """Two different names, every ordered pair equally likely."""
+    """Pick two different names, every ordered pair equally likely."""
     first, step = int(len(names) * next(u)), 1 + int((len(names) - 1) * next(u))
     return names[first], names[(first + step) % len(names)]
 
 
 def _places(u: Iterator[float], n: int, relation: str | None) -> list[tuple[float, float]]:
-    """Centres of n objects in the order in which the caption names them."""
+    """Place the centres of n objects, in the order in which the caption names them."""
     mid, jitter = 0.5, (_JITTER, _JITTER)
     if n == 1:
         grid, jitter = [(mid, mid)], (_SINGLE_JITTER, _SINGLE_JITTER)
@@ -184,7 +168,7 @@ def _places(u: Iterator[float], n: int, relation: str | None) -> list[tuple[floa
 
 
 def draw(scene: Scene, size: int) -> NDArray[np.uint8]:
-    """The picture, (size, size, 3) RGB, its edges anti-aliased."""
+    """Draw the picture, (size, size, 3) RGB, its edges anti-aliased; `size` in pixels."""
     image = np.empty((size, size, 3), np.uint8)
     image[:] = BACKGROUND
     for obj in scene.objects:
@@ -196,7 +180,7 @@ def draw(scene: Scene, size: int) -> NDArray[np.uint8]:
 
 
 def cover(obj: Object, size: int) -> tuple[slice, slice, NDArray[np.uint8]]:
-    """Which pixels an object covers: its rows, its columns, and the share of each covered, 0 to 255."""
+    """Find the pixels an object covers: its rows, its columns, and the share of each covered, 0 to 255."""
     x0, y0, x1, y1 = (v * size for v in obj.box)
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
     width, height = min(int(x1) + 2, size) - left, min(int(y1) + 2, size) - top
@@ -209,12 +193,22 @@ def cover(obj: Object, size: int) -> tuple[slice, slice, NDArray[np.uint8]]:
     return slice(top, top + height), slice(left, left + width), coverage.astype(np.uint8, copy=False)
 
 
-def source(count: int, size: int = 64, heldout: float = 0.05, seed: int = 0) -> Source:
-    """`count` scenes to pack, the share `heldout` of them at indices kept for that; `size` in pixels."""
+def contents(count: int, size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
+    """List the scenes to pack.
+
+    Args:
+        count: scenes, the held-out ones included.
+        size: side of the pictures in pixels, 8 to 4096.
+        heldout: share of the scenes, 0 <= heldout < 1, that are held out, at indices kept for that.
+        seed: decides the scenes.
+
+    Raises:
+        UserError: an argument outside its range.
+    """
     check_common(size, heldout)
     check(1 <= count <= HELDOUT_START, "count", count, f"between 1 and {HELDOUT_START}")
     kept = round(count * heldout)
-    return Source(
+    return Contents(
         name="shapes",
         licence="CC0-1.0",
         credit="drawn by data/shapes.py",
@@ -233,7 +227,7 @@ def _sample(index: int, seed: int, size: int) -> Sample:
 
 
 def _arc(radius: float, start: float, stop: float, n: int = 96) -> NDArray[np.float64]:
-    """Points of a circle about the origin; angles in turns, 0 at the right, clockwise on the screen."""
+    """Compute n points of a circle about the origin; angles in turns, 0 at the right, clockwise on the screen."""
     angle = 2 * np.pi * np.linspace(start, stop, n)
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
@@ -277,7 +271,7 @@ SHAPES = tuple(_CONTOURS)
 
 @cache
 def outline(shape: str) -> list[NDArray[np.float64]]:
-    """The shape's contours, their bounding box centred on the origin with 1 as its longer side."""
+    """Return the shape's contours, their bounding box centred on the origin with 1 as its longer side."""
     points = np.concatenate(_CONTOURS[shape])
     low, high = points.min(axis=0), points.max(axis=0)
     return [(contour - (low + high) / 2) / (high - low).max() for contour in _CONTOURS[shape]]
@@ -285,7 +279,7 @@ def outline(shape: str) -> list[NDArray[np.float64]]:
 
 @cache
 def extent(shape: str) -> tuple[float, float]:
-    """Width and height of the outline; the larger one is 1."""
+    """Measure width and height of the outline; the larger one is 1."""
     points = np.concatenate(outline(shape))
     width, height = np.ptp(points, axis=0)
     return float(width), float(height)

@@ -42,10 +42,20 @@ class Store(Protocol):
     readahead: int
 
     def list(self, suffix: str = "") -> list[ObjectInfo]:
-        """Every object whose name ends in `suffix`, sorted by name."""
+        """List every object whose name ends in `suffix`, sorted by name.
+
+        Raises:
+            DataError: the directory or bucket cannot be listed.
+            StoreError: the network failed for longer than the retries last.
+        """
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of an object, `stop=None` for its end. Returns all of them or raises."""
+        """Read bytes [start, stop) of an object, `stop=None` for its end: all of them, or raise.
+
+        Raises:
+            DataError: the object is gone, shorter than `stop`, or may not be read.
+            StoreError: the network or a disk failed for longer than the retries last.
+        """
 
 
 def open_store(
@@ -56,10 +66,19 @@ def open_store(
     profile: str | None = None,
     anonymous: bool = False,
 ) -> Store:
-    """The store at a local directory or at `s3://bucket/prefix`; the keywords concern S3 alone.
+    """Open the store at a local directory or at `s3://bucket/prefix`; the keywords concern S3 alone.
 
-    Credentials are boto3's (its environment variables and files); `anonymous` sends none.
-    Raises DataError for a missing directory, an unknown scheme or an unknown profile.
+    Credentials are boto3's (its environment variables and files).
+
+    Args:
+        url: the directory, or s3://bucket/prefix.
+        endpoint: URL of another S3 server than Amazon's.
+        region: the bucket's region; None takes the profile's.
+        profile: profile of the AWS credentials file; None takes boto3's choice.
+        anonymous: send no credentials.
+
+    Raises:
+        DataError: a missing directory, an unknown scheme or an unknown profile.
     """
     if url.startswith("s3://"):
         bucket, _, prefix = url.removeprefix("s3://").partition("/")

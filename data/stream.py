@@ -7,7 +7,6 @@ alone. The cursor is a few integers: draws made, and (epoch, raw position) in ea
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,23 +41,16 @@ class Record:
     id: str
     image: bytes
     caption: str
-    meta_json: bytes | None
-
-    def meta(self) -> dict[str, Any] | None:
-        """The sample's JSON object, if it has one. Parsed when asked for: most runs never do."""
-        if self.meta_json is None:
-            return None
-        try:
-            meta = json.loads(self.meta_json)
-        except (ValueError, RecursionError) as fault:
-            raise BadSample("bad_json", str(fault)) from fault
-        if not isinstance(meta, dict):
-            raise BadSample("bad_json", f"a {type(meta).__name__}, not an object")
-        return meta
 
 
 def read_record(index: SourceIndex, shard: int, sample: int) -> Record:
-    """Read one sample. Raises BadSample with reason "missing_image" or "bad_caption", and the store's errors."""
+    """Read one sample, by the number of its shard and its number in the shard.
+
+    Raises:
+        BadSample: with reason "missing_image" or "bad_caption".
+        DataError: the shard is gone or shorter than when it was indexed.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
     shard_index = index.shards[shard]
     entry = shard_index[sample]
     if entry.image is None:
@@ -66,20 +58,18 @@ def read_record(index: SourceIndex, shard: int, sample: int) -> Record:
     if entry.caption is None:
         raise BadSample("bad_caption", "there is none")
     name = shard_index.info.name
-    wanted = [span for span in (entry.image, entry.caption, entry.meta) if span is not None]
-    parts = dict(zip(wanted, _read_spans(index.store, name, wanted), strict=True))
+    image, text = _read_spans(index.store, name, (entry.image, entry.caption))
     try:
-        caption = parts[entry.caption].decode("utf-8").strip()
+        caption = text.decode("utf-8").strip()
     except UnicodeDecodeError as fault:
         raise BadSample("bad_caption", str(fault)) from fault
     if not caption:
         raise BadSample("bad_caption", "it is empty")
-    meta = parts[entry.meta] if entry.meta is not None else None
-    return Record(f"{index.name}/{name}/{entry.key}", parts[entry.image], caption, meta)
+    return Record(f"{index.name}/{name}/{entry.key}", image, caption)
 
 
 def _read_spans(store: Store, name: str, spans: Sequence[Span]) -> list[bytes]:
-    """The bytes of several spans of one object: in one read where they are neighbours."""
+    """Read several spans of one object: in one read where they are neighbours."""
     start, stop = min(offset for offset, _ in spans), max(offset + size for offset, size in spans)
     if stop - start - sum(size for _, size in spans) > _READ_APART:
         return [store.read(name, offset, offset + size) for offset, size in spans]
@@ -90,8 +80,13 @@ def _read_spans(store: Store, name: str, spans: Sequence[Span]) -> list[bytes]:
 class LaneStream:
     """The endless stream of one lane's good samples.
 
-    `state()` and the constructor's `state` are {"draws": n, "sources": {name: [epoch, position]},
-    "counters": {reason: samples}}; "counters" also has "samples", those yielded.
+    Args:
+        sources: the sources, each in the order of this seed and stage.
+        weights: one positive weight a source, of any sum.
+        lane: this lane's number, 0 <= lane < lanes.
+        lanes: number of lanes.
+        state: what `state()` returned, to go on after it: {"draws": n, "sources": {name: [epoch, position]},
+            "counters": {reason: samples}}, where "counters" also has "samples", those yielded; None begins.
     """
 
     def __init__(
@@ -112,14 +107,16 @@ class LaneStream:
         self._counters: Counter[str] = Counter(begin["counters"])
 
     def state(self) -> dict[str, Any]:
-        """The cursor after the last sample yielded, as plain JSON values."""
+        """Return the cursor after the last sample yielded, as plain JSON values."""
         places = {s.index.name: list(place) for s, place in zip(self._sources, self._places, strict=True)}
         return {"draws": self._draws, "sources": places, "counters": dict(sorted(self._counters.items()))}
 
     def next(self, use: Callable[[Record], T]) -> tuple[Record, T]:
-        """The lane's next record for which `use` (decoding, filters) does not raise BadSample, and its result.
+        """Return the next record for which `use` (decoding, filters) does not raise BadSample, and its result.
 
-        Raises DataError when a whole pass over the drawn source gives nothing.
+        Raises:
+            DataError: a whole pass over the drawn source gives nothing, or a shard changed since it was indexed.
+            StoreError: the network or a disk failed for longer than the retries last.
         """
         number = mix(self._weights, self.lane, self._lanes, self._draws)
         source, order = self._sources[number], self._sources[number].order

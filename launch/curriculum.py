@@ -3,7 +3,7 @@
 deepspeed launch/curriculum.py --config configs/demo.yaml
 """
 
-from launch.process import main  # first: it prepares the environment for DeepSpeed
+from launch.process import main
 from launch.train import train
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Packs the built-in demo data into WebDataset shards.
+"""Pack the built-in demo data into WebDataset shards.
 
     python launch/pack.py openmoji --out shards/openmoji        # 3,953 drawings with their names, 10 s
     python launch/pack.py shapes --out shards/shapes --count 20000
@@ -9,8 +9,8 @@ nothing when that is there, and goes on where it was stopped when it is not.
 
 from __future__ import annotations
 
+import errno
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from jsonargparse import ArgumentError, auto_cli
 import data.openmoji
 import data.pack
 import data.shapes
+from data.errors import UserError
+
+_FOLDER_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
 
 
 def openmoji(
@@ -29,7 +32,7 @@ def openmoji(
     shard_size: int = 1000,
     workers: int | None = None,
 ) -> None:
-    """OpenMoji's drawings, captioned with their English names (CC BY-SA 4.0).
+    """Pack OpenMoji's drawings, captioned with their English names (CC BY-SA 4.0).
 
     Args:
         out: Folder for the shards; new, empty, or left by the same command.
@@ -39,7 +42,7 @@ def openmoji(
         shard_size: Most samples in a shard; shards of a split differ by at most one.
         workers: Processes; by default one per processor core. Does not change the result.
     """
-    _pack(data.openmoji.source(size, heldout, seed), out, shard_size, workers)
+    _pack(data.openmoji.contents(size, heldout, seed), out, shard_size, workers)
 
 
 def shapes(
@@ -51,7 +54,7 @@ def shapes(
     shard_size: int = 1000,
     workers: int | None = None,
 ) -> None:
-    """Drawn scenes of one to four shapes, captioned in GenEval's grammar, with their ground truth.
+    """Pack drawn scenes of one to four shapes, captioned in GenEval's grammar, with their ground truth.
 
     Args:
         out: Folder for the shards; new, empty, or left by the same command.
@@ -62,11 +65,16 @@ def shapes(
         shard_size: Most samples in a shard; shards of a split differ by at most one.
         workers: Processes; by default one per processor core. Does not change the result.
     """
-    _pack(data.shapes.source(count, size, heldout, seed), out, shard_size, workers)
+    _pack(data.shapes.contents(count, size, heldout, seed), out, shard_size, workers)
 
 
-def _pack(source: data.pack.Source, out: Path, shard_size: int, workers: int | None) -> None:
-    done = data.pack.pack(source, out, shard_size, workers or len(os.sched_getaffinity(0)))
+def _pack(contents: data.pack.Contents, out: Path, shard_size: int, workers: int | None) -> None:
+    try:
+        done = data.pack.pack(contents, out, shard_size, workers or len(os.sched_getaffinity(0)))
+    except OSError as error:
+        if error.errno not in _FOLDER_FAULTS:
+            raise
+        raise UserError(f"out is {out}: it should be a folder to write into: {error.strerror}") from error
     counts = ", ".join(f"{n} {split}" for split, n in done.summary["samples"].items())
     left_out = "".join(f"; left out: {n} ({why})" for why, n in done.summary["left_out"].items())
     verb = "was already packed, nothing to do" if done.was_finished else "packed"
@@ -74,22 +82,20 @@ def _pack(source: data.pack.Source, out: Path, shard_size: int, workers: int | N
 
 
 def main(args: list[str] | None = None) -> int:
-    given = sys.argv[1:] if args is None else args
-    # --shard-size is taken for --shard_size, jsonargparse's spelling.
-    given = [re.sub("^--[a-z-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in given]
+    """Run the command line and return the exit code; a user's mistake is one sentence and code 2."""
     try:
         auto_cli(
             [openmoji, shapes],
-            args=given,
+            args=args,
             as_positional=False,
             exit_on_error=False,
-            description="Packs the built-in demo data into WebDataset shards.",
+            description="Pack the built-in demo data into WebDataset shards.",
         )
-    except (ValueError, ArgumentError, OSError, ImportError) as error:
-        print(f"pack.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, ArgumentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pack.py: interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

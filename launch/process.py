@@ -15,21 +15,11 @@ from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 
 import torch
-
-if not torch.cuda.is_available():
-    # DeepSpeed looks at this when it is first imported.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
 import torch.distributed as dist
 
-from data.errors import DataError
-from t2i.config import ConfigError
-from t2i.engine.checkpoint import CheckpointError
+from data.errors import StoreError, UserError
 from t2i.train.processes import World, leave_with_launcher
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, TimeoutError)
 BAD_INPUT = 2
 
 
@@ -75,14 +65,14 @@ def quiet(rank: int) -> None:
 
 
 def main(job: Callable[[], None]) -> None:
-    """Run a job; a user's mistake ends it with one sentence and exit code 2."""
+    """Run a job; a user's mistake ends it with one sentence and exit code 2, a lasting fault of a store with 1."""
     rank = int(os.environ.get("RANK", "0"))
     quiet(rank)
     try:
         job()
-    except USER_ERRORS as error:
+    except (UserError, StoreError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(BAD_INPUT if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

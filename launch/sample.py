@@ -13,15 +13,14 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from launch.process import joined_world, main  # first: it prepares the environment for DeepSpeed
-
-from jsonargparse import ArgumentError, ArgumentParser  # isort: skip
+from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 from tqdm import tqdm
 
+from launch.process import joined_world, main
 from t2i.config import ConfigError, SamplingConfig
+from t2i.config_loading import validate_section
 from t2i.pipeline import Picture, Pipeline
-from t2i.train.validate import tile
 
 
 def sample() -> None:
@@ -42,8 +41,9 @@ def sample() -> None:
         raise ConfigError(f"--prompts {options.prompts}: no such file")
     prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
     with joined_world() as world:
-        pipeline = Pipeline(options.model, options.weights, world.device)
-        settings = SamplingConfig(**{**pipeline.config.sampling.model_dump(), **options.sampling})
+        pipeline = Pipeline.load(options.model, options.weights, world.device)
+        tree = {**pipeline.config.sampling.model_dump(), **options.sampling}
+        settings = validate_section(SamplingConfig, tree, "--sampling")
         pictures = [Picture(prompt, n) for prompt in prompts for n in range(options.pictures)]
         mine = range(world.rank, len(pictures), world.size)
         world.from_main(lambda: options.out.mkdir(parents=True, exist_ok=True))
@@ -52,7 +52,7 @@ def sample() -> None:
             drawn = pipeline.draw([pictures[i] for i in chunk], settings)
             for i, image in zip(chunk, drawn.numpy(), strict=True):
                 prompt, number = divmod(i, options.pictures)
-                Image.fromarray(tile(image[None], 1)).save(options.out / f"{prompt:05d}_{number}.png")
+                Image.fromarray(image.transpose(1, 2, 0)).save(options.out / f"{prompt:05d}_{number}.png")
         if world.is_main:
             described = {"model": str(options.model), "weights": options.weights, "prompts": prompts}
             described["sampling"] = settings.model_dump()

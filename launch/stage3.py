@@ -4,7 +4,7 @@ deepspeed launch/stage3.py                                       # configs/pixel
 deepspeed launch/stage3.py --config configs/demo.yaml --model.depth 4
 """
 
-from launch.process import main  # first: it prepares the environment for DeepSpeed
+from launch.process import main
 from launch.train import train
 
 if __name__ == "__main__":

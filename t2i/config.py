@@ -2,23 +2,22 @@
 
 A run is a list of stages. The sections below hold the settings that stages share; a stage names what differs.
 What counts, from weakest to strongest: the defaults here, the file's sections, the stage, the command line.
-Mistakes raise `ConfigError` with one sentence that names the field.
+`t2i/config_loading.py` reads, checks and merges them.
 """
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data.errors import DataError
-from data.loader import check_layout
+from data.errors import UserError
+
+NAME = r"^[A-Za-z0-9_.-]+$"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A user's mistake, said in one sentence that names the field, its value and what would be right."""
 
 
@@ -39,8 +38,6 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The denoiser."""
 
-    family: Literal["pixelgen"] = "pixelgen"
-    """Architecture of the denoiser."""
     patch_size: int = Field(16, gt=0)
     """Side of a square patch, in pixels; the resolution is a multiple of it."""
     width: int = Field(1536, gt=0)
@@ -279,41 +276,26 @@ class CheckpointConfig(Section):
     """Newest checkpoints of a stage that are kept."""
 
 
-class StageConfig(Section):
-    """One stage: a name, and in each section only what differs from the run's."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """Name of the stage and of its folder."""
-    text: dict[str, Any] = {}
-    """Overrides of the text section."""
-    data: dict[str, Any] = {}
-    """Overrides of the data section."""
-    objective: dict[str, Any] = {}
-    """Overrides of the objective section."""
-    optimizer: dict[str, Any] = {}
-    """Overrides of the optimizer section."""
-    train: dict[str, Any] = {}
-    """Overrides of the train section."""
-    engine: dict[str, Any] = {}
-    """Overrides of the engine section."""
-    ema: dict[str, Any] = {}
-    """Overrides of the ema section."""
-    init: dict[str, Any] = {}
-    """Overrides of the init section."""
-    sampling: dict[str, Any] = {}
-    """Overrides of the sampling section."""
-    validation: dict[str, Any] = {}
-    """Overrides of the validation section."""
-    logging: dict[str, Any] = {}
-    """Overrides of the logging section."""
-    checkpoint: dict[str, Any] = {}
-    """Overrides of the checkpoint section."""
+STAGE_SECTIONS = (
+    "data",
+    "objective",
+    "optimizer",
+    "train",
+    "engine",
+    "ema",
+    "init",
+    "sampling",
+    "validation",
+    "logging",
+    "checkpoint",
+)
+"""What a stage may override. Not the model and the text encoder: they are the run's."""
 
 
 class RunConfig(Section):
     """A run: its whole curriculum."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("run", pattern=NAME)
     """Name of the run and of its folder."""
     root: Path = Path("runs")
     """Folder that holds the run's folder; visible to all ranks."""
@@ -332,126 +314,10 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    stages: list[StageConfig] = []
-    """The curriculum, in order."""
+    stages: list[dict[str, Any]] = []
+    """The curriculum, in order. Each stage has a name and, under a section's name, only what differs from it."""
 
     @property
     def directory(self) -> Path:
         """Where the run writes."""
         return self.root / self.name
-
-    def stage(self, index: int, overrides: dict[str, Any] | None = None) -> RunConfig:
-        """The settings of one stage: this run's sections with the stage's overrides, then `overrides`.
-
-        Raises:
-            ConfigError: there is no such stage, or its settings are wrong.
-        """
-        if index >= len(self.stages):
-            raise ConfigError(f"stages: the config has {len(self.stages)} stages, so there is no stage {index + 1}")
-        stage = self.stages[index]
-        tree = self.model_dump()
-        for section in StageConfig.model_fields:
-            if section != "name":
-                tree[section] = merge(tree[section], getattr(stage, section))
-        return validate(merge(tree, overrides or {}), where=f"stage {stage.name}")
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` entered, dictionaries joined level by level."""
-    merged = dict(base)
-    for name, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = merge(merged[name], value) if both else value
-    return merged
-
-
-def _field_names(path: tuple[str | int, ...]) -> list[str]:
-    """Names of the fields at a place in the tree."""
-    here: Any = RunConfig
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = here.model_fields[part].annotation if part in here.model_fields else None
-        arguments = getattr(annotation, "__args__", (annotation,))
-        here = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), None)
-        if here is None:
-            return []
-    return list(here.model_fields)
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    """The first of pydantic's findings as one sentence."""
-    # A misspelt required field is also missing under its right name: say the misspelling.
-    first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
-    location = tuple(first["loc"])
-    name = ".".join(map(str, location)) or "config"
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _field_names(location[:-1]), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(_field_names(location[:-1]))}"
-        return f"{where}: unknown field {name!r}; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    value = first["input"]
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | type(None)) else ""
-    return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
-
-
-def validate(tree: dict[str, Any], where: str) -> RunConfig:
-    """A config from a plain tree.
-
-    Raises:
-        ConfigError: with one sentence; `where` says which file or stage.
-    """
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from error
-    if config.data.resolution % config.model.patch_size:
-        raise ConfigError(
-            f"{where}: data.resolution {config.data.resolution} must be a multiple of "
-            f"model.patch_size ({config.model.patch_size})"
-        )
-    if len({s.name for s in config.stages}) < len(config.stages):
-        raise ConfigError(f"{where}: stages: two stages have the same name")
-    return config
-
-
-def load(path: Path) -> RunConfig:
-    """Read a YAML file.
-
-    Raises:
-        ConfigError: the file is missing, is no YAML mapping, or its settings are wrong.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config {path}: must be a mapping of sections")
-    return validate(tree, where=str(path))
-
-
-def dump(config: RunConfig) -> str:
-    """YAML that `load` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-def check_world_size(config: RunConfig, world_size: int, where: str) -> None:
-    """Refuse a number of ranks that cannot share a stage's batch evenly.
-
-    Raises:
-        ConfigError: naming the field and the nearest value that would do.
-    """
-    batch, micro = config.train.batch_size, config.train.micro_batch_size
-    try:
-        check_layout(batch, config.data.lanes, world_size)
-    except DataError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    if batch // world_size % micro:
-        share = batch // world_size
-        nearest = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
-        raise ConfigError(
-            f"{where}: train.micro_batch_size {micro} does not divide a rank's share of the batch "
-            f"({batch} / {world_size} = {share}); {nearest} would"
-        )

@@ -14,5 +14,5 @@ from data.randomness import hash_u64
 def slot_noise(key: int, slots: ArrayLike, shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal fp32 noise (len(slots), *shape); the same slot gives the same noise on one kind of device."""
     generator = torch.Generator(device)
-    seeds = (int(value) % 2**63 for value in hash_u64(key, slots))
+    seeds = hash_u64(key, slots).tolist()
     return torch.stack([torch.randn(*shape, generator=generator.manual_seed(seed), device=device) for seed in seeds])

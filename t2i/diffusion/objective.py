@@ -27,7 +27,7 @@ TERMS = ("loss", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa")
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """Weights of the terms and the two thresholds; a weight of 0 leaves the term and its network out."""
 
     lpips: float
@@ -79,7 +79,7 @@ class Objective:
     """
 
     def __init__(
-        self, weights: Weights, image_distance: ImageDistance | None, patch_features: PatchFeatures | None
+        self, weights: LossWeights, image_distance: ImageDistance | None, patch_features: PatchFeatures | None
     ) -> None:
         assert weights.lpips == 0 or image_distance is not None
         assert weights.pdino == weights.repa == 0 or patch_features is not None

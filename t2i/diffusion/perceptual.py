@@ -83,7 +83,7 @@ class Dinov2(nn.Module):
         name: a Hugging Face name or a local folder, e.g. `facebook/dinov2-base`.
     """
 
-    def __init__(self, name: str = "facebook/dinov2-base") -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         from transformers import Dinov2Model
 

@@ -21,18 +21,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.errors import UserError
 from t2i.engine.shards import Shards
 
 FORMAT = 1
 COMMIT_TIMEOUT_S = 600.0
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used, with the reason."""
 
 
@@ -50,11 +50,12 @@ def _write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -139,8 +140,7 @@ class CheckpointWriter:
         aside.mkdir(parents=True, exist_ok=True)
         path = aside / f"rank_{self.rank:05d}.safetensors"
         save_file(snapshot, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         part = {"file": path.name, "sha256": sha256(path), "slices": places}
         _write_durably(aside / f"rank_{self.rank:05d}.json", json.dumps(part))
         if self.rank == 0:
@@ -164,7 +164,7 @@ class CheckpointWriter:
         for report in reports:
             report.unlink()
         aside.rename(final)
-        _sync_folder(self.folder)
+        sync(self.folder)
         for old in checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old)
 
@@ -178,10 +178,10 @@ class Checkpoint:
     """A committed checkpoint, opened for reading.
 
     Raises:
-        CheckpointError: it is torn, of another format, or (with `verify`) its files are not as written.
+        CheckpointError: its manifest is torn or of another format.
     """
 
-    def __init__(self, path: Path, verify: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self.manifest = json.loads((path / "manifest.json").read_text())
@@ -189,8 +189,15 @@ class Checkpoint:
             raise CheckpointError(f"{path}: the manifest cannot be read: {error}") from error
         if self.manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {self.manifest['format']}, this version reads {FORMAT}")
-        for part in self.manifest["parts"] if verify else []:
-            file = path / part["file"]
+
+    def verify(self) -> None:
+        """Check every file against its checksum.
+
+        Raises:
+            CheckpointError: one is missing or not as written.
+        """
+        for part in self.manifest["parts"]:
+            file = self.path / part["file"]
             if not file.exists() or sha256(file) != part["sha256"]:
                 raise CheckpointError(f"{file}: missing, or its checksum is not the manifest's")
 
@@ -199,20 +206,24 @@ class Checkpoint:
         """The trainer's global state."""
         return self.manifest["state"]
 
-    def read(self, shards: Shards, kinds: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def read(self, shards: Shards, kinds: Mapping[str, Mapping[str, Tensor]], optional: str | None = None) -> None:
         """Fill this rank's slices.
 
         Args:
             shards: which slice of each parameter is wanted.
             kinds: for each kind to read (`value`, `ema`, or a moment), the tensors (numel,) to fill by name.
+            optional: prefix of parameters that may differ or be missing: theirs are left as they are.
 
         Raises:
             CheckpointError: it is of a model with other parameters.
         """
         ours = {name: list(shard.shape) for name, shard in shards.items()}
-        if self.manifest["shapes"] != ours:
-            theirs = self.manifest["shapes"]
-            differing = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+        theirs = self.manifest["shapes"]
+        differing = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+        if optional is not None:
+            kinds = {k: {n: t for n, t in targets.items() if n not in differing} for k, targets in kinds.items()}
+            differing = [name for name in differing if not name.startswith(optional)]
+        if differing:
             raise CheckpointError(
                 f"{self.path} is of another model: {len(differing)} parameters differ, first {differing[0]} "
                 f"({theirs.get(differing[0])} there, {ours.get(differing[0])} here)"
@@ -221,6 +232,8 @@ class Checkpoint:
             with safe_open(self.path / part["file"], framework="pt") as file:
                 present = set(file.keys())
                 for name, (start, stop) in part["slices"].items():
+                    if name not in shards:
+                        continue
                     low, high = max(start, shards[name].start), min(stop, shards[name].stop)
                     if low >= high:
                         continue
@@ -239,7 +252,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     faults = []
     for path in reversed(checkpoints(folder)):
         try:
-            Checkpoint(path, verify=True)
+            Checkpoint(path).verify()
         except CheckpointError as error:
             faults.append(str(error))
         else:
@@ -247,25 +260,15 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def save_model(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write whole tensors as one safetensors file, durably."""
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
-    _sync_folder(path.parent)
+def values_of(shards: Shards) -> dict[str, Tensor]:
+    """The master weights by name, as `Checkpoint.read` fills them."""
+    return {name: shard.value for name, shard in shards.items()}
 
 
-def optimizer_kinds(shards: Shards) -> dict[str, dict[str, Tensor]]:
+def moments_of(shards: Shards) -> dict[str, dict[str, Tensor]]:
     """The moments by kind and parameter name, as `Checkpoint.read` fills them."""
     kinds: dict[str, dict[str, Tensor]] = {}
     for name, shard in shards.items():
         for moment, tensor in shard.state.items():
             kinds.setdefault(moment, {})[name] = tensor
     return kinds
-
-
-def value_kinds(shards: Shards) -> dict[str, dict[str, Tensor]]:
-    """Fresh tensors for the weights by kind and name: the engine copies them in with `load_values`."""
-    return {"value": {name: torch.empty_like(shard.value) for name, shard in shards.items()}}

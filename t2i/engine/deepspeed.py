@@ -81,56 +81,44 @@ class DeepSpeedEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module.to(device), optimizer=optimizer, dist_init_required=False, config=config
             )
-        self.module: nn.Module = self._engine.module
         # Calls go through DeepSpeed's wrapper: its forward arms the clearing of gradients between micro-steps.
         self.network: nn.Module = self._engine
+        self._module: nn.Module = self._engine.module
         self._zero: Any = self._engine.optimizer
+        # In bf16 with fp32 gradients ZeRO-1 is DeepSpeed's BF16_Optimizer, in fp32 its DeepSpeedZeroOptimizer.
+        self._is_bf16 = dtype == torch.bfloat16
         self.shards = self._name_shards()
-        # ZeRO made its masters from bf16 weights; start from the fp32 ones.
-        self.load_values({name: initial[name][shard.start : shard.stop] for name, shard in self.shards.items()})
-
-    def _flat_partitions(self) -> list[Tensor]:
-        """This rank's flat fp32 master weights, one tensor a group."""
-        if hasattr(self._zero, "fp32_groups_flat_partition"):
-            return self._zero.fp32_groups_flat_partition
-        return self._zero.single_partition_of_fp32_groups
+        for name, shard in self.shards.items():
+            # ZeRO made its masters from bf16 weights; start from the fp32 ones.
+            shard.value.copy_(initial[name][shard.start : shard.stop])
+        self.refresh()
 
     def _name_shards(self) -> dict[str, Shard]:
         """Create the optimizer's state and cut it and the masters into slices by parameter name."""
-        partitions = self._flat_partitions()
+        zero = self._zero
+        partitions = zero.fp32_groups_flat_partition if self._is_bf16 else zero.single_partition_of_fp32_groups
+        low_precision = zero.bf16_groups if self._is_bf16 else zero.bit16_groups
         groups = self._optimizer.param_groups
         for flat, group in zip(partitions, groups, strict=True):
             self._optimizer.state[flat] = initial_state(flat, group["muon"])
-        group_of = {id(p): i for i, params in enumerate(self._low_precision_groups()) for p in params}
+        group_of = {id(p): i for i, params in enumerate(low_precision) for p in params}
         shards: dict[str, Shard] = {}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._module.named_parameters():
             index = group_of[id(parameter)]
             flat, mapping = partitions[index], getattr(parameter, "_hp_mapping", None)
-            start = mapping.lp_fragment_address.start if mapping is not None else 0
-            numel = mapping.lp_fragment_address.numel if mapping is not None else 0
-            flat_start = mapping.hp_fragment_address.start if mapping is not None else 0
-            shards[name] = Shard(
-                parameter.shape,
-                start,
-                flat.detach()[flat_start : flat_start + numel],
-                {
-                    key: tensor[flat_start : flat_start + numel]
-                    for key, tensor in self._optimizer.state[flat].items()
-                    if tensor.shape == flat.shape
-                },
-            )
+            start = flat_start = numel = 0
+            if mapping is not None:  # None: this rank holds nothing of the parameter
+                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                flat_start = mapping.hp_fragment_address.start
+            held = slice(flat_start, flat_start + numel)
+            moments = {k: t[held] for k, t in self._optimizer.state[flat].items() if t.shape == flat.shape}
+            shards[name] = Shard(parameter.shape, start, flat.detach()[held], moments)
             if groups[index]["muon"]:
-                piece = MatrixSlice(parameter.shape, start, flat_start, numel)
-                self._optimizer.layouts.setdefault(id(flat), []).append(piece)
+                groups[index]["layout"].append(MatrixSlice(parameter.shape, start, flat_start, numel))
         return shards
 
-    def _low_precision_groups(self) -> list[list[nn.Parameter]]:
-        return getattr(self._zero, "bf16_groups", None) or self._zero.bit16_groups
-
-    def load_values(self, values: dict[str, Tensor]) -> None:
-        """Set the master weights from this rank's slices, and the network's weights from the masters."""
-        for name, value in values.items():
-            self.shards[name].value.copy_(value)
+    def refresh(self) -> None:
+        """Bring the network's weights up to date after the masters (`shards`) were written to."""
         self._zero.update_lp_params()
 
     @property
@@ -153,7 +141,7 @@ class DeepSpeedEngine:
             self._engine.step()
 
     def _grad_norm(self) -> float:
-        if hasattr(self._zero, "fp32_groups_gradients_flat"):
+        if self._is_bf16:
             return float(torch.nn.utils.get_total_norm(self._zero.fp32_groups_gradients_flat))
         norm = float(self._zero.scaled_global_norm())
         return norm if norm >= 0 else math.nan  # ZeRO reports a non-finite norm as -1

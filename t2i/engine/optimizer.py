@@ -52,14 +52,13 @@ class Optimizer(torch.optim.AdamW):
     """AdamW for groups with `muon` False, Muon for those with True.
 
     `vetoed` makes the next step leave weights and moments alone: engines call `step` on their own, so this is
-    the one place where an update can be stopped in every engine. `layouts` (one list of slices a Muon group) is
-    set by the engine once it has sharded the parameters.
+    the one place where an update can be stopped in every engine. A Muon group's `layout`, its matrices in order as
+    `MatrixSlice`s, is filled by the engine once it has sharded the parameters.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, betas=betas, eps=eps, fused=True)
         self.vetoed = False
-        self.layouts: dict[int, list[MatrixSlice]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -82,7 +81,7 @@ class Optimizer(torch.optim.AdamW):
         update = flat.grad.lerp(momentum, group["momentum"])
         flat.mul_(1.0 - group["lr"] * group["weight_decay"])
         bucket: list[MatrixSlice] = []
-        for piece in self.layouts[id(flat)]:
+        for piece in group["layout"]:
             if sum(p.shape.numel() for p in bucket) + piece.shape.numel() > BUCKET_NUMEL and bucket:
                 self._apply_bucket(flat, update, bucket, group)
                 bucket = []
@@ -147,6 +146,7 @@ def build_optimizer(
                     "weight_decay": weight_decay,
                     "momentum": muon_momentum,
                     "work_dtype": work_dtype,
+                    "layout": [],
                 }
             )
     return Optimizer(groups, betas, eps)

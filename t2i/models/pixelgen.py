@@ -94,6 +94,11 @@ class Block(nn.Module):
         return x_BND + gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
 
 
+def muon_takes(name: str) -> bool:
+    """Whether Muon is to update a parameter: the matrices of attention and MLP, not adaLN, embeddings or head."""
+    return ".attn." in name or (".mlp." in name and ".time." not in name)
+
+
 class PixelGen(nn.Module):
     """The denoiser of PixelGen for text to image (paper section 3, configuration of Table 7).
 
@@ -108,10 +113,10 @@ class PixelGen(nn.Module):
         heads: int,
         text_width: int,
         text_length: int,
-        text_depth: int = 4,
-        patch_size: int = 16,
-        bottleneck: int = 256,
-        repa_layer: int = 8,
+        text_depth: int,
+        patch_size: int,
+        bottleneck: int,
+        repa_layer: int,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.errors import UserError
+
 ENCODE_BATCH = 16
 
 
@@ -24,17 +26,17 @@ def resolve_model(name: str) -> str:
     """A Hugging Face name or folder as it is; `package:NAME/FOLDER` becomes a folder of an installed package.
 
     Raises:
-        ValueError: the package or folder is not there.
+        UserError: the package or folder is not there.
     """
     if not name.startswith("package:"):
         return name
     package, _, folder = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ValueError(f"text.model {name!r}: the Python package {package!r} is not installed")
+        raise UserError(f"text.model {name!r}: the Python package {package!r} is not installed")
     path = Path(spec.origin).parent / folder
     if not path.is_dir():
-        raise ValueError(f"text.model {name!r}: {package!r} holds no folder {folder!r}")
+        raise UserError(f"text.model {name!r}: {package!r} holds no folder {folder!r}")
     return str(path)
 
 
@@ -48,7 +50,7 @@ class TextEncoder(nn.Module):
         cache: captions whose states are kept in memory (the latest used); 0 keeps none.
 
     Raises:
-        ValueError: the weights or the tokeniser cannot be loaded.
+        UserError: the weights or the tokeniser cannot be loaded.
     """
 
     def __init__(self, name: str, length: int, dtype: torch.dtype = torch.bfloat16, cache: int = 0) -> None:
@@ -61,7 +63,7 @@ class TextEncoder(nn.Module):
             self.net = AutoModel.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"text.model {name!r} cannot be loaded: {reason}") from error
+            raise UserError(f"text.model {name!r} cannot be loaded: {reason}") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.width: int = self.net.config.hidden_size

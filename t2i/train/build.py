@@ -1,8 +1,9 @@
-"""From a config to the parts of a stage: networks, frozen encoders, optimizer. The one place that knows all rooms."""
+"""From a config to what a stage trains with: network, objective, optimizer. The one place that knows all rooms."""
 
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 
 import torch
@@ -10,40 +11,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.randomness import key
-from t2i.config import ConfigError, ModelConfig, ObjectiveConfig, RunConfig
-from t2i.diffusion.objective import Objective, Weights
+from t2i.build import build_denoiser
+from t2i.config import ConfigError, ObjectiveConfig, RunConfig
+from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, ImageDistance, Lpips, PatchFeatures
 from t2i.engine.optimizer import Optimizer, build_optimizer
 from t2i.models.layers import Projector
-from t2i.models.pixelgen import PixelGen, Prediction
-from t2i.models.text import TextEncoder
+from t2i.models.pixelgen import PixelGen, Prediction, muon_takes
 
 STAND_IN = "efficientnet-lite0"
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type behind `engine.dtype`; auto is bf16 where the device computes in it quickly."""
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
-
-
-def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> PixelGen:
-    """The denoiser with fresh weights from torch's default generator."""
-    return PixelGen(
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        text_width=text_width,
-        text_length=text_length,
-        text_depth=config.text_depth,
-        patch_size=config.patch_size,
-        bottleneck=config.bottleneck,
-        repa_layer=config.repa_layer,
-    )
 
 
 class TrainingNetwork(nn.Module):
@@ -64,7 +40,7 @@ class TrainingNetwork(nn.Module):
 def build_network(config: RunConfig, text_width: int, features: PatchFeatures | None) -> TrainingNetwork:
     """The trained network with weights that depend on the run's seed alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(config.seed, "weights") % 2**63)
+        torch.manual_seed(key(config.seed, "weights"))
         denoiser = build_denoiser(config.model, text_width, config.text.length)
         aligned = features is not None and config.objective.repa_weight > 0
         projector = Projector(config.model.width, features.width) if aligned and features else None
@@ -72,14 +48,6 @@ def build_network(config: RunConfig, text_width: int, features: PatchFeatures | 
         for block in (*denoiser.text_blocks, *denoiser.blocks):
             block.compile()
     return TrainingNetwork(denoiser, projector)
-
-
-def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The frozen text encoder on its device."""
-    try:
-        return TextEncoder(config.text.model, config.text.length, dtype, config.text.cache).to(device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def stand_ins(config: ObjectiveConfig) -> list[str]:
@@ -118,14 +86,20 @@ def build_objective(config: ObjectiveConfig, device: torch.device) -> Objective:
         distance = stand_in if config.lpips_network == STAND_IN else _load_lpips(config.lpips_path, device)
     if config.pdino_weight + config.repa_weight > 0:
         features = stand_in if config.features_network == STAND_IN else _load_dino(config, device)
-    weights = Weights(config.lpips_weight, config.pdino_weight, config.repa_weight, config.gate, config.min_noise)
+    weights = LossWeights(
+        lpips=config.lpips_weight,
+        pdino=config.pdino_weight,
+        repa=config.repa_weight,
+        gate=config.gate,
+        min_noise=config.min_noise,
+    )
     return Objective(weights, distance, features)
 
 
 def _load_lpips(path: Path | None, device: torch.device) -> Lpips:
     try:
         return Lpips(path).to(device)
-    except OSError as error:
+    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise ConfigError(
             f"objective.lpips_path: VGG16's weights cannot be had ({error}): give a file with torchvision's "
             "VGG16 weights, or set objective.lpips_network to efficientnet-lite0, a labelled stand-in"
@@ -142,11 +116,6 @@ def _load_dino(config: ObjectiveConfig, device: torch.device) -> Dinov2:
         ) from error
 
 
-def muon_takes(name: str) -> bool:
-    """Whether Muon updates a matrix: those of attention and MLP, not of adaLN, embeddings or the head."""
-    return ".attn." in name or (".mlp." in name and ".time." not in name)
-
-
 def build_train_optimizer(config: RunConfig, network: nn.Module, dtype: torch.dtype) -> Optimizer:
     """The optimizer of a stage; its learning rates are set at every step."""
     return build_optimizer(
@@ -160,7 +129,7 @@ def build_train_optimizer(config: RunConfig, network: nn.Module, dtype: torch.dt
     )
 
 
-def training_flops(config: RunConfig, text_width: int) -> float:
+def denoiser_training_flops(config: RunConfig, text_width: int) -> float:
     """FLOPs of the denoiser for one training image: three times those of its forward pass."""
     with torch.device("meta"):
         denoiser = build_denoiser(config.model, text_width, config.text.length)

@@ -1,7 +1,7 @@
 """A run: its stages in order, each from where it stands.
 
-Everything that can be wrong is looked for before anything is written: the stages' settings, the number of ranks,
-the sources. Then the run's folder is locked, and stages that are not done are trained.
+The run's folder is locked by its one writer. Settings, number of ranks and the sources of every stage still to train
+are checked before the first starts; a mistake there leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -14,87 +14,84 @@ import sys
 import uuid
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from t2i.config import ConfigError, RunConfig, check_world_size, dump
-from t2i.pipeline import model_file
+from t2i.config import ConfigError, RunConfig
+from t2i.config_loading import check_world_size, dump_config, stage_config
+from t2i.model_folder import check_model
 from t2i.train.build import stand_ins
 from t2i.train.observe import Observer
+from t2i.train.places import StagePlace, stage_places
 from t2i.train.processes import RunLock, World
 from t2i.train.report import write_report
 from t2i.train.stage_data import StageData, open_data
-from t2i.train.trainer import StagePlace, StageTrainer
+from t2i.train.trainer import StageTrainer
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
 
 
-def stage_places(config: RunConfig) -> list[StagePlace]:
-    """Name and folders of every stage of a run."""
-    folders = [config.directory / stage.name for stage in config.stages]
-    before = [None, *folders[:-1]]
-    return [
-        StagePlace(stage.name, folder, previous)
-        for stage, folder, previous in zip(config.stages, folders, before, strict=True)
-    ]
-
-
-def run(config: RunConfig, overrides: dict[str, Any], world: World, only: int | None = None) -> None:
+def run(config: RunConfig, world: World, only: int | None = None) -> None:
     """Train a run's stages, skipping those that are done.
 
     Args:
         config: the run.
-        overrides: settings from the command line, which go before a stage's own.
         world: this process.
         only: index of the one stage to train; None trains all.
 
     Raises:
-        ConfigError, DataError: a mistake, before anything is written.
-        TimeoutError: another process holds the run.
+        UserError: a mistake, before anything is written, or another process that holds the run.
     """
     if not config.stages:
         raise ConfigError("stages: the config names no stage")
-    chosen = range(len(config.stages)) if only is None else [only]
-    settings = {index: config.stage(index, overrides) for index in chosen}
+    chosen = list(range(len(config.stages))) if only is None else [only]
+    settings = {index: stage_config(config, index) for index in chosen}
     places = stage_places(config)
-    for index, stage in settings.items():
-        check_world_size(stage, world.size, f"stage {places[index].name}")
-    pending = world.from_main(lambda: [i for i in chosen if not places[i].model.exists()])
-    if not pending:
-        if world.is_main:
-            names = ", ".join(places[i].name for i in chosen)
-            print(f"{config.directory}: done already: {names}; the report is {config.directory / 'report.html'}")
+    for index in chosen:
+        check_world_size(settings[index], world.size, f"stage {places[index].name}")
+    if world.from_main(lambda: all(places[i].done for i in chosen)):
+        _say_done(config, [places[i] for i in chosen], world)
         return
-    _check_predecessor(pending[0], settings[pending[0]], places)
-    opened = {index: open_data(settings[index], world, places[index].name) for index in pending}
-
     lock: RunLock | None = None
 
-    def claim() -> str:
+    def claim() -> tuple[str, list[int]]:
         nonlocal lock
         lock = RunLock(config.directory)
-        return uuid.uuid4().hex[:8]
+        # Who held the run until now may have finished it.
+        return uuid.uuid4().hex[:8], [i for i in chosen if not places[i].done]
 
-    attempt = world.from_main(claim)
+    attempt, pending = world.from_main(claim)
     try:
+        opened = world.from_main(lambda: _open_stages(settings, places, pending))
         for index in pending:
             _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt)
             gc.collect()  # an engine is full of cycles, and holds the stage's memory
-        if world.is_main:
+        if world.is_main and pending:
             print(f"done: pictures and curves are in {write_report(config.directory)}")
     finally:
         if lock is not None:
             lock.release()
+    if not pending:
+        _say_done(config, [places[i] for i in chosen], world)
 
 
-def _check_predecessor(index: int, stage: RunConfig, places: list[StagePlace]) -> None:
-    """Refuse a stage that goes on from one that is not done, or from a folder that is no model."""
-    if stage.init.source not in ("previous", "scratch"):
-        model_file(Path(stage.init.source), stage.init.weights)
-    if stage.init.source == "previous" and index > 0 and not places[index - 1].model.exists():
-        raise ConfigError(
-            f"stage {places[index].name} goes on from stage {places[index - 1].name}, which is not done in "
-            f"{places[index - 1].folder}: train that first, or set init.source"
-        )
+def _say_done(config: RunConfig, places: list[StagePlace], world: World) -> None:
+    if world.is_main:
+        names = ", ".join(place.name for place in places)
+        print(f"{config.directory}: done already: {names}; the report is {config.directory / 'report.html'}")
+
+
+def _open_stages(settings: dict[int, RunConfig], places: list[StagePlace], pending: list[int]) -> dict[int, StageData]:
+    """Rank 0: see that every pending stage has something to start from, and open its data."""
+    for index in pending:
+        source, place = settings[index].init.source, places[index]
+        if source not in ("previous", "scratch"):
+            check_model(Path(source))
+        before = place.previous
+        if source == "previous" and before is not None and not before.done and index - 1 not in pending:
+            raise ConfigError(
+                f"stage {place.name} goes on from stage {before.name}, which is not done in {before.folder}: "
+                "train that first, or set init.source"
+            )
+    return {index: open_data(settings[index], places[index].name) for index in pending}
 
 
 def _train_stage(
@@ -103,20 +100,10 @@ def _train_stage(
     """Train one stage and bring the report up to date."""
     trainer = StageTrainer(stage, place, data, world, attempt)
     if world.is_main:
-        (config.directory / "config.yaml").write_text(dump(config))
+        (config.directory / "config.yaml").write_text(dump_config(config))
         _write_environment(config, stage, data, trainer, world)
-    observer = Observer(
-        config.directory,
-        active=world.is_main,
-        run=config.name,
-        stage=place.name,
-        total_steps=trainer.steps,
-        step=trainer.step,
-        wandb_mode=stage.logging.wandb,
-        wandb_project=stage.logging.wandb_project,
-        config=stage.model_dump(mode="json"),
-    )
-    for notice in [*stand_ins(stage.objective), *data.notices]:
+    observer = Observer(stage, place.name, trainer.step, active=world.is_main)
+    for notice in [*stand_ins(stage.objective), *data.damage]:
         observer.event(notice)
     try:
         trainer.run(observer)
@@ -132,7 +119,7 @@ def _write_environment(
 ) -> None:
     """environment.json: versions, machine, stand-ins, and the data's licences, of all stages so far."""
     path = config.directory / "environment.json"
-    before = json.loads(path.read_text()) if path.exists() else {"notices": [], "data": []}
+    before = json.loads(path.read_text()) if path.exists() else {"stand_ins": [], "data": []}
     known = {entry["name"]: entry for entry in before["data"]}
     for source, index in zip(stage.data.sources, data.indices, strict=True):
         known[source.name] = {
@@ -149,8 +136,8 @@ def _write_environment(
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
         "device": f"{world.device.type}, {platform.processor() or platform.machine()}",
         "world_size": world.size,
-        "parameters": sum(p.numel() for p in trainer.evaluator.network.parameters()),
-        "notices": list(dict.fromkeys([*before["notices"], *stand_ins(stage.objective)])),
+        "parameters": trainer.parameters,
+        "stand_ins": list(dict.fromkeys([*before["stand_ins"], *stand_ins(stage.objective)])),
         "data": list(known.values()),
         "git": git.stdout.strip() or None,
     }

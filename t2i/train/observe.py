@@ -7,15 +7,16 @@ lines as one that was not; lines past the checkpoint that a run resumes from are
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from t2i.config import RunConfig
 
 # Dense bf16 peaks in FLOP/s, from the vendors' data sheets; the name is looked for in the device's.
 PEAK_BF16 = {"H800": 989e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
@@ -68,8 +69,8 @@ class Metrics:
         return found
 
     def rewind(self, stage: str, step: int) -> None:
-        """Take back the stage's lines after `step`, atomically."""
-        kept = [line for line in self.lines() if line["stage"] != stage or line["step"] <= step]
+        """Take back the stage's lines after `step`, atomically; at step 0 all of them, its first validation too."""
+        kept = [line for line in self.lines() if line["stage"] != stage or 0 < step >= line["step"]]
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.rename(self.path)
@@ -83,43 +84,34 @@ class Metrics:
 class Observer:
     """Metrics, progress bar and W&B of one stage, on rank 0; on other ranks every method does nothing."""
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        active: bool,
-        run: str,
-        stage: str,
-        total_steps: int,
-        step: int,
-        wandb_mode: Literal["disabled", "offline", "online"],
-        wandb_project: str,
-        config: dict[str, Any],
-    ) -> None:
+    def __init__(self, config: RunConfig, stage: str, step: int, active: bool) -> None:
         self.active = active
         self.stage = stage
         if not active:
             return
-        self.metrics = Metrics(directory / "metrics.jsonl")
+        self.metrics = Metrics(config.directory / "metrics.jsonl")
         self.metrics.rewind(stage, step)
-        self.events = directory / "events.log"
-        self._bar = tqdm(total=total_steps, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr)
-        self._wandb: Any = None
-        if wandb_mode != "disabled":
-            import wandb
+        self.events = config.directory / "events.log"
+        total = config.train.steps
+        self._bar = tqdm(total=total, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._wandb = None if config.logging.wandb == "disabled" else self._start_wandb(config)
 
-            if wandb_mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-                self.event("no Weights & Biases login: writing offline (wandb sync uploads it)")
-                wandb_mode = "offline"
-            self._wandb = wandb.init(
-                project=wandb_project,
-                name=run,
-                id=run,
-                resume="allow",
-                dir=directory,
-                mode=wandb_mode,
-                config=config,
-            )
+    def _start_wandb(self, config: RunConfig) -> Any:
+        import wandb
+
+        mode = config.logging.wandb
+        if mode == "online" and not wandb.login(prompt=False):
+            self.event("no Weights & Biases login: writing offline (wandb sync uploads it)")
+            mode = "offline"
+        return wandb.init(
+            project=config.logging.wandb_project,
+            name=config.name,
+            id=config.name,
+            resume="allow",
+            dir=config.directory,
+            mode=mode,
+            config=config.model_dump(mode="json"),
+        )
 
     def event(self, text: str) -> None:
         """One sentence for events.log and the terminal."""

@@ -16,6 +16,8 @@ from typing import IO, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from data.errors import UserError
+
 T = TypeVar("T")
 
 LAUNCHER_WORDS = ("deepspeed", "torchrun", "torch.distributed")
@@ -63,11 +65,15 @@ class World:
             dist.barrier()
 
 
+class RunInUseError(UserError):
+    """Another process holds the run."""
+
+
 class RunLock:
     """One writer a run: an advisory lock on `run.lock`, which the system drops with the process that holds it.
 
     Raises:
-        TimeoutError: another process still holds it after `patience_s` seconds; the message names it.
+        RunInUseError: another process still holds it after `patience_s` seconds; the message names it.
     """
 
     def __init__(self, directory: Path, patience_s: float = 20.0) -> None:
@@ -86,7 +92,7 @@ class RunLock:
                 holder = self._file.read().strip() or "another process"
                 if time.monotonic() > deadline:
                     self._file.close()
-                    raise TimeoutError(
+                    raise RunInUseError(
                         f"{directory} is in use by {holder}: stop it, or give this run another name"
                     ) from None
                 if not said:

@@ -1,7 +1,7 @@
 """The page about a run: `write_report(run_dir)` reads a run directory and writes `run_dir/report.html`.
 
 - One file: pictures are data URIs, curves are inline SVG, nothing is loaded from anywhere.
-- The directory may belong to a running or a killed run: whatever is missing becomes a sentence that says so.
+- The run may go on or be killed: a section that has nothing to show yet says so.
 - All text that comes from files is escaped; the page replaces the old one by an atomic rename.
 """
 
@@ -11,9 +11,8 @@ import base64
 import io
 import json
 import math
-import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -23,164 +22,137 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from t2i.train.report_charts import Array, Line, Piece, chart
-
-Record = dict[str, Any]
+from t2i.train.observe import Metrics
+from t2i.train.report_charts import Array, Chart, Line, Piece, draw
 
 _STRIP_GRIDS = 16  # thumbnails a stage shows, evenly spread, the first and the last among them
 _TILE_SIDE, _THUMBNAIL_SIDE = 640, 480  # pixels
 _PAUSE_S = 3600.0  # a longer silence in metrics.jsonl is a run that was down, not a slow step
 
-# Title, note, kind of record, and its metrics as {legend: key}, or the prefix that a band of t follows.
-_CHARTS: list[tuple[str, str, str, dict[str, str] | str]] = [
-    ("Training loss", "What is minimised: all terms with their weights.", "train", {"total": "loss"}),
-    ("Terms of the loss", "Each term of the training loss by itself.", "train",
-     {"flow matching": "loss_fm", "LPIPS": "loss_lpips", "P-DINO": "loss_pdino", "REPA": "loss_repa"}),
-    ("Validation loss", "On images the model never trains on; lower is better.", "validation",
-     {"held-out": "loss"}),
-    ("Training loss by t", "The flow-matching term by band of t: 0 is pure noise, 1 the finished image.",
-     "train", "loss_fm_t"),
-    ("Validation loss by t", "Held-out loss by band of t: 0 is pure noise, 1 the finished image.",
-     "validation", "loss_t"),
-    ("Gradient norm", "Global norm at each update; a lasting climb is a warning.", "train",
-     {"norm": "grad_norm"}),
-    ("Learning rate", "As the optimizer used it.", "train", {"rate": "lr"}),
-    ("Images per second", "Over all devices.", "train", {"images": "images_per_s"}),
-    ("Data wait", "Seconds of a step spent waiting for images; near zero when loading keeps up.", "train",
-     {"seconds": "data_wait_s"}),
-    ("Utilisation", "MFU: model FLOPs as a share of the peak.", "train", {"share": "mfu"}),
-]  # fmt: skip
-_FROM_ZERO = ("Learning rate", "Images per second", "Data wait", "Utilisation")
+_CHARTS = [
+    Chart("Training loss", "What is minimised: all terms with their weights.", "train", {"total": "loss"}),
+    Chart(
+        "Terms of the loss",
+        "Each term of the training loss by itself.",
+        "train",
+        {"flow matching": "loss_fm", "LPIPS": "loss_lpips", "P-DINO": "loss_pdino", "REPA": "loss_repa"},
+    ),
+    Chart("Validation loss", "On images never trained on; lower is better.", "validation", {"held-out": "loss"}),
+    Chart("Training loss by t", "Flow matching: t is 0 in pure noise, 1 in the image.", "train", bands="loss_fm_t"),
+    Chart("Validation loss by t", "Held-out: t is 0 in pure noise, 1 in the image.", "validation", bands="loss_t"),
+    Chart("Gradient norm", "Of each update; a lasting climb is a warning.", "train", {"norm": "grad_norm"}),
+    Chart("Learning rate", "As the optimizers used it.", "train", {"AdamW": "lr", "Muon": "lr_muon"}, from_zero=True),
+    Chart("Images per second", "Over all devices.", "train", {"images": "images_per_s"}, from_zero=True),
+    Chart("Data wait", "Near zero when loading keeps up.", "train", {"seconds": "data_wait_s"}, from_zero=True),
+    Chart("Utilisation", "MFU: model FLOPs as a share of the peak.", "train", {"share": "mfu"}, from_zero=True),
+]
+_EXACT = ("lr", "lr_muon")  # of the metrics of training, those that need no smoothing
 
 
-@dataclass
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the run that has trained a step."""
+
+    name: str
+    start: int  # steps of all stages before it
+    lines: list[dict[str, Any]]  # its metrics
+    grids: list[tuple[int, Path]]  # step and picture
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line of training."""
+        return self.of("train")[-1]
+
+    @property
+    def progress(self) -> float:
+        return float(self.last["step"] / self.last["total_steps"])
+
+    @property
+    def images(self) -> int:
+        return int(self.last["step"] * self.last["batch_size"])
+
+    @property
+    def seconds(self) -> float:
+        """Time between its lines, and an estimate of that before the first."""
+        first = self.lines[0]
+        gaps = np.diff([line["time"] for line in self.lines])
+        return float(first["step"] * first.get("step_s", 0.0) + gaps[gaps <= _PAUSE_S].sum())
+
+    def series(self, kind: str, metric: str) -> Piece | None:
+        """A metric over the steps since the run's start, without the NaN of skipped updates; None if never recorded."""
+        lines = [line for line in self.of(kind) if math.isfinite(line.get(metric, math.nan))]
+        if not lines:
+            return None
+        return np.array([self.start + line["step"] for line in lines], float), np.array([x[metric] for x in lines])
+
+
+@dataclass(frozen=True)
 class Run:
-    """What a run directory says. Stages are in the order of their first record."""
+    """What a run directory says. Stages are in the order in which they began."""
 
-    directory: Path
-    environment: Record
-    records: dict[str, dict[str, list[Record]]] = field(  # kind -> stage -> records
-        default_factory=lambda: {"train": {}, "validation": {}, "counters": {}}
-    )
-    start: dict[str, int] = field(default_factory=dict)  # steps of all stages before this one
-    end: int = 0  # steps of all stages
-    seconds: dict[str, float] = field(default_factory=dict)
-    samples: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)
-    unreadable_lines: int = 0
-
-    def last(self, stage: str) -> Record:
-        return (self.records["train"][stage] or [{}])[-1]
-
-    def images(self, stage: str) -> int:
-        last = self.last(stage)
-        return int(last.get("step", 0) * (_finite(last.get("batch_size")) or 0))
-
-    def progress(self, stage: str) -> float:
-        last = self.last(stage)
-        return float(last.get("step", 0)) / (_finite(last.get("total_steps")) or math.inf)
-
-    def series(self, kind: str, key: str) -> dict[str, Piece]:
-        """The finite values of a metric, by stage, over the steps since the run's start."""
-        result = {}
-        for stage, rows in self.records[kind].items():
-            found = [(r["step"], value) for r in rows if (value := _finite(r.get(key))) is not None]
-            if found:
-                steps, values = np.array(found, dtype=float).T
-                result[stage] = (self.start[stage] + steps, values)
-        return result
+    environment: dict[str, Any]
+    stages: list[Stage]
+    end: int  # steps of all stages
 
 
 def write_report(run_dir: Path) -> Path:
     """Writes `run_dir/report.html` from what the run has left so far and returns its path.
 
-    Raises FileNotFoundError if `run_dir` is not a directory. Missing or torn files inside it are not errors.
+    Raises FileNotFoundError if `run_dir` has no environment.json or no config.yaml.
     """
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"run_dir: {run_dir} is not a directory")
     run = _read_run(run_dir)
     sections = {
-        "Latest samples": _latest_samples(run), "Curves": _curves(run), "Samples over time": _strips(run),
-        "Stages": _stage_table(run), "Passed over": _counters(run), "Configuration": _config(run),
-        "Environment": _environment(run), "Data": _data(run),
-    }  # fmt: skip
+        "Latest samples": _latest_samples(run),
+        "Curves": _curves(run),
+        "Samples over time": _strips(run),
+        "Stages": _stage_table(run),
+        "Passed over": _counters(run),
+        "Configuration": _config(run_dir / "config.yaml"),
+        "Environment": _environment(run),
+        "Data": _data(run),
+    }
     anchors = [(title, title.lower().replace(" ", "-")) for title in sections]
-    torn = f" {run.unreadable_lines} unreadable line(s) of metrics.jsonl were left out."
-    notices = [escape(str(notice)) for notice in run.environment.get("notices") or []]
+    stand_ins = [f"<b>Stand-in</b><span>{escape(sentence)}</span>" for sentence in run.environment["stand_ins"]]
     template = files("t2i.train").joinpath("report_page.html").read_text(encoding="utf-8")
     page = Template(template).substitute(
         name=escape(run_dir.resolve().name),
         cards=_cards(run),
-        notices="".join(f'<aside role="note"><b>Stand-in</b><span>{n}</span></aside>' for n in notices),
-        links="".join(f'<a href="#{a}">{t}</a>' for t, a in anchors),
-        sections="".join(f'<section id="{a}"><h2>{t}</h2>{sections[t]}</section>' for t, a in anchors),
-        footer=time.strftime("Written %Y-%m-%d %H:%M UTC from the run directory.", time.gmtime())
-        + torn * bool(run.unreadable_lines),
+        stand_ins="".join(f'<aside role="note">{html}</aside>' for html in stand_ins),
+        links="".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors),
+        sections="".join(f'<section id="{a}"><h2>{title}</h2>{sections[title]}</section>' for title, a in anchors),
+        footer=time.strftime("Written %Y-%m-%d %H:%M UTC from the run directory.", time.gmtime()),
     )
-    path = run_dir / "report.html"
-    aside = path.with_name(f".report.{os.getpid()}.html")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, path)
-    return path
+    partial = run_dir / ".report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    return partial.rename(run_dir / "report.html")
 
 
 def _read_run(directory: Path) -> Run:
-    run = Run(directory, _read_json(directory / "environment.json"))
-    before: float | None = None
-    for record in _read_metrics(run):
-        kind, stage, step = record.get("kind"), record.get("stage"), record.get("step")
-        if kind not in run.records or not isinstance(stage, str) or not isinstance(step, int):
-            continue
-        for other, stages in run.records.items():  # a resumed run repeats steps: the lost ones do not count
-            rows = stages.setdefault(stage, [])
-            while kind in ("train", other) and rows and rows[-1]["step"] >= step + (kind != other):
-                rows.pop()
-        run.records[kind][stage].append(record)
-        run.seconds.setdefault(stage, 0.0)
-        if (now := _finite(record.get("time"))) is not None:
-            gap = (_finite(record.get("step_s")) or 0.0) if before is None else now - before
-            run.seconds[stage] += gap if 0 <= gap <= _PAUSE_S else 0.0
-            before = now
-    for stage in run.seconds:
-        run.start[stage] = run.end
-        rows = run.records["train"][stage] + run.records["validation"][stage]
-        run.end += max((r["step"] for r in rows), default=0)
-        paths = (directory / stage / "samples").glob("step_*.png")
-        run.samples[stage] = sorted((int(p.stem[5:]), p) for p in paths if p.stem[5:].isdecimal())
-    return run
+    for name in ("environment.json", "config.yaml"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}: a report needs the folder of a run that has begun")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in Metrics(directory / "metrics.jsonl").lines():
+        lines.setdefault(line["stage"], []).append(line)
+    stages: list[Stage] = []
+    end = 0
+    for name, own in lines.items():
+        if any(line["kind"] == "train" for line in own):
+            stages.append(Stage(name, end, own, _grids(directory / name / "samples")))
+            end += own[-1]["step"]
+    return Run(json.loads((directory / "environment.json").read_text(encoding="utf-8")), stages, end)
 
 
-def _read_metrics(run: Run) -> list[Record]:
-    """The records in the order written. A killed writer leaves a torn line at the end or mid-way."""
-    path, records = run.directory / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            run.unreadable_lines += bool(line.strip())
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+def _grids(folder: Path) -> list[tuple[int, Path]]:
+    """Step and picture of each grid that is whole: its description is written after it."""
+    described = [path.with_suffix(".png") for path in folder.glob("step_*.json")]
+    return sorted((int(path.stem.removeprefix("step_")), path) for path in described)
 
 
-def _read_json(path: Path) -> Record:
-    """The object in `path`; empty when the file is missing or half written."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _number(value: Any) -> str:
-    value = _finite(value)
-    if value is None:
-        return "–"
+def _number(value: float) -> str:
     for size, unit in ((1e9, " B"), (1e6, " M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -188,8 +160,6 @@ def _number(value: Any) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
@@ -199,41 +169,33 @@ def _absent(sentence: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    """Cells are HTML already; columns after `text_columns` are numbers and align right."""
+    """Cells are text; columns after `text_columns` are numbers and align right."""
 
-    def line(cells: list[str], tag: str) -> str:
-        styles = ["" if i < text_columns else " class=n" for i in range(len(cells))]
-        return "".join(f"<{tag}{style}>{cell}</{tag}>" for cell, style in zip(cells, styles, strict=True))
+    def row(cells: list[str], tag: str) -> str:
+        tags = [tag if column < text_columns else f"{tag} class=n" for column in range(len(cells))]
+        return "".join(f"<{opening}>{escape(cell)}</{tag}>" for opening, cell in zip(tags, cells, strict=True))
 
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    head_row = f"<thead><tr>{line(head, 'th')}</tr></thead>"
-    return f'<div class="scroll"><table>{head_row}<tbody>{body}</tbody></table></div>'
+    body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)
+    return f'<div class="scroll"><table><thead><tr>{row(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cards(run: Run) -> str:
-    stages = run.records["train"]
-    under_way = [f"{s} at {100 * run.progress(s):.0f} %" for s in stages if 0 < run.progress(s) < 1]
+    done = sum(stage.progress >= 1 for stage in run.stages)
+    under_way = [f"{stage.name} at {100 * stage.progress:.0f} %" for stage in run.stages if stage.progress < 1]
     cards = [
-        ("Stages done", f"{sum(run.progress(s) >= 1 for s in stages)} of {len(stages)}",
-         ", ".join(under_way) or "of those begun"),
-        ("Images seen", _number(sum(map(run.images, stages))), "repeats counted"),
-        ("Wall time", _duration(sum(run.seconds.values())), "pauses of over an hour left out"),
-        ("Parameters", _number(run.environment.get("parameters")), "of the trained network"),
-    ]  # fmt: skip
-    for stage, (_, losses) in run.series("validation", "loss").items():
-        cards.append((f"Validation loss, {stage}", _number(losses[-1]), f"first {_number(losses[0])}"))
+        ("Stages done", f"{done} of {len(run.stages)}", ", ".join(under_way) or "of those begun"),
+        ("Images seen", _number(sum(stage.images for stage in run.stages)), "repeats counted"),
+        ("Wall time", _duration(sum(stage.seconds for stage in run.stages)), "pauses of over an hour left out"),
+        ("Parameters", _number(run.environment["parameters"]), "of the trained network"),
+    ]
+    for stage in run.stages:
+        if losses := stage.series("validation", "loss"):
+            first, last = losses[1][[0, -1]]
+            cards.append((f"Validation loss, {stage.name}", _number(last), f"first {_number(first)}"))
     return "".join(
         f"<div><span>{escape(label)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>"
         for label, value, note in cards
     )
-
-
-def _open(path: Path) -> Image.Image | None:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # being written, or torn by a kill: the next report shows it
-        return None
 
 
 def _figure(image: Image.Image, side: int, caption: str) -> str:
@@ -247,32 +209,30 @@ def _figure(image: Image.Image, side: int, caption: str) -> str:
 
 
 def _latest_samples(run: Run) -> str:
-    for stage in reversed(run.samples):
-        for step, path in reversed(run.samples[stage]):
-            if (grid := _open(path)) is None:
-                continue
-            about = _read_json(path.with_suffix(".json"))
-            words = {"solver": "solver", "steps": "steps", "guidance_scale": "guidance", "weights": "weights"}
-            made = [f"{label} {about[key]}" for key, label in words.items() if key in about]
-            columns, rows = int(about.get("columns") or 1), int(about.get("rows") or 1)
-            width, height = grid.width // columns, grid.height // rows
-            tiles = []
-            for i, prompt in enumerate((about.get("prompts") or [""])[: columns * rows]):
-                x, y = i % columns * width, i // columns * height
-                tiles.append(_figure(grid.crop((x, y, x + width, y + height)), _TILE_SIDE, str(prompt)))
-            lead = escape(" · ".join([f"{stage}, step {step:,}", *made]))
-            return f'<p class="lead">{lead}</p><div class="grid">{"".join(tiles)}</div>'
-    return _absent("No samples yet: the first grid appears here once a stage has drawn one.")
+    drawn = [stage for stage in run.stages if stage.grids]
+    if not drawn:
+        return _absent("No samples yet: the first grid appears here once a stage has drawn one.")
+    step, path = drawn[-1].grids[-1]
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    made = f"solver {about['solver']} · steps {about['steps']} · guidance {about['guidance_scale']}"
+    lead = escape(f"{drawn[-1].name}, step {step:,} · {made} · weights {about['weights']}")
+    grid = Image.open(path)
+    width, height = grid.width // about["columns"], grid.height // about["rows"]
+    tiles = []
+    for i, prompt in enumerate(about["prompts"]):
+        x, y = i % about["columns"] * width, i // about["columns"] * height
+        tiles.append(_figure(grid.crop((x, y, x + width, y + height)), _TILE_SIDE, prompt))
+    return f'<p class="lead">{lead}</p><div class="grid">{"".join(tiles)}</div>'
 
 
 def _strips(run: Run) -> str:
     parts = []
-    for stage, grids in run.samples.items():
-        keep = sorted({round(i) for i in np.linspace(0, len(grids) - 1, min(len(grids), _STRIP_GRIDS))})
-        shown = [(grids[i][0], image) for i in keep if (image := _open(grids[i][1])) is not None]
-        figures = "".join(_figure(image, _THUMBNAIL_SIDE, f"{stage}, step {step:,}") for step, image in shown)
-        strip = f'<div class="strip" tabindex=0>{figures}</div>'
-        parts.append(strip if figures else _absent(f"{escape(stage)}: This stage has drawn no samples yet."))
+    for stage in run.stages:
+        count = len(stage.grids)
+        shown = [stage.grids[round(i)] for i in np.linspace(0, count - 1, min(count, _STRIP_GRIDS))]
+        figures = [_figure(Image.open(path), _THUMBNAIL_SIDE, f"{stage.name}, step {step:,}") for step, path in shown]
+        strip = f'<div class="strip" tabindex=0>{"".join(figures)}</div>'
+        parts.append(strip if figures else _absent(f"{escape(stage.name)}: this stage has drawn no samples yet."))
     return "".join(parts) or _absent("No samples yet.")
 
 
@@ -286,83 +246,86 @@ def _smooth(values: Array, half_width: int) -> Array:
     return values
 
 
+def _lines(run: Run, chart: Chart) -> list[Line]:
+    """The curves of a chart that the run has; smoothed where each step is a sample, which then lies beneath."""
+    metrics, colours = chart.lines, [f"c{i}" for i in range(len(chart.lines))]
+    if chart.bands:
+        names = {name for stage in run.stages for line in stage.of(chart.kind) for name in line}
+        bands = sorted(name for name in names if name.startswith(chart.bands))
+        metrics = {"t " + name.removeprefix(chart.bands).replace("-", "–"): name for name in bands}
+        colours = [f"t{round(i)}" for i in np.linspace(0, 4, len(bands))]
+    lines = []
+    for (label, metric), colour in zip(metrics.items(), colours, strict=True):
+        noisy = chart.kind == "train" and metric not in _EXACT
+        raw = [piece for stage in run.stages if (piece := stage.series(chart.kind, metric))]
+        half_width = sum(len(steps) for steps, _ in raw) // 100 if noisy else 0
+        pieces = [(steps, _smooth(values, half_width)) for steps, values in raw]
+        if pieces:
+            lines.append(Line(label, colour, pieces, raw if noisy and not chart.bands else []))
+    return lines
+
+
 def _curves(run: Run) -> str:
-    drawn, missing = [], []
-    for title, note, kind, keys in _CHARTS:
-        colours = ["c0", "c1", "c2", "c3"]
-        by_t = isinstance(keys, str)
-        if isinstance(keys, str):
-            prefix, seen = keys, {key for rows in run.records[kind].values() for r in rows for key in r}
-            bands = sorted(key for key in seen if key.startswith(prefix))
-            keys = {"t " + key.removeprefix(prefix).replace("-", "–"): key for key in bands}
-            colours = [f"t{round(i)}" for i in np.linspace(0, 4, len(bands))]
-        lines = []
-        for label, key in keys.items():
-            raw = list(run.series(kind, key).values())
-            noisy = kind == "train" and key != "lr"
-            half_width = sum(len(steps) for steps, _ in raw) // 100 if noisy else 0
-            pieces = [(steps, _smooth(values, half_width)) for steps, values in raw]
-            if pieces:
-                lines.append(Line(label, pieces, raw if noisy and not by_t else []))
-        if lines:
-            drawn.append(chart(title, note, lines, colours, run.start, run.end, title in _FROM_ZERO))
-        else:
-            missing.append(title.lower())
+    starts = {stage.name: stage.start for stage in run.stages}
+    found = [(chart, _lines(run, chart)) for chart in _CHARTS]
+    drawn = "".join(draw(chart, lines, starts, run.end) for chart, lines in found if lines)
+    missing = ", ".join(chart.title.lower() for chart, lines in found if not lines)
     lead = "All stages on one axis: batches since the run began. Beside each name, its latest value."
-    html = f'<p class="lead">{lead}</p><div class="charts">{"".join(drawn)}</div>' if drawn else ""
-    return html + (_absent(f"Not recorded in this run so far: {', '.join(missing)}.") if missing else "")
+    html = f'<p class="lead">{lead}</p><div class="charts">{drawn}</div>' if drawn else ""
+    return html + (_absent(f"Not recorded in this run so far: {missing}.") if missing else "")
 
 
 def _stage_table(run: Run) -> str:
-    rows, held_out, speeds = [], run.series("validation", "loss"), run.series("train", "images_per_s")
-    for stage in run.records["train"]:
-        last = run.last(stage)
-        losses = [_number(v) for v in held_out[stage][1][[0, -1]]] if stage in held_out else ["–", "–"]
-        speed = _number(speeds[stage][1].mean()) if stage in speeds else "–"
-        cells = [stage, f"{_number(last.get('step'))} / {_number(last.get('total_steps'))}",
-                 f"{last.get('resolution', '–')} px", _number(last.get("batch_size")),
-                 _number(run.images(stage)), *losses, speed, f"{run.seconds[stage] / 3600:.2f}",
-                 _number(last.get("skipped_updates"))]  # fmt: skip
-        rows.append([escape(cell) for cell in cells])
-    head = ["Stage", "Steps", "Resolution", "Batch", "Images", "First val. loss", "Last val. loss",
-            "Images/s", "Hours", "Skipped updates"]  # fmt: skip
-    return _table(head, rows) if rows else _absent("No stage has written a metric yet.")
+    if not run.stages:
+        return _absent("No stage has trained a step yet.")
+    rows = []
+    for stage in run.stages:
+        last, held_out = stage.last, stage.series("validation", "loss")
+        first_loss, last_loss = (_number(x) for x in held_out[1][[0, -1]]) if held_out else ("–", "–")
+        rows.append(
+            {
+                "Stage": stage.name,
+                "Steps": f"{_number(last['step'])} / {_number(last['total_steps'])}",
+                "Resolution": f"{last['resolution']} px",
+                "Batch": _number(last["batch_size"]),
+                "Images": _number(stage.images),
+                "First val. loss": first_loss,
+                "Last val. loss": last_loss,
+                "Images/s": _number(np.mean([line["images_per_s"] for line in stage.of("train")])),
+                "Hours": f"{stage.seconds / 3600:.2f}",
+                "Skipped updates": _number(last["skipped_updates"]),
+            }
+        )
+    return _table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _counters(run: Run) -> str:
-    counted = {stage: rows[-1] for stage, rows in run.records["counters"].items() if rows}
-    reasons = {key for last in counted.values() for key, value in last.items() if isinstance(value, int)}
-    rows = [[escape(reason.replace("_", " ")), *(_number(last.get(reason, 0)) for last in counted.values())]
-            for reason in sorted(reasons - {"step", "time"})]  # fmt: skip
+    counted = {stage.name: counters[-1] for stage in run.stages if (counters := stage.of("counters"))}
+    reasons = {reason for counters in counted.values() for reason in counters}
+    rows = [
+        [reason.replace("_", " "), *(_number(counters.get(reason, 0)) for counters in counted.values())]
+        for reason in sorted(reasons - {"kind", "stage", "step", "time", "samples"})
+    ]
     if not rows:
         return _absent("The loader has reported no sample passed over.")
     lead = "Samples left out of training, by reason; the next one of the same lane took the place."
-    return f'<p class="lead">{lead}</p>' + _table(["Reason", *map(escape, counted)], rows)
+    return f'<p class="lead">{lead}</p>' + _table(["Reason", *counted], rows)
 
 
-def _config(run: Run) -> str:
-    path = run.directory / "config.yaml"
-    if not path.is_file():
-        return _absent("The run directory has no config.yaml.")
-    text = escape(path.read_text(encoding="utf-8", errors="replace"))
+def _config(path: Path) -> str:
+    text = escape(path.read_text(encoding="utf-8"))
     return f"<details><summary>config.yaml, as resolved</summary><pre>{text}</pre></details>"
 
 
 def _environment(run: Run) -> str:
-    versions = dict(run.environment.get("versions") or {})
-    about = {key: run.environment.get(key) for key in ("device", "world_size", "git")} | versions
-    rows = [[escape(str(key)).replace("_", " "), escape(str(value))] for key, value in about.items() if value]
-    absent = _absent("The run directory has no readable environment.json.")
-    return _table(["", ""], rows, text_columns=2) if rows else absent
+    about = {key: run.environment[key] for key in ("device", "world_size", "git")} | run.environment["versions"]
+    rows = [[key.replace("_", " "), str(value)] for key, value in about.items() if value]
+    return _table(["", ""], rows, text_columns=2)
 
 
 def _data(run: Run) -> str:
-    rows = []
-    for source in run.environment.get("data") or []:
-        name, url = escape(str(source.get("name", "–"))), str(source.get("url") or "")
-        if url.startswith(("https://", "http://")):  # a link is followed by a click only; nothing is loaded
-            name = f'<a rel="noreferrer" href="{escape(url)}">{name}</a>'
-        cells = [escape(str(source.get(key) or "–")) for key in ("licence", "credit")]
-        rows.append([name, *cells, _number(source.get("samples"))])
-    absent = _absent("environment.json names no data source.")
-    return _table(["Source", "Licence", "Credit", "Samples"], rows, text_columns=3) if rows else absent
+    rows = [
+        [source["name"], source["licence"] or "–", source["credit"] or "–", _number(source["samples"])]
+        for source in run.environment["data"]
+    ]
+    return _table(["Source", "Licence", "Credit", "Samples"], rows, text_columns=3)

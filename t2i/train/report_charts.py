@@ -1,13 +1,13 @@
 """A chart of the report as HTML: a legend, curves as inline SVG, a note.
 
-Colours and fonts are the page's (`--c0`..`--c3` for curves, `--t0`..`--t4` for bands of t), so the curves
-follow the reader's light or dark theme. The legend is HTML, so it wraps on a phone.
+Colours are variables of the page (`--c0`.. for curves, `--t0`.. for bands of t), so they follow the reader's light or
+dark theme. The legend is HTML, so it wraps on a phone.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 import numpy as np
@@ -22,81 +22,95 @@ _FEW = 12  # a piece with at most so many points shows them as dots
 
 
 @dataclass(frozen=True)
+class Chart:
+    """What a chart shows of the metrics of one kind: `lines`, or every metric whose name begins with `bands`."""
+
+    title: str
+    note: str
+    kind: str
+    lines: dict[str, str] = field(default_factory=dict)  # legend: metric
+    bands: str = ""  # a band of t follows it
+    from_zero: bool = False  # else the axis fits the values, and is logarithmic where they span over 12 times
+
+
+@dataclass(frozen=True)
 class Line:
-    """A curve, a piece a stage; `raw` lies light beneath it."""
+    """A curve, a piece a stage; `raw` lies light beneath it. `colour` is a variable of the page, e.g. "c0"."""
 
     label: str
+    colour: str
     pieces: list[Piece]
     raw: list[Piece]
 
 
-def chart(
-    title: str,
-    note: str,
-    lines: list[Line],
-    colours: list[str],
-    stages: dict[str, int],
-    end: int,
-    from_zero: bool,
-) -> str:
-    """One chart.
+@dataclass(frozen=True)
+class _Axes:
+    """Where steps and values lie in the view. `bottom` and `top` are logarithms if `log`."""
 
-    Args:
-        colours: the page's variables for the lines, e.g. "c0".
-        stages: steps of all stages before each one.
-        end: steps of all stages.
-        from_zero: the vertical axis begins at 0; else it is logarithmic where values span more than 12 times.
-    """
+    right: float
+    bottom: float
+    top: float
+    log: bool
+
+    def across(self, steps: Array | float) -> Array:
+        return np.asarray(_LEFT + steps / self.right * (_RIGHT - _LEFT))
+
+    def up(self, values: Array | float) -> Array:
+        share = ((np.log10(values) if self.log else values) - self.bottom) / (self.top - self.bottom)
+        return np.asarray(_BOTTOM - share * (_BOTTOM - _TOP))
+
+
+def draw(chart: Chart, lines: list[Line], starts: dict[str, int], end: int) -> str:
+    """One chart of at least one line, over `end` steps; `starts` has the steps before each stage."""
+    axes = _fit(lines, end, chart.from_zero)
+    marks = _stages({stage: float(axes.across(start)) for stage, start in starts.items()})
+    parts = "".join([*marks, *_grid(axes), *(_curve(line, axes) for line in lines)])
+    svg = f'<svg viewBox="0 0 340 178" role="img" aria-label="{chart.title}">{parts}</svg>'
+    latest = [(line.colour, escape(line.label), line.pieces[-1][1][-1]) for line in lines]
+    keys = "".join(f'<span style="--c:var(--{c})">{label} <b>{last:.4g}</b></span>' for c, label, last in latest)
+    head = f'<h3>{chart.title}</h3><div class="keys">{keys}</div>'
+    return f'<figure class="chart">{head}{svg}<figcaption>{chart.note}</figcaption></figure>'
+
+
+def _fit(lines: list[Line], end: int, from_zero: bool) -> _Axes:
     values = np.concatenate([y for line in lines for _, y in line.raw or line.pieces])
     low, high = float(min(0.0, values.min()) if from_zero else values.min()), float(values.max())
-    log = bool(low > 0 and high > 12 * low)
-    bottom, top = np.log10([low, high]) if log else (low, high)
+    log = low > 0 and high > 12 * low
+    bottom, top = (math.log10(low), math.log10(high)) if log else (low, high)
     margin = 0.05 * (top - bottom) or 0.05 * abs(top) or 1.0
-    bottom, top = (bottom if from_zero else bottom - margin), top + margin
-    right = max(end, 1) * 1.01
+    return _Axes(max(end, 1) * 1.01, bottom if from_zero else bottom - margin, top + margin, log)
 
-    def across(x: Array) -> Array:
-        return _LEFT + x / right * (_RIGHT - _LEFT)
 
-    def up(y: Array) -> Array:
-        share: Array = ((np.log10(y) if log else y) - bottom) / (top - bottom)
-        return _BOTTOM - share * (_BOTTOM - _TOP)
-
-    parts = _stages({stage: float(across(np.array(start))) for stage, start in stages.items()})
-    for tick in _log_ticks(low, high) if log else _ticks(bottom, top):
-        y = up(np.array(tick))
+def _grid(axes: _Axes) -> list[str]:
+    parts = []
+    for tick in _log_ticks(10**axes.bottom, 10**axes.top) if axes.log else _ticks(axes.bottom, axes.top):
+        y = axes.up(tick)
         parts.append(f'<path class="rule" d="M{_LEFT},{y:.1f}H{_RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{_tick(tick)}</text>')
-    for tick in _ticks(0, right):
+    for tick in _ticks(0, axes.right):
         if tick == int(tick):
-            x = across(np.array(tick))
+            x = axes.across(tick)
             parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 11}" text-anchor="middle">{_tick(tick)}</text>')
-    keys = []
-    for line, colour in zip(lines, colours, strict=False):
-        parts.append(f'<g style="--c:var(--{colour})">')
-        drawn = [("raw", piece) for piece in line.raw] + [("line", piece) for piece in line.pieces]
-        for css, (steps, ys) in drawn:
-            x, y = _thin(across(steps), up(ys))
-            points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)]
-            parts.append(f'<path class="{css}" d="M{" ".join(points)}"/>')
-            if css == "line" and len(points) <= _FEW:
-                parts.append(f'<path class="dots" d="{"".join(f"M{point}h0" for point in points)}"/>')
-        parts.append("</g>")
-        last = f"{line.pieces[-1][1][-1]:.4g}"
-        keys.append(f'<span style="--c:var(--{colour})">{escape(line.label)} <b>{last}</b></span>')
-    svg = f'<svg viewBox="0 0 340 178" role="img" aria-label="{title}">{"".join(parts)}</svg>'
-    head = f'<h3>{title}</h3><div class="keys">{"".join(keys)}</div>'
-    return f'<figure class="chart">{head}{svg}<figcaption>{note}</figcaption></figure>'
+    return parts
+
+
+def _curve(line: Line, axes: _Axes) -> str:
+    parts = []
+    for css, (steps, values) in [("raw", piece) for piece in line.raw] + [("line", piece) for piece in line.pieces]:
+        x, y = _thin(axes.across(steps), axes.up(values))
+        points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)]
+        parts.append(f'<path class="{css}" d="M{" ".join(points)}"/>')
+        if css == "line" and len(points) <= _FEW:
+            parts.append(f'<path class="dots" d="{"".join(f"M{point}h0" for point in points)}"/>')
+    return f'<g style="--c:var(--{line.colour})">{"".join(parts)}</g>'
 
 
 def _stages(starts: dict[str, float]) -> list[str]:
     """Each stage's beginning as a vertical line with its name; a name that would cover another goes above."""
-    parts, occupied = [], 0.0
-    for i, (stage, x) in enumerate(starts.items()):
-        until = [*starts.values(), _RIGHT][i + 1]
+    parts, occupied, ends = [], 0.0, [*starts.values(), float(_RIGHT)][1:]
+    for i, ((stage, x), until) in enumerate(zip(starts.items(), ends, strict=True)):
         if i % 2:
-            size = f'width="{until - x:.1f}" height="{_BOTTOM - _TOP}"'
-            parts.append(f'<rect x="{x:.1f}" y="{_TOP}" {size}/>')
+            parts.append(f'<rect x="{x:.1f}" y="{_TOP}" width="{until - x:.1f}" height="{_BOTTOM - _TOP}"/>')
         if i:
             parts.append(f'<path class="stage" d="M{x:.1f},{_TOP}V{_BOTTOM}"/>')
         name = stage if len(stage) <= 16 else stage[:15] + "…"
@@ -115,7 +129,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten, and three times them where the range is short."""
-    factors = (1, 3) if high < 1e3 * low else (1,)
+    factors = (1, 3) if high < 1e4 * low else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
 

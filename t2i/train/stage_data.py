@@ -1,8 +1,9 @@
-"""The data of a stage, opened and checked before anything is written."""
+"""The data of a stage, opened and checked before it is needed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from data.index import SourceIndex, all_damage, index_source
 from data.loader import FixedSamples, Loader, fixed_samples
@@ -13,17 +14,30 @@ from t2i.train.processes import World
 
 @dataclass
 class StageData:
-    """A stage's sources, indexed, and its held-out samples (None: no validation)."""
+    """A stage's sources, indexed; `heldout` those that validation reads (none: no validation)."""
 
     indices: list[SourceIndex]
-    heldout: FixedSamples | None
+    heldout: list[SourceIndex]
+    heldout_weights: list[float]
 
     @property
-    def notices(self) -> list[str]:
+    def damage(self) -> list[str]:
         """One sentence for each damaged shard."""
-        return all_damage(self.indices)
+        return all_damage([*self.indices, *self.heldout])
 
-    def loader(self, config: RunConfig, stage: str, world: World, state: dict | None) -> Loader:
+    def heldout_samples(self, config: RunConfig) -> FixedSamples | None:
+        """The validation samples, the same on every rank and for every number of ranks."""
+        if not self.heldout:
+            return None
+        return fixed_samples(
+            self.heldout,
+            self.heldout_weights,
+            config.validation.samples,
+            resolution=config.data.resolution,
+            small_images=config.data.small_images,
+        )
+
+    def loader(self, config: RunConfig, stage: str, world: World, state: dict[str, Any] | None) -> Loader:
         """This rank's batches, from a checkpoint's data state or the stage's first batch."""
         return Loader(
             self.indices,
@@ -44,17 +58,13 @@ class StageData:
 
 def _open(source: SourceConfig, url: str) -> SourceIndex:
     store = open_store(
-        url,
-        endpoint=source.endpoint,
-        region=source.region,
-        profile=source.profile,
-        anonymous=source.anonymous,
+        url, endpoint=source.endpoint, region=source.region, profile=source.profile, anonymous=source.anonymous
     )
     return index_source(store, source.name)
 
 
-def open_data(config: RunConfig, world: World, stage: str) -> StageData:
-    """Index a stage's sources on rank 0, see that each yields a sample, and read the held-out ones.
+def open_data(config: RunConfig, stage: str) -> StageData:
+    """Index a stage's sources and see that each yields a sample.
 
     Raises:
         ConfigError: the stage has no sources.
@@ -63,23 +73,13 @@ def open_data(config: RunConfig, world: World, stage: str) -> StageData:
     sources = config.data.sources
     if not sources:
         raise ConfigError(f"stage {stage}: data.sources is empty: name at least one source")
-
-    def prepare() -> StageData:
-        size = config.data.resolution
-        policy = config.data.small_images
-        indices = [_open(source, source.url) for source in sources]
-        for index in indices:
-            fixed_samples([index], [1.0], 1, resolution=size, small_images=policy)
-        validated = [source for source in sources if source.heldout is not None]
-        if not (config.validation.every and config.validation.samples and validated):
-            return StageData(indices, None)
-        heldout = fixed_samples(
-            [_open(source, source.heldout) for source in validated if source.heldout is not None],
-            [source.weight for source in validated],
-            config.validation.samples,
-            resolution=size,
-            small_images=policy,
-        )
-        return StageData(indices, heldout)
-
-    return world.from_main(prepare)
+    indices = [_open(source, source.url) for source in sources]
+    for index in indices:
+        fixed_samples([index], [1.0], 1, resolution=config.data.resolution, small_images=config.data.small_images)
+    validates = config.validation.every > 0 and config.validation.samples > 0
+    validated = [(source, source.heldout) for source in sources if source.heldout is not None and validates]
+    data = StageData(
+        indices, [_open(source, url) for source, url in validated], [source.weight for source, _ in validated]
+    )
+    data.heldout_samples(config)  # too few are better said now than after the stages before
+    return data

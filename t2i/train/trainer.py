@@ -8,90 +8,53 @@ step's mathematics knows neither the number of ranks nor the micro-batch.
 from __future__ import annotations
 
 import copy
-import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data.loader import Batch, merge_states
 from data.randomness import key, uniform
-from t2i.config import ConfigError, OptimizerConfig, RunConfig, dump
-from t2i.diffusion.flow import Array, interpolate, logit_normal, shift_time, to_unit_range
+from t2i.build import build_text, choose_dtype
+from t2i.config import ConfigError, RunConfig
+from t2i.diffusion.flow import interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Terms, band_names
-from t2i.engine.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    newest,
-    optimizer_kinds,
-    save_model,
-    value_kinds,
-)
+from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, moments_of, newest, values_of
 from t2i.engine.deepspeed import DeepSpeedEngine, StepResult
 from t2i.engine.ema import Ema
 from t2i.engine.shards import gather_full
-from t2i.pipeline import NULL_CAPTION, model_file
+from t2i.model_folder import DENOISER, PROJECTOR, read_model, write_model
+from t2i.pipeline import Pipeline
 from t2i.train.build import (
     TrainingNetwork,
     build_network,
     build_objective,
-    build_text,
     build_train_optimizer,
-    choose_dtype,
-    training_flops,
+    denoiser_training_flops,
 )
 from t2i.train.observe import Observer, memory_gib, peak_flops
+from t2i.train.places import StagePlace
 from t2i.train.processes import World
+from t2i.train.schedule import learning_rate, training_times
 from t2i.train.stage_data import StageData
 from t2i.train.validate import Evaluator, global_means
-
-
-@dataclass(frozen=True)
-class StagePlace:
-    """Where a stage stands in its run: its name, its folder, and the folder of the stage before it."""
-
-    name: str
-    folder: Path
-    previous: Path | None
-
-    @property
-    def model(self) -> Path:
-        """The finished model; it exists once the stage is done."""
-        return self.folder / "model"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The stage's checkpoints."""
-        return self.folder / "checkpoints"
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int, peak: float) -> float:
-    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, plateau, decay at the end."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    decay_steps = round(config.decay_fraction * steps)
-    progress = (step - (steps - decay_steps)) / decay_steps if decay_steps else 0.0
-    progress = min(max(progress, 0.0), 1.0)
-    if config.schedule == "cosine":
-        progress = (1.0 - float(np.cos(np.pi * progress))) / 2.0
-    return peak * warm * (1.0 - (1.0 - config.final_lr_fraction) * progress)
 
 
 class StageTrainer:
     """Trains one stage, from wherever it stands to its end.
 
     Args:
-        config: the stage's settings (`RunConfig.stage`).
+        config: the stage's settings (`stage_config`).
         place: where it reads and writes.
         data: its sources, opened.
         world: this process.
         attempt: a word that all ranks share and no other start of the run does.
+
+    Raises:
+        UserError: the stage cannot start from what is there.
     """
 
     def __init__(self, config: RunConfig, place: StagePlace, data: StageData, world: World, attempt: str) -> None:
@@ -100,36 +63,26 @@ class StageTrainer:
         self.world = world
         self.steps = config.train.steps
         self.step = 0  # batches consumed
-        self.skipped = 0
+        self.skipped_updates = 0
         dtype = choose_dtype(config.engine.dtype, world.device)
         self.text = build_text(config, world.device, dtype)
         self.null_caption = self.text.null_caption()
         self.objective = build_objective(config.objective, world.device)
         network = build_network(config, self.text.width, self.objective.patch_features)
+        self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
+        pipeline = Pipeline(config, averaged, self.text, self.null_caption, world.device)
+        self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples)
         self.engine = self._build_engine(network, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
-        self.writer = CheckpointWriter(
-            place.checkpoints,
-            rank=world.rank,
-            world_size=world.size,
-            attempt=attempt,
-            keep=config.checkpoint.keep,
-        )
         data_state, self._origin = self._restore()
         self.loader = data.loader(config, place.name, world, data_state)
-        self.evaluator = Evaluator(
-            config,
-            world,
-            averaged,
-            self.text,
-            self.null_caption,
-            data.heldout,
-            place.folder / "samples",
+        self.writer = CheckpointWriter(
+            place.checkpoints, rank=world.rank, world_size=world.size, attempt=attempt, keep=config.checkpoint.keep
         )
-        self.flops_per_image = training_flops(config, self.text.width)
-        self.peak = peak_flops(world.device, dtype)
-        self._keys = {p: key(config.seed, place.name, p) for p in ("time", "noise", "caption")}
+        self.flops_per_image = denoiser_training_flops(config, self.text.width)
+        self.peak_flops = peak_flops(world.device, dtype)
+        self._keys = {purpose: key(config.seed, place.name, purpose) for purpose in ("time", "noise", "caption")}
 
     def _build_engine(self, network: TrainingNetwork, dtype: torch.dtype) -> DeepSpeedEngine:
         train = self.config.train
@@ -146,71 +99,73 @@ class StageTrainer:
     # Where the stage stands
 
     def _restore(self) -> tuple[dict[str, Any] | None, str]:
-        """Load the stage's newest checkpoint, or what the config says it starts from; data state and a sentence."""
+        """Load the stage's newest checkpoint, or what the config starts it from; data state and a sentence."""
         path, faults = self.world.from_main(lambda: newest(self.place.checkpoints))
         if path is not None:
-            state = self._load_checkpoint(path, weights="value", moments=True, average="ema")
-            self.step, self.skipped = state["batches"], state["skipped"]
+            state = self._load_checkpoint(path)
+            self.step, self.skipped_updates = state["step"], state["skipped_updates"]
             return state["data"], "; ".join([*faults, f"going on from {path.name}"])
-        init = self.config.init
-        if init.source == "scratch" or (init.source == "previous" and self.place.previous is None):
+        init, previous = self.config.init, self.place.previous
+        if init.source == "scratch" or (init.source == "previous" and previous is None):
             self.ema.reset()
             return None, "starting from scratch"
-        if init.source != "previous":
-            self._load_model(Path(init.source))
-            return None, f"starting from {init.source}, {init.weights} weights"
-        assert self.place.previous is not None
-        previous = self.place.previous / "checkpoints"
-        path, _ = self.world.from_main(lambda: newest(previous))
-        if path is None:
-            raise ConfigError(f"{previous} holds no usable checkpoint to start stage {self.place.name} from")
-        self._load_checkpoint(
-            path,
-            weights="value" if init.weights == "raw" else "ema",
-            moments=init.optimizer == "continue",
-            average="ema" if init.ema == "continue" else None,
-        )
-        return None, f"starting from {path}, {init.weights} weights"
+        if init.source == "previous":
+            assert previous is not None
+            path, _ = self.world.from_main(lambda: newest(previous.checkpoints))
+            if path is None:
+                raise ConfigError(f"{previous.checkpoints} holds no usable checkpoint to start {self.place.name} from")
+            self._hand_over(path)
+            return None, f"starting from {path}, {init.weights} weights, optimizer: {init.optimizer}, ema: {init.ema}"
+        self._load_model(Path(init.source))
+        return None, f"starting from {init.source}, {init.weights} weights, ema: {init.ema}; the optimizer starts anew"
 
-    def _load_checkpoint(self, path: Path, *, weights: str, moments: bool, average: str | None) -> dict[str, Any]:
-        """Fill weights, moments and average from a checkpoint; its global state."""
-        checkpoint = Checkpoint(path, verify=False)
-        shards = self.engine.shards
-        values = {weights: value_kinds(shards)["value"]}
-        checkpoint.read(shards, values)
-        self.engine.load_values(values[weights])
-        self.ema.reset()
-        if average is not None:
-            checkpoint.read(shards, {average: self.ema.values})
-        if moments:
-            checkpoint.read(shards, optimizer_kinds(shards))
-            self.engine.updates = checkpoint.state["updates"]
+    def _load_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Take up this stage's own state; the trainer's part of it."""
+        checkpoint, shards = Checkpoint(path), self.engine.shards
+        checkpoint.read(shards, {"value": values_of(shards), "ema": self.ema.values, **moments_of(shards)})
+        self.engine.refresh()
+        self.engine.updates = checkpoint.state["updates"]
         return checkpoint.state
 
-    def _load_model(self, folder: Path) -> None:
-        """Fill the weights from a model folder; a projector that it lacks keeps its fresh weights."""
-        file = model_file(folder, self.config.init.weights)
-        tensors = load_file(file)
-        values: dict[str, Tensor] = {}
-        for name, shard in self.engine.shards.items():
-            if name not in tensors and not name.startswith("projector."):
-                raise ConfigError(f"init.source {folder}: {file.name} has no {name}: it is another model")
-            if name in tensors:
-                if tensors[name].shape != shard.shape:
-                    raise ConfigError(
-                        f"init.source {folder}: {name} has shape {list(tensors[name].shape)}, "
-                        f"this model's has {list(shard.shape)}"
-                    )
-                values[name] = tensors[name].flatten()[shard.start : shard.stop]
-        self.engine.load_values(values)
+    def _hand_over(self, path: Path) -> None:
+        """Start from the last checkpoint of the stage before; the two may align with other features."""
+        init, checkpoint, shards = self.config.init, Checkpoint(path), self.engine.shards
+        checkpoint.read(shards, {"value" if init.weights == "raw" else "ema": values_of(shards)}, PROJECTOR)
+        self.engine.refresh()
         self.ema.reset()
+        if init.ema == "continue":
+            checkpoint.read(shards, {"ema": self.ema.values}, PROJECTOR)
+        if init.optimizer == "continue":
+            checkpoint.read(shards, moments_of(shards), PROJECTOR)
+            self.engine.updates = checkpoint.state["updates"]
+
+    def _load_model(self, folder: Path) -> None:
+        """Start from a model folder."""
+        init = self.config.init
+        self._fill(values_of(self.engine.shards), read_model(folder, init.weights).tensors, folder)
+        self.engine.refresh()
+        self.ema.reset()
+        if init.ema == "continue":
+            self._fill(self.ema.values, read_model(folder, "ema").tensors, folder)
+
+    def _fill(self, targets: dict[str, Tensor], whole: dict[str, Tensor], folder: Path) -> None:
+        """Copy this rank's slices of whole tensors; a projector that is missing there keeps its fresh weights."""
+        for name, shard in self.engine.shards.items():
+            found = whole[name].shape if name in whole else None
+            if found == shard.shape:
+                targets[name].copy_(whole[name].flatten()[shard.start : shard.stop])
+            elif not name.startswith(PROJECTOR):
+                raise ConfigError(
+                    f"init.source {folder} is of another model: {name} is {found and list(found)} there, "
+                    f"{list(shard.shape)} here"
+                )
 
     def _save_checkpoint(self, batch: Batch) -> None:
         data = merge_states(self.world.gather(batch.state))
         state = {
             "stage": self.place.name,
-            "batches": self.step,
-            "skipped": self.skipped,
+            "step": self.step,
+            "skipped_updates": self.skipped_updates,
             "updates": self.engine.updates,
             "data": data,
         }
@@ -218,17 +173,13 @@ class StageTrainer:
 
     # The step
 
-    def _times(self, slots: NDArray[np.int64]) -> Array:
-        objective = self.config.objective
-        t = logit_normal(uniform(self._keys["time"], slots), objective.time_mean, objective.time_std)
-        return shift_time(t, objective.timeshift)
-
     def _train_step(self, batch: Batch) -> tuple[Terms, StepResult]:
         """All micro-steps of one global batch and the update; the sums of this rank's loss terms."""
         config, size = self.config, self.config.train.batch_size
         first = self.step * size
-        ungated = int((self._times(np.arange(first, first + size)) >= config.objective.gate).sum())
-        t = self._times(batch.slots)
+        all_times = training_times(config.objective, uniform(self._keys["time"], range(first, first + size)))
+        ungated = int((all_times >= config.objective.gate).sum())
+        t = all_times[batch.slots - first]
         dropped = uniform(self._keys["caption"], batch.slots) < config.objective.caption_dropout
         terms = Terms()
         micro, patch = config.train.micro_batch_size, config.model.patch_size
@@ -271,17 +222,19 @@ class StageTrainer:
         while self.step < self.steps:
             began = time.perf_counter()
             batch = next(batches)
-            lr = self._lr(False)
+            rates = {"lr": self._lr(False)}
+            if self.config.optimizer.name == "muon":
+                rates["lr_muon"] = self._lr(True)
             terms, result = self._train_step(batch)
             self.step += 1
             if result.vetoed is None:
                 self.ema.update()
             else:
-                self.skipped += 1
+                self.skipped_updates += 1
                 observer.event(f"step {self.step}: update skipped: {result.vetoed}")
             numbers = None
             if self.step % self.config.logging.every == 0 or self.step == self.steps:
-                numbers = self._numbers(terms, result, lr, batch.wait_s, time.perf_counter() - began)
+                numbers = self._numbers(terms, result, batch.wait_s, time.perf_counter() - began) | rates
                 observer.write("train", self.step, numbers)
                 self._write_counters(observer)
             observer.progress(numbers)
@@ -289,7 +242,6 @@ class StageTrainer:
                 self._evaluate(observer)
             if self._due(self.config.checkpoint.every):
                 self._save_checkpoint(batch)
-        self.loader.close()
         self.writer.wait()
         self.world.barrier()
         self._write_model()
@@ -298,7 +250,7 @@ class StageTrainer:
         """The one rule for what happens every so many steps: then, and at the end of the stage."""
         return every > 0 and (self.step % every == 0 or self.step == self.steps)
 
-    def _numbers(self, terms: Terms, result: StepResult, lr: float, wait_s: float, step_s: float) -> dict[str, Any]:
+    def _numbers(self, terms: Terms, result: StepResult, wait_s: float, step_s: float) -> dict[str, Any]:
         """One line of metrics: means over the global batch of this step, and what it cost."""
         names = [*TERMS, *band_names("loss_fm")]
         images_per_s = self.config.train.batch_size / step_s
@@ -307,16 +259,15 @@ class StageTrainer:
             **global_means(terms, names, self.world.device),
             "total_steps": self.steps,
             "grad_norm": result.grad_norm,
-            "lr": lr,
             "images_per_s": images_per_s,
             "tflops": flops / 1e12,
-            "mfu": flops / self.peak,
+            "mfu": flops / self.peak_flops,
             "step_s": step_s,
             "data_wait_s": wait_s,
             "memory_gib": memory_gib(self.world.device),
             "resolution": self.config.data.resolution,
             "batch_size": self.config.train.batch_size,
-            "skipped_updates": self.skipped,
+            "skipped_updates": self.skipped_updates,
         }
 
     def _write_counters(self, observer: Observer) -> None:
@@ -330,10 +281,10 @@ class StageTrainer:
 
     def _load_average(self) -> None:
         """Put the averaged weights into the evaluator's network."""
-        target = dict(self.evaluator.network.named_parameters())
+        target = dict(self.evaluator.pipeline.denoiser.named_parameters())
         for name, value in gather_full(self.engine.shards, self.ema.values):
-            if name.startswith("denoiser."):
-                target[name.removeprefix("denoiser.")].data.copy_(value)
+            if name.startswith(DENOISER):
+                target[name.removeprefix(DENOISER)].data.copy_(value)
 
     def _evaluate(self, observer: Observer) -> None:
         """Validation loss and sample grid with the averaged weights."""
@@ -347,21 +298,12 @@ class StageTrainer:
             self.evaluator.grid(self.step)
 
     def _write_model(self) -> None:
-        """The stage's model folder, raw and averaged weights, written aside and renamed: the stage is then done."""
-        aside = self.place.folder / ".model"
-        if self.world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        values = {name: shard.value for name, shard in self.engine.shards.items()}
-        for file, slices in (("model", values), ("ema", self.ema.values)):
-            whole = gather_full(self.engine.shards, slices)
-            tensors = {name: t.cpu() for name, t in whole if self.world.is_main}
-            if self.world.is_main:
-                save_model(aside / f"{file}.safetensors", {**tensors, NULL_CAPTION: self.null_caption.cpu()})
-        if self.world.is_main:
-            (aside / "config.yaml").write_text(dump(self.config.model_copy(update={"stages": []})))
-            aside.rename(self.place.model)
-        self.world.barrier()
+        """The stage's model folder, raw and averaged weights: the stage is then done."""
+        raw, ema = (
+            {name: whole.cpu() for name, whole in gather_full(self.engine.shards, slices) if self.world.is_main}
+            for slices in (values_of(self.engine.shards), self.ema.values)
+        )
+        self.world.from_main(lambda: write_model(self.place.model, self.config, raw, ema, self.null_caption))
 
     def close(self) -> None:
         """Release threads and memory."""

@@ -13,31 +13,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from data.loader import FixedSamples
 from data.randomness import key, permutation
-from t2i.config import RunConfig
-from t2i.diffusion.flow import flow_matching_loss, interpolate, logit_normal, shift_time, to_unit_range
+from t2i.diffusion.flow import flow_matching_loss, interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import Terms, add_bands, band_names
 from t2i.engine.shards import all_reduce_sum
-from t2i.models.pixelgen import PixelGen
-from t2i.models.text import TextEncoder
-from t2i.pipeline import Picture, draw
+from t2i.pipeline import Picture, Pipeline
 from t2i.train.processes import World
+from t2i.train.schedule import training_times
 
 
 @dataclass
 class Evaluator:
     """Validation and sample grids of one stage; all ranks take part in every call."""
 
-    config: RunConfig
+    pipeline: Pipeline
+    """Its denoiser holds the averaged weights."""
     world: World
-    network: PixelGen
-    """A copy of the denoiser that holds the averaged weights."""
-    text: TextEncoder
-    null_caption: Tensor
     heldout: FixedSamples | None
     folder: Path
     """Where the grids go."""
@@ -46,43 +40,32 @@ class Evaluator:
     def loss(self) -> dict[str, float]:
         """Flow-matching loss on the held-out samples: `loss`, and `loss_tA-B` by bands of t."""
         assert self.heldout is not None
-        objective, n = self.config.objective, len(self.heldout.captions)
-        noise_key = key(self.config.seed, "validation")
-        quantiles = (permutation(noise_key, n) + 0.5) / n
-        t = shift_time(logit_normal(quantiles, objective.time_mean, objective.time_std), objective.timeshift)
+        config, device, n = self.pipeline.config, self.world.device, len(self.heldout.captions)
+        noise_key = key(config.seed, "validation")
+        t = training_times(config.objective, (permutation(noise_key, n) + 0.5) / n)
         mine = np.arange(self.world.rank, n, self.world.size)
         terms = Terms()
-        for start in range(0, len(mine), self.config.train.micro_batch_size):
-            index = mine[start : start + self.config.train.micro_batch_size]
-            image = to_unit_range(self.heldout.pixels[index].to(self.world.device))
-            times = torch.from_numpy(t[index]).float().to(self.world.device)
-            x_t = interpolate(image, slot_noise(noise_key, index, image.shape[1:], image.device), times)
-            states = self.text([self.heldout.captions[i] for i in index])
-            predicted = self.network(x_t, times, states).image
-            losses = flow_matching_loss(predicted, image, times, objective.min_noise)
+        for start in range(0, len(mine), config.train.micro_batch_size):
+            index = mine[start : start + config.train.micro_batch_size]
+            image = to_unit_range(self.heldout.pixels[index].to(device))
+            times = torch.from_numpy(t[index]).float().to(device)
+            x_t = interpolate(image, slot_noise(noise_key, index, image.shape[1:], device), times)
+            states = self.pipeline.text([self.heldout.captions[i] for i in index])
+            predicted = self.pipeline.denoiser(x_t, times, states).image
+            losses = flow_matching_loss(predicted, image, times, config.objective.min_noise)
             terms.add("loss", losses.sum(), len(index))
             add_bands(terms, "loss", losses, t[index])
-        return global_means(terms, ["loss", *band_names("loss")], self.world.device)
+        return global_means(terms, ["loss", *band_names("loss")], device)
 
     def grid(self, step: int) -> None:
         """Draw the config's prompts, each rank its share, and write the grid with its description."""
-        validation, sampling = self.config.validation, self.config.sampling
+        validation, sampling = self.pipeline.config.validation, self.pipeline.config.sampling
         pictures = [Picture(prompt) for prompt in validation.prompts]
-        side = self.config.data.resolution
-        mine = draw(
-            self.network,
-            self.text,
-            self.null_caption,
-            pictures[self.world.rank :: self.world.size],
-            sampling,
-            size=(side, side),
-            min_noise=self.config.objective.min_noise,
-            device=self.world.device,
-        )
+        mine = self.pipeline.draw(pictures[self.world.rank :: self.world.size], sampling)
         shares = self.world.gather(mine.numpy())
         if not self.world.is_main:
             return
-        images = np.empty((len(pictures), 3, side, side), np.uint8)
+        images = np.empty((len(pictures), *mine.shape[1:]), np.uint8)
         for rank, share in enumerate(shares):
             images[rank :: self.world.size] = share
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-import launch.process  # isort: skip  # noqa: F401  it prepares the environment for DeepSpeed
 import numpy as np
 import torch
 

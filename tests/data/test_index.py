@@ -13,12 +13,12 @@ from moto.server import ThreadedMotoServer
 from tar_samples import jpeg, tar_bytes, write_source
 
 from data.errors import DataError
-from data.index import Members, SourceIndex, all_damage, index_source
+from data.index import SourceIndex, all_damage, index_source
 from data.store import open_store
 
 
-def index(folder: Path, **kwargs: object) -> SourceIndex:
-    return index_source(open_store(str(folder)), "source", **kwargs)  # type: ignore[arg-type]
+def index(folder: Path) -> SourceIndex:
+    return index_source(open_store(str(folder)), "source")
 
 
 def read(source: SourceIndex, shard: int, span: tuple[int, int] | None) -> bytes:
@@ -52,15 +52,15 @@ def test_webdataset_grouping_and_offsets(tmp_path: Path) -> None:
         b"image c",
         b"image d",
     ]
-    assert (read(source, 0, a.caption), read(source, 0, b.caption), read(source, 0, b.meta)) == (
-        b"text a",
-        b"text b",
-        b"{}",
-    )
-    assert a.meta is None and c.caption is None
+    assert (read(source, 0, a.caption), read(source, 0, b.caption)) == (b"text a", b"text b")
+    assert c.caption is None
     assert shard.damage is None and source.counts.tolist() == [4]
-    other = index(tmp_path, members=Members(image=("seg.png", "png"), caption="cls"))
-    assert other.shards[0].keys == ("dir.d/a", "b", "../../etc/passwd", long, "e")
+
+
+def test_of_several_images_in_a_sample_the_first_extension_listed_wins(tmp_path: Path) -> None:
+    (tmp_path / "s.tar").write_bytes(tar_bytes([(f"a.{end}", end.encode()) for end in ("webp", "png", "jpeg", "txt")]))
+    source = index(tmp_path)
+    assert read(source, 0, source.shards[0][0].image) == b"jpeg"
 
 
 def test_links_and_folders_are_no_samples(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.order import SourceOrder, check_weights, interval, mix
+from data.order import SourceOrder, check_layout, check_weights, interval, mix
 
 
 def make(counts: list[int], lanes: int, block: int, **kwargs: object) -> SourceOrder:
@@ -96,12 +96,36 @@ def test_mixing_is_even_over_the_lanes_of_every_draw(weights: list[float]) -> No
         assert np.abs(counts - 128 * shares).max() <= (1 if len(weights) == 2 else 4)
 
 
-def test_mixing_never_draws_a_source_of_weight_zero() -> None:
-    assert {mix([0, 1, 0, 2, 0], lane, 8, n) for lane in range(8) for n in range(200)} == {1, 3}
+def test_mixing_draws_one_source_and_each_of_512() -> None:
     assert {mix([5.0], 0, 1, n) for n in range(5)} == {0}
+    assert {mix([1.0] * 512, 0, 1, n) for n in range(1000)} == set(range(512))
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]])
-def test_bad_weights(weights: list[float]) -> None:
-    with pytest.raises(DataError, match="weight"):
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([1.0], "one weight a source"),
+        ([1.0, 0.0], "'b': weight 0.0 must be a finite number above 0"),
+        ([-1.0, 2.0], "'a': weight -1.0"),
+        ([float("nan"), 1.0], "'a': weight nan"),
+    ],
+)
+def test_bad_weights(weights: list[float], said: str) -> None:
+    with pytest.raises(DataError, match=said):
         check_weights(weights, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ((16, 8, 3), "world_size 3.*nearest allowed is 2 or 4"),
+        ((16, 8, 16), "world_size 16.*nearest allowed is 8"),
+        ((20, 8, 1), "batch_size 20.*nearest allowed is 16 or 24"),
+        ((4, 8, 1), "batch_size 4.*nearest allowed is 8"),
+        ((16, 8, 0), "at least 1"),
+    ],
+)
+def test_wrong_layouts_name_the_nearest_right_one(layout: tuple[int, int, int], said: str) -> None:
+    check_layout(16, 8, 4)
+    with pytest.raises(DataError, match=said):
+        check_layout(*layout)

@@ -1,8 +1,11 @@
 """Packing: the same bytes for the same arguments, nothing half-written, an honest hold-out."""
 
+import errno
 import io
 import json
 import multiprocessing
+import re
+import sys
 import tarfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import simplejpeg
 import webdataset
 
 from data import openmoji, pack, shapes
+from data.errors import UserError
 from launch.pack import main
 
 
@@ -21,20 +25,20 @@ def read(directory: Path, split: str):
     return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)) if urls else []
 
 
-def contents(directory: Path):
+def files(directory: Path):
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     out = tmp_path_factory.mktemp("shapes") / "a"
-    pack.pack(shapes.source(100, size=64, heldout=0.1, seed=3), out, shard_size=40)
+    pack.pack(shapes.contents(100, size=64, heldout=0.1, seed=3), out, shard_size=40)
     return out
 
 
 @pytest.fixture(scope="module")
 def emojis():
-    return openmoji.source(size=32, heldout=0.05, seed=0)
+    return openmoji.contents(size=32, heldout=0.05, seed=0)
 
 
 def test_shards_are_balanced_and_webdataset_reads_them(scenes):
@@ -67,25 +71,25 @@ def test_heldout_is_disjoint(scenes):
 
 
 def test_same_bytes_whatever_the_workers_and_other_bytes_for_another_seed(scenes, tmp_path):
-    pack.pack(shapes.source(100, heldout=0.1, seed=3), tmp_path / "b", shard_size=40, workers=2)
-    assert contents(tmp_path / "b") == contents(scenes)
-    pack.pack(shapes.source(100, heldout=0.1, seed=4), tmp_path / "c", shard_size=40)
-    other = contents(tmp_path / "c")
-    assert other.keys() == contents(scenes).keys()
-    assert all(other[name] != content for name, content in contents(scenes).items())
+    pack.pack(shapes.contents(100, heldout=0.1, seed=3), tmp_path / "b", shard_size=40, workers=2)
+    assert files(tmp_path / "b") == files(scenes)
+    pack.pack(shapes.contents(100, heldout=0.1, seed=4), tmp_path / "c", shard_size=40)
+    other = files(tmp_path / "c")
+    assert other.keys() == files(scenes).keys()
+    assert all(other[name] != content for name, content in files(scenes).items())
 
 
 def test_finished_pack_is_left_alone(scenes):
     before = {p: p.stat().st_mtime_ns for p in scenes.rglob("*")}
-    again = pack.pack(shapes.source(100, heldout=0.1, seed=3), scenes, shard_size=40)
+    again = pack.pack(shapes.contents(100, heldout=0.1, seed=3), scenes, shard_size=40)
     assert again.was_finished and again.summary == json.loads((scenes / "dataset.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in scenes.rglob("*")} == before
-    with pytest.raises(ValueError, match="a pack whose seed is 3, not 5"):
-        pack.pack(shapes.source(100, heldout=0.1, seed=5), scenes, shard_size=40)
+    with pytest.raises(UserError, match="a pack whose seed is 3, not 5"):
+        pack.pack(shapes.contents(100, heldout=0.1, seed=5), scenes, shard_size=40)
 
 
 class Interrupt:
-    """Renders as the source does until its nth sample, then breaks off."""
+    """Renders as it should until its nth sample, then breaks off."""
 
     def __init__(self, render, n):
         self.render, self.left = render, n
@@ -98,20 +102,20 @@ class Interrupt:
 
 
 def test_goes_on_after_an_interruption(scenes, tmp_path):
-    source = shapes.source(100, heldout=0.1, seed=3)
+    whole = shapes.contents(100, heldout=0.1, seed=3)
     out = tmp_path / "a"
-    broken = pack.Source(**{**vars(source), "render": Interrupt(source.render, 40)})
+    broken = pack.Contents(**{**vars(whole), "render": Interrupt(whole.render, 40)})
     with pytest.raises(KeyboardInterrupt):
         pack.pack(broken, out, shard_size=40)
     assert [p.name for p in (out / "train").glob("*.tar")] == ["00000.tar"]
     assert not (out / "dataset.json").exists()
     (out / "train" / "00002.tar.1.partial").write_bytes(b"left by a process that was killed")
-    with pytest.raises(ValueError, match="a pack whose shard_size is 40, not 30"):
-        pack.pack(source, out, shard_size=30)
+    with pytest.raises(UserError, match="a pack whose shard_size is 40, not 30"):
+        pack.pack(whole, out, shard_size=30)
 
     # Shard 0 is whole and stays, so only the other 70 samples are drawn.
-    pack.pack(pack.Source(**{**vars(source), "render": Interrupt(source.render, 70)}), out, shard_size=40)
-    assert contents(out) == contents(scenes)
+    pack.pack(pack.Contents(**{**vars(whole), "render": Interrupt(whole.render, 70)}), out, shard_size=40)
+    assert files(out) == files(scenes)
 
 
 def hold(out, ready, done):
@@ -126,8 +130,8 @@ def test_one_process_at_a_time(tmp_path):
     other = context.Process(target=hold, args=(tmp_path, ready, done))
     other.start()
     assert ready.wait(20)
-    with pytest.raises(ValueError, match="another process is packing"):
-        pack.pack(shapes.source(10), tmp_path)
+    with pytest.raises(UserError, match="another process is packing"):
+        pack.pack(shapes.contents(10), tmp_path)
     done.set()
     other.join()
 
@@ -165,14 +169,14 @@ def test_variants_of_an_emoji_are_held_out_together(emojis):
     assert openmoji.base("man, dark skin tone, red hair") == openmoji.base("woman")
     share = len(emojis.splits["heldout"]) / 3953
     assert 0.045 < share <= 0.0501
-    other = openmoji.source(heldout=0.05, seed=1).splits["heldout"]
+    other = openmoji.contents(heldout=0.05, seed=1).splits["heldout"]
     assert {d.code for d in other} != {d.code for d in emojis.splits["heldout"]}
 
 
 def test_drawings_are_packed_on_white(emojis, tmp_path):
     some = {split: list(items[:20]) for split, items in emojis.splits.items()}
     some["train"].append(next(d for d in emojis.splits["train"] if d.caption == "red circle"))
-    done = pack.pack(pack.Source(**{**vars(emojis), "splits": some}), tmp_path / "o")
+    done = pack.pack(pack.Contents(**{**vars(emojis), "splits": some}), tmp_path / "o")
     assert done.summary["left_out"] == {"no English name": 542}
     assert done.summary["licence"] == "CC BY-SA 4.0" and "OpenMoji" in done.summary["credit"]
     samples = read(tmp_path / "o", "train")
@@ -193,11 +197,12 @@ def test_drawings_are_packed_on_white(emojis, tmp_path):
         ("shapes --out {new} --count few", "count"),
         ("shapes --out {new} --count 10 --heldout 1.0", "heldout is 1.0"),
         ("shapes --out {new} --count 10 --size 2", "size is 2"),
-        ("shapes --out {new} --count 10 --shard-size 0", "shard_size is 0"),
+        ("shapes --out {new} --count 10 --shard_size 0", "shard_size is 0"),
         ("shapes --out {new} --count 10 --workers -1", "workers is -1"),
         ("openmoji --out {new} --sise 64", "--sise"),
         ("openmoji --out {full}", "holds other files"),
         ("openmoji --out {full}/file", "it is a file"),
+        ("openmoji --out {full}/file/new", "Not a directory"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence_and_write_nothing(words, said, tmp_path, capsys):
@@ -206,8 +211,24 @@ def test_mistakes_are_told_in_one_sentence_and_write_nothing(words, said, tmp_pa
     before = sorted(tmp_path.rglob("*"))
     assert main(words.format(new=tmp_path / "new", full=tmp_path / "full").split()) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("pack.py: ") and said in err and err.count("\n") == 1
+    assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_package_of_the_demo_is_told_in_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "emoji", None)
+    assert main(["openmoji", "--out", str(tmp_path / "new")]) == 2
+    assert re.fullmatch(r"error: package emoji is not installed: .*'demo'.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("fault", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")])
+def test_a_bug_is_not_told_as_a_mistake(tmp_path, monkeypatch, fault):
+    def broken(*_):
+        raise fault
+
+    monkeypatch.setattr(shapes, "draw", broken)
+    with pytest.raises(type(fault), match="a bug"):
+        main(["shapes", "--out", str(tmp_path / "new"), "--count", "2", "--workers", "1"])
 
 
 def test_the_command_says_what_it_did_and_does_nothing_twice(tmp_path, capsys):

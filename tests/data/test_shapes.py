@@ -168,23 +168,6 @@ def test_a_scene_is_a_function_of_seed_and_index():
     assert not heldout & {it.objects for it in SCENES}
 
 
-def test_geneval_metadata():
-    position = next(it for it in SCENES if it.task == "position" and it.groups[0].color)
-    a, b = position.groups
-    assert position.geneval() == {
-        "tag": "position",
-        "include": [
-            {"class": b.shape, "count": 1, "color": b.color},
-            {"class": a.shape, "count": 1, "color": a.color, "position": [position.relation, 0]},
-        ],
-        "prompt": f"a photo of {shapes.phrase(a)} {position.relation} {shapes.phrase(b)}",
-    }
-    counting = next(it for it in SCENES if it.task == "counting" and not it.groups[0].color)
-    (group,) = counting.groups
-    assert counting.geneval()["include"] == [{"class": group.shape, "count": group.count}]
-    assert counting.geneval()["exclude"] == [{"class": group.shape, "count": group.count + 1}]
-
-
 def test_phrases():
     assert shapes.phrase(shapes.Group(1, "circle", "orange")) == "an orange circle"
     assert shapes.phrase(shapes.Group(1, "circle", None)) == "a circle"

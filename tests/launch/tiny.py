@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def pack_scenes(folder: Path, size: int = 24) -> Path:
     """240 scenes and 16 held-out ones, in several shards."""
-    pack.pack(shapes.source(256, size, 1 / 16, 0), folder, shard_size=50)
+    pack.pack(shapes.contents(256, size, 1 / 16, 0), folder, shard_size=50)
     return folder
 
 

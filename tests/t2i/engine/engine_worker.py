@@ -8,12 +8,11 @@ import math
 import sys
 from pathlib import Path
 
-from launch.process import joined_world  # first: it prepares the environment for DeepSpeed
-
-import torch  # isort: skip
+import torch
 from torch import nn
 
-from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, newest, optimizer_kinds, value_kinds
+from launch.process import joined_world
+from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, moments_of, newest, values_of
 from t2i.engine.deepspeed import DeepSpeedEngine
 from t2i.engine.ema import Ema
 from t2i.engine.optimizer import build_optimizer, orthogonalise
@@ -118,7 +117,7 @@ def whole(engine, slices) -> dict[str, torch.Tensor]:
 
 
 def values(engine) -> dict[str, torch.Tensor]:
-    return whole(engine, {name: shard.value for name, shard in engine.shards.items()})
+    return whole(engine, values_of(engine.shards))
 
 
 def compare(dtype: torch.dtype, accumulation: int, muon: bool, world) -> dict:
@@ -137,7 +136,7 @@ def compare(dtype: torch.dtype, accumulation: int, muon: bool, world) -> dict:
         "updates": engine.updates,
         "low_precision": max(
             (p.float() - v).abs().max().item()
-            for p, v in zip(engine.module.parameters(), values(engine).values(), strict=True)
+            for p, v in zip(engine.network.parameters(), values(engine).values(), strict=True)
         ),
     }
     engine.close()
@@ -164,12 +163,12 @@ def resume(folder: Path, other: str, world) -> dict:
             continue
         path, faults = newest(source)
         assert path is not None and not faults
-        checkpoint = Checkpoint(path, verify=True)
+        checkpoint = Checkpoint(path)
         engine = build(dtype, accumulation, muon, world.size)
         ema = Ema(engine.shards, DECAY)
-        kinds = value_kinds(engine.shards)
-        checkpoint.read(engine.shards, {**kinds, "ema": ema.values, **optimizer_kinds(engine.shards)})
-        engine.load_values(kinds["value"])
+        kinds = {"value": values_of(engine.shards), "ema": ema.values, **moments_of(engine.shards)}
+        checkpoint.read(engine.shards, kinds)
+        engine.refresh()
         engine.updates = checkpoint.state["updates"]
         train(engine, ema, world.rank, world.size, accumulation, dtype, range(STEPS // 2, STEPS))
         outcome[label] = {

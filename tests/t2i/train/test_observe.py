@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i.config import RunConfig
 from t2i.train.observe import Metrics, Observer, peak_flops
 
 
@@ -26,20 +27,14 @@ def test_rewind_takes_back_the_stages_later_steps_alone(tmp_path: Path) -> None:
     assert lines(metrics) == [("a", 1), ("a", 9), ("b", 1), ("b", 2)]
     metrics.write({"stage": "b", "step": 3})
     assert lines(metrics)[-1] == ("b", 3)
+    metrics.write({"stage": "c", "step": 0})  # the first validation of a stage that was killed before it saved
+    metrics.rewind("c", 0)
+    assert lines(metrics)[-1] == ("b", 3)
 
 
 def observer(directory: Path, active: bool, wandb_mode: str) -> Observer:
-    return Observer(
-        directory,
-        active=active,
-        run="r",
-        stage="s",
-        total_steps=3,
-        step=0,
-        wandb_mode=wandb_mode,  # type: ignore[arg-type]
-        wandb_project="p",
-        config={"a": 1},
-    )
+    tree = {"name": directory.name, "root": directory.parent, "train": {"steps": 3}, "logging": {"wandb": wandb_mode}}
+    return Observer(RunConfig.model_validate(tree), "s", 0, active)
 
 
 def test_ranks_other_than_0_write_nothing(tmp_path: Path) -> None:

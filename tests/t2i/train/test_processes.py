@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i.train.processes import RunLock, World
+from t2i.train.processes import RunInUseError, RunLock, World
 
 HOLD = """
 import sys, time
@@ -29,7 +29,7 @@ def test_a_second_start_names_the_holder_and_gets_the_run_when_it_dies(tmp_path:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(TimeoutError, match=f"process {holder.pid} on {socket.gethostname()}"):
+    with pytest.raises(RunInUseError, match=f"process {holder.pid} on {socket.gethostname()}"):
         RunLock(tmp_path / "run", patience_s=0.1)
     holder.kill()
     holder.wait()

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from t2i.config import OptimizerConfig
-from t2i.train.trainer import learning_rate
+from t2i.train.schedule import learning_rate
 
 STEPS, PEAK = 100, 3e-4
 

@@ -1,0 +1,168 @@
+"""Reading, checking and merging configs. Every mistake is a `ConfigError` with one sentence that names the field."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from data.errors import DataError
+from data.order import check_layout
+from t2i.config import NAME, STAGE_SECTIONS, ConfigError, RunConfig, Section
+
+S = TypeVar("S", bound=Section)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` entered, dictionaries joined level by level."""
+    merged = dict(base)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+def _field_names(root: type[Section], path: tuple[str | int, ...]) -> list[str]:
+    """Names of the fields at a place in the tree below a section."""
+    here: Any = root
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = here.model_fields[part].annotation if part in here.model_fields else None
+        arguments = getattr(annotation, "__args__", (annotation,))
+        here = next((a for a in arguments if isinstance(a, type) and issubclass(a, Section)), None)
+        if here is None:
+            return []
+    return list(here.model_fields)
+
+
+def _explain(section: type[Section], error: ValidationError, where: str) -> str:
+    """The first of pydantic's findings as one sentence."""
+    # A misspelt required field is also missing under its right name: say the misspelling.
+    first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
+    location = tuple(first["loc"])
+    name = ".".join(map(str, location)) or "config"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _field_names(section, location[:-1]), n=1)
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(_field_names(section, location[:-1]))}"
+        )
+        return f"{where}: unknown field {name!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first["input"]
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | type(None)) else ""
+    return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
+
+
+def validate_section(section: type[S], tree: dict[str, Any], where: str) -> S:
+    """A section from a plain tree.
+
+    Raises:
+        ConfigError: with one sentence; `where` says which file, stage or command line.
+    """
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(section, error, where)) from error
+
+
+def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
+    """A config from a plain tree, every stage of it checked.
+
+    Raises:
+        ConfigError: with one sentence; `where` says which file, stage or command line.
+    """
+    config = validate_section(RunConfig, tree, where)
+    if config.data.resolution % config.model.patch_size:
+        raise ConfigError(
+            f"{where}: data.resolution {config.data.resolution} must be a multiple of "
+            f"model.patch_size ({config.model.patch_size})"
+        )
+    for index, stage in enumerate(config.stages):
+        _check_stage(stage, where)
+        stage_config(config, index)
+    if len({stage["name"] for stage in config.stages}) < len(config.stages):
+        raise ConfigError(f"{where}: stages: two stages have the same name")
+    return config
+
+
+def stage_config(config: RunConfig, index: int) -> RunConfig:
+    """The settings of one stage: the run's sections with the stage's overrides, and no stages.
+
+    Raises:
+        ConfigError: there is no such stage, or its settings are wrong.
+    """
+    if index >= len(config.stages):
+        raise ConfigError(f"stages: the config has {len(config.stages)} stages, so there is no stage {index + 1}")
+    changes = dict(config.stages[index])
+    where = f"stage {changes.pop('name')}"
+    return validate_config(merge(config.model_dump(), {**changes, "stages": []}), where)
+
+
+def _check_stage(stage: dict[str, Any], where: str) -> None:
+    """Refuse a stage without a usable name or with a key that is none of its sections."""
+    name = stage.get("name")
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise ConfigError(f"{where}: stages: a stage needs a name of letters, digits, dots and dashes (got {name!r})")
+    for key in stage.keys() - {"name", *STAGE_SECTIONS}:
+        near = difflib.get_close_matches(key, STAGE_SECTIONS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"a stage may change {', '.join(STAGE_SECTIONS)}"
+        raise ConfigError(f"{where}: stage {name}: unknown section {key!r}; {hint}")
+
+
+def override(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """A run with changes that count more than its stages' own.
+
+    Raises:
+        ConfigError: with one sentence.
+    """
+    shared = {name: value for name, value in changes.items() if name in STAGE_SECTIONS}
+    stages = changes.get("stages", config.stages)
+    tree = {**merge(config.model_dump(), changes), "stages": [merge(stage, shared) for stage in stages]}
+    return validate_config(tree, where="command line")
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or its settings are wrong.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: must be a mapping of sections")
+    return validate_config(tree, where=str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML that `load_config` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def check_world_size(config: RunConfig, world_size: int, where: str) -> None:
+    """Refuse a number of ranks that cannot share a stage's batch evenly.
+
+    Raises:
+        ConfigError: naming the field and the nearest value that would do.
+    """
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    try:
+        check_layout(batch, config.data.lanes, world_size)
+    except DataError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if batch // world_size % micro:
+        share = batch // world_size
+        nearest = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        raise ConfigError(
+            f"{where}: train.micro_batch_size {micro} does not divide a rank's share of the batch "
+            f"({batch} / {world_size} = {share}); {nearest} would"
+        )

@@ -1,0 +1,88 @@
+"""A trained model's folder: `model.safetensors` (raw), `ema.safetensors` and `config.yaml`.
+
+Both weight files hold the denoiser under `denoiser.`, the projector of representation alignment under `projector.`
+(absent without it) and the null caption's states, which a library's update could otherwise change. The folder is
+written aside, made durable and renamed: if it is there, it is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from t2i.config import ConfigError, RunConfig
+from t2i.config_loading import dump_config, load_config
+from t2i.engine.checkpoint import sync
+
+DENOISER = "denoiser."
+PROJECTOR = "projector."
+NULL_CAPTION = "null_caption"
+FILES = {"raw": "model.safetensors", "ema": "ema.safetensors"}
+
+WhichWeights = Literal["raw", "ema"]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What a folder holds: config, fp32 tensors by name, and the null caption's states (L, E)."""
+
+    config: RunConfig
+    tensors: dict[str, Tensor]
+    null_caption: Tensor
+
+    @property
+    def denoiser(self) -> dict[str, Tensor]:
+        """The denoiser's state dict."""
+        return {n.removeprefix(DENOISER): t for n, t in self.tensors.items() if n.startswith(DENOISER)}
+
+
+def write_model(
+    folder: Path, config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor], null_caption: Tensor
+) -> None:
+    """Write a folder; an earlier attempt that was cut short is replaced."""
+    aside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for which, tensors in (("raw", raw), ("ema", ema)):
+        whole = {**tensors, NULL_CAPTION: null_caption}
+        save_file({name: tensor.contiguous().cpu() for name, tensor in whole.items()}, aside / FILES[which])
+    (aside / "config.yaml").write_text(dump_config(config))
+    for path in (*aside.iterdir(), aside):
+        sync(path)
+    aside.rename(folder)
+    sync(folder.parent)
+
+
+def check_model(folder: Path) -> None:
+    """See that a folder is a model's, without reading its weights.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    expected = [*FILES.values(), "config.yaml"]
+    missing = [name for name in expected if not (folder / name).exists()]
+    if missing:
+        raise ConfigError(f"{folder} is not a model folder: it has no {missing[0]}")
+
+
+def read_model(folder: Path, which: WhichWeights) -> SavedModel:
+    """Read a folder.
+
+    Raises:
+        ConfigError: it is not a model's, or it is damaged.
+    """
+    check_model(folder)
+    file = folder / FILES[which]
+    try:
+        tensors = load_file(file)
+        null_caption = tensors.pop(NULL_CAPTION)
+    except (SafetensorError, KeyError) as error:
+        raise ConfigError(f"{file} is damaged or not a model of this kind: {error}") from error
+    return SavedModel(load_config(folder / "config.yaml"), tensors, null_caption)

@@ -1,0 +1,46 @@
+"""Where a run keeps what: the layout of `runs/<name>/`, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2i.config import RunConfig
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """A stage's name, its folder, and the stage before it."""
+
+    name: str
+    folder: Path
+    previous: StagePlace | None
+
+    @property
+    def model(self) -> Path:
+        """The finished model; it exists once the stage is done."""
+        return self.folder / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The stage's checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """The stage's sample grids."""
+        return self.folder / "samples"
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage's model is there."""
+        return self.model.exists()
+
+
+def stage_places(config: RunConfig) -> list[StagePlace]:
+    """The places of every stage of a run, in order."""
+    places: list[StagePlace] = []
+    for stage in config.stages:
+        name = str(stage["name"])
+        places.append(StagePlace(name, config.directory / name, places[-1] if places else None))
+    return places
