@@ -1,6 +1,11 @@
-"""The jobs. Importing any of them prepares the environment that libraries look at when they are first imported."""
+"""The jobs. Importing any of them prepares what has to stand before the libraries are imported."""
 
 import os
+
+from launch.launcher import leave_with_launcher
+
+if "LOCAL_RANK" in os.environ:
+    leave_with_launcher()
 
 import torch
 

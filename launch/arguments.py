@@ -71,7 +71,10 @@ def _reworded(error: ArgumentError, argv: list[str]) -> str:
     found = re.search(r'key "([\w.]+)"', message)
     raw = _values(argv).get(found.group(1)) if found else None
     if found and raw is not None:
-        value: Any = yaml.safe_load(raw)
+        try:
+            value: Any = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            return f"--{found.group(1)}: {raw!r} is not a value in YAML's form"
         for part in reversed(found.group(1).split(".")):
             value = {part: value}
         try:

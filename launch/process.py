@@ -5,10 +5,12 @@ Works alike under `deepspeed`, `torchrun` and plain `python` (one process).
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -18,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from data.errors import StoreError, UserError
-from t2i.train.processes import World, leave_with_launcher
+from t2i.train.processes import World
 
 BAD_INPUT = 2
+RANK_0_FIRST_S = 3.0
 
 
 @contextmanager
@@ -40,14 +43,17 @@ def joined_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    leave_with_launcher()
+    # Of GPU runs the host threads decode, and each opens a team of its own: leave them a core each.
+    cores = len(os.sched_getaffinity(0)) // local_size
+    torch.set_num_threads(1 if device.type == "cuda" else max(1, cores))
+    torch.set_float32_matmul_precision("high")  # TF32 for the frozen fp32 networks on GPUs; a CPU has none
     backend = "nccl" if device.type == "cuda" else "gloo"
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=30), verbose=False)
     try:
         yield World(rank, size, device)
     finally:
+        gc.collect()  # engines hold process groups in cycles; one that dies with the interpreter may abort it
         dist.destroy_process_group()
 
 
@@ -71,8 +77,10 @@ def main(job: Callable[[], None]) -> None:
     try:
         job()
     except (UserError, StoreError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        # Rank 0 speaks, and its launcher ends the others; what it does not know of, this rank says later.
+        if rank > 0:
+            time.sleep(RANK_0_FIRST_S)
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,7 @@ What counts, from weakest to strongest: the defaults here, the file's sections, 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,9 @@ NAME = r"^[A-Za-z0-9_.-]+$"
 
 class ConfigError(UserError):
     """A user's mistake, said in one sentence that names the field, its value and what would be right."""
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -153,7 +156,7 @@ class OptimizerConfig(Section):
     """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of AdamW's two moments."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of AdamW's second moment."""

@@ -126,6 +126,18 @@ def override(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return validate_config(tree, where="command line")
 
 
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two plain trees differ."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(prefix + name)
+    return found
+
+
 def load_config(path: Path) -> RunConfig:
     """Read a YAML file.
 

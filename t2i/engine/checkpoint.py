@@ -30,6 +30,7 @@ from t2i.engine.shards import Shards
 
 FORMAT = 1
 COMMIT_TIMEOUT_S = 600.0
+CLOSE_TIMEOUT_S = 30.0
 
 
 class CheckpointError(UserError):
@@ -116,7 +117,7 @@ class CheckpointWriter:
         """Remove what killed attempts left uncommitted; the other ranks may be writing this attempt's already."""
         for leftover in self.folder.glob(".step_*"):
             if not leftover.name.endswith(f".{self.attempt}"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)  # a dying rank may still be writing there
         self._cleared = True
 
     def wait(self) -> None:
@@ -127,6 +128,11 @@ class CheckpointWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def close(self) -> None:
+        """Wait for the checkpoint under way on the way out; what it says no longer stops anything."""
+        if self._thread is not None:
+            self._thread.join(timeout=CLOSE_TIMEOUT_S)
 
     def _write(
         self,
@@ -163,9 +169,12 @@ class CheckpointWriter:
         _write_durably(aside / "manifest.json", json.dumps(manifest))
         for report in reports:
             report.unlink()
+        if final.exists():  # damaged, or training would have gone on from it
+            shutil.rmtree(final)
         aside.rename(final)
         sync(self.folder)
-        for old in checkpoints(self.folder)[: -self.keep]:
+        # Later ones are damaged too: they do not count towards those that are kept.
+        for old in [path for path in checkpoints(self.folder) if path <= final][: -self.keep]:
             shutil.rmtree(old)
 
 

@@ -75,6 +75,7 @@ class DeepSpeedEngine:
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
             "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",  # or the fp32 gradients would be summed over ranks in bf16
             "steps_per_print": None,
         }
         with redirect_stdout(io.StringIO()):  # it prints its memory at every turn

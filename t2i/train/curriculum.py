@@ -47,6 +47,7 @@ def run(config: RunConfig, world: World, only: int | None = None) -> None:
     places = stage_places(config)
     for index in chosen:
         check_world_size(settings[index], world.size, f"stage {places[index].name}")
+    _check_starts(settings, places)
     if world.from_main(lambda: all(places[i].done for i in chosen)):
         _say_done(config, [places[i] for i in chosen], world)
         return
@@ -54,18 +55,22 @@ def run(config: RunConfig, world: World, only: int | None = None) -> None:
 
     def claim() -> tuple[str, list[int]]:
         nonlocal lock
-        lock = RunLock(config.directory)
+        attempt = uuid.uuid4().hex[:8]
+        lock = RunLock(config.directory, attempt)
         # Who held the run until now may have finished it.
-        return uuid.uuid4().hex[:8], [i for i in chosen if not places[i].done]
+        return attempt, [i for i in chosen if not places[i].done]
 
     attempt, pending = world.from_main(claim)
     try:
+        _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
         for index in pending:
             _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt)
             gc.collect()  # an engine is full of cycles, and holds the stage's memory
         if world.is_main and pending:
-            print(f"done: pictures and curves are in {write_report(config.directory)}")
+            last = places[pending[-1]]
+            print(f"done: curves and pictures are in {write_report(config.directory)},")
+            print(f"the last pictures in {last.samples}, the model in {last.model}")
     finally:
         if lock is not None:
             lock.release()
@@ -76,7 +81,44 @@ def run(config: RunConfig, world: World, only: int | None = None) -> None:
 def _say_done(config: RunConfig, places: list[StagePlace], world: World) -> None:
     if world.is_main:
         names = ", ".join(place.name for place in places)
-        print(f"{config.directory}: done already: {names}; the report is {config.directory / 'report.html'}")
+        report = config.directory / "report.html"
+        if not report.exists():  # the last start was ended between the model and the report
+            write_report(config.directory)
+        print(f"{config.directory}: done already: {names}; the report is {report}")
+
+
+def _check_starts(settings: dict[int, RunConfig], places: list[StagePlace]) -> None:
+    """Refuse stages that cannot follow each other.
+
+    Raises:
+        ConfigError: naming the stage and the field.
+    """
+    folders = [stage.init.source for stage in settings.values() if stage.init.source not in ("previous", "scratch")]
+    if len(folders) > len(set(folders)):
+        raise ConfigError(
+            f"init.source {folders[0]} would start more than one stage, each forgetting the one before: "
+            "set it in one stage of the file, or train that stage alone"
+        )
+    for index, stage in settings.items():
+        before = settings.get(index - 1)
+        follows = before is not None and stage.init.source == "previous" and stage.init.optimizer == "continue"
+        if follows and before is not None and before.optimizer.name != stage.optimizer.name:
+            raise ConfigError(
+                f"stage {places[index].name}: optimizer.name changes from {before.optimizer.name} to "
+                f"{stage.optimizer.name}, whose moments differ: set init.optimizer to reset"
+            )
+
+
+def _check_shared(directory: Path, attempt: str, world: World) -> None:
+    """See that every rank sees the run's folder.
+
+    Raises:
+        ConfigError: naming a rank that does not.
+    """
+    path = directory / "run.lock"
+    sees = world.gather(path.exists() and attempt in path.read_text())
+    if not all(sees):
+        raise ConfigError(f"root {directory.parent} is not shared: rank {sees.index(False)} does not see {directory}")
 
 
 def _open_stages(settings: dict[int, RunConfig], places: list[StagePlace], pending: list[int]) -> dict[int, StageData]:

@@ -7,6 +7,7 @@ lines as one that was not; lines past the checkpoint that a run resumes from are
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -76,7 +77,8 @@ class Metrics:
         partial.rename(self.path)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line; numbers that are not finite become null."""
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

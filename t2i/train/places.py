@@ -27,6 +27,11 @@ class StagePlace:
         return self.folder / "checkpoints"
 
     @property
+    def null_caption(self) -> Path:
+        """The null caption's states, one file for all stages of the run."""
+        return self.folder.parent / "null_caption.safetensors"
+
+    @property
     def samples(self) -> Path:
         """The stage's sample grids."""
         return self.folder / "samples"

@@ -1,4 +1,4 @@
-"""The processes of a run: who this rank is, what rank 0 says, the run's lock, and the launcher's life."""
+"""The processes of a run: who this rank is, what rank 0 says, and the run's lock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import fcntl
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +18,6 @@ import torch.distributed as dist
 from data.errors import UserError
 
 T = TypeVar("T")
-
-LAUNCHER_WORDS = ("deepspeed", "torchrun", "torch.distributed")
-LAUNCHER_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,11 +68,16 @@ class RunInUseError(UserError):
 class RunLock:
     """One writer a run: an advisory lock on `run.lock`, which the system drops with the process that holds it.
 
+    Args:
+        directory: the run's folder, made if need be.
+        word: written into the file, so that the other ranks can see that they share the folder.
+        patience_s: seconds to wait for another holder to leave.
+
     Raises:
-        RunInUseError: another process still holds it after `patience_s` seconds; the message names it.
+        RunInUseError: another process still holds it after that; the message names it.
     """
 
-    def __init__(self, directory: Path, patience_s: float = 20.0) -> None:
+    def __init__(self, directory: Path, word: str, patience_s: float = 20.0) -> None:
         self._made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "run.lock"
@@ -100,7 +101,7 @@ class RunLock:
                     said = True
                 time.sleep(0.2)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} ({word})")
         self._file.flush()
 
     def release(self) -> None:
@@ -111,48 +112,3 @@ class RunLock:
                 if not any(folder.iterdir()):
                     folder.rmdir()
         self._file.close()
-
-
-def _ancestors() -> list[tuple[int, str]]:
-    """Process ids and start times of this process's ancestors, nearest first, as far as they are launchers."""
-    found = []
-    pid = os.getppid()
-    while pid > 1:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            break
-        # A launcher is a Python running one; a shell whose command line names one may come and go.
-        program = " ".join(words[1:4])
-        if "python" not in Path(words[0]).name or not any(word in program for word in LAUNCHER_WORDS):
-            break
-        found.append((pid, stat[19]))
-        pid = int(stat[1])
-    return found
-
-
-def _is_alive(pid: int, started: str) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return stat[19] == started and stat[0] not in "ZX"
-
-
-def leave_with_launcher() -> None:
-    """End this process when a launcher above it dies.
-
-    A killed `deepspeed` leaves its ranks running, and a restart would then be a second writer. What a rank
-    was writing is uncommitted and harmless.
-    """
-    watched = _ancestors()
-    if not watched:
-        return
-
-    def watch() -> None:
-        while all(_is_alive(pid, started) for pid, started in watched):
-            time.sleep(LAUNCHER_POLL_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

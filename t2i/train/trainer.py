@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.loader import Batch, merge_states
 from data.randomness import key, uniform
 from t2i.build import build_text, choose_dtype
 from t2i.config import ConfigError, RunConfig
+from t2i.config_loading import changes
 from t2i.diffusion.flow import interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Terms, band_names
@@ -26,7 +28,7 @@ from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, moments_of, newe
 from t2i.engine.deepspeed import DeepSpeedEngine, StepResult
 from t2i.engine.ema import Ema
 from t2i.engine.shards import gather_full
-from t2i.model_folder import DENOISER, PROJECTOR, read_model, write_model
+from t2i.model_folder import DENOISER, NULL_CAPTION, PROJECTOR, read_model, write_model
 from t2i.pipeline import Pipeline
 from t2i.train.build import (
     TrainingNetwork,
@@ -62,11 +64,13 @@ class StageTrainer:
         self.place = place
         self.world = world
         self.steps = config.train.steps
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
         self.step = 0  # batches consumed
         self.skipped_updates = 0
         dtype = choose_dtype(config.engine.dtype, world.device)
         self.text = build_text(config, world.device, dtype)
-        self.null_caption = self.text.null_caption()
+        self.null_caption = self._stored_null_caption().to(world.device, dtype)
         self.objective = build_objective(config.objective, world.device)
         network = build_network(config, self.text.width, self.objective.patch_features)
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
@@ -98,12 +102,23 @@ class StageTrainer:
 
     # Where the stage stands
 
+    def _stored_null_caption(self) -> Tensor:
+        """The null caption's states (L, E): computed once, and kept with the run and its models."""
+        path, source = self.place.null_caption, self.config.init.source
+        if path.exists():
+            return load_file(path)[NULL_CAPTION]
+        if source not in ("previous", "scratch"):
+            return read_model(Path(source), self.config.init.weights).null_caption
+        return self.text.null_caption()
+
     def _restore(self) -> tuple[dict[str, Any] | None, str]:
         """Load the stage's newest checkpoint, or what the config starts it from; data state and a sentence."""
         path, faults = self.world.from_main(lambda: newest(self.place.checkpoints))
         if path is not None:
             state = self._load_checkpoint(path)
             self.step, self.skipped_updates = state["step"], state["skipped_updates"]
+            changed = changes(state["config"], self.config.model_dump(mode="json"))
+            faults += [f"settings changed since: {', '.join(changed)}"] if changed else []
             return state["data"], "; ".join([*faults, f"going on from {path.name}"])
         init, previous = self.config.init, self.place.previous
         if init.source == "scratch" or (init.source == "previous" and previous is None):
@@ -128,7 +143,11 @@ class StageTrainer:
         return checkpoint.state
 
     def _hand_over(self, path: Path) -> None:
-        """Start from the last checkpoint of the stage before; the two may align with other features."""
+        """Start from the last checkpoint of the stage before; the two may align with other features.
+
+        A projector that is new then has fresh weights and zero moments under AdamW's old step count, so that its
+        first updates are larger than at a fresh start.
+        """
         init, checkpoint, shards = self.config.init, Checkpoint(path), self.engine.shards
         checkpoint.read(shards, {"value" if init.weights == "raw" else "ema": values_of(shards)}, PROJECTOR)
         self.engine.refresh()
@@ -150,6 +169,9 @@ class StageTrainer:
 
     def _fill(self, targets: dict[str, Tensor], whole: dict[str, Tensor], folder: Path) -> None:
         """Copy this rank's slices of whole tensors; a projector that is missing there keeps its fresh weights."""
+        for name in whole.keys() - self.engine.shards.keys():
+            if not name.startswith(PROJECTOR):
+                raise ConfigError(f"init.source {folder} is of another model: it has {name}, this model does not")
         for name, shard in self.engine.shards.items():
             found = whole[name].shape if name in whole else None
             if found == shard.shape:
@@ -163,7 +185,7 @@ class StageTrainer:
     def _save_checkpoint(self, batch: Batch) -> None:
         data = merge_states(self.world.gather(batch.state))
         state = {
-            "stage": self.place.name,
+            "config": self.config.model_dump(mode="json"),
             "step": self.step,
             "skipped_updates": self.skipped_updates,
             "updates": self.engine.updates,
@@ -185,7 +207,7 @@ class StageTrainer:
         micro, patch = config.train.micro_batch_size, config.model.patch_size
         for start in range(0, len(batch.slots), micro):
             part = slice(start, start + micro)
-            image = to_unit_range(batch.pixels[part].to(self.world.device, non_blocking=True))
+            image = to_unit_range(batch.pixels[part].to(self.world.device))
             times = torch.from_numpy(t[part]).float().to(self.world.device)
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], self.world.device)
             text = self.text(batch.captions[part])
@@ -216,6 +238,10 @@ class StageTrainer:
     def run(self, observer: Observer) -> None:
         """Train to the end of the stage and write its model."""
         observer.event(self._origin)
+        if self.world.is_main and not self.place.null_caption.exists():
+            aside = self.place.null_caption.with_suffix(".partial")
+            save_file({NULL_CAPTION: self.null_caption.contiguous().cpu()}, aside)
+            aside.rename(self.place.null_caption)
         if self.step == 0:
             self._evaluate(observer)
         batches = iter(self.loader)
@@ -306,6 +332,7 @@ class StageTrainer:
         self.world.from_main(lambda: write_model(self.place.model, self.config, raw, ema, self.null_caption))
 
     def close(self) -> None:
-        """Release threads and memory."""
+        """Let a checkpoint under way be finished; release threads and memory."""
+        self.writer.close()
         self.loader.close()
         self.engine.close()

@@ -77,8 +77,8 @@ def test_a_run_writes_what_it_promises(unbroken: Path) -> None:
         assert [line["step"] for line in trained] == list(range(1, steps + 1))
         assert all(line["resolution"] == side and line["grad_norm"] > 0 for line in trained)
     environment = json.loads((unbroken / "environment.json").read_text())
-    assert len(environment["notices"]) == 2
-    assert all("stand-in" in notice for notice in environment["notices"])
+    assert len(environment["stand_ins"]) == 2
+    assert all("stand-in" in notice for notice in environment["stand_ins"])
     report = (unbroken / "report.html").read_text()
     assert "stand-in" in report
     assert "a photo of a red circle" in report
@@ -88,8 +88,9 @@ def test_the_second_stage_goes_on_from_the_first(unbroken: Path) -> None:
     first = load_file(unbroken / "low" / "model" / "model.safetensors")
     second = load_file(unbroken / "high" / "model" / "model.safetensors")
     before, after = (weights["denoiser.head.weight"] for weights in (first, second))
-    # The head starts at zero and moves slowly: what stage one taught it is still there after stage two.
-    assert 0 < (after - before).norm() < before.norm()
+    # The head starts at zero: what stage one taught it is still there after stage two.
+    assert torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.5
+    assert not torch.equal(before, after)
 
 
 def test_killed_in_the_second_stage_it_goes_on_as_if_nothing_had_happened(unbroken: Path, scenes: Path, tmp_path: Path):

@@ -120,6 +120,16 @@ def values(engine) -> dict[str, torch.Tensor]:
     return whole(engine, values_of(engine.shards))
 
 
+def rounded_gradient(engine: DeepSpeedEngine, part: torch.Tensor, accumulation: int) -> bool:
+    """Whether the bf16 network's gradient, summed over micro-batches and ranks, was rounded to bf16 on its way."""
+    inputs, targets = batch(0)
+    for micro in part.chunk(accumulation):
+        loss = (engine.network(inputs[micro].bfloat16()).float() - targets[micro]).square().mean()
+        engine.micro_step(loss)
+    gradients = engine._zero.fp32_groups_gradients_flat
+    return all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients)
+
+
 def compare(dtype: torch.dtype, accumulation: int, muon: bool, world) -> dict:
     engine = build(dtype, accumulation, muon, world.size)
     ema = Ema(engine.shards, DECAY)
@@ -139,6 +149,9 @@ def compare(dtype: torch.dtype, accumulation: int, muon: bool, world) -> dict:
             for p, v in zip(engine.network.parameters(), values(engine).values(), strict=True)
         ),
     }
+    if dtype == torch.bfloat16:
+        part = torch.arange(BATCH)[world.rank :: world.size]
+        outcome["rounded_gradient"] = rounded_gradient(engine, part, accumulation)
     engine.close()
     return outcome
 

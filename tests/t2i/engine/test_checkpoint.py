@@ -159,3 +159,14 @@ def test_an_optional_part_may_differ_and_is_left_alone(tmp_path: Path) -> None:
     Checkpoint(tmp_path / "step_00000001").read(shards, {"value": values}, optional="b")
     assert torch.equal(values["a"], shards["a"].value)
     assert values["b"].tolist() == [5.0, 6.0]
+
+
+def test_a_damaged_checkpoint_is_replaced_when_training_comes_by_again(tmp_path: Path) -> None:
+    write(tmp_path, 4, keep=1)
+    write(tmp_path, 8, keep=2)
+    (tmp_path / "step_00000008" / "rank_00000.safetensors").write_bytes(b"torn")
+    write(tmp_path, 6, keep=1, attempt="y")
+    assert newest(tmp_path)[0] == tmp_path / "step_00000006"  # not counted out by the damaged later one
+    write(tmp_path, 8, keep=1, attempt="y")
+    assert newest(tmp_path) == (tmp_path / "step_00000008", [])
+    assert checkpoints(tmp_path) == [tmp_path / "step_00000008"]

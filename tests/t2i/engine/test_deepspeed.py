@@ -27,6 +27,13 @@ def test_engine_agrees_with_plain_pytorch(outcomes, world_size: int) -> None:
         assert case["ema"] < (1e-6 if exact else 1e-2), case
 
 
+def test_gradients_are_summed_in_fp32(outcomes) -> None:
+    # On one rank without accumulation the gradient is a bf16 number: it comes from bf16 weights. A sum is none.
+    cases = [case for case in outcomes[2]["cases"] if case["case"].startswith("bfloat16, accumulation 2")]
+    assert len(cases) == 2
+    assert not any(case["rounded_gradient"] for case in cases)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_nothing_non_finite_or_vetoed_reaches_weights(outcomes, world_size: int) -> None:
     for case in outcomes[world_size]["cases"]:

@@ -18,7 +18,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from t2i.train.processes import RunLock
-lock = RunLock(Path(sys.argv[1]))
+lock = RunLock(Path(sys.argv[1]), "word")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -29,11 +29,11 @@ def test_a_second_start_names_the_holder_and_gets_the_run_when_it_dies(tmp_path:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(RunInUseError, match=f"process {holder.pid} on {socket.gethostname()}"):
-        RunLock(tmp_path / "run", patience_s=0.1)
+    with pytest.raises(RunInUseError, match=f"process {holder.pid} on {socket.gethostname()} .word."):
+        RunLock(tmp_path / "run", "word", patience_s=0.1)
     holder.kill()
     holder.wait()
-    RunLock(tmp_path / "run", patience_s=0.1).release()
+    RunLock(tmp_path / "run", "word", patience_s=0.1).release()
 
 
 def test_a_second_start_waits_for_a_holder_that_is_leaving(tmp_path: Path) -> None:
@@ -43,15 +43,15 @@ def test_a_second_start_waits_for_a_holder_that_is_leaving(tmp_path: Path) -> No
     holder.stdout.readline()
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
     began = time.monotonic()
-    RunLock(tmp_path / "run", patience_s=20).release()
+    RunLock(tmp_path / "run", "word", patience_s=20).release()
     assert time.monotonic() - began > 0.3
     assert killer.wait() == 0
 
 
 def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path) -> None:
-    RunLock(tmp_path / "runs" / "a").release()
+    RunLock(tmp_path / "runs" / "a", "word").release()
     assert list(tmp_path.iterdir()) == []
-    lock = RunLock(tmp_path / "runs" / "a")
+    lock = RunLock(tmp_path / "runs" / "a", "word")
     (tmp_path / "runs" / "a" / "metrics.jsonl").touch()
     lock.release()
     assert (tmp_path / "runs" / "a" / "metrics.jsonl").exists()
