@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data import shapes
+from launch.process import main
 from t2i.pipeline import Picture, Pipeline
 
 
@@ -29,9 +30,9 @@ def colour(pixels: np.ndarray) -> str:
     return names[int(counts.argmax())]
 
 
-def main() -> None:
+def measure() -> None:
     model = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo/sft/model")
-    pipeline = Pipeline(model, "ema", torch.device("cpu"))
+    pipeline = Pipeline.load(model, "ema", torch.device("cpu"))
     pairs = list(itertools.product(shapes.COLORS, shapes.SHAPES))
     article = {name: "an" if name[0] in "aeiou" else "a" for name in shapes.COLORS}
     prompts = [f"a photo of {article[name]} {name} {shape}" for name, shape in pairs]
@@ -58,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(measure)
