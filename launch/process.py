@@ -41,12 +41,12 @@ def joined_world() -> Iterator[World]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for the frozen networks, which hold fp32 weights
     else:
         device = torch.device("cpu")
     # Of GPU runs the host threads decode, and each opens a team of its own: leave them a core each.
     cores = len(os.sched_getaffinity(0)) // local_size
     torch.set_num_threads(1 if device.type == "cuda" else max(1, cores))
-    torch.set_float32_matmul_precision("high")  # TF32 for the frozen fp32 networks on GPUs; a CPU has none
     backend = "nccl" if device.type == "cuda" else "gloo"
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=30), verbose=False)
