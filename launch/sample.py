@@ -25,7 +25,7 @@ from t2i.pipeline import Picture, Pipeline
 
 def sample() -> None:
     """Parse the command line and draw."""
-    parser = ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], exit_on_error=False)
     parser.add_argument("--model", type=Path, required=True, help="model/ folder of a run")
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")

@@ -13,6 +13,6 @@ DEFAULT_CONFIG = "configs/pixelgen_xxl.yaml"
 
 def train(description: str, only: int | None) -> None:
     """Parse the command line, join the ranks, and train one stage (`only`, from 0) or all."""
-    config = parse(description, DEFAULT_CONFIG, sys.argv[1:])
+    config = parse(description.splitlines()[0], DEFAULT_CONFIG, sys.argv[1:])
     with joined_world() as world:
         run(config, world, only)
