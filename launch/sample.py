@@ -23,6 +23,23 @@ from t2i.config_loading import validate_section
 from t2i.pipeline import Picture, Pipeline
 
 
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {path}: cannot be read: {error}") from error
+    if not prompts:
+        raise ConfigError(f"--prompts {path}: holds no prompt")
+    return prompts
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be made: {error.strerror}") from error
+
+
 def sample() -> None:
     """Parse the command line and draw."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], exit_on_error=False)
@@ -37,22 +54,23 @@ def sample() -> None:
         options = parser.parse_args()
     except ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    if not options.prompts.is_file():
-        raise ConfigError(f"--prompts {options.prompts}: no such file")
-    prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
+    prompts = _read_prompts(options.prompts)
+    if options.pictures < 1:
+        raise ConfigError(f"--pictures {options.pictures}: at least one picture a prompt")
     with joined_world() as world:
         pipeline = Pipeline.load(options.model, options.weights, world.device)
         tree = {**pipeline.config.sampling.model_dump(), **options.sampling}
         settings = validate_section(SamplingConfig, tree, "--sampling")
         pictures = [Picture(prompt, n) for prompt in prompts for n in range(options.pictures)]
         mine = range(world.rank, len(pictures), world.size)
-        world.from_main(lambda: options.out.mkdir(parents=True, exist_ok=True))
+        world.from_main(lambda: _make_folder(options.out))
         for start in tqdm(range(0, len(mine), settings.batch_size), disable=not world.is_main, unit="batch"):
             chunk = mine[start : start + settings.batch_size]
             drawn = pipeline.draw([pictures[i] for i in chunk], settings)
             for i, image in zip(chunk, drawn.numpy(), strict=True):
                 prompt, number = divmod(i, options.pictures)
                 Image.fromarray(image.transpose(1, 2, 0)).save(options.out / f"{prompt:05d}_{number}.png")
+        world.barrier()
         if world.is_main:
             described = {"model": str(options.model), "weights": options.weights, "prompts": prompts}
             described["sampling"] = settings.model_dump()

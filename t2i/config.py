@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.errors import UserError
 
-NAME = r"^[A-Za-z0-9_.-]+$"
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
 
 class ConfigError(UserError):

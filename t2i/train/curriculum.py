@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import uuid
@@ -156,6 +157,15 @@ def _train_stage(
         write_report(config.directory)
 
 
+def _commit() -> str | None:
+    """The commit of this code, where it is a checkout and git is there."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def _write_environment(
     config: RunConfig, stage: RunConfig, data: StageData, trainer: StageTrainer, world: World
 ) -> None:
@@ -171,9 +181,6 @@ def _write_environment(
             "credit": source.credit,
             "samples": int(index.counts.sum()),
         }
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     environment = {
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
         "device": f"{world.device.type}, {platform.processor() or platform.machine()}",
@@ -181,6 +188,6 @@ def _write_environment(
         "parameters": trainer.parameters,
         "stand_ins": list(dict.fromkeys([*before["stand_ins"], *stand_ins(stage.objective)])),
         "data": list(known.values()),
-        "git": git.stdout.strip() or None,
+        "git": _commit(),
     }
     path.write_text(json.dumps(environment, indent=1))

@@ -74,14 +74,18 @@ class RunLock:
         patience_s: seconds to wait for another holder to leave.
 
     Raises:
+        UserError: the folder cannot be written to.
         RunInUseError: another process still holds it after that; the message names it.
     """
 
     def __init__(self, directory: Path, word: str, patience_s: float = 20.0) -> None:
         self._made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "run.lock"
-        self._file: IO[str] = self._path.open("a+")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = self._path.open("a+")
+        except OSError as error:
+            raise UserError(f"root {directory.parent}: cannot be written to: {error.strerror}") from error
         deadline = time.monotonic() + patience_s
         said = False
         while True:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.loader import Batch, merge_states
@@ -24,7 +25,7 @@ from t2i.config_loading import changes
 from t2i.diffusion.flow import interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Terms, band_names
-from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, moments_of, newest, values_of
+from t2i.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, moments_of, newest, values_of
 from t2i.engine.deepspeed import DeepSpeedEngine, StepResult
 from t2i.engine.ema import Ema
 from t2i.engine.shards import gather_full
@@ -106,10 +107,25 @@ class StageTrainer:
         """The null caption's states (L, E): computed once, and kept with the run and its models."""
         path, source = self.place.null_caption, self.config.init.source
         if path.exists():
-            return load_file(path)[NULL_CAPTION]
+            with safe_open(path, framework="pt") as file:
+                made_by, states = (file.metadata() or {}).get("text"), file.get_tensor(NULL_CAPTION)
+            if made_by != self._text_identity:
+                raise ConfigError(
+                    f"{path} was computed with {made_by}, this run has {self._text_identity}: a run keeps its text "
+                    "section; give this one another name"
+                )
+            return states
         if source not in ("previous", "scratch"):
-            return read_model(Path(source), self.config.init.weights).null_caption
+            states = read_model(Path(source), self.config.init.weights).null_caption
+            if states.shape != (self.text.length, self.text.width):
+                raise ConfigError(f"init.source {source} has another text encoder or text.length than this run")
+            return states
         return self.text.null_caption()
+
+    @property
+    def _text_identity(self) -> str:
+        """What the states of a caption depend on."""
+        return f"text.model {self.config.text.model} at text.length {self.config.text.length}"
 
     def _restore(self) -> tuple[dict[str, Any] | None, str]:
         """Load the stage's newest checkpoint, or what the config starts it from; data state and a sentence."""
@@ -120,17 +136,24 @@ class StageTrainer:
             changed = changes(state["config"], self.config.model_dump(mode="json"))
             faults += [f"settings changed since: {', '.join(changed)}"] if changed else []
             return state["data"], "; ".join([*faults, f"going on from {path.name}"])
+        if faults:
+            raise CheckpointError(
+                f"no checkpoint in {self.place.checkpoints} can be used: {'; '.join(faults)}; remove them to start "
+                "the stage anew"
+            )
         init, previous = self.config.init, self.place.previous
         if init.source == "scratch" or (init.source == "previous" and previous is None):
             self.ema.reset()
             return None, "starting from scratch"
         if init.source == "previous":
             assert previous is not None
-            path, _ = self.world.from_main(lambda: newest(previous.checkpoints))
+            path, faults = self.world.from_main(lambda: newest(previous.checkpoints))
             if path is None:
-                raise ConfigError(f"{previous.checkpoints} holds no usable checkpoint to start {self.place.name} from")
+                reasons = "; ".join(faults) or "it is empty"
+                raise ConfigError(f"{previous.checkpoints} holds nothing to start {self.place.name} from: {reasons}")
             self._hand_over(path)
-            return None, f"starting from {path}, {init.weights} weights, optimizer: {init.optimizer}, ema: {init.ema}"
+            begun = f"starting from {path}, {init.weights} weights, optimizer: {init.optimizer}, ema: {init.ema}"
+            return None, "; ".join([*faults, begun])
         self._load_model(Path(init.source))
         return None, f"starting from {init.source}, {init.weights} weights, ema: {init.ema}; the optimizer starts anew"
 
@@ -240,7 +263,8 @@ class StageTrainer:
         observer.event(self._origin)
         if self.world.is_main and not self.place.null_caption.exists():
             aside = self.place.null_caption.with_suffix(".partial")
-            save_file({NULL_CAPTION: self.null_caption.contiguous().cpu()}, aside)
+            states = self.null_caption.contiguous().cpu()
+            save_file({NULL_CAPTION: states}, aside, metadata={"text": self._text_identity})
             aside.rename(self.place.null_caption)
         if self.step == 0:
             self._evaluate(observer)

@@ -128,6 +128,27 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(unbroken: 
     assert after == before
 
 
+def test_a_stage_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "high" / "model")
+    for file in (tmp_path / "tiny" / "high").rglob("rank_*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    metrics_before = (tmp_path / "tiny" / "metrics.jsonl").read_text()
+    options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path)]
+    output = run("python", "stage2.py", *options, ranks=1, code=2)
+    assert "can be used" in output.splitlines()[-1]
+    assert "checksum" in output.splitlines()[-1]
+    assert (tmp_path / "tiny" / "metrics.jsonl").read_text() == metrics_before
+
+
+def test_another_text_length_is_refused(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "high" / "model")
+    options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path), "--text.length", "8"]
+    output = run("python", "stage2.py", *options, ranks=1, code=2)
+    assert "text.length 12, this run has" in output.splitlines()[-1]
+
+
 def test_one_process_computes_what_two_do(unbroken: Path, scenes: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_config(scenes, tmp_path))
     run("python", "stage1.py", "--config", str(config), ranks=1)

@@ -70,6 +70,7 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"objective": {"min_noise": 0}}, ["objective.min_noise", "greater than 0"]),
         ({"data": {"sources": [{"name": "a"}]}}, ["data.sources.0.url", "required"]),
         ({"name": "a/b"}, ["name", "got 'a/b'"]),
+        ({"name": ".."}, ["name", "got '..'"]),
         ({"model": {"width": 100, "heads": 3}}, ["model", "width 100", "multiple", "12"]),
         ({"model": {"depth": 4}}, ["model", "repa_layer 8", "depth (4)"]),
         ({"optimizer": {"schedule": "cosine"}}, ["optimizer", "decay_fraction 0.0", "cosine"]),

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.errors import UserError
 from t2i.train.processes import RunInUseError, RunLock, World
 
 HOLD = """
 import sys, time
 from pathlib import Path
+from data.errors import UserError
 from t2i.train.processes import RunLock
 lock = RunLock(Path(sys.argv[1]), "word")
 print("held", flush=True)
@@ -46,6 +48,12 @@ def test_a_second_start_waits_for_a_holder_that_is_leaving(tmp_path: Path) -> No
     RunLock(tmp_path / "run", "word", patience_s=20).release()
     assert time.monotonic() - began > 0.3
     assert killer.wait() == 0
+
+
+def test_a_root_that_cannot_hold_a_run_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="root .*file.*cannot be written to"):
+        RunLock(tmp_path / "file" / "runs" / "a", "word")
 
 
 def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path) -> None:
