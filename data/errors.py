@@ -1,4 +1,4 @@
-"""What can go wrong with data: the user's mistake, the world's fault, a bad sample."""
+"""What can go wrong with data: the user's mistake, the world's fault, a sample passed over."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ class StoreError(RuntimeError):
     """A fault of the network or a disk that outlasted its retries: the run stops, resumable; no sample is to blame."""
 
 
-class BadSample(Exception):
-    """A sample that cannot be used. `reason` is the counter it is counted under."""
+class _PassedOver(Exception):
+    """A sample that a lane passes over. `reason` is the counter it is counted under."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
+
+
+class BadSample(_PassedOver):
+    """Content that cannot be used (undecodable, malformed, lying): set aside, listed and counted."""
+
+
+class Filtered(_PassedOver):
+    """A good sample that the filters leave out: counted."""

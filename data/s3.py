@@ -1,0 +1,267 @@
+"""Objects of an S3 server, Amazon's or any other, through boto3.
+
+- botocore's own retries are off: `Retries` is the one place that decides when a request is sent again, so its deadline
+  holds and every fault is seen. Only its redirects to a bucket's region remain.
+- A body is read into a buffer of its length. When it breaks, the next request asks for the bytes that are missing, on
+  the condition that the ETag is the same.
+- Checksum headers are sent only where S3 demands them, as not every server knows them. Requests are signed with the
+  SHA-256 of what they carry, which servers check.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import botocore
+from botocore import exceptions as aws
+from botocore.config import Config
+
+from data.errors import DataError
+from data.s3_errors import CHANGED, ERRORS, OUTSIDE, CutShort, Refused, judged
+from data.store import ObjectInfo, OnFault, Retries, StoreOptions, changed, shrunk, unreadable
+
+_PIECE = 64 << 10  # bytes asked of a body at once: at most so many are read again when it breaks
+_PART = 16 << 20  # bytes of a part of a multipart upload; S3 allows at most 10,000 parts
+_UPLOADS = 4  # parts under way at once
+
+
+@dataclass
+class _Part:
+    """The bytes a read is after, and how far it has got."""
+
+    start: int
+    stop: int | None
+    version: str | None
+    content: bytearray | None = None  # made when its length is known
+    got: int = 0
+
+
+class S3Store:
+    """A bucket's objects below a prefix."""
+
+    readahead = 4 << 20
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        if not bucket or "@" in bucket or ":" in bucket:
+            # The URL is not repeated: what stands before an "@" may be a secret.
+            raise DataError("an S3 source must be s3://bucket/prefix, with the credentials in boto3's usual places")
+        if "@" in urlsplit(options.endpoint or "").netloc:
+            raise DataError("endpoint must be http(s)://host:port, with the credentials in boto3's usual places")
+        self._settings = (url, options)
+        self._options, self._prefix = options, f"{prefix.strip('/')}/".lstrip("/")
+        self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
+        self._shared = {"Bucket": bucket, **({"RequestPayer": "requester"} if options.requester_pays else {})}
+        self._process_client = os.getpid(), self._connect()
+
+    def __reduce__(self) -> tuple[type[S3Store], tuple[Any, ...]]:
+        return S3Store, self._settings
+
+    @property
+    def _client(self) -> Any:
+        # A forked process must not share its parent's connections. Threads may race to make a client: any will do.
+        pid, client = self._process_client
+        if pid != os.getpid():
+            client = self._connect()
+            self._process_client = os.getpid(), client
+        return client
+
+    def _connect(self) -> Any:
+        options = self._options
+        config = Config(
+            connect_timeout=options.connect_timeout_s,
+            read_timeout=options.read_timeout_s,
+            max_pool_connections=64,
+            retries={"mode": "standard", "total_max_attempts": 1},
+            signature_version=botocore.UNSIGNED if options.anonymous else None,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            # Few servers besides Amazon's have a DNS name for every bucket.
+            s3={"addressing_style": "path" if options.endpoint else "auto"},
+        )
+        try:
+            # A session is not thread-safe, so every client gets its own.
+            session = boto3.Session(profile_name=options.profile)
+            return session.client("s3", endpoint_url=options.endpoint, region_name=options.region, config=config)
+        except (aws.BotoCoreError, ValueError) as error:
+            raise DataError(f"source {self._where()}: {error}") from error
+
+    def list(self, suffix: str = "") -> list[ObjectInfo]:
+        return sorted((info for info in self._all() if info.name.endswith(suffix)), key=lambda info: info.name)
+
+    def _all(self) -> Iterator[ObjectInfo]:
+        # Page by page, as each is retried by itself: a listing may be tens of thousands of pages.
+        after: dict[str, str] = {}
+        while True:
+            page = self._call("listing", "", "list_objects_v2", "IsTruncated", Prefix=self._prefix, **after)
+            for item in page.get("Contents", []):
+                name = item["Key"].removeprefix(self._prefix)
+                if name and not name.endswith("/"):  # consoles mark a "folder" by an empty object of such a name
+                    yield ObjectInfo(name, item["Size"], item["ETag"].strip('"'), item["LastModified"].timestamp())
+            if not page["IsTruncated"]:
+                return
+            after = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        version: str | None = None,
+        on_fault: OnFault = None,
+    ) -> bytes | bytearray:
+        if stop is not None and stop <= start:
+            return b""
+        retries = self._retries("reading", name, on_fault)
+        part = _Part(start, stop, version)
+        try:
+            retries.run(lambda: self._fetch(name, part, retries), ERRORS, judged(f"reading {self._where(name)}"))
+        except Refused as refusal:
+            if refusal.code in CHANGED:
+                raise changed(self.url, name) from refusal
+            if refusal.code not in OUTSIDE:
+                raise
+            if part.content is not None or stop is not None:
+                raise shrunk(self.url, name, stop or start) from refusal
+            # No byte is at `start`, which is right at the end of the object (an empty one has no ranges at all).
+            if (info := self.info(name)) is None or info.size != start:
+                raise shrunk(self.url, name, start) from refusal
+            return b""
+        assert part.content is not None
+        return part.content
+
+    def _fetch(self, name: str, part: _Part, retries: Retries) -> None:
+        with closing(self._get(name, part)) as body:
+            assert part.content is not None
+            view = memoryview(part.content)
+            while part.got < len(view):
+                got = body.readinto(view[part.got : part.got + _PIECE])
+                if not got:
+                    raise CutShort("the body ended early")
+                part.got += got
+                retries.progress()
+
+    def _get(self, name: str, part: _Part) -> Any:
+        """Ask for the bytes of `part` that are missing, and make its buffer when their number is known."""
+        at = part.start + part.got
+        end = part.start + len(part.content) if part.content is not None else part.stop
+        conditions: dict[str, str] = {}
+        if at or end is not None:  # an empty object may be asked for only without a range
+            conditions["Range"] = f"bytes={at}-{'' if end is None else end - 1}"
+        if part.version:
+            conditions["IfMatch"] = f'"{part.version}"'
+        answer = self._client.get_object(Key=self._prefix + name, **self._shared, **conditions)
+        body = answer["Body"]
+        try:
+            first, last = _covered(answer)
+            if first != at:
+                raise DataError(f"the server of {self._where(name)} does not answer ranged requests as S3 does")
+            if (etag := answer["ETag"].strip('"')) != (part.version or etag):
+                raise changed(self.url, name)  # a server that overlooks If-Match
+            if end is not None and last + 1 < end:
+                raise shrunk(self.url, name, end)
+            part.version = etag
+            if part.content is None:
+                part.content = bytearray((last + 1 if end is None else end) - part.start)
+        except BaseException:
+            body.close()
+            raise
+        return body
+
+    def info(self, name: str) -> ObjectInfo | None:
+        key = self._prefix + name
+        try:
+            head = self._call("looking up", name, "head_object", Key=key)
+        except Refused:
+            # An answer to HEAD has no body that says why; the answer to GET has.
+            try:
+                self._call("looking up", name, "get_object", Key=key, Range="bytes=0-0")["Body"].close()
+            except Refused as reason:
+                if reason.code in ("NoSuchKey", "404"):
+                    return None
+                raise
+            raise
+        return ObjectInfo(name, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
+
+    def write(self, name: str, content: bytes) -> None:
+        self._call("writing", name, "put_object", Key=self._prefix + name, Body=content)
+
+    def upload(self, name: str, path: Path) -> None:
+        try:
+            size = path.stat().st_size
+            if size <= _PART:
+                return self.write(name, path.read_bytes())
+            with self._multipart(name) as parts:
+                self._upload_parts(name, path, size, parts)
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    @contextmanager
+    def _multipart(self, name: str) -> Iterator[dict[str, str]]:
+        key = self._prefix + name
+        upload_id = self._call("writing", name, "create_multipart_upload", "UploadId", Key=key)["UploadId"]
+        parts = {"Key": key, "UploadId": upload_id}
+        try:
+            yield parts
+        except BaseException as error:
+            # Parts that were left would be charged for, unseen. One attempt: `error` may be that nothing gets through.
+            try:
+                self._client.abort_multipart_upload(**self._shared, **parts)
+            except ERRORS:
+                error.add_note(f"the parts uploaded of {self._where(name)} are still there: abort its multipart upload")
+            raise
+
+    def _upload_parts(self, name: str, path: Path, size: int, parts: dict[str, str]) -> None:
+        length = max(_PART, -(-size // 10_000))
+
+        def send(number: int) -> dict[str, Any]:
+            with open(path, "rb") as file:
+                file.seek((number - 1) * length)
+                body = file.read(length)
+            sent = self._call("writing", name, "upload_part", "ETag", PartNumber=number, Body=body, **parts)
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        with ThreadPoolExecutor(_UPLOADS) as pool:
+            done = list(pool.map(send, range(1, -(-size // length) + 1)))
+        try:
+            self._call("writing", name, "complete_multipart_upload", MultipartUpload={"Parts": done}, **parts)
+        except Refused as refusal:
+            # The request may have done its work and only its answer been lost.
+            info = self.info(name) if refusal.code == "NoSuchUpload" else None
+            if info is None or info.size != size or not info.version.endswith(f"-{len(done)}"):
+                raise
+
+    def _where(self, name: str = "") -> str:
+        return f"{self.url}/{name}".rstrip("/") + (f" at {self._options.endpoint}" if self._options.endpoint else "")
+
+    def _retries(self, verb: str, name: str, on_fault: OnFault = None) -> Retries:
+        return Retries(f"{verb} {self._where(name)}", self._options.retry_minutes, on_fault)
+
+    def _call(self, verb: str, name: str, operation: str, field: str | None = None, **arguments: Any) -> dict[str, Any]:
+        """Send a request until it is answered; `field` is what a whole answer holds (an empty one parses as well)."""
+
+        def attempt() -> dict[str, Any]:
+            answer: dict[str, Any] = getattr(self._client, operation)(**self._shared, **arguments)
+            if field and field not in answer:
+                raise CutShort("the answer ended early")
+            return answer
+
+        judge = judged(f"{verb} {self._where(name)}", writing=verb == "writing")
+        return self._retries(verb, name).run(attempt, ERRORS, judge)
+
+
+def _covered(answer: dict[str, Any]) -> tuple[int, int]:
+    """The first and last byte that an answer to GET holds; a server may answer with all there is."""
+    if match := re.match(r"bytes (\d+)-(\d+)/", answer.get("ContentRange", "")):
+        return int(match[1]), int(match[2])
+    return 0, answer["ContentLength"] - 1
