@@ -1,220 +1,234 @@
-"""What is in each shard: for every sample, its key and where in the tar its image and caption lie.
+"""What is in a source: its shards, and where in each the samples lie.
 
-- WebDataset's convention: neighbouring members whose names agree up to the first dot of the basename are one
-  sample; the rest of the name, in lower case, is the member's extension.
-- Headers are read and data is skipped where skipping pays (`Store.readahead`), so local shards cost a few
-  reads a sample and S3 shards one stream.
-- A member's name is only ever compared and shown: nothing is extracted, no name becomes a path.
-- A shard's table is one int64 array, so that an index stays small and pickles to other ranks as it is.
+- In memory is only the table of shards; a shard's offsets are read when it is come by, and a sample's members are
+  found in its bytes. So 36 million samples in 40,000 shards open in a second and pickle to other ranks in a few MB.
+- The table comes from a manifest (`launch/index.py` writes it); a source of up to 1,000 shards without one is indexed
+  at the start, with a notice.
+- A source without any .tar, but with images, is read as if it were shards (`data/folder.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import re
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import shlex
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.store import ObjectInfo, Store
+from data.folder import FolderStore
+from data.manifest import MANIFEST, open_place, read_manifest, scan_all
+from data.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, decode, read_offsets, scan_shard
+from data.store import ObjectInfo, Store, StoreOptions, changed
+from data.tar import TarScan, scan_tar
 
-Span = tuple[int, int]
-"""Byte offset in the tar, and size in bytes."""
-
-SHARD_SUFFIX = ".tar"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Of several images in one sample the first listed wins."""
-CAPTION_EXTENSION = "txt"
-
+_MOST_UNINDEXED = 1000
 _THREADS = 8
-"""Shards that are indexed at a time."""
-
-
-@dataclass(frozen=True)
-class SampleEntry:
-    """Where one sample lies in its shard; None for a part it does not have."""
-
-    key: str
-    image: Span | None
-    caption: Span | None
-
-
-@dataclass(frozen=True, eq=False)
-class ShardIndex:
-    """One shard. `spans` is int64 (samples, 2, 2): image, caption; offset and size in bytes, -1 where absent.
-
-    `damage` says where and why reading ended early; the samples before it are whole.
-    """
-
-    info: ObjectInfo
-    keys: tuple[str, ...]
-    spans: NDArray[np.int64]
-    damage: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, sample: int) -> SampleEntry:
-        image, caption = ((int(offset), int(size)) if offset >= 0 else None for offset, size in self.spans[sample])
-        return SampleEntry(self.keys[sample], image, caption)
+_CACHE_BYTES = 32 << 20
+"""Of offsets, in a process; each of a rank's lanes reads one or two shards at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class SourceIndex:
-    """A source as the loader wants it: its store, and its shards in the order of their names."""
+    """A source as the loader wants it. Pickles without what it has cached; thread-safe.
+
+    Attributes:
+        name: the source's name, the first part of its samples' ids.
+        store: what holds the shards.
+        names: the shards, sorted, relative to store.url.
+        sizes: int64 (shards,), bytes.
+        versions: what the store must still say of each.
+        counts: int64 (shards,), samples.
+        damage: where and why a shard ends early, by its number.
+        held: offsets that are in memory, by shard.
+        elsewhere: where in `place` a shard's offsets lie, if not beside it.
+        place: the manifest's folder.
+    """
 
     name: str
     store: Store
-    shards: tuple[ShardIndex, ...]
-    counts: NDArray[np.int64] = field(init=False, repr=False)
+    names: tuple[str, ...]
+    sizes: NDArray[np.int64]
+    versions: tuple[str, ...]
+    counts: NDArray[np.int64]
+    damage: dict[int, str]
+    held: Mapping[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
+    elsewhere: Mapping[int, str] = field(default_factory=dict, repr=False)
+    place: Store | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counts", np.array([len(shard) for shard in self.shards], dtype=np.int64))
+        self.__dict__["_cache"] = _Cache()
+        if not self.name or "/" in self.name:
+            raise DataError(f"source name {self.name!r} must be non-empty and without '/': ids are source/shard/key")
+        if not self.counts.any():
+            first = f"{self.names[0]}: {self.damage.get(0)}" if self.names else "there is none"
+            raise DataError(f"source {self.name!r}: no shard below {self.store.url} has a sample: {first}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {it.name: getattr(self, it.name) for it in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _cache=_Cache())
+
+    def offsets(self, shard: int) -> NDArray[np.int64]:
+        """The first byte of each sample of a shard, then the end of the last: int64 (counts[shard] + 1,).
+
+        Raises:
+            DataError: the shard is gone, or changed since it was indexed.
+            StoreError: the network or a disk failed for longer than the retries last.
+        """
+        if (held := self.held.get(shard)) is not None:
+            return held
+        cache: _Cache = self.__dict__["_cache"]
+        if (cached := cache.get(shard)) is None:
+            cached = self._load(shard)
+            cache.put(shard, cached)
+        return cached
+
+    def _load(self, shard: int) -> NDArray[np.int64]:
+        if not self.counts[shard]:
+            return np.zeros(1, np.int64)
+        info = ObjectInfo(self.names[shard], int(self.sizes[shard]), self.versions[shard], 0.0)
+        store, name = self.store, info.name + OFFSETS_SUFFIX
+        if self.place is not None and shard in self.elsewhere:
+            store, name = self.place, self.elsewhere[shard]
+        offsets = decode(store.read(name), info.size) if store.info(name) else None
+        if offsets is None or len(offsets) != self.counts[shard] + 1:
+            offsets = scan_tar(self.store, info).offsets
+        if len(offsets) != self.counts[shard] + 1:
+            raise changed(self.store.url, info.name)
+        return offsets
 
     def fingerprint(self) -> str:
         """Hash shard names and sample counts: 16 hex digits that change whenever the order of samples would."""
-        text = "\n".join(f"{shard.info.name}\t{len(shard)}" for shard in self.shards)
-        return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        lines = (f"{name}\t{count}" for name, count in zip(self.names, self.counts.tolist(), strict=True))
+        return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+
+    @property
+    def mean_bytes(self) -> float:
+        """Bytes of a sample as it is read, on average."""
+        return float(self.sizes.sum() / self.counts.sum())
+
+
+class _Cache:
+    """The offsets that were used last, up to `_CACHE_BYTES`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, shard: int) -> NDArray[np.int64] | None:
+        with self._lock:
+            if (array := self._arrays.get(shard)) is not None:
+                self._arrays.move_to_end(shard)
+            return array
+
+    def put(self, shard: int, array: NDArray[np.int64]) -> None:
+        with self._lock:
+            if (before := self._arrays.pop(shard, None)) is not None:  # two threads may have read it
+                self._bytes -= before.nbytes
+            self._arrays[shard] = array
+            self._bytes += array.nbytes
+            while self._bytes > _CACHE_BYTES and len(self._arrays) > 1:
+                self._bytes -= self._arrays.popitem(last=False)[1].nbytes
+
+
+def open_index(
+    store: Store,
+    name: str,
+    manifest: str | None = None,
+    notice: Callable[[str], None] = print,
+    options: StoreOptions = StoreOptions(),  # noqa: B008 (frozen)
+) -> SourceIndex:
+    """Open a source by its manifest or, where it has none and is small, by indexing it here.
+
+    Args:
+        store: what holds the shards, at any depth, or images and captions.
+        name: the source's name, without "/".
+        manifest: path or s3:// URL of a manifest; None takes index.json at the root of the source, if it is there.
+        notice: is told before anything that takes long.
+        options: how to reach the manifest where it is on S3.
+
+    Raises:
+        DataError: there is nothing in it, or too many shards to index now, or the manifest does not fit.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    if manifest is not None:
+        return _listed(store, name, *open_place(manifest, options))
+    if store.info(MANIFEST) is not None:
+        return _listed(store, name, store, MANIFEST)
+    infos, remedy = store.list(SHARD_SUFFIX), f"run python launch/index.py {shlex.quote(store.url)}"
+    if not infos:
+        store, remedy = FolderStore(store), "pack them with python launch/pack.py"
+        infos = store.list(SHARD_SUFFIX)
+    if not infos:
+        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard and no image below {store.url}")
+    if len(infos) > _MOST_UNINDEXED:
+        raise DataError(
+            f"source {name!r}: {len(infos):,} shards below {store.url} and no {MANIFEST} there: {remedy} first"
+        )
+    notice(f"source {name!r}: no {MANIFEST} at {store.url}, reading {len(infos)} shards; to do it once, {remedy}")
+    return _indexed(store, name, infos)
 
 
 def index_source(store: Store, name: str) -> SourceIndex:
-    """Index every shard of a store.
+    """Index every shard of a store in memory.
 
     Args:
         store: what holds the shards, at any depth.
-        name: the source's name, the first part of its samples' ids; without "/".
+        name: the source's name, without "/".
 
     Raises:
-        DataError: there are no shards, or one is empty, not a tar, or without any image.
+        DataError: there are no shards, or none has a sample.
         StoreError: the network or a disk failed for longer than the retries last.
     """
-    if not name or "/" in name:
-        raise DataError(f"source name {name!r} must be non-empty and without '/': ids are source/shard/key")
-    infos = store.list(SHARD_SUFFIX)
+    return _indexed(store, name, store.list(SHARD_SUFFIX))
+
+
+def _listed(store: Store, name: str, place: Store, manifest: str) -> SourceIndex:
+    it = read_manifest(place, manifest, store.url)
+    return SourceIndex(
+        name, store, it.names, it.sizes, it.versions, it.counts, it.damage, elsewhere=it.elsewhere, place=place
+    )
+
+
+def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo]) -> SourceIndex:
     if not infos:
         raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard below {store.url}")
-    with ThreadPoolExecutor(_THREADS) as pool:
-        shards = tuple(pool.map(lambda info: index_shard(store, info), infos))
-    return SourceIndex(name, store, shards)
+    beside = {info.name: info for info in store.list(SHARD_SUFFIX + OFFSETS_SUFFIX)}
 
+    def index(info: ObjectInfo) -> TarScan:
+        written = beside.get(info.name + OFFSETS_SUFFIX)
+        return read_offsets(store, info, store, written) or scan_shard(store, info)
 
-def index_shard(store: Store, info: ObjectInfo) -> ShardIndex:
-    """List the samples of one shard, as many as lie whole before its end or the first fault.
-
-    Raises:
-        DataError: the shard is empty, not a tar, or without any image.
-        StoreError: the network or a disk failed for longer than the retries last.
-    """
-    where = f"shard {store.url}/{info.name}"
-    if info.size == 0:
-        raise DataError(f"{where} is empty (0 bytes): remove it or write it again")
-    keys: list[str] = []
-    rows: list[list[Span]] = []
-    seen: dict[str, None] = {}
-    scan = _TarScan(store, info)
-    for key, parts in _samples(scan):
-        seen.update(dict.fromkeys(parts))
-        image = next((parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts), None)
-        row = [image, parts.get(CAPTION_EXTENSION)]
-        if any(row):
-            keys.append(key)
-            rows.append([span or (-1, -1) for span in row])
-    if not scan.found:
-        raise DataError(f"{where} is not a tar file with any whole member: {scan.damage or 'it holds none'}")
-    spans = np.array(rows, dtype=np.int64).reshape(len(rows), 2, 2)
-    if not (spans[:, 0, 0] >= 0).any():
-        extensions = ", ".join(f".{extension}" for extension in list(seen)[:8]) or "none with an extension"
-        raise DataError(f"{where} has no image ({'|'.join(IMAGE_EXTENSIONS)}); its members are: {extensions}")
-    return ShardIndex(info, tuple(keys), spans, scan.damage)
-
-
-def _samples(members: Iterable[tuple[str, Span]]) -> Iterator[tuple[str, dict[str, Span]]]:
-    current: str | None = None
-    parts: dict[str, Span] = {}
-    for name, span in members:
-        match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name, re.DOTALL)
-        if match is None:
-            continue
-        key, extension = match[1], match[2].lower()
-        # The same part twice is two samples under one key, not one sample that lost a part.
-        if key != current or extension in parts:
-            if current is not None:
-                yield current, parts
-            current, parts = key, {}
-        parts[extension] = span
-    if current is not None:
-        yield current, parts
-
-
-class _TarScan:
-    """The whole regular members of a tar as (name, span), and afterwards what was `found` and any `damage`."""
-
-    def __init__(self, store: Store, info: ObjectInfo) -> None:
-        self._file = io.BufferedReader(_Ranged(store, info), store.readahead)
-        self._size = info.size
-        self.found = 0
-        self.damage: str | None = None
-
-    def __iter__(self) -> Iterator[tuple[str, Span]]:
-        end = 0
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:", errorlevel=0) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                    end = member.offset_data + member.size
-                    if member.isreg() and not member.issparse():
-                        if member.size < 0 or end > self._size:
-                            self.damage = f"cut off at byte {self._size}, inside member {member.name!r}"
-                            return
-                        self.found += 1
-                        yield member.name, (member.offset_data, member.size)
-                # tarfile takes a broken header for the end; only zeros or the end of the file are one.
-                self._file.seek(tar.offset)
-                if self._file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    self.damage = f"no tar header at byte {tar.offset}"
-        except (tarfile.TarError, ValueError, OverflowError) as fault:
-            self.damage = f"{fault} (after byte {end})"
-
-
-class _Ranged(io.RawIOBase):
-    """An object as a seekable file, for tarfile."""
-
-    def __init__(self, store: Store, info: ObjectInfo) -> None:
-        self._store, self._info, self._at = store, info, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._info.size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(buffer)  # type: ignore[arg-type]
-        stop = min(self._at + len(view), self._info.size)
-        content = self._store.read(self._info.name, self._at, stop) if stop > self._at else b""
-        view[: len(content)] = content
-        self._at += len(content)
-        return len(content)
+    scans = scan_all(infos, index, _THREADS)
+    return SourceIndex(
+        name,
+        store,
+        tuple(info.name for info in infos),
+        np.array([info.size for info in infos], np.int64),
+        tuple(info.version for info in infos),
+        np.array([len(scan.offsets) - 1 for scan in scans], np.int64),
+        {shard: scan.damage for shard, scan in enumerate(scans) if scan.damage},
+        held={shard: scan.offsets for shard, scan in enumerate(scans)},
+    )
 
 
 def all_damage(indices: Sequence[SourceIndex]) -> list[str]:
     """Say in one line for each damaged shard what is wrong and how many samples are kept."""
     return [
-        f"source {index.name!r}: {shard.info.name}: {shard.damage}; {len(shard)} samples kept"
+        f"source {index.name!r}: {index.names[shard]}: {words}; {index.counts[shard]} samples kept"
         for index in indices
-        for shard in index.shards
-        if shard.damage
+        for shard, words in index.damage.items()
     ]

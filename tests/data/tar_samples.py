@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 
+from data.errors import DataError
 from data.index import SourceIndex, index_source
-from data.store import open_store
+from data.store import ObjectInfo, ReadOnly, open_store
 
 
 def jpeg(number: int, size: int = 16) -> bytes:
@@ -21,9 +22,9 @@ def jpeg(number: int, size: int = 16) -> bytes:
     return bytes(simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444"))
 
 
-def tar_bytes(members: Sequence[tuple[str, bytes]]) -> bytes:
+def tar_bytes(members: Iterable[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -50,3 +51,56 @@ def write_source(
             number += 1
         (folder / f"{shard:05d}.tar").write_bytes(tar_bytes(members))
     return index_source(open_store(str(folder)), name)
+
+
+class MemoryStore:
+    """Objects in memory at a made-up URL; remembers what was read, and can refuse to be written."""
+
+    def __init__(
+        self, objects: Mapping[str, bytes], readahead: int = 1024, url: str = "s3://bucket/p", read_only: bool = False
+    ) -> None:
+        self.url, self.readahead, self.read_only = url, readahead, read_only
+        self._objects = {name: (content, "1", 100.0) for name, content in objects.items()}
+        self.reads: list[tuple[str, int, int]] = []
+        self.versions_asked: list[str | None] = []
+        self.writes: list[str] = []
+        self.now = 100.0
+
+    def list(self, suffix: str = "") -> list[ObjectInfo]:
+        found = (self.info(name) for name in sorted(self._objects) if name.endswith(suffix))
+        return [info for info in found if info is not None]
+
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        version: str | None = None,
+        on_fault: object = None,
+    ) -> bytes:
+        if name not in self._objects:
+            raise DataError(f"{name} does not exist")
+        content, its_version, _ = self._objects[name]
+        stop = len(content) if stop is None else stop
+        if version not in (None, its_version) or stop > len(content):
+            raise DataError(f"{name} changed since it was indexed")
+        self.reads.append((name, start, stop))
+        self.versions_asked.append(version)
+        return content[start:stop]
+
+    def info(self, name: str) -> ObjectInfo | None:
+        if name not in self._objects:
+            return None
+        content, version, modified = self._objects[name]
+        return ObjectInfo(name, len(content), version, modified)
+
+    def write(self, name: str, content: bytes) -> None:
+        if self.read_only:
+            raise ReadOnly(f"{name} may not be written")
+        self.writes.append(name)
+        before = self._objects.get(name, (b"", "0", 0.0))[1]
+        self._objects[name] = (bytes(content), str(int(before) + 1), self.now)
+
+    def upload(self, name: str, path: Path) -> None:
+        self.write(name, path.read_bytes())

@@ -1,164 +1,197 @@
-"""The index finds what tarfile would extract, at the offsets it claims, and survives or names what is broken."""
+"""A source opens from its manifest or by indexing it, and its offsets are the samples', whatever threads ask."""
 
 from __future__ import annotations
 
 import io
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
-import boto3
+import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
-from tar_samples import jpeg, tar_bytes, write_source
+from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 
+import data.index
 from data.errors import DataError
-from data.index import SourceIndex, all_damage, index_source
-from data.store import open_store
+from data.index import SourceIndex, all_damage, index_source, open_index
+from data.manifest import build_manifest
+from data.store import Store, open_store
+from data.tar import parse_sample
 
 
-def index(folder: Path) -> SourceIndex:
-    return index_source(open_store(str(folder)), "source")
+def shard(first: int, count: int) -> bytes:
+    return tar_bytes((f"{i:04d}.{end}", b"%d" % i) for i in range(first, first + count) for end in ("jpg", "txt"))
 
 
-def read(source: SourceIndex, shard: int, span: tuple[int, int] | None) -> bytes:
-    assert span is not None
-    return source.store.read(source.shards[shard].info.name, span[0], span[0] + span[1])
+def captions(source: SourceIndex) -> list[str]:
+    found = []
+    for number, name in enumerate(source.names):
+        offsets = source.offsets(number)
+        assert len(offsets) == source.counts[number] + 1
+        for a, b in pairwise(offsets):
+            sample = parse_sample(source.store.read(name, int(a), int(b), version=source.versions[number]))
+            found.append(sample.members["txt"].decode())
+    return found
 
 
-def test_webdataset_grouping_and_offsets(tmp_path: Path) -> None:
-    long = "n" * 150  # more than a plain header holds
-    members = [
-        ("dir.d/a.JPG", b"image a"),
-        ("dir.d/a.txt", b"text a"),
-        ("dir.d/a.seg.png", b"not the image: its extension is seg.png"),
-        ("b.txt", b"text b"),
-        ("b.json", b"{}"),
-        ("b.webp", b"image b"),
-        ("../../etc/passwd.png", b"image c"),
-        ("noextension", b"?"),
-        (".hidden", b"?"),
-        (f"{long}.png", b"image d"),
-        ("e.cls", b"3"),
-    ]
-    (tmp_path / "s.tar").write_bytes(tar_bytes(members))
-    source = index(tmp_path)
-    shard = source.shards[0]
-    assert shard.keys == ("dir.d/a", "b", "../../etc/passwd", long)
-    a, b, c, d = (shard[n] for n in range(4))
-    assert [read(source, 0, entry.image) for entry in (a, b, c, d)] == [
-        b"image a",
-        b"image b",
-        b"image c",
-        b"image d",
-    ]
-    assert (read(source, 0, a.caption), read(source, 0, b.caption)) == (b"text a", b"text b")
-    assert c.caption is None
-    assert shard.damage is None and source.counts.tolist() == [4]
+def test_every_sample_of_every_shard(tmp_path: Path) -> None:
+    source = write_source(tmp_path, [3, 1, 5])
+    assert source.names == ("00000.tar", "00001.tar", "00002.tar")
+    assert source.counts.tolist() == [3, 1, 5] and source.counts.dtype == np.int64
+    assert source.sizes.tolist() == [path.stat().st_size for path in sorted(tmp_path.iterdir())]
+    assert captions(source) == [f"caption {n}" for n in range(9)]
+    a, b = source.offsets(2)[3:5]
+    assert parse_sample(source.store.read("00002.tar", int(a), int(b))).members["jpg"] == jpeg(7)
+    assert source.mean_bytes == sum(source.sizes) / 9
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tar"] * 3, "indexing at a start writes nothing"
 
 
-def test_of_several_images_in_a_sample_the_first_extension_listed_wins(tmp_path: Path) -> None:
-    (tmp_path / "s.tar").write_bytes(tar_bytes([(f"a.{end}", end.encode()) for end in ("webp", "png", "jpeg", "txt")]))
-    source = index(tmp_path)
-    assert read(source, 0, source.shards[0][0].image) == b"jpeg"
+def test_the_fingerprint_changes_with_names_and_counts(tmp_path: Path) -> None:
+    prints = {write_source(tmp_path / str(counts), counts).fingerprint() for counts in ([3, 1], [1, 3], [3, 1, 1])}
+    assert len(prints) == 3 and all(len(it) == 16 for it in prints)
+    assert write_source(tmp_path / "again", [3, 1]).fingerprint() in prints
 
 
-def test_links_and_folders_are_no_samples(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, kind in (
-            ("d.jpg", tarfile.DIRTYPE),
-            ("l.jpg", tarfile.SYMTYPE),
-            ("h.jpg", tarfile.LNKTYPE),
-        ):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
-        info = tarfile.TarInfo("real.jpg")
-        info.size = 4
-        tar.addfile(info, io.BytesIO(b"data"))
-    (tmp_path / "s.tar").write_bytes(buffer.getvalue())
-    assert index(tmp_path).shards[0].keys == ("real",)
+def test_a_manifest_at_the_root_is_found_and_no_shard_is_touched() -> None:
+    store = MemoryStore({f"{n}.tar": shard(10 * n, n + 1) for n in range(3)})
+    build_manifest([store], store)
+    store.reads.clear()
+    source = open_index(store, "s", notice=pytest.fail)
+    assert [name for name, _, _ in store.reads] == ["index.json"]
+    assert source.fingerprint() == index_source(store, "s").fingerprint()
+    store.reads.clear()
+    assert captions(source) == ["0", "10", "11", "20", "21", "22"]
+    assert sum(name.endswith(".idx") for name, _, _ in store.reads) == 3
+    captions(source)
+    assert sum(name.endswith(".idx") for name, _, _ in store.reads) == 3, "offsets are read once"
 
 
-def test_every_sample_of_every_shard_and_pickling(tmp_path: Path) -> None:
-    source = pickle.loads(pickle.dumps(write_source(tmp_path, [3, 1, 5])))
-    assert source.counts.tolist() == [3, 1, 5]
-    assert [shard.info.name for shard in source.shards] == ["00000.tar", "00001.tar", "00002.tar"]
-    number = 0
-    for shard_number, shard in enumerate(source.shards):
-        for sample in range(len(shard)):
-            assert read(source, shard_number, shard[sample].image) == jpeg(number)
-            assert read(source, shard_number, shard[sample].caption) == f"caption {number}".encode()
-            number += 1
+def test_it_pickles_small_whole_and_without_its_cache() -> None:
+    store = MemoryStore({f"{n}.tar": shard(10 * n, 4) for n in range(2)})
+    build_manifest([store], store)
+    for source in (open_index(store, "s"), index_source(store, "s")):
+        fresh = pickle.dumps(source)
+        wanted = captions(source)
+        store.reads.clear()
+        assert abs(len(pickle.dumps(source)) - len(fresh)) < 500, "the cache stays behind"
+        twin = pickle.loads(fresh)
+        assert captions(twin) == wanted and twin.fingerprint() == source.fingerprint()
 
 
-def test_a_cut_tar_gives_what_it_holds(tmp_path: Path) -> None:
-    write_source(tmp_path, [6])
-    path = tmp_path / "00000.tar"
-    whole = path.read_bytes()
-    entries = index(tmp_path).shards[0]
-    cut_at = entries[4].image[0] + 10  # type: ignore[index]
-    path.write_bytes(whole[:cut_at])
-    source = index(tmp_path)
-    assert source.shards[0].keys == entries.keys[:4]
-    assert source.shards[0].damage is not None and "000004.jpg" in source.shards[0].damage
-    assert len(all_damage([source])) == 1
-    for cut_at in range(1024, len(whole) - 2048, 777):
-        path.write_bytes(whole[:cut_at])
-        try:
-            shard = index(tmp_path).shards[0]
-        except DataError:
-            assert cut_at < entries[0].image[0] + entries[0].image[1]  # type: ignore[index]
-            continue
-        for n in range(len(shard)):
-            image = shard[n].image
-            assert image == entries[n].image and sum(image) <= cut_at  # type: ignore[arg-type]
-    header = entries[3].image[0] - 512  # type: ignore[index]
-    path.write_bytes(whole[:header] + b"\xaa" * 512 + whole[header + 512 :])
-    source = index(tmp_path)
-    assert source.shards[0].keys == entries.keys[:3]
-    assert f"no tar header at byte {header}" in str(source.shards[0].damage)
+def test_threads_share_a_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore({f"{n:02d}.tar": shard(10 * n, 9) for n in range(20)})
+    build_manifest([store], store)
+    source = open_index(store, "s")
+    expected = [source.offsets(n).tolist() for n in range(20)]
+    monkeypatch.setattr(data.index, "_CACHE_BYTES", 5 * 80)
+    source = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda n: source.offsets(n % 20).tolist(), range(2000)))
+    assert got == expected * 100
+    cache = source.__dict__["_cache"]
+    assert len(cache._arrays) == 5 and cache._bytes == 400
+
+
+def test_what_was_used_last_stays_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.index, "_CACHE_BYTES", 3 * 80)
+    cache, array = data.index._Cache(), np.zeros(10, np.int64)
+    for shard_number in (0, 1, 2, 2, 2):  # as when threads read the same at once
+        cache.put(shard_number, array)
+    assert cache.get(0) is array
+    cache.put(3, array)
+    assert [cache.get(n) is None for n in range(4)] == [False, True, False, False]
+
+
+def test_offsets_that_are_gone_or_wrong_are_scanned_for_and_a_changed_shard_is_said() -> None:
+    store = MemoryStore({"a.tar": shard(0, 3), "b.tar": shard(5, 2), "c.tar": shard(9, 2)})
+    build_manifest([store], store)
+    del store._objects["a.tar.idx"]
+    store.write("b.tar.idx", b"\0" * 16)
+    assert captions(open_index(store, "s")) == ["0", "1", "2", "5", "6", "9", "10"]
+    store.write("c.tar.idx", np.array([0, 512], "<u8").tobytes())  # one sample: of another content
+    assert captions(open_index(store, "s"))[-2:] == ["9", "10"]
+    content, version, modified = store._objects["c.tar"]
+    store._objects["c.tar"] = (content, version + "?", modified)
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        open_index(store, "s").offsets(2)
+
+
+def test_an_unindexed_source_is_indexed_with_a_notice_up_to_a_number_of_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore({f"{n}.tar": shard(10 * n, 1) for n in range(3)})
+    said: list[str] = []
+    assert len(captions(open_index(store, "s", notice=said.append))) == 3
+    assert len(said) == 1 and "'s'" in said[0] and "3 shards" in said[0]
+    assert "python launch/index.py s3://bucket/p" in said[0] and not store.writes
+    assert data.index._MOST_UNINDEXED == 1000
+    monkeypatch.setattr(data.index, "_MOST_UNINDEXED", 2)
+    with pytest.raises(DataError, match=r"'s': 3 shards .* run python launch/index\.py s3://bucket/p first"):
+        open_index(store, "s", notice=pytest.fail)
+
+
+def test_a_manifest_that_is_named_and_missing_is_said(tmp_path: Path) -> None:
+    store = MemoryStore({"a.tar": shard(0, 1)})
+    with pytest.raises(DataError, match="gone.json"):
+        open_index(store, "s", str(tmp_path / "gone.json"))
+    with pytest.raises(DataError, match="is not a directory"):
+        open_index(store, "s", str(tmp_path / "no" / "index.json"))
+
+
+def test_a_source_without_tars_is_read_as_a_folder_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"{n}.{end}": b"%d" % n for n in range(3) for end in ("jpg", "txt")}
+    said: list[str] = []
+    source = open_index(MemoryStore(files), "s", notice=said.append)
+    assert captions(source) == ["0", "1", "2"] and len(said) == 1 and "launch/pack.py" in said[0]
+    with pytest.raises(DataError, match=r"'s': no \.tar shard and no image below s3://bucket/p"):
+        open_index(MemoryStore({"a.mp3": b""}), "s", notice=pytest.fail)
+    monkeypatch.setattr(data.index, "_MOST_UNINDEXED", 0)
+    with pytest.raises(DataError, match=r"pack them with python launch/pack\.py first"):
+        open_index(MemoryStore(files), "s", notice=pytest.fail)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "empty"),
+        (b"", r"empty \(0 bytes\)"),
         (b"this is not a tar " * 100, "not a tar"),
-        (bytes(10240), "not a tar"),
-        (tar_bytes([("a.jpg", bytes(4000))])[:2000], "not a tar file with any whole member"),
-        (tar_bytes([("a.cls", b"1"), ("a.flac", b"2")]), r"no image .*\.cls, \.flac"),
+        (b"\x1f\x8b\x08" + bytes(2000), "compressed"),
+        (bytes(10240), "no member"),
+        (tar_bytes([("a.jpg", bytes(4000))])[:2000], r"cut off at byte 2000, inside member 'a\.jpg'"),
+        (tar_bytes([("readme", b"1")]), "no member that belongs to a sample"),
     ],
 )
-def test_a_useless_shard_is_named(tmp_path: Path, content: bytes, said: str) -> None:
-    write_source(tmp_path, [2])
-    (tmp_path / "00001.tar").write_bytes(content)
-    with pytest.raises(DataError, match=rf"00001\.tar.*{said}"):
-        index(tmp_path)
+def test_a_useless_shard_stays_in_the_table_and_is_named(content: bytes, said: str) -> None:
+    store = MemoryStore({"a.tar": shard(0, 2), "b.tar": content})
+    source = index_source(store, "s")
+    assert source.names == ("a.tar", "b.tar") and source.counts.tolist() == [2, 0]
+    assert source.offsets(1).shape == (1,)
+    (line,) = all_damage([source])
+    assert line.startswith("source 's': b.tar: ") and line.endswith("; 0 samples kept")
+    with pytest.raises(DataError, match=rf"'s': no shard below s3://bucket/p has a sample: b\.tar: .*{said}"):
+        index_source(MemoryStore({"b.tar": content}), "s")
+    build_manifest([store], store)
+    listed = open_index(store, "s")
+    assert listed.damage == source.damage and listed.offsets(1).shape == (1,)
 
 
-def test_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'source'.*no .tar shard"):
-        index(tmp_path)
+def test_no_shards_and_names_that_ids_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'source'.*no \.tar shard"):
+        index_source(open_store(str(tmp_path)), "source")
+    for name in ("", "a/b"):
+        with pytest.raises(DataError, match="source name"):
+            index_source(MemoryStore({"a.tar": shard(0, 1)}), name)
 
 
-def test_s3_index_equals_the_local_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    local = write_source(tmp_path, [4, 2])
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-        client.create_bucket(Bucket="tars")
-        for path in tmp_path.iterdir():
-            client.put_object(Bucket="tars", Key=f"p/{path.name}", Body=path.read_bytes())
-        remote = index_source(open_store("s3://tars/p", endpoint=endpoint, region="us-east-1"), "source")
-        assert remote.fingerprint() == local.fingerprint()
-        for here, there in zip(local.shards, remote.shards, strict=True):
-            assert here.keys == there.keys and (here.spans == there.spans).all()
-        assert read(remote, 1, remote.shards[1][1].image) == jpeg(5)
-    finally:
-        server.stop()
+def test_a_cut_shard_gives_its_whole_samples(tmp_path: Path) -> None:
+    write_source(tmp_path, [6])
+    path = tmp_path / "00000.tar"
+    with tarfile.open(fileobj=io.BytesIO(path.read_bytes())) as tar:
+        cut = tar.getmember("000004.txt").offset_data + 3
+    path.write_bytes(path.read_bytes()[:cut])
+    store: Store = open_store(str(tmp_path))
+    source = index_source(store, "s")
+    assert captions(source) == [f"caption {n}" for n in range(4)]
+    assert source.damage == {0: f"cut off at byte {cut}, inside member '000004.txt'"}

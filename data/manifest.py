@@ -1,0 +1,253 @@
+"""The manifest of indexed shards, `index.json`: the wids shard list of the WebDataset ecosystem, and some keys more.
+
+- `{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url", "nsamples", "filesize", ...}]}`. Ours
+  besides: `version` (the shard's ETag or mtime), `damage` (where and why it ends early), and `offsets`, the path of its
+  `.tar.idx` where that is not beside the shard.
+- A url is relative to the manifest's own folder for a shard below it, else absolute, as wids resolves them. So shards
+  and manifest can be moved together. One manifest may list several prefixes; a source takes those below its own.
+- Offsets lie beside each shard; for shards that may only be read, in `<manifest>.offsets/` beside the manifest.
+- It is written last and at once. What was indexed before is read from the `.tar.idx` files, so building goes on where
+  it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data.errors import DataError
+from data.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, encode, read_offsets, scan_shard
+from data.store import ObjectInfo, ReadOnly, Store, StoreOptions, open_store
+from data.tar import TarScan
+
+MANIFEST = "index.json"
+"""Where a source's own manifest lies, at its root."""
+
+_KIND = "wids-shard-index-v1"
+
+
+@dataclass(frozen=True, eq=False)
+class ShardTable:
+    """The shards of one source, sorted by name; arrays are int64 (shards,).
+
+    Attributes:
+        names: paths below the source's root.
+        sizes: bytes.
+        versions: as the store tells them.
+        counts: samples.
+        damage: where and why a shard ends early, by its number in the table.
+        elsewhere: where in the manifest's folder a shard's offsets lie, if not beside it; by its number.
+    """
+
+    names: tuple[str, ...]
+    sizes: NDArray[np.int64]
+    versions: tuple[str, ...]
+    counts: NDArray[np.int64]
+    damage: dict[int, str]
+    elsewhere: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a manifest lists; `damaged` has a line for each shard that ends early."""
+
+    shards: int
+    samples: int
+    bytes: int
+    damaged: list[str]
+
+
+# --- building ---
+
+
+def build_manifest(sources: Sequence[Store], place: Store, name: str = MANIFEST, workers: int = 16) -> Built:
+    """Index every shard of some sources, and list them in one manifest.
+
+    Args:
+        sources: directories or prefixes with .tar shards, at any depth.
+        place: the manifest's folder.
+        name: the manifest's file name there.
+        workers: shards that are read at a time.
+
+    Raises:
+        DataError: a source has no shard, or no sample; or neither it nor the manifest's folder can be written.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    damaged = []
+    for source in sources:
+        infos = source.list(SHARD_SUFFIX)
+        if not infos:
+            raise DataError(f"no {SHARD_SUFFIX} shard below {source.url}")
+        indexer = _Indexer(source, place, name)
+        found = scan_all(infos, indexer, workers)
+        if not any(count for count, _, _ in found):
+            raise DataError(f"no shard below {source.url} has a sample: {infos[0].name}: {found[0][1]}")
+        for info, (count, damage, elsewhere) in zip(infos, found, strict=True):
+            url = _relative(place.url, source.url, info.name)
+            if url in entries:
+                raise DataError(f"{source.url} lies inside another prefix of this manifest: name each shard once")
+            entry = {"url": url, "nsamples": count, "filesize": info.size, "version": info.version}
+            if damage:
+                entry["damage"] = damage
+                damaged.append(f"{info.name}: {damage}; {count} samples kept")
+            entries[url] = {**entry, "offsets": elsewhere} if elsewhere else entry
+    head = json.dumps({"__kind__": _KIND, "wids_version": 1})
+    lines = ",\n".join(json.dumps(entry) for entry in entries.values())
+    place.write(name, f'{head[:-1]}, "shardlist": [\n{lines}\n]}}\n'.encode())
+    return Built(
+        len(entries),
+        sum(entry["nsamples"] for entry in entries.values()),
+        sum(entry["filesize"] for entry in entries.values()),
+        damaged,
+    )
+
+
+class _Indexer:
+    """Sees to it that a shard's offsets are written; gives its samples, its damage, where they lie if not beside it."""
+
+    def __init__(self, source: Store, place: Store, manifest: str) -> None:
+        self._source, self._place, self._manifest = source, place, manifest
+        self._beside = {info.name: info for info in source.list(SHARD_SUFFIX + OFFSETS_SUFFIX)}
+        self._read_only = False
+
+    def __call__(self, info: ObjectInfo) -> tuple[int, str | None, str | None]:
+        scan, elsewhere = self._find(info)
+        return len(scan.offsets) - 1, scan.damage, elsewhere
+
+    def _find(self, info: ObjectInfo) -> tuple[TarScan, str | None]:
+        beside = info.name + OFFSETS_SUFFIX
+        if scan := read_offsets(self._source, info, self._source, self._beside.get(beside)):
+            return scan, None
+        elsewhere = offsets_name(self._manifest, self._source.url, info.name)
+        if scan := read_offsets(self._source, info, self._place, self._place.info(elsewhere)):
+            return scan, elsewhere
+        scan = scan_shard(self._source, info)
+        if len(scan.offsets) == 1:
+            return scan, None
+        if not self._read_only:
+            try:
+                self._source.write(beside, encode(scan.offsets))
+                return scan, None
+            except ReadOnly:
+                self._read_only = True
+        self._place.write(elsewhere, encode(scan.offsets))
+        return scan, elsewhere
+
+
+def scan_all(infos: Sequence[ObjectInfo], index: Callable[[ObjectInfo], Any], workers: int) -> list[Any]:
+    """Apply `index` to every shard, `workers` at a time, and return what it gave, in their order."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = [pool.submit(index, info) for info in infos]
+        for future in tqdm(as_completed(futures), "indexing", len(infos), unit="shard", disable=None):
+            future.result()  # the first failure ends it
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --- reading ---
+
+
+def open_place(manifest: str, options: StoreOptions = StoreOptions()) -> tuple[Store, str]:  # noqa: B008 (frozen)
+    """Open the folder of a manifest, given by its path or s3:// URL; returns it and the manifest's name in it.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    folder, _, name = manifest.rpartition("/")
+    if not name or (manifest.startswith("s3://") and folder == "s3:/"):
+        raise DataError(f"manifest {manifest!r} should be a file, such as {manifest.rstrip('/')}/{MANIFEST}")
+    folder = folder or ("/" if manifest.startswith("/") else ".")
+    if "://" not in folder and not Path(folder).is_dir():
+        raise DataError(f"manifest {manifest!r}: {folder!r} is not a directory")
+    return open_store(folder, options), name
+
+
+def read_manifest(place: Store, name: str, source_url: str) -> ShardTable:
+    """Read the shards of a manifest that lie below a source's root.
+
+    Raises:
+        DataError: there is no such manifest, or it is malformed, or lists no shard of this source.
+    """
+    where = f"manifest {place.url}/{name}"
+    try:
+        listed = json.loads(place.read(name))["shardlist"]
+        rows = [_row(place.url, entry) for entry in listed]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} is not one that launch/index.py wrote ({error!r}): write it anew") from error
+    root = _absolute(source_url).rstrip("/") + "/"
+    shards = sorted((url.removeprefix(root), *rest) for url, *rest in rows if url.startswith(root))
+    if not shards:
+        example = f", but such as {rows[0][0]}" if rows else ""
+        raise DataError(f"{where} lists no shard below {source_url}{example}")
+    names, counts, sizes, versions, damage, elsewhere = zip(*shards, strict=True)
+    if len(set(names)) < len(names):
+        raise DataError(f"{where} lists a shard below {source_url} twice: write it anew")
+    return ShardTable(
+        names,
+        np.array(sizes, np.int64),
+        versions,
+        np.array(counts, np.int64),
+        {shard: words for shard, words in enumerate(damage) if words},
+        {shard: path for shard, path in enumerate(elsewhere) if path},
+    )
+
+
+def _row(base: str, entry: dict[str, Any]) -> tuple[str, int, int, str, str, str]:
+    url, count, size, version = entry["url"], entry["nsamples"], entry["filesize"], entry["version"]
+    damage, offsets = entry.get("damage", ""), entry.get("offsets", "")
+    if not (type(count) is type(size) is int and count >= 0 and size >= 0):
+        raise ValueError(f"nsamples {count!r} and filesize {size!r} of {url!r}")
+    if not type(version) is type(damage) is type(offsets) is str:
+        raise ValueError(f"version, damage or offsets of {url!r}")
+    return _resolved(base, url), count, size, version, damage, offsets
+
+
+# --- addresses ---
+
+
+def offsets_name(manifest: str, source_url: str, shard: str) -> str:
+    """Where offsets lie in a manifest's folder: `index.offsets/s3/bucket/prefix/00000.tar.idx`."""
+    address = _absolute(f"{source_url}/{shard}").replace("://", "/").lstrip("/")
+    # An object's name may hold anything; here it must not lead out of the folder.
+    parts = [quote(part).replace(".", "%2E") if set(part) <= {"."} else quote(part) for part in address.split("/")]
+    return "/".join([manifest.removesuffix(".json") + ".offsets", *parts]) + OFFSETS_SUFFIX
+
+
+def _relative(base: str, source_url: str, shard: str) -> str:
+    if posixpath.normpath(shard) != shard or shard.startswith(("/", "../")):
+        raise DataError(f"shard {shard!r} below {source_url}: its name must be a plain path, for a manifest to list it")
+    url = _absolute(f"{source_url}/{shard}")
+    folder = _absolute(base).rstrip("/") + "/"
+    if url.startswith(folder):
+        url = url.removeprefix(folder)
+        return f"./{url}" if ":" in url.partition("/")[0] else url  # what ends in ":" would be a scheme
+    return url if "://" in url or "://" not in base else f"file://{url}"
+
+
+def _resolved(base: str, url: str) -> str:
+    """A shard's absolute address: a path, or a URL with its scheme."""
+    if url.startswith("file:"):
+        return url.removeprefix("file:").replace("//", "", 1)
+    if "://" in url or url.startswith("/"):
+        return url
+    scheme, mark, folder = _absolute(base).rpartition("://")
+    path = f"{folder.rstrip('/')}/{url}"
+    return scheme + mark + (posixpath.normpath(path) if "/." in path else path)
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url else os.path.abspath(url)

@@ -1,0 +1,297 @@
+"""Samples in a tar: where they lie in a shard (`scan_tar`), and what is in one of them (`parse_sample`).
+
+- WebDataset's convention: neighbouring members whose names agree up to the first dot of the basename are one sample;
+  the rest of the name, in lower case, is the member's extension. Folders, links, sparse files, hidden files and
+  `__meta__` members belong to none.
+- One walk over headers serves both. It reads ustar, GNU long names and pax itself: WebDataset's own writer puts a pax
+  header before every member, and tarfile would take ten times as long over it.
+- Everything a header says is checked before it is believed. A member's name is only compared and shown.
+- A scan skips data where that is cheaper than reading it along, and streams where it is not: a request costs as much
+  as `Store.readahead` bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import BadSample
+from data.store import ObjectInfo, Store
+
+BLOCK = 512
+"""Bytes of a header; contents are padded to a multiple of it."""
+
+_ZEROS = bytes(BLOCK)
+_REGULAR = (b"0", b"\0", b"7")
+_EXTENSIONS = (b"x", b"X", b"L", b"K", b"g")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+_SPARSE = b"S"
+_LARGEST_EXTENSION = 1 << 20
+"""Bytes of a pax header or long name; a larger one is damage, not a name."""
+_LARGEST_READ = 8 << 20
+_META = re.compile(r"__[^/]*__(/|\Z)")
+
+
+@dataclass(frozen=True)
+class TarScan:
+    """Where the samples of a shard lie.
+
+    Attributes:
+        offsets: int64 (samples + 1,): the first header byte of each sample; then the end of the last member, where the
+            archive's closing zeros begin or, in a damaged shard, the end of its last whole sample.
+        damage: where and why reading ended early, None if it did not. The samples before it are whole.
+    """
+
+    offsets: NDArray[np.int64]
+    damage: str | None
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample: its key, with folders, and its members' contents by extension: "jpg", "txt", "seg.png"."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+class TarDamage(Exception):
+    """A tar that ends early or is none from here on: `at` is where the member begins, `name` its name if known."""
+
+    def __init__(self, words: str, at: int, name: str | None = None) -> None:
+        super().__init__(words)
+        self.at, self.name = at, name
+
+
+def parse_sample(content: bytes | bytearray | memoryview) -> RawSample:
+    """Split one sample's bytes of a tar, headers included, into its members.
+
+    Raises:
+        BadSample: ("malformed_tar") the bytes are not those of exactly one sample.
+    """
+    view = memoryview(content)
+    current: str | None = None
+    members: dict[str, bytes] = {}
+    try:
+        for _, name, at, size in walk(lambda start, stop: view[start:stop], 0, len(view)):
+            if name is None or (parts := split_name(name)) is None:
+                continue
+            key, extension = parts
+            if extension in members or key != (current or key):
+                raise BadSample("malformed_tar", f"member {name!r} belongs to another sample than {current!r}")
+            current = key
+            members[extension] = bytes(view[at : at + size])
+    except TarDamage as damage:
+        raise BadSample("malformed_tar", f"in the sample's bytes: {damage}") from damage
+    if current is None:
+        raise BadSample("malformed_tar", f"no member of a sample in {len(view)} bytes")
+    return RawSample(current, members)
+
+
+def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
+    """Find the samples of a shard from a header at byte `start` on, as many as lie whole before the first fault.
+
+    Bad content never raises: an unreadable shard has 0 samples, offsets [start] and a damage.
+
+    Raises:
+        DataError: the shard is gone, may not be read, or changed meanwhile.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    if info.size == 0:
+        return TarScan(np.zeros(1, np.int64), "empty (0 bytes)")
+    offsets: list[int] = []
+    key: str | None = None
+    extensions: set[str] = set()
+    end, damage = start, None
+    try:
+        for header, name, at, size in walk(_Reader(store, info), start, info.size):
+            end = min(at + _padded(size), info.size)
+            if name is None or (parts := split_name(name)) is None:
+                continue
+            # The same extension twice is two samples under one key, not one sample that lost a member.
+            if parts[0] != key or parts[1] in extensions:
+                key = parts[0]
+                extensions.clear()
+                offsets.append(header)
+            extensions.add(parts[1])
+        if end == info.size and end % BLOCK:
+            damage = f"cut off at byte {end}, inside the padding of the last member"
+    except TarDamage as fault:
+        damage, end = str(fault), fault.at
+        parts = split_name(fault.name) if fault.name is not None else None
+        if parts is not None and offsets and parts[0] == key and parts[1] not in extensions:
+            end = offsets.pop()  # it lost this member
+    if not offsets:
+        end = start
+    return TarScan(np.array([*offsets, end], np.int64), damage)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Split a member's name into its sample's key and its extension; None for what belongs to no sample."""
+    slash = name.rfind("/") + 1
+    dot = name.find(".", slash)
+    if dot <= slash or dot + 1 == len(name) or (name.startswith("__") and _META.match(name)):
+        return None
+    return name[:dot], name[dot + 1 :].lower()
+
+
+def is_header(block: bytes) -> bool:
+    """Whether 512 bytes are a tar header: its checksum is right."""
+    if len(block) != BLOCK:
+        return False
+    try:
+        told = _number(block[148:156])
+    except ValueError:
+        return False
+    # Without the zeros the sum is three times as fast.
+    if told == 256 + sum(block.translate(None, b"\0")) - sum(block[148:156]):
+        return True
+    signed = np.frombuffer(block, np.int8).astype(np.int64)  # as some old writers summed
+    return told == 256 + int(signed.sum() - signed[148:156].sum())
+
+
+def walk(
+    read: Callable[[int, int], bytes | memoryview], at: int, end: int
+) -> Iterator[tuple[int, str | None, int, int]]:
+    """Walk over a tar's members, up to the closing zeros or byte `end`.
+
+    Args:
+        read: (start, stop) to those bytes, stop <= end.
+        at: where a header begins.
+        end: bytes there are.
+
+    Yields:
+        (first header byte, name, first byte and number of bytes of the content); None for the name of what is not a
+        plain file. The content lies before `end`.
+
+    Raises:
+        TarDamage: what comes next is no header, or ends early.
+    """
+    begin = at  # the member's first header
+    told: dict[str, Any] = {}  # what extension headers said of the member
+    while at < end:
+        header = bytes(read(at, min(at + BLOCK, end)))
+        if header == _ZEROS[: len(header)]:
+            if begin != at:
+                raise TarDamage(f"the archive ends at byte {at}, after a header that announces a member", begin)
+            return
+        if len(header) < BLOCK:
+            raise TarDamage(f"cut off at byte {end}, inside the header at byte {at}", begin)
+        name, kind, size = _fields(header, at, begin)
+        data = at + BLOCK
+        if kind in _EXTENSIONS:
+            if size > _LARGEST_EXTENSION:
+                raise TarDamage(f"the header at byte {at} announces {size} bytes of names", begin)
+            if data + size > end:
+                raise TarDamage(f"cut off at byte {end}, inside the header at byte {at}", begin)
+            told = {**_extension(kind, bytes(read(data, data + size)), at, begin), **told}  # the first one counts
+            if kind == b"g" and begin == at:
+                begin = data + _padded(size)  # it belongs to the archive, not to the member
+            at = data + _padded(size)
+            continue
+        name, size = told.get("path", name), told.get("size", size)
+        if kind == _SPARSE:
+            more = header[482]
+            while more and data < end:
+                more, data = (bytes(read(data, min(data + BLOCK, end))) + _ZEROS)[504], data + BLOCK
+        if kind in _WITHOUT_DATA:
+            size = 0
+        if data + size > end:
+            raise TarDamage(f"cut off at byte {end}, inside member {name!r}", begin, name)
+        plain = kind in _REGULAR and "sparse" not in told and not name.endswith("/")
+        yield begin, name if plain else None, data, size
+        begin = at = data + _padded(size)
+        told = {}
+    if begin < at:
+        raise TarDamage(f"cut off at byte {end}, after a header that announces a member", begin)
+
+
+def _fields(header: bytes, at: int, begin: int) -> tuple[str, bytes, int]:
+    """Name, type and size of a header's member."""
+    if not is_header(header):
+        raise TarDamage(f"no tar header at byte {at}", begin)
+    name = header[: header.find(b"\0", 0, 100)] if b"\0" in header[:100] else header[:100]
+    kind = header[156:157]
+    if header[345] and kind not in (*_EXTENSIONS, _SPARSE):
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    try:
+        size = _number(header[124:136])
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise TarDamage(f"the header at byte {at} has no size that can be", begin)
+    return _text(name), kind, size
+
+
+def _extension(kind: bytes, content: bytes, at: int, begin: int) -> dict[str, Any]:
+    """What a long-name or pax header says of the next member: "path", "size", "sparse"."""
+    if kind == b"L":
+        return {"path": _text(content.partition(b"\0")[0])}
+    if kind not in (b"x", b"X"):
+        return {}
+    if b"path=" not in content and b"size=" not in content and b"sparse" not in content:
+        return {}  # times and owners
+    told: dict[str, Any] = {}
+    position = 0
+    while position < len(content) and content[position]:
+        try:
+            length = int(content[position : content.index(b" ", position, position + 20)])
+            record = content[content.index(b" ", position) + 1 : position + length - 1]
+            keyword, equals, value = record.partition(b"=")
+            if not (equals and 0 < length <= len(content) - position):
+                raise ValueError
+            if keyword == b"path":
+                told["path"] = _text(value)
+            elif keyword == b"size":
+                told["size"] = int(value)
+                if told["size"] < 0:
+                    raise ValueError
+            elif keyword.startswith(b"GNU.sparse"):
+                told["sparse"] = True
+        except ValueError:
+            raise TarDamage(f"the pax header at byte {at} is malformed", begin) from None
+        position += length
+    return told
+
+
+def _number(field: bytes) -> int:
+    """A number as octal digits or, with the first bit set, in binary (two's complement)."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big") if field[0] == 0x80 else -1
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+class _Reader:
+    """Reads an object from front to back, for `walk`.
+
+    Every request begins where bytes are needed next, so that what lies between is skipped for nothing. It is as long
+    as another request costs; twice as long each time while the next one would begin about where the last one ended.
+    """
+
+    def __init__(self, store: Store, info: ObjectInfo) -> None:
+        self._store, self._info = store, info
+        self._at, self._held = 0, memoryview(b"")
+        self._length = store.readahead
+
+    def __call__(self, start: int, stop: int) -> bytes | memoryview:
+        held_until = self._at + len(self._held)
+        if not self._at <= start <= stop <= held_until:
+            dense = bool(self._held) and start <= held_until + self._store.readahead
+            grown = 2 * self._length if dense else self._length // 2
+            self._length = max(self._store.readahead, min(grown, _LARGEST_READ))
+            until = min(max(stop, start + self._length), self._info.size)
+            content = self._store.read(self._info.name, start, until, version=self._info.version)
+            self._at, self._held = start, memoryview(content)
+        return self._held[start - self._at : stop - self._at]
