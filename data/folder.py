@@ -1,0 +1,200 @@
+"""A folder of images with captions, seen as shards: tars whose bytes are made from the files as they are read.
+
+- A sample is an image and the files beside it of the same name up to the last dot. All else is left out: files
+  without an image, hidden ones, names without an extension.
+- A virtual tar holds up to 1000 samples of one folder, by name. Its members carry no folder, since the shard's name
+  does, and a dot in the rest of the name is written %2E, since WebDataset would take it for the extension's
+  ("v1.5/a.b.jpg" is member "a%2Eb.jpg" of shard "v1.5/00000.tar"). So a key is unique in its shard.
+- Names are cut to what a plain ustar header holds, with a hash in place of the rest: no reader needs more.
+- The files are listed once. A read names the version each file had then, so a file that changes is an error.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.errors import DataError
+from data.store import ObjectInfo, OnFault, ReadOnly, Store, changed, shrunk
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+SAMPLES_A_SHARD = 1000
+
+_BLOCK = 512
+_END = bytes(2 * _BLOCK)
+_LARGEST_FILE = 8**11 - 1
+"""Bytes that eleven octal digits can tell."""
+_LONGEST_EXTENSION = 20
+"""In bytes; longer ones are names with a dot in them, not members that anything reads."""
+_LONGEST_KEY = 100 - 1 - _LONGEST_EXTENSION
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: bytes
+    file: ObjectInfo
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A virtual tar: `offsets` has every member's first byte, then that of the closing blocks."""
+
+    info: ObjectInfo
+    members: tuple[_Member, ...]
+    offsets: tuple[int, ...]
+
+
+class FolderStore:
+    """The virtual tars of a store's images, "sub/00000.tar" for the folder "sub". It may be read only.
+
+    Args:
+        inner: what holds the files, at any depth.
+
+    Raises:
+        DataError: a file that a tar cannot hold, or two that differ in the case of their extension alone.
+        StoreError: the network failed for longer than the retries last.
+    """
+
+    readahead = 0  # headers are made, not read: what a request costs, it costs a file
+
+    def __init__(self, inner: Store) -> None:
+        self.url = inner.url
+        self._inner = inner
+        self._shards = {shard.info.name: shard for shard in _shards(inner)}
+
+    def list(self, suffix: str = "") -> list[ObjectInfo]:
+        """List the virtual tars, sorted by name."""
+        return [shard.info for name, shard in sorted(self._shards.items()) if name.endswith(suffix)]
+
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        version: str | None = None,
+        on_fault: OnFault = None,
+    ) -> bytes | bytearray:
+        """Read bytes [start, stop) of a virtual tar, as `Store.read` does.
+
+        Raises:
+            DataError: there is no such tar, it ends before `stop`, or one of its files is gone or changed.
+            StoreError: the network or a disk failed for longer than the retries last.
+        """
+        shard = self._shards.get(name)
+        if shard is None:
+            raise DataError(f"{self.url}/{name} does not exist: the source is a folder of images, read as tars")
+        if version is not None and version != shard.info.version:
+            raise changed(self.url, name)
+        stop = shard.info.size if stop is None else stop
+        if stop > shard.info.size:
+            raise shrunk(self.url, name, stop)
+        content = bytearray(max(0, stop - start))
+        for number in range(bisect.bisect_right(shard.offsets, start) - 1, len(shard.members)):
+            at, member = shard.offsets[number], shard.members[number]
+            if at >= stop:
+                break
+            _paste(content, at - start, _header(member))
+            data = at + _BLOCK
+            first, last = max(start, data), min(stop, data + member.file.size)
+            if first < last:
+                content[first - start : last - start] = self._inner.read(
+                    member.file.name, first - data, last - data, version=member.file.version, on_fault=on_fault
+                )
+        return content
+
+    def info(self, name: str) -> ObjectInfo | None:
+        """Look a virtual tar up."""
+        shard = self._shards.get(name)
+        return shard.info if shard else None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Refuse: nothing is put among the user's files."""
+        raise ReadOnly(f"{self.url}/{name} cannot be written: the source is a folder of images, read as tars")
+
+    def upload(self, name: str, path: Path) -> None:
+        """Refuse, as `write` does."""
+        self.write(name, b"")
+
+
+def _shards(inner: Store) -> Iterator[_Shard]:
+    for folder, samples in _samples(inner).items():
+        keys = iter(sorted(samples))
+        for number in itertools.count():
+            if not (some := list(itertools.islice(keys, SAMPLES_A_SHARD))):
+                break
+            members = tuple(itertools.chain.from_iterable(_members(inner.url, key, samples[key]) for key in some))
+            yield _shard(f"{folder}{number:05d}.tar", members)
+
+
+def _samples(inner: Store) -> dict[str, dict[str, list[ObjectInfo]]]:
+    """By folder ("" or "a/b/") and name up to the last dot, the files of every sample that has an image."""
+    files: dict[str, dict[str, list[ObjectInfo]]] = defaultdict(lambda: defaultdict(list))
+    images: dict[str, set[str]] = defaultdict(set)
+    for info in inner.list():
+        folder, slash, name = info.name.rpartition("/")
+        stem, _, extension = name.rpartition(".")
+        hidden = any(part.startswith(".") for part in info.name.split("/"))
+        if hidden or not stem or not 0 < len(_bytes(extension.lower())) <= _LONGEST_EXTENSION:
+            continue
+        files[folder + slash][stem].append(info)
+        if extension.lower() in IMAGE_EXTENSIONS:
+            images[folder + slash].add(stem)
+    return {folder: {stem: files[folder][stem] for stem in stems} for folder, stems in images.items()}
+
+
+def _members(url: str, stem: str, files: list[ObjectInfo]) -> Iterator[_Member]:
+    key, seen = _key(stem), dict[str, str]()
+    for file in sorted(files, key=lambda info: info.name):
+        extension = file.name.rpartition(".")[2].lower()
+        if extension in seen:
+            raise DataError(f"{url}: {seen[extension]!r} and {file.name!r} would be one member of a sample: rename one")
+        if file.size > _LARGEST_FILE:
+            raise DataError(f"{url}: {file.name!r} is {file.size} bytes, and a tar's file has at most {_LARGEST_FILE}")
+        seen[extension] = file.name
+        yield _Member(key + b"." + _bytes(extension), file)
+
+
+def _key(stem: str) -> bytes:
+    key = _bytes(stem.replace("%", "%25").replace(".", "%2E"))
+    if len(key) <= _LONGEST_KEY:
+        return key
+    digest = hashlib.blake2b(key, digest_size=8).hexdigest()
+    # Half a character at the cut would be no text.
+    start = key[: _LONGEST_KEY - 1 - len(digest)].decode("utf-8", "ignore")
+    return _bytes(f"{start}~{digest}")
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")  # a disk's names need not be text
+
+
+def _shard(name: str, members: tuple[_Member, ...]) -> _Shard:
+    padded = (_BLOCK + -(-member.file.size // _BLOCK) * _BLOCK for member in members)
+    offsets = tuple(itertools.accumulate(padded, initial=0))
+    digest = hashlib.blake2b(digest_size=16)
+    for member in members:
+        digest.update(_bytes(f"{member.file.name}\0{member.file.size}\0{member.file.version}\0"))
+    modified = max(member.file.modified for member in members)
+    return _Shard(ObjectInfo(name, offsets[-1] + len(_END), digest.hexdigest(), modified), members, offsets)
+
+
+def _header(member: _Member) -> bytes:
+    """A plain ustar header: readable by all, owned by nobody, of no time."""
+    head = member.name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2
+    head += b"%011o\0" % member.file.size + b"%011o\0" % 0
+    tail = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - len(head) - 8, b"\0")
+    checksum = sum(head) + sum(tail) + 8 * ord(" ")  # its own field counts as spaces
+    return head + b"%06o\0 " % checksum + tail
+
+
+def _paste(content: bytearray, at: int, piece: bytes) -> None:
+    """Put a piece at byte `at`, which may lie before the content's beginning, as far as there is room."""
+    first, last = max(at, 0), min(at + len(piece), len(content))
+    if first < last:
+        content[first:last] = piece[first - at : last - at]
