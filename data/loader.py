@@ -6,6 +6,7 @@
   into the batch.
 - The state handed out with a batch is the state after it, so what is saved always means "consumed", however far
   the threads have read ahead.
+- Bytes are read ahead by threads of their own (`fetch.py`, `window.py`), so that a slow store does not hold cores.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.decode import Pixels, SmallImages, decode
 from data.errors import DataError
-from data.index import SourceIndex
-from data.order import SourceOrder, check_layout, check_weights
-from data.stream import LaneStream, Record, Source
+from data.example import ImageSettings, example
+from data.fetch import Fetcher
+from data.order import SourceOrder, check_layout, check_sources
+from data.stream import LaneStream, Ordered, SetAside, Source
+from data.window import request_bytes
 
 PREFETCH = 2
 """Batches that the threads may be ahead of the consumer."""
 
-_FIXED_SHUFFLE_BLOCK = 1024
-"""Part of what makes fixed samples fixed: another number is another order."""
+_AHEAD_BATCHES = 2
+"""Batches whose samples are read ahead of the threads, where a request holds one sample."""
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Batch:
     """(b,), global slot numbers: batch number * batch_size + place in the batch."""
     state: dict[str, Any]
     """This rank's state after the batch, JSON values: for `merge_states`, and then a checkpoint."""
+    set_aside: list[SetAside]
+    """Samples with bad content that were passed over on the way to these."""
     wait_s: float
     """Seconds the consumer waited for it."""
 
@@ -55,10 +59,11 @@ class Batch:
 class _Share:
     """One batch being filled by the lanes of a rank."""
 
-    def __init__(self, size: int, height: int, width: int) -> None:
-        self.pixels = torch.empty((size, 3, height, width), dtype=torch.uint8)
+    def __init__(self, size: int, height: int, width: int, pin_memory: bool) -> None:
+        self.pixels = torch.empty((size, 3, height, width), dtype=torch.uint8, pin_memory=pin_memory)
         self.captions, self.ids = [""] * size, [""] * size
         self.lane_states: dict[int, dict[str, Any]] = {}
+        self.set_aside: list[SetAside] = []
         self.error: Exception | None = None
 
 
@@ -68,39 +73,40 @@ class Loader:
     Iterating raises DataError or StoreError where the source does, in the batch that needed it.
 
     Args:
-        indices: the sources, with different names.
-        weights: one positive weight a source, of any sum.
+        sources: the sources, with different names.
+        images: what becomes of their images.
         batch_size: samples in a global batch, over all ranks; a multiple of lanes.
         lanes: independent orders the data is cut into; a multiple of world_size.
-        resolution: H = W or (H, W) of the images, in pixels.
         seed: the run's seed.
         stage: the stage's name; every stage has another order.
         rank: this process's number, 0 <= rank < world_size.
         world_size: number of processes that share a global batch.
         workers: decoding threads; 0 decodes in the consumer's.
         shuffle_block: samples that are permuted together inside a lane.
-        small_images: "drop" or "upscale" images with a side below the resolution's.
+        buffer_bytes: most encoded bytes that this rank holds ahead.
+        pin_memory: make the pixels' memory page-locked, for fast copies to a GPU.
         state: a global state from `merge_states`, of any world size; None starts at the stage's first batch.
 
     Raises:
-        DataError: sizes that do not divide, wrong weights or names, or a state of another order or other sources.
+        DataError: sizes that do not divide, wrong weights or names, blocks that do not fit into buffer_bytes, or a
+            state of another order or other sources.
     """
 
     def __init__(
         self,
-        indices: Sequence[SourceIndex],
-        weights: Sequence[float],
+        sources: Sequence[Source],
+        images: ImageSettings,
         *,
         batch_size: int,
         lanes: int,
-        resolution: int | tuple[int, int],
         seed: int,
         stage: str,
         rank: int,
         world_size: int,
         workers: int,
         shuffle_block: int,
-        small_images: SmallImages,
+        buffer_bytes: int,
+        pin_memory: bool = False,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         check_layout(batch_size, lanes, world_size)
@@ -108,25 +114,26 @@ class Loader:
             raise DataError(f"rank {rank} must be from 0 to {world_size - 1}")
         if workers < 0:
             raise DataError(f"workers {workers} must be at least 0")
-        _check_names(indices)
-        check_weights(weights, [index.name for index in indices])
+        check_sources([source.weight for source in sources], [source.index.name for source in sources])
         self._order = {
             "seed": seed,
             "stage": stage,
             "lanes": lanes,
             "shuffle_block": shuffle_block,
-            "sources": {index.name: index.fingerprint() for index in indices},
+            "sources": {source.index.name: source.index.fingerprint() for source in sources},
         }
         if state is not None:
             _check_state(state, self._order)
-        sources = _sources(indices, lanes, shuffle_block, seed, stage)
-        self._size = (resolution, resolution) if isinstance(resolution, int) else resolution
-        self._small_images = small_images
+        per_lane = batch_size // lanes
+        ordered = [_ordered(source, lanes, shuffle_block, seed, stage, per_lane) for source in sources]
+        _check_memory(ordered, lanes // world_size, shuffle_block, buffer_bytes)
+        self._images, self._pin_memory = images, pin_memory
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._per_lane, self._workers = batch_size // lanes, workers
+        self._per_lane, self._workers = per_lane, workers
+        self._fetcher = Fetcher()
         saved: Mapping[str, Any] = state["lanes"] if state is not None else {}
         self._streams = {
-            lane: LaneStream(sources, weights, lane, lanes, saved.get(str(lane)))
+            lane: LaneStream(ordered, lane, lanes, self._fetcher, saved.get(str(lane)))
             for lane in range(rank, lanes, world_size)
         }
         self._consumed = int(state["batch"]) if state is not None else 0
@@ -163,25 +170,31 @@ class Loader:
             self._changed.notify_all()
         slots = number * self._batch_size + np.arange(self._rank, self._batch_size, self._world_size, dtype=np.int64)
         waited = time.perf_counter() - began
-        return Batch(share.pixels, share.captions, share.ids, slots, self.state(), waited)
+        set_aside = sorted(share.set_aside, key=lambda it: (it.source, it.shard, it.offset))  # threads found them
+        return Batch(share.pixels, share.captions, share.ids, slots, self.state(), set_aside, waited)
 
     def state(self) -> dict[str, Any]:
         """Return this rank's state after the last batch handed out, JSON values."""
         lanes = {str(lane): state for lane, state in sorted(self._lane_states.items())}
         return {"batch": self._consumed, "order": self._order, "lanes": lanes}
 
+    def retries(self) -> dict[str, int]:
+        """Count the requests of this process that failed and were tried again, by kind of fault."""
+        return self._fetcher.faults()
+
     def counters(self) -> dict[str, int]:
-        """Count, in this rank's lanes since the stage began, "samples" handed out and those passed over by reason."""
+        """Count, in this rank's lanes since the stage began, `stream.COUNTS` and samples passed over by reason."""
         total: Counter[str] = Counter()
         for state in self._lane_states.values():
             total.update(state["counters"])
         return dict(sorted(total.items()))
 
     def close(self) -> None:
-        """Stop the threads and wait for them; each finishes at most the lane's share it is at."""
+        """Stop the threads and wait for them; each finishes at most the sample it is at."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._fetcher.close()
         for thread in self._threads:
             thread.join()
 
@@ -219,7 +232,9 @@ class Loader:
         """Fill one lane's slots of one batch. A lane is in the heap once, so never with two threads."""
         with self._changed:
             if number not in self._shares:
-                self._shares[number] = _Share(self._batch_size // self._world_size, *self._size)
+                self._shares[number] = _Share(
+                    self._batch_size // self._world_size, *self._images.size, self._pin_memory
+                )
             share = self._shares[number]
         try:
             self._fill(share, lane)
@@ -230,6 +245,7 @@ class Loader:
             return
         with self._changed:
             share.lane_states[lane] = self._streams[lane].state()
+            share.set_aside += self._streams[lane].take_set_aside()
             heapq.heappush(self._ready, (number + 1, lane))
             self._changed.notify_all()
 
@@ -240,11 +256,9 @@ class Loader:
                 raise RuntimeError("this Loader was closed")
             # Slot lane + k S of the batch, in steps of W from this rank's first.
             place = (lane - self._rank) // self._world_size + k * len(self._streams)
-            record, pixels[place] = stream.next(self._decode)
-            share.captions[place], share.ids[place] = record.caption, record.id
-
-    def _decode(self, record: Record) -> Pixels:
-        return decode(record.image, self._size, small_images=self._small_images)
+            share.ids[place], (pixels[place], share.captions[place]) = stream.next(
+                lambda visit: example(visit, self._images)
+            )
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -263,12 +277,6 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"{len(states)} data states hold {len(lanes)} of {expected} lanes: one from each rank is due")
     ordered = {str(lane): lanes[str(lane)] for lane in range(expected)}
     return {"batch": states[0]["batch"], "order": states[0]["order"], "lanes": ordered}
-
-
-def _check_names(indices: Sequence[SourceIndex]) -> None:
-    names = [index.name for index in indices]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"source {twice[0]!r} is there twice: source names must differ")
 
 
 def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
@@ -291,55 +299,22 @@ def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
         )
 
 
-def _sources(indices: Sequence[SourceIndex], lanes: int, shuffle_block: int, seed: int, stage: str) -> list[Source]:
-    return [
-        Source(
-            index,
-            SourceOrder(index.name, index.counts, lanes=lanes, shuffle_block=shuffle_block, seed=seed, stage=stage),
+def _ordered(source: Source, lanes: int, shuffle_block: int, seed: int, stage: str, per_lane: int) -> Ordered:
+    """Give a source its order, and each lane as much memory for it as reading ahead needs."""
+    index = source.index
+    order = SourceOrder(index.name, index.counts, lanes, shuffle_block, seed, stage)
+    samples = _AHEAD_BATCHES * per_lane
+    if request_bytes(index) > index.mean_bytes:  # a request brings samples that are needed later in the block, too
+        samples = max(samples, min(shuffle_block, -(-order.total // lanes)))
+    return Ordered(source, order, int(samples * index.mean_bytes))
+
+
+def _check_memory(ordered: Sequence[Ordered], lanes: int, shuffle_block: int, buffer_bytes: int) -> None:
+    need = lanes * sum(it.share_bytes for it in ordered)
+    if need > buffer_bytes:
+        gib = 2**30
+        raise DataError(
+            f"{lanes} lanes a rank and {len(ordered)} sources hold about {need / gib:.1f} GiB of encoded samples ahead "
+            f"in blocks of {shuffle_block}, over the buffer of {buffer_bytes / gib:.1f} GiB: lower shuffle_block to "
+            f"{max(1, int(shuffle_block * buffer_bytes / need))}, raise the buffer, or train on more ranks"
         )
-        for index in indices
-    ]
-
-
-@dataclass(frozen=True)
-class FixedSamples:
-    """Samples for validation: pixels uint8 (n, 3, H, W), captions, ids."""
-
-    pixels: torch.Tensor
-    captions: list[str]
-    ids: list[str]
-
-
-def fixed_samples(
-    indices: Sequence[SourceIndex],
-    weights: Sequence[float],
-    n: int,
-    *,
-    resolution: int | tuple[int, int],
-    small_images: SmallImages,
-) -> FixedSamples:
-    """Read the first n different usable samples of one fixed order: the same for every seed, stage and world size.
-
-    Args:
-        indices: the sources, with different names.
-        weights: one positive weight a source, of any sum.
-        n: number of samples, 1 or more.
-        resolution: H = W or (H, W) of the images, in pixels.
-        small_images: "drop" or "upscale" images with a side below the resolution's.
-
-    Raises:
-        DataError: the sources have fewer, or their weights or names are wrong.
-        StoreError: the network or a disk failed for longer than the retries last.
-    """
-    _check_names(indices)
-    check_weights(weights, [index.name for index in indices])
-    stream = LaneStream(_sources(indices, 1, _FIXED_SHUFFLE_BLOCK, 0, "fixed"), weights, 0, 1)
-    found: dict[str, tuple[Pixels, str]] = {}
-    while len(found) < n:
-        record, pixels = stream.next(lambda r: decode(r.image, resolution, small_images=small_images))
-        found.setdefault(record.id, (pixels, record.caption))
-        epochs = [epoch for epoch, _ in stream.state()["sources"].values()]
-        if len(found) < n and min(epochs) > 0:
-            raise DataError(f"{n} fixed samples were asked for, but the sources have only {len(found)} usable ones")
-    stacked = np.stack([pixels for pixels, _ in found.values()])
-    return FixedSamples(torch.from_numpy(stacked), [caption for _, caption in found.values()], list(found))

@@ -46,7 +46,7 @@ class SourceOrder:
         DataError: there are no samples, or lanes or shuffle_block is below 1.
     """
 
-    def __init__(self, name: str, counts: ArrayLike, *, lanes: int, shuffle_block: int, seed: int, stage: str) -> None:
+    def __init__(self, name: str, counts: ArrayLike, lanes: int, shuffle_block: int, seed: int, stage: str) -> None:
         self.name, self.lanes, self.shuffle_block = name, lanes, shuffle_block
         self._counts = np.asarray(counts, dtype=np.int64)
         self.total = int(self._counts.sum())
@@ -55,17 +55,13 @@ class SourceOrder:
         if lanes < 1 or shuffle_block < 1:
             raise DataError(f"lanes ({lanes}) and shuffle_block ({shuffle_block}) must be at least 1")
         self._seed, self._purpose = seed, (stage, "order", name)
-        # Lanes drift apart by a few epochs at most, and each has one block open at a time.
-        self._epoch = lru_cache(maxsize=8)(self._permute_shards)
-        self._block = lru_cache(maxsize=lanes)(self._permute_block)
+        self._first = np.cumsum(self._counts) - self._counts
+        self._epoch = lru_cache(maxsize=8)(self._permute_shards)  # lanes drift apart by a few epochs at most
 
     def _permute_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         key = randomness.key(self._seed, *self._purpose, "shards", epoch)
         shards = randomness.permutation(key, len(self._counts))
         return shards, np.cumsum(self._counts[shards])
-
-    def _permute_block(self, lane: int, epoch: int, block: int, size: int) -> NDArray[np.int64]:
-        return randomness.permutation(randomness.key(self._seed, *self._purpose, "block", epoch, lane, block), size)
 
     def lane_size(self, lane: int, epoch: int) -> int:
         """Count the samples a lane reads in an epoch: floor or ceil of total / lanes."""
@@ -79,34 +75,40 @@ class SourceOrder:
             epoch, position = epoch + 1, 0
         return epoch, position
 
-    def lane_position(self, lane: int, epoch: int, position: int) -> tuple[int, int]:
-        """Find the (shard, sample in the shard) at a lane's raw position, 0 <= position < lane_size(lane, epoch)."""
+    def block(self, lane: int, epoch: int, number: int) -> NDArray[np.int64]:
+        """List the samples at a lane's raw positions [number, number + 1) x shuffle_block of an epoch.
+
+        Returns:
+            (n, 2): shard, and sample in the shard; n is shuffle_block, less at the lane's end.
+        """
         start, stop = interval(self.total, self.lanes, lane, epoch)
-        assert 0 <= position < stop - start, (lane, epoch, position)
-        block, offset = divmod(position, self.shuffle_block)
-        base = block * self.shuffle_block
-        size = min(self.shuffle_block, stop - start - base)
-        at = start + base + int(self._block(lane, epoch, block, size)[offset])
+        base = start + number * self.shuffle_block
+        size = min(self.shuffle_block, stop - base)
+        assert number >= 0 and size > 0, (lane, epoch, number)
+        key = randomness.key(self._seed, *self._purpose, "block", epoch, lane, number)
+        at = base + randomness.permutation(key, size)
         shards, ends = self._epoch(epoch)
-        rank = int(np.searchsorted(ends, at, side="right"))
-        shard = int(shards[rank])
-        return shard, at - int(ends[rank] - self._counts[shard])
+        rank = np.searchsorted(ends, at, side="right")
+        return np.stack([shards[rank], at - (ends - self._counts[shards])[rank]], axis=1)
+
+    def uniforms(self, purpose: str, epoch: int, shard: int, sample: int, n: int) -> NDArray[np.float64]:
+        """Draw n numbers from (0, 1) for one purpose of one sample in one epoch, whoever reads it and wherever."""
+        number = int(self._first[shard]) + sample
+        return randomness.uniform(randomness.key(self._seed, *self._purpose, purpose, epoch), number * n + np.arange(n))
 
 
 # Irrational and independent of one another, so that lanes alike at one fork of `mix` spread evenly at the next.
 _FORK_PHASES = tuple(math.sqrt(prime) for prime in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29))
+_MOST_SOURCES = 2 ** (len(_FORK_PHASES) - 1)
 
 
 def mix(weights: Sequence[float], lane: int, lanes: int, n: int) -> int:
-    """Choose the source of a lane's n-th draw (n from 0); the weights are positive, of any sum.
+    """Choose the source of a lane's n-th draw (n from 0); the weights are positive, of any sum, 512 at most.
 
     Bresenham's line at every fork of a balanced tree over the sources: of the first n draws that reach a fork,
     floor(n * share + phase) go left. So counts in any prefix are closed-form and never drift: with two sources
     within one draw of exact, with k within log2(k) rounded up. The phase (lane + 1/2) / lanes makes one draw
     across all the lanes as even as a prefix along one.
-
-    Raises:
-        DataError: there are more than 512 sources.
     """
     low, high, phase = 0, len(weights), (lane + 0.5) / lanes
     for fork_phase in _FORK_PHASES:
@@ -120,17 +122,19 @@ def mix(weights: Sequence[float], lane: int, lanes: int, n: int) -> int:
         else:
             low, n = middle, n - left
         phase = (lane + 0.5) * fork_phase % 1.0
-    raise DataError(f"{len(weights)} sources are more than {2 ** (len(_FORK_PHASES) - 1)}: merge some of them")
+    raise AssertionError(len(weights))
 
 
-def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
-    """Refuse weights that are not one a source, finite and above 0.
+def check_sources(weights: Sequence[float], names: Sequence[str]) -> None:
+    """Refuse weights that are not finite and above 0, names that are there twice, and more sources than `mix` takes.
 
     Raises:
-        DataError: naming the source and its weight, or the two numbers that differ.
+        DataError: naming the source and its weight.
     """
-    if len(weights) != len(names) or not names:
-        raise DataError(f"{len(names)} sources and {len(weights)} weights: there must be one weight a source")
+    if len(weights) > _MOST_SOURCES:
+        raise DataError(f"{len(weights)} sources are more than {_MOST_SOURCES}: merge some of them")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"source {twice[0]!r} is there twice: source names must differ")
     for name, weight in zip(names, weights, strict=True):
         if not (math.isfinite(weight) and weight > 0):
             raise DataError(f"source {name!r}: weight {weight} must be a finite number above 0")

@@ -1,7 +1,7 @@
-"""The records of one lane, with a cursor.
+"""The samples of one lane, with a cursor.
 
-A lane draws a source (`order.mix`), reads its own next sample of it, and passes over what is filtered or bad until
-one is good. What it yields is therefore a function of the index, the contents, the filters, the seed and the stage
+A lane draws a source (`order.mix`), takes its own next sample of it, and passes over what is filtered or bad until
+one is good. What it yields is therefore a function of the manifest, the contents, the rules, the seed and the stage
 alone. The cursor is a few integers: draws made, and (epoch, raw position) in each source.
 """
 
@@ -9,72 +9,73 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
-from data.errors import BadSample, DataError
-from data.index import SourceIndex, Span
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import BadSample, DataError, Filtered
+from data.fetch import Fetcher
+from data.index import SourceIndex
 from data.order import SourceOrder, mix
-from data.store import Store
+from data.select import Rules
+from data.tar import RawSample, parse_sample
+from data.window import Taken, Window
 
 T = TypeVar("T")
 
 _MISSES_BEFORE_ERROR = 1000
 """A lane's pass over a small source is a handful of samples, which may all be bad by chance."""
 
-_READ_APART = 64 << 10
-"""Bytes between a sample's members that are cheaper to read along than to skip with another request."""
+COUNTS = ("samples", "set_aside")
+"""Counters besides the reasons: samples yielded, and those of the passed over whose content was bad."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source as a lane reads it."""
+    """A source of training: what is in it, how much of it, and which of its samples count."""
 
     index: SourceIndex
-    order: SourceOrder
+    weight: float = 1.0
+    rules: Rules = field(default_factory=Rules)
 
 
 @dataclass(frozen=True)
-class Record:
-    """One sample as bytes. `id` is "source/shard/key"."""
+class Ordered:
+    """A source as a lane reads it. `share_bytes`: what a lane may hold of it in memory."""
+
+    source: Source
+    order: SourceOrder
+    share_bytes: int
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A sample at the moment a lane comes by it. `id` is "source/shard/key"."""
 
     id: str
-    image: bytes
-    caption: str
+    members: Mapping[str, bytes]
+    rules: Rules
+    uniforms: Callable[[str, int], NDArray[np.float64]]
+    """(purpose, n) to n numbers from (0, 1), which belong to the sample and its source's epoch."""
 
 
-def read_record(index: SourceIndex, shard: int, sample: int) -> Record:
-    """Read one sample, by the number of its shard and its number in the shard.
+@dataclass(frozen=True)
+class SetAside:
+    """A sample that was passed over because its content is bad; `offset` is of its first header, in bytes."""
 
-    Raises:
-        BadSample: with reason "missing_image" or "bad_caption".
-        DataError: the shard is gone or shorter than when it was indexed.
-        StoreError: the network or a disk failed for longer than the retries last.
-    """
-    shard_index = index.shards[shard]
-    entry = shard_index[sample]
-    if entry.image is None:
-        raise BadSample("missing_image", entry.key)
-    if entry.caption is None:
-        raise BadSample("bad_caption", "there is none")
-    name = shard_index.info.name
-    image, text = _read_spans(index.store, name, (entry.image, entry.caption))
-    try:
-        caption = text.decode("utf-8").strip()
-    except UnicodeDecodeError as fault:
-        raise BadSample("bad_caption", str(fault)) from fault
-    if not caption:
-        raise BadSample("bad_caption", "it is empty")
-    return Record(f"{index.name}/{name}/{entry.key}", image, caption)
+    source: str
+    shard: str
+    key: str | None
+    offset: int
+    reason: str
+    detail: str
 
 
-def _read_spans(store: Store, name: str, spans: Sequence[Span]) -> list[bytes]:
-    """Read several spans of one object: in one read where they are neighbours."""
-    start, stop = min(offset for offset, _ in spans), max(offset + size for offset, size in spans)
-    if stop - start - sum(size for _, size in spans) > _READ_APART:
-        return [store.read(name, offset, offset + size) for offset, size in spans]
-    block = store.read(name, start, stop)
-    return [block[offset - start : offset - start + size] for offset, size in spans]
+def _uniforms(order: SourceOrder, taken: Taken, purpose: str, n: int) -> NDArray[np.float64]:
+    return order.uniforms(purpose, taken.epoch, taken.shard, taken.sample, n)
 
 
 class LaneStream:
@@ -82,69 +83,104 @@ class LaneStream:
 
     Args:
         sources: the sources, each in the order of this seed and stage.
-        weights: one positive weight a source, of any sum.
         lane: this lane's number, 0 <= lane < lanes.
         lanes: number of lanes.
+        fetcher: what reads for it.
         state: what `state()` returned, to go on after it: {"draws": n, "sources": {name: [epoch, position]},
-            "counters": {reason: samples}}, where "counters" also has "samples", those yielded; None begins.
+            "counters": {name: samples}}, where the names are `COUNTS` and reasons; None begins.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
-        weights: Sequence[float],
+        sources: Sequence[Ordered],
         lane: int,
         lanes: int,
+        fetcher: Fetcher,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.lane, self._sources, self._weights, self._lanes = lane, sources, weights, lanes
+        self.lane, self._sources, self._lanes, self._fetcher = lane, sources, lanes, fetcher
+        self._weights = [ordered.source.weight for ordered in sources]
         begin: Mapping[str, Any] = state or {"draws": 0, "sources": {}, "counters": {}}
         self._draws = int(begin["draws"])
         self._places = [
             (int(epoch), int(position))
-            for epoch, position in (begin["sources"].get(source.index.name, (0, 0)) for source in sources)
+            for epoch, position in (begin["sources"].get(it.source.index.name, (0, 0)) for it in sources)
         ]
         self._counters: Counter[str] = Counter(begin["counters"])
+        self._windows: dict[int, Window] = {}
+        self._set_aside: list[SetAside] = []
 
     def state(self) -> dict[str, Any]:
         """Return the cursor after the last sample yielded, as plain JSON values."""
-        places = {s.index.name: list(place) for s, place in zip(self._sources, self._places, strict=True)}
+        places = {it.source.index.name: list(place) for it, place in zip(self._sources, self._places, strict=True)}
         return {"draws": self._draws, "sources": places, "counters": dict(sorted(self._counters.items()))}
 
-    def next(self, use: Callable[[Record], T]) -> tuple[Record, T]:
-        """Return the next record for which `use` (decoding, filters) does not raise BadSample, and its result.
+    def take_set_aside(self) -> list[SetAside]:
+        """Return what was set aside since the last call."""
+        taken, self._set_aside = self._set_aside, []
+        return taken
+
+    def next(self, use: Callable[[Visit], T]) -> tuple[str, T]:
+        """Return the id of the next sample that `use` (rules, decoding) does not refuse, and what `use` made of it.
 
         Raises:
             DataError: a whole pass over the drawn source gives nothing, or a shard changed since it was indexed.
             StoreError: the network or a disk failed for longer than the retries last.
+            FetcherClosed: the fetcher was closed meanwhile.
         """
         number = mix(self._weights, self.lane, self._lanes, self._draws)
-        source, order = self._sources[number], self._sources[number].order
+        ordered, window = self._sources[number], self._window(number)
+        index, order = ordered.source.index, ordered.order
         pass_size = max(_MISSES_BEFORE_ERROR, -(-order.total // self._lanes))
         misses: Counter[str] = Counter()
+        set_aside = 0
         while misses.total() < pass_size:
-            epoch, position = order.settle(self.lane, *self._places[number])
-            self._places[number] = (epoch, position + 1)
+            taken = window.take()
+            self._places[number] = (taken.epoch, taken.position + 1)
+            raw: RawSample | None = None
             try:
-                record = read_record(source.index, *order.lane_position(self.lane, epoch, position))
-                result = use(record)
+                raw = parse_sample(taken.content)
+                visit = Visit(
+                    f"{index.name}/{index.names[taken.shard]}/{raw.key}",
+                    raw.members,
+                    ordered.source.rules,
+                    partial(_uniforms, order, taken),
+                )
+                result = use(visit)
+            except Filtered as filtered:
+                misses[filtered.reason] += 1
             except BadSample as bad:
                 misses[bad.reason] += 1
-                continue
-            self._counters += misses
-            self._counters["samples"] += 1
-            self._draws += 1
-            return record, result
-        raise DataError(_nothing_left(source.index.name, misses))
+                set_aside += 1
+                key = raw.key if raw is not None else None
+                shard = index.names[taken.shard]
+                self._set_aside.append(SetAside(index.name, shard, key, taken.offset, bad.reason, bad.detail))
+            else:
+                self._counters += misses
+                self._counters.update(samples=1, set_aside=set_aside)
+                self._draws += 1
+                return visit.id, result
+        raise DataError(_nothing_left(index.name, misses))
+
+    def _window(self, number: int) -> Window:
+        if number not in self._windows:
+            it, (epoch, position) = self._sources[number], self._places[number]
+            self._windows[number] = Window(
+                it.source.index, it.order, self.lane, epoch, position, self._fetcher, it.share_bytes
+            )
+        return self._windows[number]
 
 
 def _nothing_left(name: str, misses: Counter[str]) -> str:
     counts = ", ".join(f"{reason}: {count}" for reason, count in misses.most_common())
     remedy = {
-        "small_image": "set small_images: upscale, or a lower resolution",
-        "bad_caption": "give every image a non-empty UTF-8 .txt member",
-        "missing_image": "give every sample an image member (jpg, jpeg, png or webp)",
+        "small_image": "set small_images: upscale, or a lower resolution or min_side",
+        "missing_caption": "give every image a .txt member, or name the member that holds its caption",
+        "bad_caption": "write the captions as UTF-8",
+        "empty_caption": "name a member that holds captions",
+        "missing_image": "give every sample an image member (jpg, jpeg, png or webp), or name its extension",
         "too_many_pixels": "write the images smaller",
         "undecodable_image": "write the shards again from whole JPEG, PNG or WebP files",
+        "malformed_tar": "index the source anew",
     }.get(misses.most_common(1)[0][0], "relax the filters")
     return f"source {name!r}: none of {misses.total()} samples in a row is usable ({counts}): {remedy}"

@@ -13,16 +13,19 @@ import boto3
 import numpy as np
 import pytest
 import torch
+from data.select import Rules
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from tar_samples import jpeg, tar_bytes, write_source
 
 from data.errors import BadSample, DataError
+from data.example import ImageSettings
+from data.fixed import FixedSamples, fixed_samples
 from data.index import SourceIndex, index_source
-from data.loader import PREFETCH, Batch, Loader, fixed_samples, merge_states
-from data.store import open_store
-from data.stream import Record
+from data.loader import PREFETCH, Batch, Loader, merge_states
+from data.store import StoreOptions, open_store
+from data.stream import Source, Visit
 
 BATCH, LANES = 16, 8
 Global = list[tuple[int, str, str, bytes]]  # (slot, id, caption, pixels) of one global batch
@@ -30,10 +33,14 @@ Global = list[tuple[int, str, str, bytes]]  # (slot, id, caption, pixels) of one
 
 def loader(indices: Sequence[SourceIndex], rank: int = 0, world: int = 1, **kwargs: Any) -> Loader:
     options: dict[str, Any] = {
-        "batch_size": BATCH, "lanes": LANES, "resolution": 8, "seed": 3, "stage": "pretrain",
-        "workers": 0, "shuffle_block": 4, "small_images": "drop", "weights": [1.0] * len(indices),
+        "batch_size": BATCH, "lanes": LANES, "seed": 3, "stage": "pretrain",
+        "workers": 0, "shuffle_block": 4, "buffer_bytes": 1 << 30,
+        "images": ImageSettings(8), "weights": [1.0] * len(indices), "rules": Rules(),
     }  # fmt: skip
-    return Loader(indices, rank=rank, world_size=world, **{**options, **kwargs})
+    options |= kwargs
+    weights, rules = options.pop("weights"), options.pop("rules")
+    sources = [Source(index, weight, rules) for index, weight in zip(indices, weights, strict=True)]
+    return Loader(sources, rank=rank, world_size=world, **options)
 
 
 def run(
@@ -143,18 +150,19 @@ def test_every_readable_sample_exactly_once_an_epoch(
     source = loader([index], lanes=lanes, batch_size=lanes, shuffle_block=block)
     for stream in source._streams.values():
         while True:
-            record, _ = stream.next(lambda r: _whole(r))
+            id_, _ = stream.next(_whole)
             epoch = stream.state()["sources"]["source"][0]
             if epoch > 1:
                 break
-            by_epoch.setdefault(epoch, Counter())[record.id] += 1
+            by_epoch.setdefault(epoch, Counter())[id_] += 1
+    source.close()
     for epoch in (0, 1):
         assert len(by_epoch[epoch]) == good
         assert set(by_epoch[epoch].values()) == {1}
 
 
-def _whole(record: Record) -> None:
-    if record.image == b"?":
+def _whole(visit: Visit) -> None:
+    if visit.members["jpg"] == b"?":
         raise BadSample("undecodable_image")
 
 
@@ -168,12 +176,11 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
         # After two epochs' good samples; the second's last bad ones may still be unread.
         counters = source.counters()
     assert counters["samples"] == 70
-    assert {reason: counters[reason] // 2 + counters[reason] % 2 for reason in counters if reason != "samples"} == {
-        "undecodable_image": 2,
-        "bad_caption": 2,
-        "small_image": 1,
-    }
-    with loader([index], lanes=1, batch_size=36, small_images="upscale") as source:
+    reasons = {reason: -(-count // 2) for reason, count in counters.items() if reason not in ("samples", "set_aside")}
+    assert reasons == {"undecodable_image": 2, "bad_caption": 1, "empty_caption": 1, "small_image": 1}
+    bad = {reason: counters[reason] for reason in ("undecodable_image", "bad_caption")}
+    assert counters["set_aside"] == sum(bad.values())
+    with loader([index], lanes=1, batch_size=36, images=ImageSettings(8, "upscale")) as source:
         assert any(id_.endswith("000030") for id_ in next(source).ids)
         assert "small_image" not in source.counters()
 
@@ -181,9 +188,13 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
 def test_missing_members_are_bad_samples(tmp_path: Path) -> None:
     parts = [("a.jpg", jpeg(0)), ("b.txt", b"no image"), ("c.jpg", jpeg(1)), ("c.txt", b"whole")]
     (tmp_path / "0.tar").write_bytes(tar_bytes(parts))
-    source = loader([index_source(open_store(str(tmp_path)), "s")], lanes=1, batch_size=3)
-    assert set(next(source).ids) == {"s/0.tar/c"}
-    assert {"bad_caption", "missing_image", "samples"} == set(source.counters())
+    with loader([index_source(open_store(str(tmp_path)), "s")], lanes=1, batch_size=3) as source:
+        batch = next(source)
+    assert set(batch.ids) == {"s/0.tar/c"}
+    assert {"missing_caption", "missing_image", "samples", "set_aside"} == set(source.counters())
+    after_a = 512 + -(-len(jpeg(0)) // 512) * 512
+    listed = {(it.shard, it.key, it.offset, it.reason) for it in batch.set_aside}
+    assert listed == {("0.tar", "a", 0, "missing_caption"), ("0.tar", "b", after_a, "missing_image")}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -200,12 +211,12 @@ def test_an_error_in_a_thread_reaches_the_consumer_in_its_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.loader.PREFETCH", 1)
-    index = write_source(tmp_path / "a", [40])
+    index = write_source(tmp_path / "a", [400])
     with loader([index], workers=2, batch_size=8) as source:
         next(source)
         (tmp_path / "a" / "00000.tar").unlink()
         with pytest.raises(DataError, match=r"00000\.tar"):
-            for _ in range(3):
+            for _ in range(49):  # what was read ahead is still good
                 next(source)
 
 
@@ -233,7 +244,6 @@ def test_a_batch_follows_the_weights(sources: list[SourceIndex]) -> None:
         ({"world": 3}, "nearest allowed is 2 or 4"),
         ({"batch_size": 20}, "nearest allowed is 16 or 24"),
         ({"rank": 2, "world": 2}, "rank 2"),
-        ({"weights": [1.0]}, "one weight a source"),
         ({"weights": [1.0, 0.0]}, "'b': weight 0.0"),
         ({"workers": -1}, "workers"),
     ],
@@ -264,16 +274,17 @@ def test_a_state_of_something_else_is_refused(sources: list[SourceIndex]) -> Non
 
 
 def test_fixed_samples_are_different_readable_and_repeatable(sources: list[SourceIndex]) -> None:
-    first = fixed_samples(sources, [1.0, 1.0], 20, resolution=8, small_images="drop")
-    again = fixed_samples(sources, [1.0, 1.0], 20, resolution=8, small_images="drop")
+    def fixed(n: int) -> FixedSamples:
+        return fixed_samples([Source(index) for index in sources], n, ImageSettings(8))
+
+    first = fixed(20)
+    again = fixed(20)
     assert first.ids == again.ids and torch.equal(first.pixels, again.pixels)
     assert len(set(first.ids)) == 20 and first.pixels.shape == (20, 3, 8, 8)
-    assert fixed_samples(sources, [1.0, 1.0], 7, resolution=8, small_images="drop").ids == first.ids[:7]
-    assert (
-        len(fixed_samples(sources, [1.0, 1.0], 43, resolution=8, small_images="drop").ids) == 43
-    )  # 48 less the 5 bad ones
+    assert fixed(7).ids == first.ids[:7]
+    assert len(fixed(43).ids) == 43  # 48 less the 5 bad ones
     with pytest.raises(DataError, match="only 43 usable"):
-        fixed_samples(sources, [1.0, 1.0], 44, resolution=8, small_images="drop")
+        fixed(44)
 
 
 def test_from_s3_as_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +299,9 @@ def test_from_s3_as_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         client.create_bucket(Bucket="tars")
         for name in os.listdir(tmp_path):
             client.put_object(Bucket="tars", Key=f"set/{name}", Body=(tmp_path / name).read_bytes())
-        remote = index_source(open_store("s3://tars/set", endpoint=endpoint, region="us-east-1"), "source")
+        remote = index_source(
+            open_store("s3://tars/set", StoreOptions(endpoint=endpoint, region="us-east-1")), "source"
+        )
         assert run([remote], 3, 2, workers=2) == run([local], 3)
     finally:
         server.stop()

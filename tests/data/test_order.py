@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.order import SourceOrder, check_layout, check_weights, interval, mix
+from data.order import SourceOrder, check_layout, check_sources, interval, mix
 
 
 def make(counts: list[int], lanes: int, block: int, **kwargs: object) -> SourceOrder:
@@ -20,7 +20,8 @@ def make(counts: list[int], lanes: int, block: int, **kwargs: object) -> SourceO
 
 
 def lane_epoch(order: SourceOrder, lane: int, epoch: int) -> list[tuple[int, int]]:
-    return [order.lane_position(lane, epoch, n) for n in range(order.lane_size(lane, epoch))]
+    blocks = -(-order.lane_size(lane, epoch) // order.shuffle_block)
+    return [(int(shard), int(sample)) for n in range(blocks) for shard, sample in order.block(lane, epoch, n)]
 
 
 COUNTS = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
@@ -104,7 +105,6 @@ def test_mixing_draws_one_source_and_each_of_512() -> None:
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ([1.0], "one weight a source"),
         ([1.0, 0.0], "'b': weight 0.0 must be a finite number above 0"),
         ([-1.0, 2.0], "'a': weight -1.0"),
         ([float("nan"), 1.0], "'a': weight nan"),
@@ -112,7 +112,22 @@ def test_mixing_draws_one_source_and_each_of_512() -> None:
 )
 def test_bad_weights(weights: list[float], said: str) -> None:
     with pytest.raises(DataError, match=said):
-        check_weights(weights, ["a", "b"])
+        check_sources(weights, ["a", "b"])
+    with pytest.raises(DataError, match="'a' is there twice"):
+        check_sources([1.0, 1.0], ["a", "a"])
+    with pytest.raises(DataError, match="513 sources are more than 512"):
+        check_sources([1.0] * 513, [str(n) for n in range(513)])
+
+
+def test_draws_belong_to_the_sample_its_epoch_and_the_purpose() -> None:
+    order = make([3, 4], 2, 5)
+    drawn = {(shard, sample): order.uniforms("crop", 0, shard, sample, 2) for shard, sample in lane_epoch(order, 0, 0)}
+    values = np.array(list(drawn.values()))
+    assert len(np.unique(values)) == values.size and ((values > 0) & (values < 1)).all()
+    for other in (make([3, 4], 7, 1), make([3, 4], 1, 2)):  # other lanes and blocks
+        assert (other.uniforms("crop", 0, 1, 2, 2) == order.uniforms("crop", 0, 1, 2, 2)).all()
+    for epoch, purpose in ((1, "crop"), (0, "caption")):
+        assert (order.uniforms(purpose, epoch, 1, 2, 2) != order.uniforms("crop", 0, 1, 2, 2)).all()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,162 @@
+"""Reading ahead: a pool of threads for a rank's requests, as many at once as make it faster.
+
+- The number of requests under way follows what the server gives: it rises while more of them move more bytes a
+  second, falls back when they do not, and halves when the server asks for less (503 SlowDown) or stalls.
+- Requests begin in the order they were asked for. The bytes ahead are bounded by those who ask (`data/window.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+OnFault = Callable[[str], None]
+
+
+class Concurrency:
+    """How many requests to have under way: hill climbing on bytes a second, and halving on congestion.
+
+    It judges over windows of at least `limit` finished requests: a step up (by a quarter, at least 1) is kept if it
+    brought 5 % more bytes a second, else taken back, and tried again after a while, for servers change.
+    """
+
+    def __init__(self, start: int = 8, most: int = 64) -> None:
+        self.limit, self._most = start, most
+        self._best = 0.0  # bytes a second at the limit that was kept last
+        self._kept = start
+        self._rest = 0  # windows to stay before the next try
+        self._bytes = self._requests = 0
+
+    def finished(self, size: int, elapsed_s: float) -> bool:
+        """Count a finished request of `size` bytes; `elapsed_s` since the window began. Whether the window ended."""
+        self._bytes += size
+        self._requests += 1
+        if self._requests < max(8, self.limit):
+            return False
+        rate = self._bytes / max(elapsed_s, 1e-9)
+        self._bytes = self._requests = 0
+        if self.limit > self._kept:
+            if rate > 1.05 * self._best:
+                self._kept, self._best = self.limit, rate
+            else:
+                self.limit, self._rest = self._kept, _REST_WINDOWS
+            return True
+        self._best = rate
+        self._rest -= 1
+        if self._rest < 0:
+            self.limit = min(self._most, self.limit + max(1, self.limit // 4))
+        return True
+
+    def congested(self) -> None:
+        """Halve: the server throttled or stalled a request."""
+        self.limit = self._kept = max(1, self.limit // 2)
+        self._rest, self._best = _REST_WINDOWS, 0.0
+        self._bytes = self._requests = 0
+
+
+_REST_WINDOWS = 8
+_CONGESTION = ("throttled", "timeout")
+_PAUSE_S = 1.0
+"""Faults within it are one congestion: requests that were under way together fail together."""
+
+
+class FetcherClosed(Exception):
+    """The fetcher was closed while a request was under way or waiting."""
+
+
+class Fetcher:
+    """Runs requests on threads. Use from any thread; `close` when done."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[Future[Any], Callable[[OnFault], Any], int]] = deque()
+        self._concurrency = Concurrency()
+        self._threads = 0
+        self._window_began = self._last_congestion = time.monotonic()
+        self._faults: Counter[str] = Counter()
+        self._running: set[Future[Any]] = set()
+        self._closed = False
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be under way at once, as of now."""
+        return self._concurrency.limit
+
+    def faults(self) -> dict[str, int]:
+        """Faults that were retried, by kind."""
+        with self._changed:
+            return dict(sorted(self._faults.items()))
+
+    def submit(self, request: Callable[[OnFault], T], size: int = 0) -> Future[T]:
+        """Run `request(on_fault)` on a thread, soon; `size` is the bytes it moves."""
+        future: Future[T] = Future()
+        with self._changed:
+            if self._closed:
+                future.set_exception(FetcherClosed())
+                return future
+            self._queue.append((future, request, size))
+            if len(self._running) + len(self._queue) > self._threads and self._threads < self._concurrency.limit:
+                self._threads += 1
+                threading.Thread(target=self._work, name=f"fetch-{self._threads}", daemon=True).start()
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Drop what waits and what is under way, whose threads end at their next fault at the latest."""
+        with self._changed:
+            self._closed = True
+            dropped = [future for future, _, _ in self._queue] + list(self._running)
+            self._queue.clear()
+            self._running.clear()
+            self._changed.notify_all()
+        for future in dropped:
+            future.set_exception(FetcherClosed())
+
+    def _may_begin(self) -> bool:
+        return bool(self._queue) and len(self._running) < self._concurrency.limit
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closed or (self._queue and len(self._running) < self._concurrency.limit)
+                )
+                if self._closed:
+                    return
+                future, request, size = self._queue.popleft()
+                self._running.add(future)
+            result: Any = None
+            fault: BaseException | None = None
+            try:
+                result = request(self._on_fault)
+            except BaseException as error:
+                fault, size = error, 0
+            with self._changed:
+                if future not in self._running:  # closed meanwhile
+                    return
+                self._running.remove(future)
+            if fault is None:
+                future.set_result(result)
+            else:
+                future.set_exception(fault)
+            del future, request, result  # they are large, and this thread may now wait for long
+            with self._changed:
+                now = time.monotonic()
+                if size and self._concurrency.finished(size, now - self._window_began):
+                    self._window_began = now
+                self._changed.notify()
+
+    def _on_fault(self, kind: str) -> None:
+        with self._changed:
+            if self._closed:
+                raise FetcherClosed
+            self._faults[kind] += 1
+            now = time.monotonic()
+            if kind in _CONGESTION and now - self._last_congestion > _PAUSE_S:
+                self._last_congestion = self._window_began = now
+                self._concurrency.congested()

@@ -1,0 +1,202 @@
+"""A lane's next samples of one source, read ahead of their need.
+
+- A block of the order (`order.block`) is a few stretches of a few shards, permuted. Neighbours are read in one
+  request where that is cheaper than two (`Store.readahead`): on S3 some tens of samples, on a disk one.
+- Requests go out in the order in which their first sample is needed, as long as the window holds no more than its
+  share of the rank's memory; the sample that is needed now is always asked for, so a window never stands still.
+- Where requests hold many samples, nearly all of a block is there after its first few: the share is then a block,
+  and what is used up makes room for the next one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.fetch import Fetcher, OnFault
+from data.index import SourceIndex
+from data.order import SourceOrder
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One sample's bytes as the tar has them, and where they lay."""
+
+    epoch: int
+    position: int
+    """Raw position of the lane in the epoch."""
+    shard: int
+    sample: int
+    """Number in the shard."""
+    offset: int
+    """Of its first header in the shard, in bytes."""
+    content: bytes | bytearray
+
+
+@dataclass(frozen=True)
+class Range:
+    """One request: bytes [start, stop) of a shard, and the places in the block of the samples in it."""
+
+    shard: int
+    start: int
+    stop: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block: its samples (n, 2) as shard and number, their offsets and sizes in bytes, and requests by need."""
+
+    epoch: int
+    base: int
+    """Raw position of its first sample."""
+    samples: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    ranges: tuple[Range, ...]
+
+
+def plan(index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position: int) -> Block:
+    """Cut the block at a lane's raw position, from there on, into requests.
+
+    Raises:
+        DataError: an index of offsets is gone or does not fit its shard.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    number, first = divmod(position, order.shuffle_block)
+    samples = order.block(lane, epoch, number)
+    shards = samples[:, 0]
+    starts, stops = np.zeros(len(samples), np.int64), np.zeros(len(samples), np.int64)
+    for shard in np.unique(shards[first:]):
+        of_shard = np.flatnonzero(shards == shard)
+        offsets = index.offsets(int(shard))
+        starts[of_shard], stops[of_shard] = offsets[samples[of_shard, 1]], offsets[samples[of_shard, 1] + 1]
+    gap, most = index.store.readahead, request_bytes(index)
+    groups: list[list[int]] = []
+    for at in map(int, first + np.lexsort((starts[first:], shards[first:]))):
+        if groups and shards[groups[-1][0]] == shards[at]:
+            begin, end = starts[groups[-1][0]], stops[groups[-1][-1]]
+            if starts[at] - end <= gap and stops[at] - begin <= most:
+                groups[-1].append(at)
+                continue
+        groups.append([at])
+    ranges = [
+        Range(int(shards[group[0]]), int(starts[group[0]]), int(stops[group[-1]]), tuple(group))
+        for group in sorted(groups, key=min)
+    ]
+    return Block(epoch, number * order.shuffle_block, samples, starts, stops - starts, tuple(ranges))
+
+
+def request_bytes(index: SourceIndex) -> int:
+    """The most bytes that one request for several samples moves: as long as the wait for it, and as long again."""
+    return 2 * index.store.readahead
+
+
+class Window:
+    """Reads a lane's samples of one source ahead. One thread at a time.
+
+    Args:
+        index: the source.
+        order: its order.
+        lane: the lane.
+        epoch, position: where the lane stands: the first sample to take is there or after it.
+        fetcher: what runs the requests.
+        share_bytes: bytes held and under way at most, but for the sample that is needed now.
+    """
+
+    def __init__(
+        self,
+        index: SourceIndex,
+        order: SourceOrder,
+        lane: int,
+        epoch: int,
+        position: int,
+        fetcher: Fetcher,
+        share_bytes: int,
+    ) -> None:
+        self._index, self._order, self._lane = index, order, lane
+        self._fetcher, self._share = fetcher, share_bytes
+        self._taking = order.settle(lane, epoch, position)
+        self._unplanned = self._taking  # where the next block to plan begins
+        self._plan: Future[Block] | None = None
+        self._blocks: deque[Block] = deque()  # of the sample to take, and later ones
+        self._waiting: deque[tuple[Block, Range]] = deque()  # not yet asked for
+        self._asked: dict[tuple[int, int], tuple[Future[list[Any]], int]] = {}  # by epoch and raw position
+        self._held = 0
+
+    def take(self) -> Taken:
+        """Return the next sample.
+
+        Raises:
+            DataError: a shard is gone or changed since it was indexed.
+            StoreError: the network or a disk failed for longer than the retries last.
+            FetcherClosed: the fetcher was closed meanwhile.
+        """
+        epoch, position = self._taking
+        self._read_ahead()
+        while (epoch, position) not in self._asked:
+            if not self._waiting:
+                self._take_plan()
+            self._ask()
+        future, number = self._asked.pop((epoch, position))
+        contents = future.result()
+        content, contents[number] = contents[number], None
+        self._held -= len(content)
+        block = self._blocks[0]
+        place = position - block.base
+        shard, sample = map(int, block.samples[place])
+        if place == len(block.samples) - 1:
+            self._blocks.popleft()
+        self._taking = self._order.settle(self._lane, epoch, position + 1)
+        return Taken(epoch, position, shard, sample, int(block.offsets[place]), content)
+
+    def _read_ahead(self) -> None:
+        """Ask for as much as the share allows, without waiting."""
+        while True:
+            if not self._waiting:
+                if not self._planning().done():
+                    return
+                self._take_plan()
+            block, request = self._waiting[0]
+            if self._held + int(block.sizes[list(request.places)].sum()) > self._share:
+                return
+            self._ask()
+
+    def _planning(self) -> Future[Block]:
+        """The plan of the next block: made on a thread, for it may read offsets from the store."""
+        if self._plan is None:
+            epoch, position = self._unplanned
+            self._plan = self._fetcher.submit(lambda _: plan(self._index, self._order, self._lane, epoch, position))
+        return self._plan
+
+    def _take_plan(self) -> None:
+        block = self._planning().result()
+        self._plan = None
+        self._blocks.append(block)
+        self._waiting.extend((block, request) for request in block.ranges)
+        self._unplanned = self._order.settle(self._lane, block.epoch, block.base + len(block.samples))
+
+    def _ask(self) -> None:
+        """Send the next request."""
+        block, request = self._waiting.popleft()
+        spans = [
+            (int(block.offsets[place]) - request.start, int(block.offsets[place] + block.sizes[place]) - request.start)
+            for place in request.places
+        ]
+        store, name = self._index.store, self._index.names[request.shard]
+        version = self._index.versions[request.shard]
+
+        def read(on_fault: OnFault) -> list[bytes | bytearray]:
+            content = store.read(name, request.start, request.stop, version=version, on_fault=on_fault)
+            # Copies, so that what is used up is freed sample by sample.
+            return [content] if len(spans) == 1 else [bytes(content[start:stop]) for start, stop in spans]
+
+        future = self._fetcher.submit(read, request.stop - request.start)
+        for number, place in enumerate(request.places):
+            self._asked[block.epoch, block.base + place] = future, number
+        self._held += sum(stop - start for start, stop in spans)
