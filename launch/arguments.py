@@ -16,7 +16,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from t2i.config import ConfigError, RunConfig, SourceConfig
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
+from t2i.config_data import SourceConfig
 from t2i.config_loading import dump_config, load_config, override, validate_config
 
 

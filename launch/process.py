@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,10 +49,12 @@ def joined_world() -> Iterator[World]:
     cores = len(os.sched_getaffinity(0)) // local_size
     torch.set_num_threads(1 if device.type == "cuda" else max(1, cores))
     backend = "nccl" if device.type == "cuda" else "gloo"
+    patience = timedelta(minutes=30)
     with redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=30), verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
+    hosts: Any = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, hosts)
     finally:
         gc.collect()  # engines hold process groups in cycles; one that dies with the interpreter may abort it
         dist.destroy_process_group()

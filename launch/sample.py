@@ -18,7 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from launch.process import joined_world, main
-from t2i.config import ConfigError, SamplingConfig
+from t2i.config import SamplingConfig
+from t2i.config_base import ConfigError
 from t2i.config_loading import validate_section
 from t2i.pipeline import Picture, Pipeline
 

@@ -2,40 +2,18 @@
 
 A run is a list of stages. The sections below hold the settings that stages share; a stage names what differs.
 What counts, from weakest to strongest: the defaults here, the file's sections, the stage, the command line.
-`t2i/config_loading.py` reads, checks and merges them.
+`t2i/config_loading.py` reads, checks and merges them; `t2i/config_data.py` is the part about data.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from data.errors import UserError
-
-NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
-
-
-class ConfigError(UserError):
-    """A user's mistake, said in one sentence that names the field, its value and what would be right."""
-
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of every part of the tree: unknown keys are errors and the docstrings are the help texts."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _truth_values_are_no_numbers(cls, tree: Any) -> Any:
-        for name, field in cls.model_fields.items() if isinstance(tree, dict) else ():
-            if field.annotation in (int, float) and isinstance(tree.get(name), bool):
-                raise ValueError(f"{name} must be a number, not {str(tree[name]).lower()}")
-        return tree
+from t2i.config_base import NAME, Fraction, Section
+from t2i.config_data import DataConfig
 
 
 class ModelConfig(Section):
@@ -74,48 +52,6 @@ class TextConfig(Section):
     """Tokens a caption is padded or cut to."""
     cache: int = Field(0, ge=0)
     """Captions whose states stay in memory on each rank; for data sets with few captions."""
-
-
-class SourceConfig(Section):
-    """One set of WebDataset shards."""
-
-    name: str
-    """Name of the source in ids, metrics and reports."""
-    url: str
-    """Directory or s3://bucket/prefix that holds the .tar shards."""
-    heldout: str | None = None
-    """Directory or s3:// prefix of the shards that validation reads; none: no validation on this source."""
-    weight: float = Field(1.0, gt=0)
-    """Share of the samples drawn from this source, relative to the other sources' weights."""
-    endpoint: str | None = None
-    """S3 endpoint URL; none takes AWS's."""
-    region: str | None = None
-    """S3 region; none takes the profile's."""
-    profile: str | None = None
-    """Profile of the AWS credentials file."""
-    anonymous: bool = False
-    """Read a public bucket without signing requests."""
-    licence: str = ""
-    """Licence of the data, shown in the report."""
-    credit: str = ""
-    """Whom to credit for the data, shown in the report."""
-
-
-class DataConfig(Section):
-    """Where samples come from and how they are ordered."""
-
-    sources: list[SourceConfig] = []
-    """The sources, mixed by weight."""
-    resolution: int = Field(256, gt=0)
-    """Side of the square training images, in pixels; a multiple of model.patch_size."""
-    small_images: Literal["drop", "upscale"] = "drop"
-    """What happens to images whose shorter side is below the resolution."""
-    lanes: int = Field(128, gt=0)
-    """Independent orders the data is cut into. The number of ranks divides it; it divides the batch size."""
-    shuffle_block: int = Field(4096, gt=0)
-    """Samples that are permuted together inside a lane."""
-    workers: int = Field(4, ge=0)
-    """Decoding threads a rank."""
 
 
 class ObjectiveConfig(Section):
@@ -253,7 +189,7 @@ class ValidationConfig(Section):
     """Steps between validations and sample grids (also at the start and end of a stage); 0 turns both off."""
     samples: int = Field(1024, ge=0)
     """Held-out samples, over all sources by weight; 0 turns validation off."""
-    prompts: list[str] = []
+    prompts: list[str] = Field([])
     """Prompts of the sample grid; none turns it off."""
     columns: int = Field(4, gt=0)
     """Pictures in a row of the grid."""
@@ -317,7 +253,7 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    stages: list[dict[str, Any]] = []
+    stages: list[dict[str, Any]] = Field([])
     """The curriculum, in order. Each stage has a name and, under a section's name, only what differs from it."""
 
     @property

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from data.errors import DataError
 from data.order import check_layout
-from t2i.config import NAME, STAGE_SECTIONS, ConfigError, RunConfig, Section
+from t2i.config import STAGE_SECTIONS, RunConfig
+from t2i.config_base import NAME, ConfigError, Section
 
 S = TypeVar("S", bound=Section)
 

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t2i.config import ConfigError, RunConfig
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, load_config
 from t2i.engine.checkpoint import sync
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from data.randomness import key
 from t2i.build import build_denoiser, build_text, choose_dtype
-from t2i.config import ConfigError, RunConfig, SamplingConfig
+from t2i.config import RunConfig, SamplingConfig
+from t2i.config_base import ConfigError
 from t2i.diffusion.flow import to_pixels
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.sampling import SOLVERS, guided_steps, guided_velocity, time_grid

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.randomness import key
 from t2i.build import build_denoiser
-from t2i.config import ConfigError, ObjectiveConfig, RunConfig
+from t2i.config import ObjectiveConfig, RunConfig
+from t2i.config_base import ConfigError
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, ImageDistance, Lpips, PatchFeatures
 from t2i.engine.optimizer import Optimizer, build_optimizer

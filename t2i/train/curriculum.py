@@ -16,7 +16,8 @@ import uuid
 from importlib.metadata import version
 from pathlib import Path
 
-from t2i.config import ConfigError, RunConfig
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
 from t2i.config_loading import check_world_size, dump_config, stage_config
 from t2i.model_folder import check_model
 from t2i.train.build import stand_ins
@@ -146,7 +147,8 @@ def _train_stage(
         (config.directory / "config.yaml").write_text(dump_config(config))
         _write_environment(config, stage, data, trainer, world)
     observer = Observer(stage, place.name, trainer.step, active=world.is_main)
-    for notice in [*stand_ins(stage.objective), *data.damage]:
+    damage = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage]
+    for notice in [*stand_ins(stage.objective), *damage]:
         observer.event(notice)
     try:
         trainer.run(observer)
@@ -173,13 +175,13 @@ def _write_environment(
     path = config.directory / "environment.json"
     before = json.loads(path.read_text()) if path.exists() else {"stand_ins": [], "data": []}
     known = {entry["name"]: entry for entry in before["data"]}
-    for source, index in zip(stage.data.sources, data.indices, strict=True):
+    for source, opened in zip(stage.data.sources, data.sources, strict=True):
         known[source.name] = {
             "name": source.name,
             "url": source.url,
             "licence": source.licence,
             "credit": source.credit,
-            "samples": int(index.counts.sum()),
+            "samples": int(opened.index.counts.sum()),
         }
     environment = {
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},

@@ -51,8 +51,8 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Metrics:
-    """metrics.jsonl of a run."""
+class Lines:
+    """A file of JSON lines, each of a stage and a step: metrics.jsonl and quarantine.jsonl of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,14 +84,14 @@ class Metrics:
 
 
 class Observer:
-    """Metrics, progress bar and W&B of one stage, on rank 0; on other ranks every method does nothing."""
+    """Lines, progress bar and W&B of one stage, on rank 0; on other ranks every method does nothing."""
 
     def __init__(self, config: RunConfig, stage: str, step: int, active: bool) -> None:
         self.active = active
         self.stage = stage
         if not active:
             return
-        self.metrics = Metrics(config.directory / "metrics.jsonl")
+        self.metrics = Lines(config.directory / "metrics.jsonl")
         self.metrics.rewind(stage, step)
         self.events = config.directory / "events.log"
         total = config.train.steps

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -27,6 +27,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
+    """The group for what concerns hosts alone, over gloo; none: the default group."""
 
     @property
     def is_main(self) -> bool:
@@ -42,7 +44,7 @@ class World:
             except Exception as error:
                 message[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(message, src=0)
+            dist.broadcast_object_list(message, src=0, group=self.hosts)
         if message[1] is not None:
             raise message[1]
         return message[0]
@@ -52,13 +54,21 @@ class World:
         items: list[Any] = [item]
         if self.size > 1:
             items = [None] * self.size
-            dist.all_gather_object(items, item)
+            dist.all_gather_object(items, item, group=self.hosts)
         return items
+
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """Element by element, over all ranks."""
+        if self.size == 1:
+            return [int(number) for number in numbers]
+        total = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(total, group=self.hosts)
+        return [int(number) for number in total]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.hosts)
 
 
 class RunInUseError(UserError):

@@ -5,81 +5,96 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from data.index import SourceIndex, all_damage, index_source
-from data.loader import FixedSamples, Loader, fixed_samples
+from data.example import ImageSettings
+from data.fixed import FixedSamples, fixed_samples
+from data.index import open_index
+from data.loader import Loader
 from data.store import open_store
-from t2i.config import ConfigError, RunConfig, SourceConfig
+from data.stream import SetAside, Source
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
+from t2i.config_data import DataConfig, SourceConfig
 from t2i.train.processes import World
+
+
+def image_settings(config: DataConfig) -> ImageSettings:
+    """What becomes of a stage's training images."""
+    return ImageSettings(config.resolution, config.small_images, config.crop, config.horizontal_flip)
 
 
 @dataclass
 class StageData:
     """A stage's sources, indexed; `heldout` those that validation reads (none: no validation)."""
 
-    indices: list[SourceIndex]
-    heldout: list[SourceIndex]
-    heldout_weights: list[float]
+    sources: list[Source]
+    heldout: list[Source]
 
     @property
-    def damage(self) -> list[str]:
-        """One sentence for each damaged shard."""
-        return all_damage([*self.indices, *self.heldout])
+    def damage(self) -> list[SetAside]:
+        """Where and why each damaged shard ends early."""
+        return [
+            SetAside(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "damaged_tar", detail)
+            for index in (source.index for source in [*self.sources, *self.heldout])
+            for shard, detail in sorted(index.damage.items())
+        ]
 
     def heldout_samples(self, config: RunConfig) -> FixedSamples | None:
         """The validation samples, the same on every rank and for every number of ranks."""
         if not self.heldout:
             return None
-        return fixed_samples(
-            self.heldout,
-            self.heldout_weights,
-            config.validation.samples,
-            resolution=config.data.resolution,
-            small_images=config.data.small_images,
-        )
+        images = ImageSettings(config.data.resolution, config.data.small_images)
+        return fixed_samples(self.heldout, config.validation.samples, images)
 
     def loader(self, config: RunConfig, stage: str, world: World, state: dict[str, Any] | None) -> Loader:
         """This rank's batches, from a checkpoint's data state or the stage's first batch."""
         return Loader(
-            self.indices,
-            [source.weight for source in config.data.sources],
+            self.sources,
+            image_settings(config.data),
             batch_size=config.train.batch_size,
             lanes=config.data.lanes,
-            resolution=config.data.resolution,
             seed=config.seed,
             stage=stage,
             rank=world.rank,
             world_size=world.size,
             workers=config.data.workers,
             shuffle_block=config.data.shuffle_block,
-            small_images=config.data.small_images,
+            buffer_bytes=int(config.data.buffer_gib * 2**30),
+            pin_memory=world.device.type == "cuda",
             state=state,
         )
 
 
-def _open(source: SourceConfig, url: str) -> SourceIndex:
-    store = open_store(
-        url, endpoint=source.endpoint, region=source.region, profile=source.profile, anonymous=source.anonymous
-    )
-    return index_source(store, source.name)
+def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: str | None) -> Source:
+    """Open one source at an address, with its index.
+
+    Raises:
+        DataError: it is missing, empty or malformed, or too large to be indexed at the start.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    options = config.store_options(source)
+    index = open_index(open_store(url, options), source.name, manifest, options=options)
+    return Source(index, source.weight, source.rules)
 
 
 def open_data(config: RunConfig, stage: str) -> StageData:
-    """Index a stage's sources and see that each yields a sample.
+    """Open a stage's sources and see that each yields a sample.
 
     Raises:
         ConfigError: the stage has no sources.
         DataError: a source is missing, empty, malformed, or nothing of it is large enough.
+        StoreError: the network or a disk failed for longer than the retries last.
     """
-    sources = config.data.sources
-    if not sources:
+    if not config.data.sources:
         raise ConfigError(f"stage {stage}: data.sources is empty: name at least one source")
-    indices = [_open(source, source.url) for source in sources]
-    for index in indices:
-        fixed_samples([index], [1.0], 1, resolution=config.data.resolution, small_images=config.data.small_images)
+    sources = [open_source(config.data, source, source.url, source.index) for source in config.data.sources]
+    for source in sources:
+        fixed_samples([source], 1, image_settings(config.data))
     validates = config.validation.every > 0 and config.validation.samples > 0
-    validated = [(source, source.heldout) for source in sources if source.heldout is not None and validates]
-    data = StageData(
-        indices, [_open(source, url) for source, url in validated], [source.weight for source, _ in validated]
-    )
+    heldout = [
+        open_source(config.data, source, source.heldout, None)
+        for source in config.data.sources
+        if source.heldout is not None and validates
+    ]
+    data = StageData(sources, heldout)
     data.heldout_samples(config)  # too few are better said now than after the stages before
     return data

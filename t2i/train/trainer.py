@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.errors import StoreError, UserError
 from data.loader import Batch, merge_states
 from data.randomness import key, uniform
 from t2i.build import build_text, choose_dtype
-from t2i.config import ConfigError, RunConfig
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
 from t2i.config_loading import changes
 from t2i.diffusion.flow import interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
@@ -38,12 +41,15 @@ from t2i.train.build import (
     build_train_optimizer,
     denoiser_training_flops,
 )
-from t2i.train.observe import Observer, memory_gib, peak_flops
+from t2i.train.intake import Intake
+from t2i.train.observe import Lines, Observer, memory_gib, peak_flops
 from t2i.train.places import StagePlace
 from t2i.train.processes import World
 from t2i.train.schedule import learning_rate, training_times
 from t2i.train.stage_data import StageData
 from t2i.train.validate import Evaluator, global_means
+
+QUARANTINE = "quarantine.jsonl"
 
 
 class StageTrainer:
@@ -81,7 +87,15 @@ class StageTrainer:
         self.engine = self._build_engine(network, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
         data_state, self._origin = self._restore()
+        self._saved_step = self.step
         self.loader = data.loader(config, place.name, world, data_state)
+        quarantine = Lines(config.directory / QUARANTINE)
+        if world.is_main:
+            quarantine.rewind(place.name, self.step)
+            if self.step == 0:
+                for shard in data.damage:
+                    quarantine.write({"stage": place.name, "step": 0, **asdict(shard)})
+        self.intake = Intake(self.loader, world, config.data.max_set_aside, quarantine, place.name)
         self.writer = CheckpointWriter(
             place.checkpoints, rank=world.rank, world_size=world.size, attempt=attempt, keep=config.checkpoint.keep
         )
@@ -205,8 +219,9 @@ class StageTrainer:
                     f"{list(shard.shape)} here"
                 )
 
-    def _save_checkpoint(self, batch: Batch) -> None:
-        data = merge_states(self.world.gather(batch.state))
+    def _save_checkpoint(self) -> None:
+        self.intake.flush()
+        data = merge_states(self.world.gather(self.intake.state))
         state = {
             "config": self.config.model_dump(mode="json"),
             "step": self.step,
@@ -215,6 +230,7 @@ class StageTrainer:
             "data": data,
         }
         self.writer.save(self.step, self.engine.shards, self.ema.values, state)
+        self._saved_step = self.step
 
     # The step
 
@@ -268,10 +284,9 @@ class StageTrainer:
             aside.rename(self.place.null_caption)
         if self.step == 0:
             self._evaluate(observer)
-        batches = iter(self.loader)
         while self.step < self.steps:
             began = time.perf_counter()
-            batch = next(batches)
+            batch = self._next_batch(observer)
             rates = {"lr": self._lr(False)}
             if self.config.optimizer.name == "muon":
                 rates["lr_muon"] = self._lr(True)
@@ -291,10 +306,22 @@ class StageTrainer:
             if self._due(self.config.validation.every):
                 self._evaluate(observer)
             if self._due(self.config.checkpoint.every):
-                self._save_checkpoint(batch)
+                self._save_checkpoint()
         self.writer.wait()
         self.world.barrier()
         self._write_model()
+
+    def _next_batch(self, observer: Observer) -> Batch:
+        """The next batch, or an end that can be resumed: saved, and the same error on every rank."""
+        try:
+            return self.intake.next(self.step + 1)
+        except (UserError, StoreError) as error:
+            if self.step != self._saved_step:
+                self._save_checkpoint()
+                self.writer.wait()
+                self.world.barrier()
+            observer.event(f"stopped after step {self.step}, saved: {error}")
+            raise
 
     def _due(self, every: int) -> bool:
         """The one rule for what happens every so many steps: then, and at the end of the stage."""
@@ -321,13 +348,12 @@ class StageTrainer:
         }
 
     def _write_counters(self, observer: Observer) -> None:
-        """Samples used and passed over, by reason, over all ranks."""
-        total: dict[str, int] = {}
-        for counts in self.world.gather(self.loader.counters()):
-            for reason, count in counts.items():
-                total[reason] = total.get(reason, 0) + count
-        if set(total) - {"samples"}:
-            observer.write("counters", self.step, total)
+        """Samples used and passed over, by reason, and requests that were retried, over all ranks."""
+        counters, retries = self.intake.flush()
+        passed_over = any(count for name, count in counters.items() if name != "samples")
+        if passed_over or retries:
+            retried = {f"retried_{kind}": count for kind, count in retries.items()}
+            observer.write("counters", self.step, {**counters, **retried})
 
     def _load_average(self) -> None:
         """Put the averaged weights into the evaluator's network."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.loader import FixedSamples
+from data.fixed import FixedSamples
 from data.randomness import key, permutation
 from t2i.diffusion.flow import flow_matching_loss, interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise

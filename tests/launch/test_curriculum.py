@@ -120,6 +120,32 @@ def test_killed_in_the_second_stage_it_goes_on_as_if_nothing_had_happened(unbrok
         assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+def test_a_shard_that_changes_stops_the_run_saved_and_mended_it_goes_on(scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes, tmp_path / "scenes")
+    shards = sorted((tmp_path / "scenes" / "train").glob("*.tar"))
+    changes = {"train": {"steps": 24, "batch_size": 8, "micro_batch_size": 4}, "checkpoint": {"every": 99}}
+    tree = tiny_config(tmp_path / "scenes", tmp_path, validation={"every": 0}, **changes)
+    config = write_config(tmp_path / "config.yaml", tree)
+    process = start("deepspeed", "stage1.py", "--config", str(config))
+    path = tmp_path / "tiny" / "metrics.jsonl"
+    while not (path.exists() and '"step": 2,' in path.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    for shard in shards:
+        os.utime(shard)  # what was read ahead is still used
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2 and "changed since it was indexed" in output
+    (saved,) = (tmp_path / "tiny" / "low" / "checkpoints").iterdir()  # `every` is past the end
+    step = int(saved.name.removeprefix("step_"))
+    assert 2 < step < 24
+    assert f"stopped after step {step}, saved" in (tmp_path / "tiny" / "events.log").read_text()
+    for shard, was in zip(shards, times, strict=True):
+        os.utime(shard, ns=(was, was))
+    assert f"going on from step_{step:08d}" in run("deepspeed", "stage1.py", "--config", str(config))
+    assert [line["step"] for line in metrics(tmp_path / "tiny")] == list(range(1, 25))
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "high" / "model")  # so that the stage is not done

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from launch.arguments import parse
-from t2i.config import ConfigError, RunConfig, Section
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError, Section
 from t2i.config_loading import check_world_size, dump_config, load_config, merge, stage_config, validate_config
 
 ROOT = Path(__file__).parents[2]

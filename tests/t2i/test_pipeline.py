@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i.build import build_denoiser, build_text
-from t2i.config import ConfigError, RunConfig, SamplingConfig
+from t2i.config import RunConfig, SamplingConfig
+from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, validate_config
 from t2i.diffusion.flow import to_pixels
 from t2i.model_folder import DENOISER, NULL_CAPTION, check_model, read_model, write_model

@@ -1,0 +1,131 @@
+"""The part of the config that says where samples come from, which of them count, and in which order."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from data.select import Rules
+from pydantic import Field, model_validator
+
+from data.store import StoreOptions
+from t2i.config_base import Section
+
+
+class CaptionConfig(Section):
+    """Which words a sample trains on."""
+
+    members: dict[str, float] = Field({"txt": 1.0})
+    """Members that hold captions, or json:FIELD, and their weights; each visit chooses one of those that are there."""
+    min_words: int = Field(0, ge=0)
+    """Captions with fewer words are passed over."""
+    max_words: int | None = Field(None, gt=0)
+    """Captions with more words are passed over."""
+    prefix_probability: float = Field(0.0, ge=0, le=1)
+    """Probability that a short caption gets a prefix such as "A photo of"."""
+    prefix_below_words: int = Field(30, ge=0)
+    """Captions with fewer words are short."""
+
+
+class SourceConfig(Section):
+    """One set of WebDataset shards, or a folder of images with captions beside them."""
+
+    name: str
+    """Name of the source in ids, metrics and reports."""
+    url: str
+    """Directory or s3://bucket/prefix that holds the .tar shards (or image files)."""
+    index: str | None = None
+    """Manifest that launch/index.py wrote; none takes index.json beside the shards, or lists them at the start."""
+    heldout: str | None = None
+    """Directory or s3:// prefix of the shards that validation reads; none: no validation on this source."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the samples drawn from this source, relative to the other sources' weights."""
+    images: list[str] = Field(["jpg", "jpeg", "png", "webp"])
+    """Extensions of image members; the first that a sample has is taken."""
+    captions: CaptionConfig = CaptionConfig()
+    metadata: str = "json"
+    """Member with the fields that `fields` and json: captions name."""
+    min_side: int = Field(0, ge=0)
+    """Images with a shorter side below it, in pixels, are passed over."""
+    max_aspect_ratio: float | None = Field(None, ge=1)
+    """Images whose longer side is more than this many times the shorter are passed over."""
+    fields: dict[str, tuple[float | None, float | None]] = Field({})
+    """Metadata fields and the range, ends included, that each must lie in; null leaves an end open."""
+    endpoint: str | None = None
+    """S3 endpoint URL; none takes AWS's."""
+    region: str | None = None
+    """S3 region; none takes the profile's."""
+    profile: str | None = None
+    """Profile of the AWS credentials file."""
+    anonymous: bool = False
+    """Read a public bucket without signing requests."""
+    requester_pays: bool = False
+    """Agree to be charged for reading a requester-pays bucket."""
+    licence: str = ""
+    """Licence of the data, shown in the report."""
+    credit: str = ""
+    """Whom to credit for the data, shown in the report."""
+
+    @property
+    def rules(self) -> Rules:
+        """What `data` needs of this."""
+        return Rules(
+            images=tuple(self.images),
+            captions=self.captions.members,
+            metadata=self.metadata,
+            min_side=self.min_side,
+            max_aspect_ratio=self.max_aspect_ratio,
+            min_caption_words=self.captions.min_words,
+            max_caption_words=self.captions.max_words,
+            fields=self.fields,
+            prefix_probability=self.captions.prefix_probability,
+            prefix_below_words=self.captions.prefix_below_words,
+        )
+
+    @model_validator(mode="after")
+    def _rules(self) -> SourceConfig:
+        _ = self.rules  # checks itself
+        return self
+
+
+class DataConfig(Section):
+    """Where samples come from and how they are ordered."""
+
+    sources: list[SourceConfig] = Field([])
+    """The sources, mixed by weight."""
+    resolution: int = Field(256, gt=0)
+    """Side of the square training images, in pixels; a multiple of model.patch_size."""
+    small_images: Literal["drop", "upscale"] = "drop"
+    """What happens to images whose shorter side is below the resolution."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of an image that is not square is taken."""
+    horizontal_flip: bool = False
+    """Mirror every second image, at random; captions that say left or right become wrong."""
+    lanes: int = Field(128, gt=0)
+    """Independent orders the data is cut into. The number of ranks divides it; it divides the batch size."""
+    shuffle_block: int = Field(1024, gt=0)
+    """Samples that are permuted together inside a lane."""
+    workers: int = Field(4, ge=0)
+    """Decoding threads a rank."""
+    buffer_gib: float = Field(8.0, gt=0)
+    """Most GiB of encoded samples that a rank holds ahead; on S3 about lanes / ranks x sources x shuffle_block."""
+    max_set_aside: float = Field(0.01, ge=0, le=1)
+    """Share of samples with bad content past which the run stops, saved, judged over all ranks after 1,000 samples."""
+    connect_timeout_s: float = Field(10.0, gt=0)
+    """Seconds to wait for an S3 server's connection."""
+    read_timeout_s: float = Field(60.0, gt=0)
+    """Seconds to wait for an S3 server's next bytes."""
+    retry_minutes: float = Field(10.0, ge=0)
+    """Minutes without progress after which a failing read stops the run, saved."""
+
+    def store_options(self, source: SourceConfig) -> StoreOptions:
+        """How to reach one of the sources."""
+        return StoreOptions(
+            endpoint=source.endpoint,
+            region=source.region,
+            profile=source.profile,
+            anonymous=source.anonymous,
+            requester_pays=source.requester_pays,
+            connect_timeout_s=self.connect_timeout_s,
+            read_timeout_s=self.read_timeout_s,
+            retry_minutes=self.retry_minutes,
+        )

@@ -1,0 +1,77 @@
+"""What the ranks agree on before a step: bad samples are listed, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "data"))
+from tar_samples import write_source
+
+from data.errors import DataError
+from data.example import ImageSettings
+from data.loader import Loader
+from data.stream import Source
+from t2i.train.intake import Intake
+from t2i.train.observe import Lines
+from t2i.train.processes import World
+
+
+def intake(folder: Path, bad: int, max_set_aside: float) -> Intake:
+    """200 samples in shards of 50, of which the first `bad` are undecodable."""
+    index = write_source(folder / "shards", [50] * 4, replaced={n: {"jpg": b"?"} for n in range(bad)})
+    loader = Loader(
+        [Source(index)], ImageSettings(8), batch_size=50, lanes=1, seed=0, stage="s", rank=0, world_size=1,
+        workers=0, shuffle_block=64, buffer_bytes=1 << 30,
+    )  # fmt: skip
+    quarantine = Lines(folder / "quarantine.jsonl")
+    return Intake(loader, World(0, 1, torch.device("cpu")), max_set_aside, quarantine, "s")
+
+
+def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
+    it = intake(tmp_path, bad=2, max_set_aside=1.0)
+    for step in range(1, 5):
+        it.next(step)
+    counters, retries = it.flush()
+    lines = Lines(tmp_path / "quarantine.jsonl").lines()
+    assert {(line["shard"], line["key"]) for line in lines} == {("00000.tar", "000000"), ("00000.tar", "000001")}
+    assert {line["offset"] for line in lines} == {0, 2048}  # two headers, and a block for each content
+    assert {line["reason"] for line in lines} == {"undecodable_image"}
+    assert all(line["stage"] == "s" and 1 <= line["step"] <= 4 for line in lines)
+    assert counters["set_aside"] == counters["undecodable_image"] == len(lines)
+    assert counters["samples"] == 200 and retries == {}
+    it.flush()
+    assert Lines(tmp_path / "quarantine.jsonl").lines() == lines  # once
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(3, True), (1, False)])
+def test_past_the_share_the_run_stops_after_a_thousand_samples_and_names_the_shard(
+    tmp_path: Path, bad: int, stops: bool
+) -> None:
+    it = intake(tmp_path, bad, max_set_aside=0.01)
+    if not stops:
+        for step in range(1, 41):
+            it.next(step)
+        return
+    with pytest.raises(DataError, match=r"15 of 10\d\d samples .*0\.01; the worst shards: source/00000\.tar \(15\)"):
+        for step in range(1, 41):
+            state = it.state
+            it.next(step)
+    assert step in (20, 21)  # of 50 samples each
+    assert it.state is state  # of the batch before: what is saved goes on here
+
+
+def test_a_fault_leaves_the_state_of_the_batch_before(tmp_path: Path) -> None:
+    it = intake(tmp_path, bad=0, max_set_aside=1.0)
+    it.next(1)
+    state = it.state
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(DataError, match="00"):
+        for step in range(2, 9):
+            state = it.state
+            it.next(step)
+    assert it.state is state
