@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
-from data.pack import Contents, Sample, check_common
+from data.packing.contents import Contents, Each, Sample, check_common, picture
 from data.randomness import key, permutation
 
 LICENCE = "CC BY-SA 4.0"
@@ -152,14 +152,13 @@ def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
     kept = heldout_bases(named, heldout, seed)
     return Contents(
         name="openmoji",
-        licence=LICENCE,
-        credit=CREDIT,
+        about={"licence": LICENCE, "credit": CREDIT},
         arguments={"size": size, "heldout": heldout, "seed": seed},
         splits={
             "train": [d for d in mixed if d.base not in kept],
             "heldout": [d for d in mixed if d.base in kept],
         },
-        render=partial(_sample, size=size),
+        read=Each(partial(_sample, size=size)),
         left_out={"no English name": nameless},
         versions=versions,
     )
@@ -167,4 +166,4 @@ def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
 
 def _sample(drawing: Drawing, size: int) -> Sample:
     meta = {"code_point": drawing.code, "base": drawing.base, "licence": LICENCE, "credit": CREDIT}
-    return Sample(f"openmoji-{drawing.code}", rasterise(drawing.path, size), drawing.caption, meta)
+    return picture(f"openmoji-{drawing.code}", rasterise(drawing.path, size), drawing.caption, meta)

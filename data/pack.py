@@ -1,64 +1,37 @@
-"""Writing WebDataset shards: DIR/train/00000.tar ..., DIR/heldout/00000.tar ..., DIR/dataset.json.
+"""Writing WebDataset shards: OUT/train/00000.tar ..., OUT/heldout/00000.tar ..., OUT/dataset.json.
 
 - The bytes depend on the contents and their arguments alone, not on the clock, the user or the number of workers.
-- A shard appears under its name when it is whole; `dataset.json` appears last and says the pack is finished.
-- Until then `dataset.json.partial` says what is being packed, so that the same command takes up where it was
-  stopped, another command is refused, and a second process does not write beside the first.
-
-A sample's members: `<key>.jpg` (quality 95, no chroma subsampling), `<key>.txt` (the caption), `<key>.json`.
+- Rows are cut into shards by their numbers, before any is read: so processes share nothing, memory does not grow
+  with the data, and a row that cannot be used leaves its shard one sample short.
+- Beside a shard lie the rows that it lacks and why, `00000.left_out.json`, if there are any, and its sample offsets,
+  `00000.tar.idx`. A shard appears whole: so the names that are there say what is left to do. A split's `index.json`
+  (which makes good a `.tar.idx` that a kill prevented), then `dataset.json`, come last.
+- Until then `dataset.json.partial` says what is being packed (data/packing/output.py).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import simplejpeg
-from numpy.typing import NDArray
-from tqdm import tqdm
+from data.errors import DataError
+from data.manifest import build_manifest
+from data.offsets import SHARD_SUFFIX
+from data.packing.contents import Contents, check
+from data.packing.output import Output
+from data.packing.shards import LEFT_OUT_SUFFIX, Run, shard_stem, write_all
+from data.store import StoreOptions
 
-from data.errors import UserError
-
-JPEG_QUALITY = 95
 SUMMARY = "dataset.json"
-PLAN = "dataset.json.partial"
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture and its words: image (H, W, 3) uint8 RGB; `meta` is what goes into the .json member."""
-
-    key: str
-    image: NDArray[np.uint8]
-    caption: str
-    meta: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What to pack. `render` turns an item of a split into a sample; it is pure and can be pickled."""
-
-    name: str
-    licence: str
-    credit: str
-    arguments: dict[str, Any]
-    splits: dict[str, Sequence[Any]]
-    render: Callable[[Any], Sample]
-    left_out: dict[str, int] = field(default_factory=dict)
-    """What there is besides and the pack has not: reason and number."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """Packages that the pictures or captions come from."""
+_SHARDS_A_RUN = 64
+_RUNS_A_WORKER = 4
+"""So many that the last ones end at about the same time."""
 
 
 @dataclass(frozen=True)
@@ -69,171 +42,132 @@ class Packed:
     was_finished: bool
 
 
-def check(good: bool, field: str, value: object, should_be: str) -> None:
-    """Refuse a user's value.
-
-    Raises:
-        UserError: it is not good.
-    """
-    if not good:
-        raise UserError(f"{field} is {value}: it should be {should_be}")
-
-
-def check_common(size: int, heldout: float) -> None:
-    """Refuse a wrong side in pixels or a wrong share to hold out.
-
-    Raises:
-        UserError: naming the argument and what would be right.
-    """
-    check(8 <= size <= 4096, "size", size, "a number of pixels between 8 and 4096")
-    check(0 <= heldout < 1, "heldout", heldout, "a share of at least 0 and below 1")
-
-
-def pack(contents: Contents, out: Path, shard_size: int = 1000, workers: int = 1) -> Packed:
-    """Write shards into a folder; do nothing where this pack is finished, go on where it was interrupted.
+def pack(
+    contents: Contents,
+    out: str | Path,
+    shard_size: int = 1000,
+    workers: int = 1,
+    options: StoreOptions = StoreOptions(),  # noqa: B008 (frozen)
+) -> Packed:
+    """Write shards into a folder or below an S3 prefix; nothing where finished, the rest where interrupted.
 
     Args:
         contents: what to pack.
-        out: the folder, new, empty or with this pack.
-        shard_size: most samples in a shard; the shards of a split differ by at most one.
+        out: a folder or s3://bucket/prefix, new, empty or with this pack.
+        shard_size: most samples in a shard; the rows of a split's shards differ by at most one.
         workers: processes.
+        options: of the S3 server, if `out` is on one.
 
     Raises:
         UserError: a wrong number, or `out` holds anything else, or another process packs into it.
-        OSError: `out` cannot be written.
+        DataError: no row is usable, or an object cannot be read or written.
+        StoreError: the network or a disk failed for longer than the retries last.
+        OSError: `out` is a folder that cannot be written.
     """
     check(shard_size >= 1, "shard_size", shard_size, "at least 1")
     check(workers >= 1, "workers", workers, "at least 1")
-    shards = {split: _cut(len(items), shard_size) for split, items in contents.splits.items()}
-    summary = {
+    cuts = {split: _Cut(len(items), shard_size) for split, items in contents.splits.items()}
+    plan = {
         "source": contents.name,
-        "licence": contents.licence,
-        "credit": contents.credit,
+        **contents.about,
         "arguments": {**contents.arguments, "shard_size": shard_size},
         "versions": contents.versions,
-        "samples": {split: len(items) for split, items in contents.splits.items()},
-        "shards": {split: len(ranges) for split, ranges in shards.items()},
-        "left_out": contents.left_out,
+        "rows": {split: len(items) for split, items in contents.splits.items()},
     }
-    if (out / SUMMARY).exists():
-        _check_same(out, json.loads((out / SUMMARY).read_text()), summary)
-        return Packed(summary, was_finished=True)
-
-    with _plan(out, summary):
-        jobs: list[tuple[Path, Sequence[Any]]] = []
-        for split, ranges in shards.items():
-            if ranges:
-                (out / split).mkdir(exist_ok=True)
-            for left_behind in (out / split).glob("*.partial"):
-                left_behind.unlink()
-            for number, part in enumerate(ranges):
-                items = contents.splits[split][part.start : part.stop]
-                jobs.append((out / split / f"{number:05d}.tar", items))
-        _write_all(contents.render, [job for job in jobs if not job[0].exists()], workers)
-        _replace(out / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
-        (out / PLAN).unlink(missing_ok=True)
+    output = Output(str(out), options)
+    if (there := output.finished(SUMMARY, plan)) is not None:
+        return Packed(there, was_finished=True)
+    with output.hold(plan):
+        runs = _runs(contents, cuts, _done(output, cuts), workers)
+        write_all(output, contents.read, runs, sum(len(items) for items in contents.splits.values()), workers)
+        summary = _finish(output, plan, cuts, contents)
     return Packed(summary, was_finished=False)
 
 
-def _cut(n: int, shard_size: int) -> list[range]:
-    """Cut range(n) into the fewest parts of at most `shard_size`, which differ by at most one in length."""
-    parts = -(-n // shard_size)
-    return [range(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+# --- what is where ---
 
 
-# --- the directory ---
+@dataclass(frozen=True)
+class _Cut:
+    """range(rows), cut into the fewest shards of at most `shard_size`, which differ by at most one in length."""
+
+    rows: int
+    shard_size: int
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_size)
+
+    def start(self, shard: int) -> int:
+        """Where a shard's rows begin, and those of the one before it end."""
+        return self.rows * shard // self.shards
 
 
-@contextmanager
-def _plan(out: Path, summary: dict[str, Any]) -> Iterator[None]:
-    """Hold the directory for this pack, by a lock on its plan that goes when the process goes."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out is {out}: it should be a folder, and it is a file")
-    if out.is_dir() and any(out.iterdir()) and not (out / PLAN).exists():
-        raise UserError(f"out is {out}: it should be a new or an empty folder, and it holds other files")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / PLAN, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"out is {out}: another process is packing into it") from None
-        file.seek(0)
-        try:
-            _check_same(out, json.loads(file.read()), summary)
-        except json.JSONDecodeError:  # new, or cut short before any shard was begun
-            file.truncate(0)
-            file.write(json.dumps(summary))
-            file.flush()
-        yield
+def _done(output: Output, cuts: Mapping[str, _Cut]) -> set[str]:
+    """The stems of shards that need no more work: there, or without any usable row."""
+    names = output.names()
+    done = set()
+    for split, cut in cuts.items():
+        for shard in range(cut.shards):
+            stem = shard_stem(split, shard)
+            if stem + SHARD_SUFFIX in names:
+                done.add(stem)
+            elif stem + LEFT_OUT_SUFFIX in names:
+                rows = cut.start(shard + 1) - cut.start(shard)
+                if sum(_left_out(output, stem).values()) == rows:
+                    done.add(stem)
+    return done
 
 
-def _check_same(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    was, now = ({"source": it["source"], **it["arguments"], **it["versions"]} for it in (there, here))
-    for name, value in now.items():
-        if was.get(name) != value:
-            raise UserError(
-                f"out is {out}: it should be another folder, for this one holds a pack whose {name} "
-                f"is {was.get(name)}, not {value}"
-            )
+def _left_out(output: Output, stem: str) -> Counter[str]:
+    content = json.loads(bytes(output.store.read(stem + LEFT_OUT_SUFFIX)))
+    return Counter({reason: len(rows) for reason, rows in content.items()})
 
 
-def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+def _runs(contents: Contents, cuts: Mapping[str, _Cut], done: set[str], workers: int) -> list[Run]:
+    missing = [(s, n) for s, cut in cuts.items() for n in range(cut.shards) if shard_stem(s, n) not in done]
+    longest = min(_SHARDS_A_RUN, max(1, len(missing) // (workers * _RUNS_A_WORKER)))
+    stretches: list[tuple[str, int, int]] = []
+    for split, shard in missing:
+        if stretches and stretches[-1][::2] == (split, shard) and shard - stretches[-1][1] < longest:
+            stretches[-1] = (split, stretches[-1][1], shard + 1)
+        else:
+            stretches.append((split, shard, shard + 1))
+    runs = []
+    for split, first, end in stretches:
+        cut = cuts[split]
+        starts = [cut.start(shard) for shard in range(first, end + 1)]
+        rows = [stop - start for start, stop in pairwise(starts)]
+        runs.append(Run(split, first, rows, contents.splits[split][starts[0] : starts[-1]]))
+    return runs
 
 
-# --- the shards ---
-
-
-def _write_all(render: Callable[[Any], Sample], jobs: list[tuple[Path, Sequence[Any]]], workers: int) -> None:
-    workers = min(workers, len(jobs))
-    with tqdm(total=sum(len(items) for _, items in jobs), unit="image", disable=None) as bar:
-        if workers <= 1:
-            for path, items in jobs:
-                bar.update(_write_shard(render, path, items))
-            return
-        # Spawned, not forked: the caller may have threads (torch, OpenCV).
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent) as pool:
-            futures = [pool.submit(_write_shard, render, path, items) for path, items in jobs]
-            try:
-                for future in futures:
-                    bar.update(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-def _leave_with_parent() -> None:
-    """Exit when the parent is killed, rather than wait for work for ever; leave Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _write_shard(render: Callable[[Any], Sample], path: Path, items: Sequence[Any]) -> int:
-    """Write one tar and return the number of its samples."""
-    # Imported here: it takes seconds, and who imports the contents may only want captions.
-    from webdataset import TarWriter
-
-    # The process's number keeps a worker that outlived its parent from writing into the same file.
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(aside, "wb") as file:
-        with TarWriter(file, encoder=False, mtime=0) as tar:
-            for item in items:
-                sample = render(item)
-                jpeg = simplejpeg.encode_jpeg(sample.image, JPEG_QUALITY, "RGB", "444")
-                meta = json.dumps(sample.meta, ensure_ascii=False)
-                text = {"txt": sample.caption.encode(), "json": meta.encode()}
-                tar.write({"__key__": sample.key, "jpg": jpeg, **text})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    return len(items)
+def _finish(output: Output, plan: dict[str, Any], cuts: Mapping[str, _Cut], contents: Contents) -> dict[str, Any]:
+    """Write what describes the whole: each split's index.json, and dataset.json."""
+    names = output.names()
+    left_out, samples, shards = Counter(contents.left_out), {}, {}
+    for split, cut in cuts.items():
+        stems = [shard_stem(split, shard) for shard in range(cut.shards)]
+        shards[split] = sum(stem + SHARD_SUFFIX in names for stem in stems)
+        lacking: Counter[str] = Counter()
+        for stem in stems:
+            if stem + LEFT_OUT_SUFFIX in names:
+                lacking += _left_out(output, stem)
+        samples[split] = cut.rows - lacking.total()
+        left_out += lacking
+    if not any(samples.values()):
+        listed = ", ".join(f"{n} ({why})" for why, n in left_out.items())
+        raise DataError(f"no row of {contents.name} can be packed, all are left out: {listed or 'there are none'}")
+    for split in cuts:
+        if shards[split]:
+            build_manifest([output.below(split)], output.below(split))
+    summary = {
+        **plan,
+        "samples": samples,
+        "shards": shards,
+        "left_out": dict(left_out),
+    }
+    output.store.write(
+        SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    )
+    return summary

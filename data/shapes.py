@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.pack import Contents, Sample, check, check_common
+from data.packing.contents import Contents, Each, Sample, check, check_common, picture
 from data.randomness import key, permutation, uniform
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -210,17 +210,16 @@ def contents(count: int, size: int = 64, heldout: float = 0.05, seed: int = 0) -
     kept = round(count * heldout)
     return Contents(
         name="shapes",
-        licence="CC0-1.0",
-        credit="drawn by data/shapes.py",
+        about={"licence": "CC0-1.0", "credit": "drawn by data/shapes.py"},
         arguments={"count": count, "size": size, "heldout": heldout, "seed": seed},
         splits={"train": range(count - kept), "heldout": range(HELDOUT_START, HELDOUT_START + kept)},
-        render=partial(_sample, seed=seed, size=size),
+        read=Each(partial(_sample, seed=seed, size=size)),
     )
 
 
 def _sample(index: int, seed: int, size: int) -> Sample:
     it = scene(seed, index)
-    return Sample(f"scene-{index:010d}", draw(it, size), it.caption, it.truth())
+    return picture(f"scene-{index:010d}", draw(it, size), it.caption, it.truth())
 
 
 # --- the shapes: polygons, filled even-odd ---

@@ -2,11 +2,15 @@
 
 import errno
 import io
+import itertools
 import json
 import multiprocessing
 import re
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +19,15 @@ import simplejpeg
 import webdataset
 
 from data import openmoji, pack, shapes
-from data.errors import UserError
+from data.errors import DataError, UserError
+from data.index import open_index
+from data.packing.contents import Contents, LeftOut, Sample
+from data.packing.output import Output
+from data.store import StoreOptions, open_store
+from data.tar import parse_sample
 from launch.pack import main
+
+ROOT = Path(__file__).parents[2]
 
 
 def read(directory: Path, split: str):
@@ -26,7 +37,9 @@ def read(directory: Path, split: str):
 
 
 def files(directory: Path):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    """All that a pack wrote but index.json, which holds the shards' modification times."""
+    paths = (p for p in directory.rglob("*") if p.is_file() and p.name != "index.json")
+    return {str(p.relative_to(directory)): p.read_bytes() for p in paths}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +56,8 @@ def emojis():
 
 def test_shards_are_balanced_and_webdataset_reads_them(scenes):
     assert [len(read_tar(p)) for p in sorted((scenes / "train").glob("*.tar"))] == [3 * 30] * 3
-    assert [p.name for p in sorted((scenes / "train").iterdir())] == ["00000.tar", "00001.tar", "00002.tar"]
+    shards = [f"{n:05d}.tar{end}" for n in range(3) for end in ("", ".idx")]
+    assert [p.name for p in sorted((scenes / "train").iterdir())] == [*shards, "index.json"]
     samples = read(scenes, "train")
     assert len(samples) == 90 and len(read(scenes, "heldout")) == 10
     for index, sample in enumerate(samples):
@@ -89,37 +103,58 @@ def test_finished_pack_is_left_alone(scenes):
 
 
 class Interrupt:
-    """Renders as it should until its nth sample, then breaks off."""
+    """Reads as it should until its nth sample, then breaks off."""
 
-    def __init__(self, render, n):
-        self.render, self.left = render, n
+    def __init__(self, read, n):
+        self.read, self.left = read, n
 
-    def __call__(self, item):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return self.render(item)
+    def __call__(self, items):
+        for sample in self.read(items):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            yield sample
+
+
+def changed(contents, **changes):
+    return Contents(**{**vars(contents), **changes})
 
 
 def test_goes_on_after_an_interruption(scenes, tmp_path):
-    whole = shapes.contents(100, heldout=0.1, seed=3)
+    whole = shapes.contents(100, size=64, heldout=0.1, seed=3)
     out = tmp_path / "a"
-    broken = pack.Contents(**{**vars(whole), "render": Interrupt(whole.render, 40)})
     with pytest.raises(KeyboardInterrupt):
-        pack.pack(broken, out, shard_size=40)
-    assert [p.name for p in (out / "train").glob("*.tar")] == ["00000.tar"]
+        pack.pack(changed(whole, read=Interrupt(whole.read, 40)), out, shard_size=40)
+    assert [p.name for p in sorted((out / "train").iterdir())] == ["00000.tar", "00000.tar.idx"]
     assert not (out / "dataset.json").exists()
     (out / "train" / "00002.tar.1.partial").write_bytes(b"left by a process that was killed")
     with pytest.raises(UserError, match="a pack whose shard_size is 40, not 30"):
         pack.pack(whole, out, shard_size=30)
 
     # Shard 0 is whole and stays, so only the other 70 samples are drawn.
-    pack.pack(pack.Contents(**{**vars(whole), "render": Interrupt(whole.render, 70)}), out, shard_size=40)
+    pack.pack(changed(whole, read=Interrupt(whole.read, 70)), out, shard_size=40)
     assert files(out) == files(scenes)
 
 
+def test_goes_on_after_a_kill(tmp_path):
+    words = ["shapes", "--count", "400", "--size", "192", "--shard_size", "10", "--workers", "2", "--out"]
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "launch/pack.py", *words, str(out)], cwd=ROOT) as process:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("train/*.tar")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    whole = shapes.contents(400, size=192)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar.idx")}
+    assert kept and not (out / "dataset.json").exists()
+    pack.pack(whole, out, shard_size=10)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    pack.pack(whole, tmp_path / "reference", shard_size=10)
+    assert files(out) == files(tmp_path / "reference")
+
+
 def hold(out, ready, done):
-    with pack._plan(out, {"source": "x"}):
+    with Output(str(out), StoreOptions()).hold({"source": "x"}):
         ready.set()
         done.wait(20)
 
@@ -134,6 +169,61 @@ def test_one_process_at_a_time(tmp_path):
         pack.pack(shapes.contents(10), tmp_path)
     done.set()
     other.join()
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "dataset.json.partial"])
+@pytest.mark.parametrize("content", ["no json", "[]", '{"info": "COCO"}', '{"source": "shapes", "arguments": []}'])
+def test_a_foreign_summary_is_told_in_one_sentence(name, content, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    (tmp_path / "other").touch()
+    assert main(["shapes", "--out", str(tmp_path), "--count", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"holds a {name} that this command did not write" in err and err.count("\n") == 1
+    assert (tmp_path / name).read_text() == content
+
+
+def test_the_index_is_written_along(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.manifest.scan_shard", None)  # no shard may need a scan
+    pack.pack(shapes.contents(100, size=64, heldout=0.1, seed=3), tmp_path / "a", shard_size=40)
+    assert files(tmp_path / "a") == files(scenes)
+    index = open_index(open_store(str(scenes / "train")), "scenes", notice=pytest.fail)
+    assert index.counts.tolist() == [30, 30, 30] and not index.damage
+    offsets = index.offsets(1)
+    raw = [
+        parse_sample(index.store.read(index.names[1], int(start), int(stop)))
+        for start, stop in itertools.pairwise(offsets)
+    ]
+    assert [sample.key for sample in raw] == [f"scene-{n:010d}" for n in range(30, 60)]
+    assert all(set(sample.members) == {"jpg", "txt", "json"} for sample in raw)
+
+
+def odd_rows(items):
+    for item in items:
+        unusable = item % 2 == 0 or 20 <= item < 30  # all of shard 2
+        yield LeftOut(f"row {item}", "even") if unusable else Sample(f"{item:09d}", {"txt": b"x"})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_that_cannot_be_used_are_counted_and_listed(workers, tmp_path):
+    contents = Contents("odd", {}, {"train": range(50), "heldout": range(0)}, odd_rows, left_out={"seen before": 7})
+    done = pack.pack(contents, tmp_path / "o", shard_size=10, workers=workers)
+    assert done.summary["left_out"] == {"seen before": 7, "even": 30}
+    assert done.summary["samples"] == {"train": 20, "heldout": 0} and done.summary["shards"]["train"] == 4
+    assert not (tmp_path / "o/train/00002.tar").exists()
+    assert json.loads((tmp_path / "o/train/00000.left_out.json").read_text()) == {
+        "even": [f"row {n}" for n in range(0, 10, 2)]
+    }
+    # Shard 2 has no sample, and is not tried again for that.
+    (tmp_path / "o/dataset.json").rename(tmp_path / "o/dataset.json.partial")
+    again = pack.pack(changed(contents, read=None), tmp_path / "o", shard_size=10)
+    assert again.summary == done.summary
+
+
+def test_nothing_usable_is_a_mistake(tmp_path):
+    contents = Contents("odd", {}, {"train": range(20, 30)}, odd_rows)
+    with pytest.raises(DataError, match=r"no row of odd can be packed, all are left out: 10 \(even\)"):
+        pack.pack(contents, tmp_path / "o")
+    assert not (tmp_path / "o/dataset.json").exists()
 
 
 def test_named_and_left_out_drawings_are_all_that_there_are(emojis):
@@ -176,7 +266,7 @@ def test_variants_of_an_emoji_are_held_out_together(emojis):
 def test_drawings_are_packed_on_white(emojis, tmp_path):
     some = {split: list(items[:20]) for split, items in emojis.splits.items()}
     some["train"].append(next(d for d in emojis.splits["train"] if d.caption == "red circle"))
-    done = pack.pack(pack.Contents(**{**vars(emojis), "splits": some}), tmp_path / "o")
+    done = pack.pack(changed(emojis, splits=some), tmp_path / "o")
     assert done.summary["left_out"] == {"no English name": 542}
     assert done.summary["licence"] == "CC BY-SA 4.0" and "OpenMoji" in done.summary["credit"]
     samples = read(tmp_path / "o", "train")

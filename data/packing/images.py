@@ -1,0 +1,101 @@
+"""What packing does to an image: its bytes pass through, or it is made smaller and encoded as JPEG again."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from data.errors import BadSample
+from data.packing.contents import JPEG_QUALITY, check
+
+_EXIF_ORIENTATION = 0x0112
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is opened: a format outside this list may start another program (EPS runs Ghostscript)."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What to do with every image.
+
+    Attributes:
+        resize: most pixels of the shorter side; a smaller image stays as it is. None leaves every image its size.
+        quality: of the JPEGs, 1 to 100, which every image becomes. None lets what need not be made smaller pass
+            through, byte by byte.
+
+    Raises:
+        UserError: a number outside its range.
+    """
+
+    resize: int | None = None
+    quality: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resize is not None:
+            check(8 <= self.resize <= 16384, "resize", self.resize, "a number of pixels between 8 and 16384")
+        if self.quality is not None:
+            check(1 <= self.quality <= 100, "quality", self.quality, "between 1 and 100")
+
+    def versions(self) -> dict[str, str]:
+        """Name the packages that decide the bytes."""
+        if self.resize is None and self.quality is None:
+            return {}
+        from importlib.metadata import version
+
+        return {name: version(name) for name in ("simplejpeg", "opencv-python-headless", "pillow")}
+
+    def __call__(self, content: bytes, extension: str = "") -> tuple[str, bytes]:
+        """Return the member's extension and its bytes; `extension` is the one that the image came with, or "".
+
+        Raises:
+            BadSample: ("other_format") to pass through but not JPEG, PNG or WebP;
+                ("undecodable_image", "too_many_pixels") to be encoded again.
+        """
+        kind = _sniff(content)
+        if self.resize is None and self.quality is None:
+            if kind is None:
+                raise BadSample("other_format", "not JPEG, PNG or WebP; resize or quality would encode it again")
+            return (extension or kind), content
+        height, width = _upright_size(content)
+        scale = min(1.0, (self.resize or min(height, width)) / min(height, width))
+        if kind is not None and scale == 1 and self.quality is None:
+            return (extension or kind), content
+        return "jpg", _encode(content, (round(height * scale), round(width * scale)), self.quality or JPEG_QUALITY)
+
+
+def _sniff(content: bytes) -> str | None:
+    if content.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def _upright_size(content: bytes) -> tuple[int, int]:
+    """(height, width) in pixels as the image is looked at."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            width, height = image.size
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Image.DecompressionBombError as fault:
+        raise BadSample("too_many_pixels", str(fault)) from fault
+    except Exception as fault:  # decoders of foreign bytes raise anything
+        raise BadSample("undecodable_image", str(fault)) from fault
+    if min(height, width) < 1:
+        raise BadSample("undecodable_image", f"{width} x {height}")
+    return (width, height) if turned else (height, width)
+
+
+def _encode(content: bytes, size: tuple[int, int], quality: int) -> bytes:
+    # Imported here: only who encodes again needs the decoder, which takes long to import.
+    import simplejpeg
+
+    from data.decode import decode
+
+    # The size has the image's own aspect ratio, so that no more than a rounded pixel is cropped.
+    pixels_chw = decode(content, size, small_images="upscale")
+    pixels_hwc = pixels_chw.transpose(1, 2, 0).copy()
+    return bytes(simplejpeg.encode_jpeg(pixels_hwc, quality, "RGB", "444"))

@@ -1,0 +1,208 @@
+"""Packing the rows of Parquet files whose image column holds bytes, paths, or structs of both (Hugging Face's form).
+
+Of every file only the footer is read to count rows. A process reads the row groups that its shards touch, a page at a
+time: a row group may be as large as the file. (Of images, pyarrow's writer puts 1,024 into a page by default.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.errors import DataError, UserError
+from data.packing.contents import Contents, LeftOut, Sample
+from data.packing.images import Images
+from data.packing.rows import ahead, parts
+from data.packing.table import Columns, Files, ObjectFile, Row, look_up, row_sample, table_arguments
+from data.store import ObjectInfo, Store
+
+_THREADS = 8
+_ROWS_A_BATCH = 64
+_BUFFER = 1 << 20
+"""Bytes that are read at a time, or as many as another request costs."""
+
+
+@dataclass(frozen=True)
+class _ParquetReader:
+    store: Store
+    infos: list[ObjectInfo]
+    ends: list[int]
+    """Rows of the files up to and with each."""
+    columns: Columns
+    files: Files
+    images: Images
+
+    def __call__(self, items: Sequence[int]) -> Iterator[Sample | LeftOut]:
+        def made(row: Row | LeftOut) -> Sample | LeftOut:
+            return row if isinstance(row, LeftOut) else row_sample(row, self.files, self.images)
+
+        return ahead(made, self._rows(items))
+
+    def _rows(self, items: Sequence[int]) -> Iterator[Row | LeftOut]:
+        place = 0
+        while place < len(items):
+            file = int(np.searchsorted(self.ends, items[place], side="right"))
+            first = self.ends[file - 1] if file else 0
+            stop = _bisect(items, self.ends[file])
+            yield from self._rows_of(self.infos[file], first, items[place:stop])
+            place = stop
+
+    def _rows_of(self, info: ObjectInfo, first: int, items: Sequence[int]) -> Iterator[Row | LeftOut]:
+        with _open_parquet(self.store, info) as table:
+            groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
+            names = [self.columns.image, self.columns.caption, *_scalars(table.schema_arrow, self.columns)]
+            for group, end in enumerate(accumulate(groups, initial=first)):
+                if group == len(groups):
+                    break
+                start, stop = _bisect(items, end), _bisect(items, end + groups[group])
+                if start < stop:
+                    yield from self._rows_of_group(table, group, names, info.name, end, first, items[start:stop])
+
+    def _rows_of_group(
+        self, table: pq.ParquetFile, group: int, names: list[str], file: str, at: int, first: int, items: Sequence[int]
+    ) -> Iterator[Row | LeftOut]:
+        """The wanted rows of a row group that begins at row `at`, in a file that begins at row `first`."""
+        given = 0
+        try:
+            for batch in table.iter_batches(_ROWS_A_BATCH, [group], names, use_threads=False):
+                while given < len(items) and items[given] < at + len(batch):
+                    number = items[given]
+                    yield self._row(batch, number - at, number, file, f"{file} row {number - first}")
+                    given += 1
+                at += len(batch)
+                if given == len(items):
+                    return
+        except (pa.ArrowException, OSError) as fault:
+            words = " ".join(str(fault).split())[:200]
+            for number in items[given:]:
+                yield LeftOut(f"{file} row {number - first}: {words}", "damaged_parquet")
+
+    def _row(self, batch: pa.RecordBatch, n: int, number: int, file: str, where: str) -> Row | LeftOut:
+        try:
+            image = batch.column(self.columns.image)[n].as_py()
+            caption = batch.column(self.columns.caption)[n].as_py()
+            others = _scalars(batch.schema, self.columns)
+            values = {name: _json_value(batch.column(name)[n]) for name in others}
+        except UnicodeDecodeError as error:
+            return LeftOut(f"{where}: {error}", "bad_caption")
+        if isinstance(image, dict):
+            path, content = image.get("path"), image.get("bytes")
+        elif isinstance(image, bytes):
+            path, content = None, image
+        else:
+            path, content = image, None
+        return Row(number, file, where, caption, path, content, values)
+
+
+def _bisect(items: Sequence[int], row: int) -> int:
+    """How many of the ascending items are below `row`."""
+    low, high = 0, len(items)
+    while low < high:
+        middle = (low + high) // 2
+        if items[middle] < row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _open_parquet(store: Store, info: ObjectInfo) -> pq.ParquetFile:
+    try:
+        # Without pre_buffer, and with a buffer, a row group is decoded page by page: it may be as large as the file.
+        buffer = max(_BUFFER, store.readahead)
+        return pq.ParquetFile(pa.PythonFile(ObjectFile(store, info), mode="r"), pre_buffer=False, buffer_size=buffer)
+    except (pa.ArrowException, OSError) as fault:
+        words = " ".join(str(fault).split())
+        raise DataError(f"source {store.url}/{info.name} should be a Parquet file: {words}") from fault
+
+
+def _scalars(schema: pa.Schema, columns: Columns) -> list[str]:
+    """The columns that go into .json."""
+    return [f.name for f in schema if f.name not in (columns.image, columns.caption) and _is_scalar(f.type)]
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_time = pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_time(kind)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return is_time or is_number or pa.types.is_boolean(kind) or _is_text(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _json_value(scalar: pa.Scalar) -> Any:
+    kind = scalar.type
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_time(kind):
+        return scalar.cast(pa.string()).as_py()  # Python's own times have no nanoseconds
+    value = scalar.as_py()
+    if isinstance(value, Decimal):
+        value = float(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_types(schema: pa.Schema, columns: Columns, where: str) -> None:
+    columns.check(schema.names, where)
+    image, caption = schema.field(columns.image).type, schema.field(columns.caption).type
+    fields = {field.name: field.type for field in image} if pa.types.is_struct(image) else {}
+    in_struct = _is_binary(fields.get("bytes", pa.null())) or _is_text(fields.get("path", pa.null()))
+    if not (_is_binary(image) or _is_text(image) or in_struct):
+        should_be = "a column of bytes, of paths, or of structs of bytes and path"
+        raise UserError(f"image_column is {columns.image!r} ({image} in {where}): it should be {should_be}")
+    if not _is_text(caption):
+        raise UserError(f"caption_column is {columns.caption!r} ({caption} in {where}): it should be a column of text")
+
+
+def parquet_table(
+    store: Store,
+    names: Sequence[str],
+    columns: Columns,
+    files: Files,
+    images: Images,
+    heldout: float = 0.0,
+    seed: int = 0,
+) -> Contents:
+    """Count the rows of Parquet files whose image column holds bytes, paths, or structs of both.
+
+    Raises:
+        UserError: a column is not there or of another type, or `heldout` is outside its range.
+        DataError: there is no file or no row, or one is not Parquet.
+    """
+
+    def count(name: str) -> tuple[ObjectInfo, int]:
+        info = look_up(store, name)
+        with _open_parquet(store, info) as table:
+            _check_types(table.schema_arrow, columns, name)
+            return info, table.metadata.num_rows
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        counted = list(pool.map(count, sorted(names)))
+    ends = list(accumulate(rows for _, rows in counted))
+    if not counted or not ends[-1]:
+        raise DataError(f"source {store.url} should hold Parquet files with rows")
+    listed = "".join(f"{info.name}\t{info.size}\t{rows}\n" for info, rows in counted)
+    digest = hashlib.blake2b(listed.encode("utf-8", "surrogateescape"), digest_size=8)
+    return Contents(
+        name="parquet",
+        arguments=table_arguments(columns, images, heldout, seed),
+        splits=dict(parts(ends[-1], heldout, seed)),
+        read=_ParquetReader(store, [info for info, _ in counted], ends, columns, files, images),
+        about={"origin": store.url},
+        versions={"contents": digest.hexdigest(), **images.versions()},
+    )

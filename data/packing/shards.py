@@ -1,0 +1,172 @@
+"""Writing the shards of a pack, in processes that share nothing but counters."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX
+from data.offsets import encode as encode_offsets
+from data.packing.contents import LeftOut, Reader, Sample, json_bytes
+from data.packing.output import Output
+
+LEFT_OUT_SUFFIX = ".left_out.json"
+
+_ROWS_A_STEP = 50
+"""How often a process says how far it is, and asks whether to stop."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring shards of a split, written by one process: their reader finds its place once for all of them."""
+
+    split: str
+    first: int
+    rows: list[int]
+    items: Sequence[Any]
+
+
+def shard_stem(split: str, shard: int) -> str:
+    return f"{split}/{shard:05d}"
+
+
+_Progress = Callable[[int, int], None]
+"""Takes the rows read and the rows left out since it was called last; may raise to stop the writing."""
+
+
+def write_all(output: Output, read: Reader, runs: list[Run], rows: int, workers: int) -> None:
+    workers = min(workers, len(runs))
+    to_do = sum(sum(run.rows) for run in runs)
+    with tqdm(total=rows, initial=rows - to_do, unit="image", disable=None) as bar:
+        left_out = 0
+
+        def progress(read_rows: int, lacking: int) -> None:
+            nonlocal left_out
+            bar.update(read_rows)
+            left_out += lacking
+            if lacking:
+                bar.set_postfix(left_out=left_out, refresh=False)
+
+        if workers <= 1:
+            for run in runs:
+                _write_run(output, read, run, progress)
+        else:
+            _write_in_processes(output, read, runs, workers, progress)
+
+
+def _write_run(output: Output, read: Reader, run: Run, progress: _Progress) -> None:
+    rows = iter(read(run.items))
+    for shard, count in enumerate(run.rows, run.first):
+        _write_shard(output, shard_stem(run.split, shard), _counted(islice(rows, count), count, progress))
+
+
+def _counted(rows: Iterable[Sample | LeftOut], count: int, progress: _Progress) -> Iterator[Sample | LeftOut]:
+    number = lacking = reported = 0
+    for number, row in enumerate(rows, 1):
+        lacking += isinstance(row, LeftOut)
+        if number % _ROWS_A_STEP == 0 or number == count:
+            progress(number - reported, lacking)
+            reported, lacking = number, 0
+        yield row
+    assert number == count, "a reader gives one result for each item"
+
+
+def _write_shard(output: Output, stem: str, rows: Iterable[Sample | LeftOut]) -> None:
+    # Imported here: it takes seconds, and who imports the contents may only want captions.
+    from webdataset import TarWriter
+
+    left_out: dict[str, list[str]] = {}
+    offsets: list[int] = []
+    with output.scratch(stem + SHARD_SUFFIX) as path:
+        with open(path, "wb") as file:
+            with TarWriter(file, encoder=False, mtime=0) as tar:
+                for row in rows:
+                    if isinstance(row, LeftOut):
+                        left_out.setdefault(row.reason, []).append(row.row)
+                        continue
+                    offsets.append(tar.tarstream.offset)
+                    tar.write({"__key__": row.key, **row.members})
+                end = tar.tarstream.offset
+            file.flush()
+            os.fsync(file.fileno())
+        if left_out:
+            output.store.write(stem + LEFT_OUT_SUFFIX, json_bytes(left_out))
+        if offsets:
+            output.put(path, stem + SHARD_SUFFIX)
+            # After the shard: offsets that are older than their shard are not trusted.
+            table = encode_offsets(np.array([*offsets, end], np.int64))
+            output.store.write(stem + SHARD_SUFFIX + OFFSETS_SUFFIX, table)
+
+
+# --- processes ---
+
+
+class _Stopped(Exception):
+    """The parent gave up."""
+
+
+def _write_in_processes(output: Output, read: Reader, runs: list[Run], workers: int, progress: _Progress) -> None:
+    # Spawned, not forked: the caller may have threads (torch, OpenCV).
+    context = multiprocessing.get_context("spawn")
+    # Two counters a run, and at the end whether to stop. Without locks: a process that is killed holds none.
+    shared = context.RawArray("q", 2 * len(runs) + 1)
+    seen = [0, 0]
+
+    def report() -> None:
+        now = [sum(shared[:-1:2]), sum(shared[1:-1:2])]
+        progress(now[0] - seen[0], now[1] - seen[1])
+        seen[:] = now
+
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(output, read, shared)) as pool:
+        pending = {pool.submit(_work, number, run) for number, run in enumerate(runs)}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                report()
+        except BaseException:
+            shared[-1] = 1
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_mine: tuple[Output, Reader, Any]
+"""What a worker is given once, rather than with each run: an index of many shards is large."""
+
+
+def _enter(output: Output, read: Reader, shared: Any) -> None:
+    global _mine
+    _mine = (output, read, shared)
+    # Leave Ctrl-C to the parent, and with it, rather than wait for work for ever, when it is killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(number: int, run: Run) -> None:
+    output, read, shared = _mine
+
+    def progress(rows: int, lacking: int) -> None:
+        if shared[-1]:
+            raise _Stopped
+        shared[2 * number] += rows
+        shared[2 * number + 1] += lacking
+
+    _write_run(output, read, run, progress)
