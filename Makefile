@@ -1,5 +1,6 @@
 # make demo    trains a small model through three stages and shows what it draws
 # make test    the tests, at most 20 minutes on 2 cores
+# make test-s3 the store against a real S3 server: Ceph, whose Debian packages it unpacks into .cache
 # make lint    ruff and mypy
 # make bench   what is measured rather than asserted
 # All need Linux, Python 3.11 or later, a C++ compiler and Python's headers; everything else comes from the
@@ -13,7 +14,7 @@ DATA := .cache/demo
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-s3 lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +31,11 @@ demo: setup
 
 test: setup
 	pytest
+
+# The packages first: where they cannot be had, this fails, while the tests alone would skip.
+test-s3: setup
+	python tests/s3/ceph.py --fetch
+	pytest -m s3 tests/s3
 
 lint: setup
 	ruff check .
