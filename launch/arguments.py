@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.config_data import SourceConfig
+from t2i.config_data import CaptionConfig, SourceConfig
 from t2i.config_loading import dump_config, load_config, override, validate_config
 
 
@@ -45,7 +45,11 @@ def parse(description: str, default_config: str, argv: list[str]) -> RunConfig:
 
 def _parser(description: str, default_config: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    fields = [f"{name}: {field.description}" for name, field in SourceConfig.model_fields.items()]
+    fields = [
+        f"{prefix}{name}: {field.description}"
+        for section, prefix in ((SourceConfig, ""), (CaptionConfig, "captions."))
+        for name, field in section.model_fields.items()
+    ]
     epilog = "Fields of each of data.sources: " + " ".join(fields)
     parser = ArgumentParser(description=description, epilog=epilog, exit_on_error=False, print_config=None)
     parser.add_argument("--config", type=Path, default=Path(default_config), help="YAML file of the run")

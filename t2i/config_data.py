@@ -42,6 +42,7 @@ class SourceConfig(Section):
     images: list[str] = Field(["jpg", "jpeg", "png", "webp"])
     """Extensions of image members; the first that a sample has is taken."""
     captions: CaptionConfig = CaptionConfig()
+    """Which words its samples train on."""
     metadata: str = "json"
     """Member with the fields that `fields` and json: captions name."""
     min_side: int = Field(0, ge=0)
@@ -102,12 +103,12 @@ class DataConfig(Section):
     """Mirror every second image, at random; captions that say left or right become wrong."""
     lanes: int = Field(128, gt=0)
     """Independent orders the data is cut into. The number of ranks divides it; it divides the batch size."""
-    shuffle_block: int = Field(1024, gt=0)
-    """Samples that are permuted together inside a lane."""
+    shuffle_block: int = Field(4096, gt=0)
+    """Samples that are permuted together inside a lane (tests/benchmarks/shuffle_quality.py measures how well)."""
     workers: int = Field(4, ge=0)
     """Decoding threads a rank."""
-    buffer_gib: float = Field(8.0, gt=0)
-    """Most GiB of encoded samples that a rank holds ahead; on S3 about lanes / ranks x sources x shuffle_block."""
+    buffer_gib: float = Field(16.0, gt=0)
+    """Most GiB of encoded samples that a rank holds ahead; from S3, lanes / ranks x sources x shuffle_block of them."""
     max_set_aside: float = Field(0.01, ge=0, le=1)
     """Share of samples with bad content past which the run stops, saved, judged over all ranks after 1,000 samples."""
     connect_timeout_s: float = Field(10.0, gt=0)

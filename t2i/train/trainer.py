@@ -246,7 +246,7 @@ class StageTrainer:
         micro, patch = config.train.micro_batch_size, config.model.patch_size
         for start in range(0, len(batch.slots), micro):
             part = slice(start, start + micro)
-            image = to_unit_range(batch.pixels[part].to(self.world.device))
+            image = to_unit_range(batch.pixels[part].to(self.world.device, non_blocking=True))
             times = torch.from_numpy(t[part]).float().to(self.world.device)
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], self.world.device)
             text = self.text(batch.captions[part])

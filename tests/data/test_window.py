@@ -1,0 +1,173 @@
+"""Reading ahead of need: the same samples in the same order, in few requests, within the share of memory."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tar_samples import write_source
+
+from data.errors import DataError
+from data.fetch import Fetcher
+from data.index import SourceIndex
+from data.order import SourceOrder
+from data.tar import parse_sample
+from data.window import Taken, Window, plan, request_bytes
+
+COUNTS = [30, 7, 1, 50, 12]
+
+
+class Watched:
+    """A store that notes what is asked of it, and may be told to wait; `readahead` is the test's."""
+
+    def __init__(self, index: SourceIndex, readahead: int) -> None:
+        self._store, self.url, self.readahead = index.store, index.store.url, readahead
+        self.reads: list[tuple[str, int, int]] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def read(self, name: str, start: int, stop: int, **options: Any) -> bytes | bytearray:
+        self.reads.append((name, start, stop))
+        assert self.go.wait(10)
+        return self._store.read(name, start, stop, **options)
+
+
+def watched(index: SourceIndex, readahead: int) -> tuple[SourceIndex, Watched]:
+    store = Watched(index, readahead)
+    offsets = {shard: index.offsets(shard) for shard in range(len(index.names))}
+    copy = SourceIndex(
+        index.name,
+        store,
+        index.names,
+        index.sizes,
+        index.versions,
+        index.counts,
+        {},
+        held=offsets,  # type: ignore[arg-type]
+    )
+    return copy, store
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> SourceIndex:
+    return write_source(tmp_path_factory.mktemp("w"), COUNTS)
+
+
+def order_of(index: SourceIndex, lanes: int = 3, block: int = 8) -> SourceOrder:
+    return SourceOrder(index.name, index.counts, lanes, block, 5, "s")
+
+
+def expected(order: SourceOrder, lane: int, epochs: int) -> list[tuple[int, int, int, int]]:
+    """(epoch, position, shard, sample), straight from the order."""
+    return [
+        (epoch, n * order.shuffle_block + place, int(shard), int(sample))
+        for epoch in range(epochs)
+        for n in range(-(-order.lane_size(lane, epoch) // order.shuffle_block))
+        for place, (shard, sample) in enumerate(order.block(lane, epoch, n))
+    ]
+
+
+def take(window: Window, n: int) -> list[Taken]:
+    return [window.take() for _ in range(n)]
+
+
+@pytest.mark.parametrize("readahead", [0, 700, 1 << 20])
+@pytest.mark.parametrize("share", [0, 5_000, 1 << 20])
+def test_samples_come_in_their_order_whatever_the_requests(
+    source: SourceIndex, readahead: int, share: int
+) -> None:
+    index, _ = watched(source, readahead)
+    order = order_of(index)
+    wanted = expected(order, 1, 3)
+    with closing(Fetcher()) as fetcher:
+        taken = take(Window(index, order, 1, 0, 0, fetcher, share), len(wanted))
+        assert [(it.epoch, it.position, it.shard, it.sample) for it in taken] == wanted
+        for it in taken:
+            number = sum(COUNTS[: it.shard]) + it.sample
+            sample = parse_sample(it.content)
+            assert sample.members["txt"] == f"caption {number}".encode()
+            assert it.offset == source.offsets(it.shard)[it.sample]
+        for start in (1, 5, 8, len(wanted) // 2):
+            epoch, position, *_ = wanted[start]
+            rest = take(Window(index, order, 1, epoch, position, fetcher, share), len(wanted) - start)
+            assert [(it.epoch, it.position, it.shard, it.sample) for it in rest] == wanted[start:]
+
+
+def test_neighbours_share_a_request_and_nothing_is_read_twice(source: SourceIndex) -> None:
+    index, store = watched(source, 1 << 20)
+    order = order_of(index, lanes=1, block=100)
+    with closing(Fetcher()) as fetcher:
+        take(Window(index, order, 0, 0, 0, fetcher, 1), 100)  # with a share of 1 byte it reads no further
+    assert sorted(store.reads) == sorted(
+        (name, 0, int(source.offsets(shard)[-1])) for shard, name in enumerate(index.names)
+    )  # the epoch is one block: each shard in one request
+    index, store = watched(source, 0)
+    with closing(Fetcher()) as fetcher:
+        take(Window(index, order, 0, 0, 0, fetcher, 1), 100)
+    assert len(store.reads) == 100 == len(set(store.reads))  # where a request costs nothing, one a sample
+
+
+def test_requests_stay_within_their_size_and_go_out_by_need(source: SourceIndex) -> None:
+    index, _ = watched(source, 4_000)
+    order = order_of(index, lanes=1, block=100)
+    block = plan(index, order, 0, 0, 0)
+    firsts = [min(request.places) for request in block.ranges]
+    assert firsts == sorted(firsts)
+    assert sorted(place for request in block.ranges for place in request.places) == list(range(100))
+    assert all(request.stop - request.start <= request_bytes(index) for request in block.ranges)
+    assert 100 / 6 < len(block.ranges) < 100 / 2  # some 2 KB a sample
+    later = plan(index, order, 0, 0, 60)
+    assert sorted(place for request in later.ranges for place in request.places) == list(range(60, 100))
+
+
+def test_a_window_holds_no_more_than_its_share(source: SourceIndex) -> None:
+    index, store = watched(source, 0)
+    order = order_of(index, lanes=1, block=100)
+    sizes = np.diff(source.offsets(0))
+    share = int(sizes.mean() * 10)
+    store.go.clear()  # nothing arrives: what is asked for is what the share allows
+    with closing(Fetcher()) as fetcher:
+        window = Window(index, order, 0, 0, 0, fetcher, share)
+        window._planning().result(5)
+        window._read_ahead()
+        assert window._held <= share and 8 <= len(window._asked) <= 10
+        store.go.set()
+        take(window, 50)
+        assert window._held <= share + sizes.max()
+
+
+def test_a_share_of_nothing_still_gives_the_sample_that_is_needed(source: SourceIndex) -> None:
+    index, _ = watched(source, 0)
+    order = order_of(index)
+    with closing(Fetcher()) as fetcher:
+        assert len(take(Window(index, order, 0, 0, 0, fetcher, 0), 40)) == 40
+
+
+def test_the_next_block_is_read_before_this_one_is_used_up(source: SourceIndex) -> None:
+    index, store = watched(source, 1 << 20)
+    order = order_of(index, lanes=1, block=10)
+    with closing(Fetcher()) as fetcher:
+        window = Window(index, order, 0, 0, 0, fetcher, share_bytes=1 << 30)
+        window.take()
+        for _ in range(100):  # plans are made on threads; each look takes up one more
+            window._planning().result(5)
+            window._read_ahead()
+            if window._unplanned[0] > 2:
+                break
+        assert len({name for name, _, _ in store.reads}) == len(COUNTS)
+
+
+def test_a_fault_reaches_the_sample_that_needs_it_and_only_then(source: SourceIndex, tmp_path: Path) -> None:
+    index = write_source(tmp_path / "gone", [20, 20])
+    order = order_of(index, lanes=1, block=1)
+    first = int(order.block(0, 0, 0)[0, 0])
+    (tmp_path / "gone" / index.names[1 - first]).unlink()
+    with closing(Fetcher()) as fetcher:
+        window = Window(index, order, 0, 0, 0, fetcher, 1 << 20)
+        take(window, 20)
+        with pytest.raises(DataError, match=index.names[1 - first]):
+            window.take()
