@@ -161,8 +161,8 @@ class FaultProxy:
                     return
                 request = await _head(reader)
                 fault = self._draw()
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # one side left: so does the other
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # one side left, or the proxy ends: so does the other
         finally:
             for side in filter(None, (writer, upstream and upstream[1])):
                 side.close()

@@ -1,0 +1,298 @@
+"""What a source is made of: a random subset of its samples, read, measured and judged as training would.
+
+- One sample is drawn at random from each of n equally long stretches of the source: spread over all shards, the same
+  for the same seed, and in the order of the shards, so that neighbours share a request.
+- Sizes and formats are read from headers. Only a full decode finds an image that is broken behind its header, so a
+  stated number of the samples is decoded as training decodes them; the rest costs no more than reading.
+- What is kept (`data/findings.py`) does not grow with the number of samples.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from data import randomness
+from data.decode import decode
+from data.errors import BadSample, DataError, Filtered
+from data.example import ImageSettings, example
+from data.fetch import Fetcher, OnFault
+from data.findings import ASPECT_RATIOS, Findings, Reason, Reasons, Tile
+from data.index import SourceIndex
+from data.select import UNIFORMS, Rules, select
+from data.stream import Visit
+from data.tar import RawSample, parse_sample
+from data.window import request_bytes
+
+ANY_SIZE = ImageSettings(64, small_images="upscale")
+"""For where no resolution is asked for: no image is too small, and every one is decoded to its end."""
+
+_CHUNK = 64
+"""Samples that a thread looks at in one go."""
+_DRAWN_AT_ONCE = 1 << 16
+_THUMBNAIL_SIDE = 320
+_THUMBNAIL_QUALITY = 82
+_EXIF_ORIENTATION = 0x0112
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_MAGIC = {
+    "JPEG": (0, b"\xff\xd8"), "PNG": (0, b"\x89PNG"), "WebP": (8, b"WEBP"), "GIF": (0, b"GIF8"), "BMP": (0, b"BM"),
+    "AVIF": (4, b"ftypavi"), "HEIC or MP4": (4, b"ftyp"), "TIFF": (0, b"II*\0"), "big-endian TIFF": (0, b"MM\0*"),
+    "JPEG XL": (0, b"\xff\x0a"), "HTML or XML": (0, b"<"),
+}  # fmt: skip
+NO_FORMAT = "unknown"
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """A sample to look at: its number in the source, where it is, and what to do with it."""
+
+    number: int
+    shard: int
+    sample: int
+    decode: bool
+    show: bool
+
+
+def inspect(
+    index: SourceIndex,
+    rules: Rules,
+    images: ImageSettings,
+    *,
+    samples: int | None = 2000,
+    decodes: int | None = 2000,
+    sheet: int = 48,
+    seed: int = 0,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Findings:
+    """Look at a random subset of a source's samples.
+
+    Args:
+        index: the source.
+        rules: which of its samples count, as in training.
+        images: what training makes of their images; `ANY_SIZE` for any.
+        samples: how many to read; None for all.
+        decodes: how many of them to decode in full; None for all.
+        sheet: thumbnails wanted, of samples that are decoded and usable.
+        seed: decides which samples, and what of them is left to chance.
+        progress: told the number of samples looked at since it was told last.
+
+    Raises:
+        DataError: a number below 1, or a shard that is gone or changed since it was indexed.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    for name, number in (("samples", samples), ("decodes", decodes)):
+        if number is not None and number < 1:
+            raise DataError(f"{name} is {number}: it should be at least 1, or all")
+    findings = Findings()
+    under_way: deque[tuple[int, Future[Findings]]] = deque()
+    look = partial(_look_at, index, rules, images, seed)
+    with closing(Fetcher()) as fetcher:
+        for chunk in _chunks(index, samples, decodes, sheet, seed):
+            under_way.append((len(chunk), fetcher.submit(partial(look, chunk), int(len(chunk) * index.mean_bytes))))
+            # In the order of the source whichever is done first, so that the same seed finds the same.
+            while len(under_way) > 2 * fetcher.limit:
+                _take(under_way, findings, progress)
+        while under_way:
+            _take(under_way, findings, progress)
+    return findings
+
+
+def _take(
+    under_way: deque[tuple[int, Future[Findings]]], findings: Findings, progress: Callable[[int], object]
+) -> None:
+    size, future = under_way.popleft()
+    findings.update(future.result())
+    progress(size)
+
+
+# --- which samples ---
+
+
+def _chunks(
+    index: SourceIndex, samples: int | None, decodes: int | None, sheet: int, seed: int
+) -> Iterator[list[_Pick]]:
+    """The samples to look at, in the order of the source, in chunks of one shard."""
+    ends = np.cumsum(index.counts)
+    total = int(ends[-1])
+    n = min(total, samples or total)
+    m = min(n, decodes or n)
+    chunk: list[_Pick] = []
+    for first in range(0, n, _DRAWN_AT_ONCE):
+        places = np.arange(first, min(first + _DRAWN_AT_ONCE, n))
+        numbers = _draw(places, n, total, seed)
+        shards = np.searchsorted(ends, numbers, side="right")
+        decoded = _nth(places, n, m)
+        # Of those that are decoded, every so many is shown.
+        shown = decoded & _nth(places * m // n, m, min(sheet, m))
+        inside = numbers - (ends - index.counts)[shards]
+        for pick in map(_Pick, *(array.tolist() for array in (numbers, shards, inside, decoded, shown))):
+            if chunk and (chunk[0].shard != pick.shard or len(chunk) == _CHUNK):
+                yield chunk
+                chunk = []
+            chunk.append(pick)
+    yield chunk
+
+
+def _draw(places: NDArray[np.int64], n: int, total: int, seed: int) -> NDArray[np.int64]:
+    """One number from each of the stretches `places` of range(total), cut into n."""
+    start, stop = places * total // n, (places + 1) * total // n
+    uniforms = randomness.uniform(randomness.key(seed, "inspect", "sample"), places)
+    return start + (uniforms * (stop - start)).astype(np.int64)
+
+
+def _nth(places: NDArray[np.int64], n: int, m: int) -> NDArray[np.bool_]:
+    """Choose m of the places 0 to n - 1, evenly spread."""
+    return np.asarray((places + 1) * m // n > places * m // n)
+
+
+# --- what they are like ---
+
+
+def _look_at(
+    index: SourceIndex, rules: Rules, images: ImageSettings, seed: int, picks: list[_Pick], on_fault: OnFault
+) -> Findings:
+    """Read and judge some samples of one shard, given in its order."""
+    findings = Findings()
+    looker = _Looker(index, rules, images, seed, findings)
+    offsets = index.offsets(picks[0].shard)
+    starts, stops = offsets[[it.sample for it in picks]], offsets[[it.sample + 1 for it in picks]]
+    for first, last in _requests(starts, stops, index.store.readahead, request_bytes(index)):
+        name, version = index.names[picks[first].shard], index.versions[picks[first].shard]
+        begin, end = int(starts[first]), int(stops[last])
+        content = memoryview(index.store.read(name, begin, end, version=version, on_fault=on_fault))
+        for at in range(first, last + 1):
+            looker.look(picks[at], content[int(starts[at]) - begin : int(stops[at]) - begin])
+    return findings
+
+
+def _requests(starts: NDArray[np.int64], stops: NDArray[np.int64], gap: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut neighbours into requests (first, last): joined where that is cheaper than a request more."""
+    first = 0
+    for at in range(1, len(starts)):
+        if starts[at] - stops[at - 1] > gap or stops[at] - starts[first] > most:
+            yield first, at - 1
+            first = at
+    yield first, len(starts) - 1
+
+
+class _Looker:
+    """Judges the samples of a chunk one by one, into `findings`."""
+
+    def __init__(self, index: SourceIndex, rules: Rules, images: ImageSettings, seed: int, findings: Findings) -> None:
+        self._index, self._rules, self._images, self._seed, self._findings = index, rules, images, seed, findings
+        self._unfiltered = replace(
+            rules, fields={}, min_caption_words=0, max_caption_words=None, prefix_probability=0.0
+        )
+        self._to_show = 0
+
+    def look(self, pick: _Pick, content: memoryview) -> None:
+        """Measure one sample, then judge it."""
+        findings = self._findings
+        findings.read += 1
+        findings.decoded += pick.decode
+        self._to_show += pick.show  # one that cannot be shown leaves its place to the next
+        shard = f"{self._index.name}/{self._index.names[pick.shard]}"
+        try:
+            raw = parse_sample(content)
+        except BadSample as bad:
+            self._pass_over(findings.bad, bad, f"{shard}/sample {pick.sample}", False)
+            return
+        size = self._measure(raw, pick.number)
+        visit = Visit(f"{shard}/{raw.key}", raw.members, self._rules, partial(self._uniforms, pick.number))
+        in_full = False
+        try:
+            select(visit.members, visit.rules, visit.uniforms("caption", UNIFORMS).tolist())
+            if pick.decode:
+                in_full = True
+                _, caption = example(visit, self._images)
+                findings.usable += 1
+                if self._to_show and size is not None:
+                    findings.sheet.append(_tile(visit, caption, size))
+                    self._to_show -= 1
+        except Filtered as filtered:
+            self._pass_over(findings.filtered, filtered, visit.id, in_full)
+        except BadSample as bad:
+            self._pass_over(findings.bad, bad, visit.id, in_full)
+
+    def _uniforms(self, number: int, purpose: str, n: int) -> NDArray[np.float64]:
+        return randomness.uniform(randomness.key(self._seed, "inspect", purpose), number * n + np.arange(n))
+
+    def _pass_over(self, reasons: Reasons, why: BadSample | Filtered, id_: str, in_full: bool) -> None:
+        reasons.setdefault((why.reason, in_full), Reason()).update(Reason(1, [(id_, why.detail)]))
+
+    def _measure(self, raw: RawSample, number: int) -> tuple[int, int] | None:
+        """Count what the sample holds; (width, height) of its image, if its header tells."""
+        findings = self._findings
+        findings.members.update(raw.members.keys())
+        findings.member_bytes.update({name: len(content) for name, content in raw.members.items()})
+        try:
+            uniforms = self._uniforms(number, "caption", UNIFORMS).tolist()
+            findings.words.add(len(select(raw.members, self._unfiltered, uniforms).caption.split()))
+        except Filtered:  # an empty one
+            findings.words.add(0)
+        except BadSample:
+            pass  # counted where it is judged
+        image = _image(raw.members, self._rules)
+        if image is None:
+            return None
+        findings.formats[image_format(image)] += 1
+        findings.image_bytes.add(len(image))
+        size = header_size(image)
+        if size is not None:
+            findings.shorter.add(min(size))
+            findings.longer.add(max(size))
+            findings.elongation.add(round(100 * max(size) / min(size)))
+            findings.aspect_ratios[_nearest_aspect_ratio(*size)] += 1
+        return size
+
+
+def _image(members: Mapping[str, bytes], rules: Rules) -> bytes | None:
+    return next((members[name] for name in rules.images if name in members), None)
+
+
+def image_format(image: bytes) -> str:
+    """What a file is by its first bytes, whatever its name says; `NO_FORMAT` where they tell nothing."""
+    return next((name for name, (at, magic) in _MAGIC.items() if image.startswith(magic, at)), NO_FORMAT)
+
+
+def header_size(image: bytes) -> tuple[int, int] | None:
+    """(width, height) of the upright image, from its header alone; None where that cannot be read."""
+    try:
+        opened = Image.open(io.BytesIO(image), formats=_PILLOW_FORMATS)
+    except Exception:  # Pillow raises anything at foreign bytes; decoding says what is wrong with them
+        return None
+    width, height = opened.size
+    if min(width, height) < 1:
+        return None
+    exif = Image.Exif()
+    try:
+        exif.load(opened.info.get("exif", b""))
+        turned = exif.get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
+    except Exception:  # broken EXIF turns nothing, as in `decode`
+        turned = False
+    return (height, width) if turned else (width, height)
+
+
+def _nearest_aspect_ratio(width: int, height: int) -> str:
+    return min(ASPECT_RATIOS, key=lambda name: abs(math.log(width / height / ASPECT_RATIOS[name])))
+
+
+def _tile(visit: Visit, caption: str, size: tuple[int, int]) -> Tile:
+    """A sample for the sheet: its whole image, small."""
+    width, height = size
+    scale = min(1.0, _THUMBNAIL_SIDE / max(size))
+    small = (max(1, round(height * scale)), max(1, round(width * scale)))
+    pixels = decode(_image(visit.members, visit.rules) or b"", small, small_images="upscale")
+    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels.transpose(1, 2, 0)), quality=_THUMBNAIL_QUALITY)
+    return Tile(visit.id, caption, width, height, bytes(jpeg))
