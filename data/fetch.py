@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-OnFault = Callable[[str], None]
 
 
 class Concurrency:
@@ -74,7 +73,7 @@ class Fetcher:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._queue: deque[tuple[Future[Any], Callable[[OnFault], Any], int]] = deque()
+        self._queue: deque[tuple[Future[Any], Callable[[Callable[[str], None]], Any], int]] = deque()
         self._concurrency = Concurrency()
         self._threads = 0
         self._window_began = self._last_congestion = time.monotonic()
@@ -88,11 +87,11 @@ class Fetcher:
         return self._concurrency.limit
 
     def faults(self) -> dict[str, int]:
-        """Faults that were retried, by kind."""
+        """Faults that requests met, by kind: nearly all were retried."""
         with self._changed:
             return dict(sorted(self._faults.items()))
 
-    def submit(self, request: Callable[[OnFault], T], size: int = 0) -> Future[T]:
+    def submit(self, request: Callable[[Callable[[str], None]], T], size: int = 0) -> Future[T]:
         """Run `request(on_fault)` on a thread, soon; `size` is the bytes it moves."""
         future: Future[T] = Future()
         with self._changed:
@@ -123,9 +122,7 @@ class Fetcher:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._closed or (self._queue and len(self._running) < self._concurrency.limit)
-                )
+                self._changed.wait_for(lambda: self._closed or self._may_begin())
                 if self._closed:
                     return
                 future, request, size = self._queue.popleft()

@@ -14,7 +14,7 @@ from data.errors import DataError
 from data.example import ImageSettings, example
 from data.fetch import Fetcher
 from data.order import SourceOrder, check_sources
-from data.stream import LaneStream, Ordered, Source
+from data.stream import LaneSource, LaneStream, Source
 
 # Part of what makes the samples fixed: another number is another order.
 _SHUFFLE_BLOCK = 1024
@@ -44,7 +44,7 @@ def fixed_samples(sources: Sequence[Source], n: int, images: ImageSettings) -> F
     """
     check_sources([source.weight for source in sources], [source.index.name for source in sources])
     ordered = [
-        Ordered(
+        LaneSource(
             source, SourceOrder(source.index.name, source.index.counts, 1, _SHUFFLE_BLOCK, 0, "fixed"), _AHEAD_BYTES
         )
         for source in sources

@@ -14,9 +14,8 @@ import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,7 @@ from data.errors import DataError
 from data.folder import FolderStore
 from data.manifest import MANIFEST, open_place, read_manifest, scan_all
 from data.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, decode, read_offsets, scan_shard
-from data.store import ObjectInfo, Store, StoreOptions, changed
+from data.store import ObjectInfo, OnFault, Store, StoreOptions, changed
 from data.tar import TarScan, scan_tar
 
 _MOST_UNINDEXED = 1000
@@ -61,23 +60,20 @@ class SourceIndex:
     held: Mapping[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
     elsewhere: Mapping[int, str] = field(default_factory=dict, repr=False)
     place: Store | None = None
+    _cache: _Cache = field(default_factory=lambda: _Cache(), repr=False)
 
     def __post_init__(self) -> None:
-        self.__dict__["_cache"] = _Cache()
         if not self.name or "/" in self.name:
             raise DataError(f"source name {self.name!r} must be non-empty and without '/': ids are source/shard/key")
         if not self.counts.any():
             first = f"{self.names[0]}: {self.damage.get(0)}" if self.names else "there is none"
             raise DataError(f"source {self.name!r}: no shard below {self.store.url} has a sample: {first}")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {it.name: getattr(self, it.name) for it in fields(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _cache=_Cache())
-
-    def offsets(self, shard: int) -> NDArray[np.int64]:
+    def offsets(self, shard: int, on_fault: OnFault = None) -> NDArray[np.int64]:
         """The first byte of each sample of a shard, then the end of the last: int64 (counts[shard] + 1,).
+
+        Args:
+            on_fault: as `Store.read` has it.
 
         Raises:
             DataError: the shard is gone, or changed since it was indexed.
@@ -85,32 +81,28 @@ class SourceIndex:
         """
         if (held := self.held.get(shard)) is not None:
             return held
-        cache: _Cache = self.__dict__["_cache"]
-        if (cached := cache.get(shard)) is None:
-            cached = self._load(shard)
-            cache.put(shard, cached)
+        if (cached := self._cache.get(shard)) is None:
+            cached = self._load(shard, on_fault)
+            self._cache.put(shard, cached)
         return cached
 
-    def _load(self, shard: int) -> NDArray[np.int64]:
+    def _load(self, shard: int, on_fault: OnFault) -> NDArray[np.int64]:
         if not self.counts[shard]:
             return np.zeros(1, np.int64)
         info = ObjectInfo(self.names[shard], int(self.sizes[shard]), self.versions[shard], 0.0)
         store, name = self.store, info.name + OFFSETS_SUFFIX
         if self.place is not None and shard in self.elsewhere:
             store, name = self.place, self.elsewhere[shard]
-        offsets = decode(store.read(name), info.size) if store.info(name) else None
+        offsets = decode(store.read(name, on_fault=on_fault), info.size) if store.info(name) else None
         if offsets is None or len(offsets) != self.counts[shard] + 1:
             offsets = scan_tar(self.store, info).offsets
         if len(offsets) != self.counts[shard] + 1:
             raise changed(self.store.url, info.name)
         return offsets
 
-    def fingerprint(self) -> str:
-        """Hash shard names and sample counts: 16 hex digits that change whenever the order of samples would."""
-        return self._fingerprint
-
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """Shard names and sample counts, hashed: 16 hex digits that change whenever the order of samples would."""
         lines = (f"{name}\t{count}" for name, count in zip(self.names, self.counts.tolist(), strict=True))
         return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
@@ -121,12 +113,15 @@ class SourceIndex:
 
 
 class _Cache:
-    """The offsets that were used last, up to `_CACHE_BYTES`."""
+    """The offsets that were used last, up to `_CACHE_BYTES`; pickles empty."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._arrays: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
         self._bytes = 0
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
+        return _Cache, ()
 
     def get(self, shard: int) -> NDArray[np.int64] | None:
         with self._lock:
@@ -182,20 +177,6 @@ def open_index(
     return _indexed(store, name, infos)
 
 
-def index_source(store: Store, name: str) -> SourceIndex:
-    """Index every shard of a store in memory.
-
-    Args:
-        store: what holds the shards, at any depth.
-        name: the source's name, without "/".
-
-    Raises:
-        DataError: there are no shards, or none has a sample.
-        StoreError: the network or a disk failed for longer than the retries last.
-    """
-    return _indexed(store, name, store.list(SHARD_SUFFIX))
-
-
 def _listed(store: Store, name: str, place: Store, manifest: str) -> SourceIndex:
     it = read_manifest(place, manifest, store.url)
     return SourceIndex(
@@ -223,12 +204,3 @@ def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo]) -> SourceInde
         {shard: scan.damage for shard, scan in enumerate(scans) if scan.damage},
         held={shard: scan.offsets for shard, scan in enumerate(scans)},
     )
-
-
-def all_damage(indices: Sequence[SourceIndex]) -> list[str]:
-    """Say in one line for each damaged shard what is wrong and how many samples are kept."""
-    return [
-        f"source {index.name!r}: {index.names[shard]}: {words}; {index.counts[shard]} samples kept"
-        for index in indices
-        for shard, words in index.damage.items()
-    ]

@@ -27,10 +27,11 @@ from data import randomness
 from data.decode import decode
 from data.errors import BadSample, DataError, Filtered
 from data.example import ImageSettings, example
-from data.fetch import Fetcher, OnFault
+from data.fetch import Fetcher
 from data.findings import ASPECT_RATIOS, Findings, Reason, Reasons, Tile
 from data.index import SourceIndex
 from data.select import UNIFORMS, Rules, select
+from data.store import OnFault
 from data.stream import Visit
 from data.tar import RawSample, parse_sample
 from data.window import request_bytes

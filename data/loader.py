@@ -27,7 +27,7 @@ from data.errors import DataError
 from data.example import ImageSettings, example
 from data.fetch import Fetcher
 from data.order import SourceOrder, check_layout, check_sources
-from data.stream import LaneStream, Ordered, SetAside, Source
+from data.stream import LaneSource, LaneStream, SetAside, Source
 from data.window import request_bytes
 
 PREFETCH = 2
@@ -120,7 +120,7 @@ class Loader:
             "stage": stage,
             "lanes": lanes,
             "shuffle_block": shuffle_block,
-            "sources": {source.index.name: source.index.fingerprint() for source in sources},
+            "sources": {source.index.name: source.index.fingerprint for source in sources},
         }
         if state is not None:
             _check_state(state, self._order)
@@ -179,7 +179,7 @@ class Loader:
         return {"batch": self._consumed, "order": self._order, "lanes": lanes}
 
     def retries(self) -> dict[str, int]:
-        """Count the requests of this process that failed and were tried again, by kind of fault."""
+        """Count the faults that this process's requests met and got over, by kind."""
         return self._fetcher.faults()
 
     def counters(self) -> dict[str, int]:
@@ -299,17 +299,17 @@ def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
         )
 
 
-def _ordered(source: Source, lanes: int, shuffle_block: int, seed: int, stage: str, per_lane: int) -> Ordered:
+def _ordered(source: Source, lanes: int, shuffle_block: int, seed: int, stage: str, per_lane: int) -> LaneSource:
     """Give a source its order, and each lane as much memory for it as reading ahead needs."""
     index = source.index
     order = SourceOrder(index.name, index.counts, lanes, shuffle_block, seed, stage)
     samples = _AHEAD_BATCHES * per_lane
     if request_bytes(index) > index.mean_bytes:  # a request brings samples that are needed later in the block, too
         samples = max(samples, min(shuffle_block, -(-order.total // lanes)))
-    return Ordered(source, order, int(samples * index.mean_bytes))
+    return LaneSource(source, order, int(samples * index.mean_bytes))
 
 
-def _check_memory(ordered: Sequence[Ordered], lanes: int, shuffle_block: int, buffer_bytes: int) -> None:
+def _check_memory(ordered: Sequence[LaneSource], lanes: int, shuffle_block: int, buffer_bytes: int) -> None:
     need = lanes * sum(it.share_bytes for it in ordered)
     if need > buffer_bytes:
         gib = 2**30

@@ -43,7 +43,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Ordered:
+class LaneSource:
     """A source as a lane reads it. `share_bytes`: what a lane may hold of it in memory."""
 
     source: Source
@@ -92,7 +92,7 @@ class LaneStream:
 
     def __init__(
         self,
-        sources: Sequence[Ordered],
+        sources: Sequence[LaneSource],
         lane: int,
         lanes: int,
         fetcher: Fetcher,

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.fetch import Fetcher, OnFault
+from data.fetch import Fetcher
 from data.index import SourceIndex
 from data.order import SourceOrder
+from data.store import OnFault
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Block:
     ranges: tuple[Range, ...]
 
 
-def plan(index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position: int) -> Block:
+def plan(
+    index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position: int, on_fault: OnFault = None
+) -> Block:
     """Cut the block at a lane's raw position, from there on, into requests.
 
     Raises:
@@ -74,7 +78,7 @@ def plan(index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position
     starts, stops = np.zeros(len(samples), np.int64), np.zeros(len(samples), np.int64)
     for shard in np.unique(shards[first:]):
         of_shard = np.flatnonzero(shards == shard)
-        offsets = index.offsets(int(shard))
+        offsets = index.offsets(int(shard), on_fault)
         starts[of_shard], stops[of_shard] = offsets[samples[of_shard, 1]], offsets[samples[of_shard, 1] + 1]
     gap, most = index.store.readahead, request_bytes(index)
     groups: list[list[int]] = []
@@ -171,7 +175,7 @@ class Window:
         """The plan of the next block: made on a thread, for it may read offsets from the store."""
         if self._plan is None:
             epoch, position = self._unplanned
-            self._plan = self._fetcher.submit(lambda _: plan(self._index, self._order, self._lane, epoch, position))
+            self._plan = self._fetcher.submit(partial(plan, self._index, self._order, self._lane, epoch, position))
         return self._plan
 
     def _take_plan(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from data.select import Rules
 from pydantic import Field, model_validator
 
+from data.select import Rules
 from data.store import StoreOptions
 from t2i.config_base import Section
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.errors import BadSample
-from data.index import SourceIndex, all_damage
+from data.index import SourceIndex
 from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.images import Images
 from data.packing.rows import (
@@ -92,7 +92,7 @@ def samples_of_tars(index: SourceIndex, images: Images, heldout: float = 0.0, se
     Raises:
         UserError: `heldout` is outside its range.
     """
-    damaged = len(all_damage([index]))
+    damaged = len(index.damage)
     return Contents(
         name="tars",
         arguments={"heldout": heldout, "seed": seed, "resize": images.resize, "quality": images.quality},
@@ -100,5 +100,5 @@ def samples_of_tars(index: SourceIndex, images: Images, heldout: float = 0.0, se
         read=_TarsReader(index, images),
         about={"origin": index.store.url},
         left_out={"rest of a damaged shard": damaged} if damaged else {},
-        versions={"contents": index.fingerprint(), **images.versions()},
+        versions={"contents": index.fingerprint, **images.versions()},
     )

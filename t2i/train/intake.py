@@ -7,12 +7,15 @@ begins with one small sum over the ranks' hosts: who failed, how many samples we
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from data.errors import DataError, StoreError, UserError
 from data.loader import Batch, Loader
-from t2i.train.observe import Lines
+from data.stream import SetAside
+from t2i.config import RunConfig
+from t2i.train.observe import JsonLines
 from t2i.train.processes import World
 
 _JUDGED_AFTER = 1000
@@ -25,17 +28,29 @@ class Intake:
     Args:
         loader: this rank's batches.
         world: this process.
-        max_set_aside: share of samples with bad content past which the stage stops.
-        quarantine: quarantine.jsonl, written by rank 0.
-        stage: the stage's name.
+        config: the stage's settings.
+        stage: its name.
+        step: batches consumed; lines of quarantine.jsonl past it are taken back.
+        damage: what is known to be wrong with its shards.
     """
 
-    def __init__(self, loader: Loader, world: World, max_set_aside: float, quarantine: Lines, stage: str) -> None:
-        self._loader, self._world, self._max_set_aside = loader, world, max_set_aside
-        self._quarantine, self._stage = quarantine, stage
+    def __init__(
+        self, loader: Loader, world: World, config: RunConfig, stage: str, step: int, damage: Sequence[SetAside]
+    ) -> None:
+        self._loader, self._world, self._stage = loader, world, stage
+        self._max_set_aside = config.data.max_set_aside
+        self._quarantine = JsonLines(config.directory / "quarantine.jsonl")
+        if world.is_main:
+            self._quarantine.rewind(stage, step)
+            for shard in damage if step == 0 else ():
+                self._quarantine.write({"stage": stage, "step": 0, **asdict(shard)})
         self._pending: list[dict[str, Any]] = []
         self.state = loader.state()
         """This rank's data state after the last batch that every rank has."""
+
+    def close(self) -> None:
+        """End the loader's threads."""
+        self._loader.close()
 
     def next(self, step: int) -> Batch:
         """Return this rank's share of the batch of `step`.
@@ -83,7 +98,7 @@ class Intake:
         shards = Counter(
             f"{line['source']}/{line['shard']}"
             for line in self._quarantine.lines()
-            if (line["stage"] == self._stage and line["key"] is not None) or line["reason"] != "damaged_tar"
+            if line["stage"] == self._stage and line["reason"] != "damaged_tar"
         )
         worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(_WORST_NAMED))
         return (

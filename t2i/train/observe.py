@@ -51,7 +51,7 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Lines:
+class JsonLines:
     """A file of JSON lines, each of a stage and a step: metrics.jsonl and quarantine.jsonl of a run."""
 
     def __init__(self, path: Path) -> None:
@@ -84,14 +84,14 @@ class Lines:
 
 
 class Observer:
-    """Lines, progress bar and W&B of one stage, on rank 0; on other ranks every method does nothing."""
+    """Metrics, progress bar and W&B of one stage, on rank 0; on other ranks every method does nothing."""
 
     def __init__(self, config: RunConfig, stage: str, step: int, active: bool) -> None:
         self.active = active
         self.stage = stage
         if not active:
             return
-        self.metrics = Lines(config.directory / "metrics.jsonl")
+        self.metrics = JsonLines(config.directory / "metrics.jsonl")
         self.metrics.rewind(stage, step)
         self.events = config.directory / "events.log"
         total = config.train.steps

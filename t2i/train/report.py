@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from t2i.train.observe import Lines
+from t2i.train.observe import JsonLines
 from t2i.train.report_charts import Array, Chart, Line, Piece, draw
 
 _STRIP_GRIDS = 16  # thumbnails a stage shows, evenly spread, the first and the last among them
@@ -135,7 +135,7 @@ def _read_run(directory: Path) -> Run:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}: a report needs the folder of a run that has begun")
     lines: dict[str, list[dict[str, Any]]] = {}
-    for line in Lines(directory / "metrics.jsonl").lines():
+    for line in JsonLines(directory / "metrics.jsonl").lines():
         lines.setdefault(line["stage"], []).append(line)
     stages: list[Stage] = []
     end = 0

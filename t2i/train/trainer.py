@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,12 @@ from t2i.train.build import (
     denoiser_training_flops,
 )
 from t2i.train.intake import Intake
-from t2i.train.observe import Lines, Observer, memory_gib, peak_flops
+from t2i.train.observe import Observer, memory_gib, peak_flops
 from t2i.train.places import StagePlace
 from t2i.train.processes import World
 from t2i.train.schedule import learning_rate, training_times
 from t2i.train.stage_data import StageData
 from t2i.train.validate import Evaluator, global_means
-
-QUARANTINE = "quarantine.jsonl"
 
 
 class StageTrainer:
@@ -88,14 +85,8 @@ class StageTrainer:
         self.ema = Ema(self.engine.shards, config.ema.decay)
         data_state, self._origin = self._restore()
         self._saved_step = self.step
-        self.loader = data.loader(config, place.name, world, data_state)
-        quarantine = Lines(config.directory / QUARANTINE)
-        if world.is_main:
-            quarantine.rewind(place.name, self.step)
-            if self.step == 0:
-                for shard in data.damage:
-                    quarantine.write({"stage": place.name, "step": 0, **asdict(shard)})
-        self.intake = Intake(self.loader, world, config.data.max_set_aside, quarantine, place.name)
+        loader = data.loader(config, place.name, world, data_state)
+        self.intake = Intake(loader, world, config, place.name, self.step, data.damage)
         self.writer = CheckpointWriter(
             place.checkpoints, rank=world.rank, world_size=world.size, attempt=attempt, keep=config.checkpoint.keep
         )
@@ -384,5 +375,5 @@ class StageTrainer:
     def close(self) -> None:
         """Let a checkpoint under way be finished; release threads and memory."""
         self.writer.close()
-        self.loader.close()
+        self.intake.close()
         self.engine.close()

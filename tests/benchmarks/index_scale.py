@@ -32,7 +32,7 @@ def now_mb():
 
 before, began = now_mb(), time.perf_counter()
 index = open_index(open_store(sys.argv[1]), "source")
-index.fingerprint()
+index.fingerprint
 opened = time.perf_counter() - began
 stays = now_mb() - before
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before

@@ -19,7 +19,7 @@ from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 from data.errors import DataError, StoreError
 from data.example import ImageSettings
 from data.findings import Findings, Tally
-from data.index import SourceIndex, index_source
+from data.index import SourceIndex, open_index
 from data.inspect import ANY_SIZE, header_size, image_format, inspect
 from data.inspect_page import Report, printable, share, size_of
 from data.select import Rules
@@ -36,7 +36,7 @@ def picture(width: int, height: int, form: str = "JPEG", **options: Any) -> byte
 def small_source(folder: Path, members: list[tuple[str, bytes]]) -> SourceIndex:
     folder.mkdir(exist_ok=True)
     (folder / "00000.tar").write_bytes(tar_bytes(members))
-    return index_source(open_store(str(folder)), "source")
+    return open_index(open_store(str(folder)), "source")
 
 
 def ids(findings: Findings) -> list[str]:
@@ -89,7 +89,7 @@ def test_progress_adds_up_and_reads_are_joined_within_what_a_request_costs() -> 
     members = [(f"{n:03d}.{end}", content) for n in range(90) for end, content in (("jpg", jpeg(n)), ("txt", b"a"))]
     content = tar_bytes(members, tarfile.USTAR_FORMAT)
     store = MemoryStore({"00000.tar": content}, readahead=1 << 14)
-    index = index_source(store, "source")
+    index = open_index(store, "source")
     store.reads.clear()
     told: list[int] = []
     inspect(index, Rules(), ANY_SIZE, samples=None, progress=told.append)
@@ -300,7 +300,7 @@ def test_the_text_says_what_was_found(tmp_path: Path) -> None:
     captions[3] = {"txt": b"\xff"}
     index = write_source(tmp_path, [20, 20], replaced=captions, size=300)
     (tmp_path / "00002.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:-15_000])
-    index = index_source(open_store(str(tmp_path)), "photos")
+    index = open_index(open_store(str(tmp_path)), "photos")
     text = Report(index, inspect(index, Rules(), ANY_SIZE, samples=None), "Judged so.").text()
 
     def row(label: str) -> list[str]:

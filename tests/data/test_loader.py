@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,17 @@ import boto3
 import numpy as np
 import pytest
 import torch
-from data.select import Rules
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from tar_samples import jpeg, tar_bytes, write_source
 
-from data.errors import BadSample, DataError
+from data.errors import DataError
 from data.example import ImageSettings
 from data.fixed import FixedSamples, fixed_samples
-from data.index import SourceIndex, index_source
+from data.index import SourceIndex, open_index
 from data.loader import PREFETCH, Batch, Loader, merge_states
+from data.select import Rules
 from data.store import StoreOptions, open_store
-from data.stream import Source, Visit
+from data.stream import Source
 
 BATCH, LANES = 16, 8
 Global = list[tuple[int, str, str, bytes]]  # (slot, id, caption, pixels) of one global batch
@@ -101,71 +97,6 @@ def test_batches_hold_the_right_pixels_and_slots(reference: tuple[list[Global], 
             assert np.abs(colour - expected).max() < 8
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 0), (2, 2), (4, 0), (4, 3), (8, 1)])
-def test_any_layout_gives_the_same_global_batches(
-    sources: list[SourceIndex], reference: tuple[list[Global], dict[str, Any]], world: int, workers: int
-) -> None:
-    assert run(sources, 12, world, workers=workers, weights=[3.0, 1.0]) == reference
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    prefix=st.integers(1, 11),
-    before=st.sampled_from([1, 2, 4, 8]),
-    after=st.sampled_from([1, 2, 4, 8]),
-    workers=st.integers(0, 2),
-)
-def test_resuming_after_any_prefix_at_any_world_size_continues_identically(
-    sources: list[SourceIndex],
-    reference: tuple[list[Global], dict[str, Any]],
-    prefix: int,
-    before: int,
-    after: int,
-    workers: int,
-) -> None:
-    first, state = run(sources, prefix, before, workers=workers, weights=[3.0, 1.0])
-    state = json.loads(json.dumps(state))
-    rest, end = run(sources, 12 - prefix, after, workers=workers, weights=[3.0, 1.0], state=state)
-    assert (first + rest, end) == reference
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    lanes=st.sampled_from([1, 2, 4, 16]),
-    block=st.integers(1, 5),
-    bad=st.sets(st.integers(0, 40), max_size=5),
-)
-def test_every_readable_sample_exactly_once_an_epoch(
-    tmp_path_factory: pytest.TempPathFactory, counts: list[int], lanes: int, block: int, bad: set[int]
-) -> None:
-    total = sum(counts)
-    bad = {number for number in bad if number < total and len(bad) < total}
-    good = total - len(bad)
-    if not good:
-        return
-    index = write_source(tmp_path_factory.mktemp("s"), counts, replaced={n: {"jpg": b"?"} for n in bad})
-    by_epoch: dict[int, Counter[str]] = {}
-    # One lane's records carry its epoch: read each lane alone until all lanes have left epochs 0 and 1.
-    source = loader([index], lanes=lanes, batch_size=lanes, shuffle_block=block)
-    for stream in source._streams.values():
-        while True:
-            id_, _ = stream.next(_whole)
-            epoch = stream.state()["sources"]["source"][0]
-            if epoch > 1:
-                break
-            by_epoch.setdefault(epoch, Counter())[id_] += 1
-    source.close()
-    for epoch in (0, 1):
-        assert len(by_epoch[epoch]) == good
-        assert set(by_epoch[epoch].values()) == {1}
-
-
-def _whole(visit: Visit) -> None:
-    if visit.members["jpg"] == b"?":
-        raise BadSample("undecodable_image")
-
-
 def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
     index = write_source(tmp_path, [20, 20], replaced=BAD)
     with loader([index], lanes=1, batch_size=35, workers=2) as source:
@@ -188,7 +119,7 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
 def test_missing_members_are_bad_samples(tmp_path: Path) -> None:
     parts = [("a.jpg", jpeg(0)), ("b.txt", b"no image"), ("c.jpg", jpeg(1)), ("c.txt", b"whole")]
     (tmp_path / "0.tar").write_bytes(tar_bytes(parts))
-    with loader([index_source(open_store(str(tmp_path)), "s")], lanes=1, batch_size=3) as source:
+    with loader([open_index(open_store(str(tmp_path)), "s")], lanes=1, batch_size=3) as source:
         batch = next(source)
     assert set(batch.ids) == {"s/0.tar/c"}
     assert {"missing_caption", "missing_image", "samples", "set_aside"} == set(source.counters())
@@ -299,9 +230,7 @@ def test_from_s3_as_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         client.create_bucket(Bucket="tars")
         for name in os.listdir(tmp_path):
             client.put_object(Bucket="tars", Key=f"set/{name}", Body=(tmp_path / name).read_bytes())
-        remote = index_source(
-            open_store("s3://tars/set", StoreOptions(endpoint=endpoint, region="us-east-1")), "source"
-        )
+        remote = open_index(open_store("s3://tars/set", StoreOptions(endpoint=endpoint, region="us-east-1")), "source")
         assert run([remote], 3, 2, workers=2) == run([local], 3)
     finally:
         server.stop()
@@ -312,4 +241,4 @@ def test_source_names_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'source' is there twice"):
         loader([index, index])
     with pytest.raises(DataError, match="without '/'"):
-        index_source(open_store(str(tmp_path)), "a/b")
+        open_index(open_store(str(tmp_path)), "a/b")

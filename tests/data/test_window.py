@@ -77,9 +77,7 @@ def take(window: Window, n: int) -> list[Taken]:
 
 @pytest.mark.parametrize("readahead", [0, 700, 1 << 20])
 @pytest.mark.parametrize("share", [0, 5_000, 1 << 20])
-def test_samples_come_in_their_order_whatever_the_requests(
-    source: SourceIndex, readahead: int, share: int
-) -> None:
+def test_samples_come_in_their_order_whatever_the_requests(source: SourceIndex, readahead: int, share: int) -> None:
     index, _ = watched(source, readahead)
     order = order_of(index)
     wanted = expected(order, 1, 3)

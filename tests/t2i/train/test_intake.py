@@ -14,10 +14,13 @@ from tar_samples import write_source
 from data.errors import DataError
 from data.example import ImageSettings
 from data.loader import Loader
-from data.stream import Source
+from data.stream import SetAside, Source
+from t2i.config import RunConfig
 from t2i.train.intake import Intake
-from t2i.train.observe import Lines
+from t2i.train.observe import JsonLines
 from t2i.train.processes import World
+
+DAMAGE = SetAside("source", "00009.tar", None, 512, "damaged_tar", "cut off")
 
 
 def intake(folder: Path, bad: int, max_set_aside: float) -> Intake:
@@ -27,8 +30,10 @@ def intake(folder: Path, bad: int, max_set_aside: float) -> Intake:
         [Source(index)], ImageSettings(8), batch_size=50, lanes=1, seed=0, stage="s", rank=0, world_size=1,
         workers=0, shuffle_block=64, buffer_bytes=1 << 30,
     )  # fmt: skip
-    quarantine = Lines(folder / "quarantine.jsonl")
-    return Intake(loader, World(0, 1, torch.device("cpu")), max_set_aside, quarantine, "s")
+    config = RunConfig.model_validate(
+        {"root": folder.parent, "name": folder.name, "data": {"max_set_aside": max_set_aside}}
+    )
+    return Intake(loader, World(0, 1, torch.device("cpu")), config, "s", 0, [DAMAGE])
 
 
 def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
@@ -36,7 +41,8 @@ def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: 
     for step in range(1, 5):
         it.next(step)
     counters, retries = it.flush()
-    lines = Lines(tmp_path / "quarantine.jsonl").lines()
+    damaged, *lines = JsonLines(tmp_path / "quarantine.jsonl").lines()
+    assert (damaged["shard"], damaged["offset"], damaged["step"]) == ("00009.tar", 512, 0)
     assert {(line["shard"], line["key"]) for line in lines} == {("00000.tar", "000000"), ("00000.tar", "000001")}
     assert {line["offset"] for line in lines} == {0, 2048}  # two headers, and a block for each content
     assert {line["reason"] for line in lines} == {"undecodable_image"}
@@ -44,7 +50,7 @@ def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: 
     assert counters["set_aside"] == counters["undecodable_image"] == len(lines)
     assert counters["samples"] == 200 and retries == {}
     it.flush()
-    assert Lines(tmp_path / "quarantine.jsonl").lines() == lines  # once
+    assert JsonLines(tmp_path / "quarantine.jsonl").lines() == [damaged, *lines]  # once
 
 
 @pytest.mark.parametrize(("bad", "stops"), [(3, True), (1, False)])
@@ -52,9 +58,21 @@ def test_past_the_share_the_run_stops_after_a_thousand_samples_and_names_the_sha
     tmp_path: Path, bad: int, stops: bool
 ) -> None:
     it = intake(tmp_path, bad, max_set_aside=0.01)
+    other = {
+        "stage": "before",
+        "step": 1,
+        "source": "source",
+        "shard": "00003.tar",
+        "key": "k",
+        "reason": "bad_caption",
+    }
+    for _ in range(50):  # another stage's are not counted
+        JsonLines(tmp_path / "quarantine.jsonl").write(other)
     if not stops:
         for step in range(1, 41):
             it.next(step)
+        counters, _ = it.flush()
+        assert counters["samples"] == 2000 and counters["set_aside"] in (10, 11)  # the last epoch's may be unread
         return
     with pytest.raises(DataError, match=r"15 of 10\d\d samples .*0\.01; the worst shards: source/00000\.tar \(15\)"):
         for step in range(1, 41):

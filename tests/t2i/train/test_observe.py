@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from t2i.config import RunConfig
-from t2i.train.observe import Lines, Observer, peak_flops
+from t2i.train.observe import JsonLines, Observer, peak_flops
 
 
-def lines(metrics: Lines) -> list[tuple[str, int]]:
+def lines(metrics: JsonLines) -> list[tuple[str, int]]:
     return [(line["stage"], line["step"]) for line in metrics.lines()]
 
 
 def test_rewind_takes_back_the_stages_later_steps_alone(tmp_path: Path) -> None:
-    metrics = Lines(tmp_path / "metrics.jsonl")
+    metrics = JsonLines(tmp_path / "metrics.jsonl")
     for stage, step in (("a", 1), ("a", 9), ("b", 1), ("b", 2), ("b", 3)):
         metrics.write({"stage": stage, "step": step})
     with metrics.path.open("a") as file:
