@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from data.errors import BadSample, DataError, Filtered
 from data.fetch import Fetcher
-from data.index import SourceIndex
 from data.order import SourceOrder, mix
 from data.select import Rules
-from data.tar import RawSample, parse_sample
+from data.shards.index import SourceIndex
+from data.shards.tar import RawSample, parse_sample
 from data.window import Taken, Window
 
 T = TypeVar("T")

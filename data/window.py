@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.fetch import Fetcher
-from data.index import SourceIndex
 from data.order import SourceOrder
+from data.shards.index import SourceIndex
 from data.store import OnFault
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser
 
 from data.errors import StoreError, UserError
-from data.manifest import MANIFEST, build_manifest, open_place
+from data.shards.manifest import MANIFEST, build_manifest, open_place
 from data.store import StoreOptions, open_store
 
 _NAMED = 20

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from data.coming import coming_batches
 from data.errors import StoreError, UserError
 from data.example import ImageSettings
-from data.index import open_index
-from data.inspect import ANY_SIZE, inspect
-from data.inspect_page import Report, count, printable
+from data.inspect.page import Report, count, printable
+from data.inspect.scan import ANY_SIZE, inspect
+from data.shards.index import open_index
 from data.store import open_store
 from data.stream import Source
 from t2i.config import RunConfig, TextConfig, TrainConfig

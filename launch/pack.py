@@ -24,9 +24,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-import data.openmoji
-import data.pack
-import data.shapes
+import data.packing.openmoji
+import data.packing.pack
+import data.packing.shapes
 from data.errors import StoreError, UserError
 from data.packing.contents import Contents
 from data.packing.images import Images
@@ -174,8 +174,8 @@ def tars(source: str, options: Options, manifest: str | None = None) -> None:
         options: What all sources share.
         manifest: Path or s3:// URL of their index.json (launch/index.py), if that is not at the source's root.
     """
-    from data.index import open_index
     from data.packing.tars import samples_of_tars
+    from data.shards.index import open_index
 
     index = open_index(options.open(source), "source", manifest, options=options.reading())
     options.pack(samples_of_tars(index, options.images(), options.heldout, options.seed))
@@ -199,7 +199,7 @@ def openmoji(
         shard_size: Most samples in a shard; shards of a split differ by at most one.
         workers: Processes; by default one per processor core. Does not change the result.
     """
-    _pack(data.openmoji.contents(size, heldout, seed), out, shard_size, workers)
+    _pack(data.packing.openmoji.contents(size, heldout, seed), out, shard_size, workers)
 
 
 def shapes(
@@ -222,7 +222,7 @@ def shapes(
         shard_size: Most samples in a shard; shards of a split differ by at most one.
         workers: Processes; by default one per processor core. Does not change the result.
     """
-    _pack(data.shapes.contents(count, size, heldout, seed), out, shard_size, workers)
+    _pack(data.packing.shapes.contents(count, size, heldout, seed), out, shard_size, workers)
 
 
 def _open_file(url: str, options: Options) -> tuple[Store, str]:
@@ -240,7 +240,7 @@ def _pack(
     store: StoreOptions = StoreOptions(),  # noqa: B008 (frozen)
 ) -> None:
     try:
-        done = data.pack.pack(contents, out, shard_size, workers or len(os.sched_getaffinity(0)), store)
+        done = data.packing.pack.pack(contents, out, shard_size, workers or len(os.sched_getaffinity(0)), store)
     except OSError as error:
         if error.errno not in _FOLDER_FAULTS:
             raise

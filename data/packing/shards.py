@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX
-from data.offsets import encode as encode_offsets
 from data.packing.contents import LeftOut, Reader, Sample, json_bytes
 from data.packing.output import Output
+from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX
+from data.shards.offsets import encode as encode_offsets
 
 LEFT_OUT_SUFFIX = ".left_out.json"
 

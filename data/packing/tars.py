@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.errors import BadSample
-from data.index import SourceIndex
 from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.images import Images
 from data.packing.rows import (
@@ -19,7 +18,8 @@ from data.packing.rows import (
     sample_key,
     usable,
 )
-from data.tar import parse_sample
+from data.shards.index import SourceIndex
+from data.shards.tar import parse_sample
 
 _LONGEST_NAME = 100
 """Bytes of a member's name in a plain tar header."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from data.example import ImageSettings
 from data.fixed import FixedSamples, fixed_samples
-from data.index import open_index
 from data.loader import Loader
+from data.shards.index import open_index
 from data.store import open_store
 from data.stream import SetAside, Source
 from t2i.config import RunConfig

@@ -32,9 +32,9 @@ import numpy as np
 import simplejpeg
 
 from data.example import ImageSettings
-from data.index import open_index
 from data.loader import Loader, merge_states
-from data.manifest import build_manifest
+from data.shards.index import open_index
+from data.shards.manifest import build_manifest
 from data.store import StoreOptions, open_store
 from data.stream import Source
 
@@ -168,7 +168,7 @@ def main() -> None:
         out = given.folder / f"rank_{given.rank}.jsonl"
         rank(given.endpoint, given.rank, given.world, given.folder / "state.json", out)
         return
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "s3")]
+    sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "s3")]
     from ceph import Ceph
     from fault_proxy import FaultProxy
 

@@ -35,11 +35,11 @@ from photographs import crops, describe
 
 from data.decode import decode
 from data.example import ImageSettings
-from data.index import open_index
 from data.loader import Loader, merge_states
+from data.shards.index import open_index
+from data.shards.tar import parse_sample
 from data.store import StoreOptions, open_store
 from data.stream import Source
-from data.tar import parse_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "throughput"

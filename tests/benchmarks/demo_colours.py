@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import shapes
+from data.packing import shapes
 from launch.process import main
 from t2i.pipeline import Picture, Pipeline
 

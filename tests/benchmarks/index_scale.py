@@ -24,7 +24,7 @@ SHARDS = (10, 1_000, 40_000)
 
 OPEN = """
 import json, pickle, resource, sys, time
-from data.index import open_index
+from data.shards.index import open_index
 from data.store import open_store
 
 def now_mb():
@@ -68,7 +68,7 @@ def opening(folder: Path, shards: int) -> dict[str, Any]:
 
 def parsing(form: int, headers: dict[str, str], rounds: int = 20_000) -> float:
     """Microseconds a sample."""
-    from data.tar import parse_sample
+    from data.shards.tar import parse_sample
 
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tar_samples import jpeg, write_source
 
 from data.example import ImageSettings
-from data.index import SourceIndex
 from data.loader import Loader, merge_states
 from data.select import Rules
+from data.shards.index import SourceIndex
 from data.stream import SetAside, Source
 
 LANES = [1, 2, 3, 4, 6, 12]

@@ -17,9 +17,9 @@ from tar_samples import jpeg, tar_bytes, write_source
 from data.errors import DataError
 from data.example import ImageSettings
 from data.fixed import FixedSamples, fixed_samples
-from data.index import SourceIndex, open_index
 from data.loader import PREFETCH, Batch, Loader, merge_states
 from data.select import Rules
+from data.shards.index import SourceIndex, open_index
 from data.store import StoreOptions, open_store
 from data.stream import Source
 

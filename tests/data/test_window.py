@@ -13,9 +13,9 @@ from tar_samples import write_source
 
 from data.errors import DataError
 from data.fetch import Fetcher
-from data.index import SourceIndex
 from data.order import SourceOrder
-from data.tar import parse_sample
+from data.shards.index import SourceIndex
+from data.shards.tar import parse_sample
 from data.window import Taken, Window, plan, request_bytes
 
 COUNTS = [30, 7, 1, 50, 12]

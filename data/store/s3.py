@@ -26,8 +26,8 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from data.errors import DataError
-from data.s3_errors import CHANGED, ERRORS, OUTSIDE, CutShort, Refused, judged
-from data.store import ObjectInfo, OnFault, Retries, StoreOptions, changed, shrunk, unreadable
+from data.store.base import ObjectInfo, OnFault, Retries, StoreOptions, changed, shrunk, unreadable
+from data.store.s3_errors import CHANGED, ERRORS, OUTSIDE, CutShort, Refused, judged
 
 _PIECE = 64 << 10  # bytes asked of a body at once: at most so many are read again when it breaks
 _PART = 16 << 20  # bytes of a part of a multipart upload; S3 allows at most 10,000 parts

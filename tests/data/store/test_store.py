@@ -23,9 +23,10 @@ from botocore import exceptions as aws
 from fault_proxy import FAULTS, FaultProxy
 from moto.server import ThreadedMotoServer
 
-import data.s3
+import data.store.s3
 from data.errors import DataError, StoreError
-from data.store import ReadOnly, Retries, Store, StoreOptions, open_store
+from data.store import ReadOnly, Store, StoreOptions, open_store
+from data.store.base import Retries
 
 CONTENT = {"a.tar": b"0123456789", "deep/b.tar": b"xyz", "deep/c.txt": b"", "z.tar": bytes(range(256)) * 40}
 LARGE = random.Random(0).randbytes(300_000)
@@ -176,7 +177,7 @@ def test_a_read_is_of_the_version_asked_for(store: Store) -> None:
 
 
 def test_write_and_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.s3, "_PART", PART)
+    monkeypatch.setattr(data.store.s3, "_PART", PART)
     store.write("new/folder/a", b"first")
     store.write("new/folder/a", b"second")
     assert store.read("new/folder/a") == b"second"
@@ -225,7 +226,7 @@ def test_every_kind_of_fault_is_reported_and_no_byte_lost(endpoint: str, bucket:
 def test_everything_goes_through_all_faults_at_once(
     endpoint: str, bucket: str, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.s3, "_PART", PART)
+    monkeypatch.setattr(data.store.s3, "_PART", PART)
     (tmp_path / "file").write_bytes(content := random.Random(2).randbytes(3 * PART + 1))
     with FaultProxy(endpoint, share=0.5, seed=2, latency_s=0.01) as proxy:
         store = open_store(bucket, StoreOptions(endpoint=proxy.url, read_timeout_s=0.5))
@@ -440,7 +441,7 @@ def test_a_server_that_overlooks_range_or_condition(endpoint: str, scripted: Cal
 def test_options_reach_every_request(
     endpoint: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.s3, "_PART", PART)
+    monkeypatch.setattr(data.store.s3, "_PART", PART)
     options = StoreOptions(endpoint=endpoint, requester_pays=True, connect_timeout_s=3, read_timeout_s=4)
     store: Any = pickle.loads(pickle.dumps(open_store(bucket, options)))
     sent = []
@@ -464,7 +465,7 @@ def test_options_reach_every_request(
 def test_an_upload_whose_last_answer_is_lost_is_done(
     endpoint: str, bucket: str, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.s3, "_PART", PART)
+    monkeypatch.setattr(data.store.s3, "_PART", PART)
     store: Any = open_store(bucket, StoreOptions(endpoint=endpoint))
     (tmp_path / "file").write_bytes(content := LARGE * 20)
     complete, gone = store._client.complete_multipart_upload, refused("NoSuchUpload", 404)
@@ -487,7 +488,7 @@ def test_an_upload_whose_last_answer_is_lost_is_done(
 def test_a_failed_upload_leaves_nothing(
     endpoint: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.s3, "_PART", PART)
+    monkeypatch.setattr(data.store.s3, "_PART", PART)
     store: Any = open_store(bucket, StoreOptions(endpoint=endpoint, retry_minutes=0))
     (tmp_path / "file").write_bytes(bytes(3 * PART))
     upload_part = store._client.upload_part

@@ -28,12 +28,12 @@ from data.decode import decode
 from data.errors import BadSample, DataError, Filtered
 from data.example import ImageSettings, example
 from data.fetch import Fetcher
-from data.findings import ASPECT_RATIOS, Findings, Reason, Reasons, Tile
-from data.index import SourceIndex
+from data.inspect.findings import ASPECT_RATIOS, Findings, Reason, Reasons, Tile
 from data.select import UNIFORMS, Rules, select
+from data.shards.index import SourceIndex
+from data.shards.tar import RawSample, parse_sample
 from data.store import OnFault
 from data.stream import Visit
-from data.tar import RawSample, parse_sample
 from data.window import request_bytes
 
 ANY_SIZE = ImageSettings(64, small_images="upscale")

@@ -18,16 +18,16 @@ import pytest
 import simplejpeg
 import webdataset
 
-from data import openmoji, pack, shapes
 from data.errors import DataError, UserError
-from data.index import open_index
+from data.packing import openmoji, pack, shapes
 from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.output import Output
+from data.shards.index import open_index
+from data.shards.tar import parse_sample
 from data.store import StoreOptions, open_store
-from data.tar import parse_sample
 from launch.pack import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def read(directory: Path, split: str):
@@ -183,7 +183,7 @@ def test_a_foreign_summary_is_told_in_one_sentence(name, content, tmp_path, caps
 
 
 def test_the_index_is_written_along(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.manifest.scan_shard", None)  # no shard may need a scan
+    monkeypatch.setattr("data.shards.manifest.scan_shard", None)  # no shard may need a scan
     pack.pack(shapes.contents(100, size=64, heldout=0.1, seed=3), tmp_path / "a", shard_size=40)
     assert files(tmp_path / "a") == files(scenes)
     index = open_index(open_store(str(scenes / "train")), "scenes", notice=pytest.fail)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from data import pack, shapes
+from data.packing import pack, shapes
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from data.shards.tar import BLOCK, TarScan, is_header, scan_tar
 from data.store import ObjectInfo, Store
-from data.tar import BLOCK, TarScan, is_header, scan_tar
 
 SHARD_SUFFIX = ".tar"
 OFFSETS_SUFFIX = ".idx"

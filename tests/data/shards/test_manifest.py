@@ -15,11 +15,11 @@ from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 
 import launch.index
 from data.errors import DataError
-from data.index import open_index
-from data.manifest import build_manifest, offsets_name, open_place, read_manifest
-from data.offsets import decode, encode, read_offsets
+from data.shards.index import open_index
+from data.shards.manifest import build_manifest, offsets_name, open_place, read_manifest
+from data.shards.offsets import decode, encode, read_offsets
+from data.shards.tar import scan_tar
 from data.store import open_store
-from data.tar import scan_tar
 
 
 def shard(first: int, count: int) -> bytes:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 
-import data.index
+import data.shards.index
 from data.errors import DataError
-from data.index import SourceIndex, open_index
-from data.manifest import build_manifest
+from data.shards.index import SourceIndex, open_index
+from data.shards.manifest import build_manifest
+from data.shards.tar import parse_sample
 from data.store import Store, open_store
-from data.tar import parse_sample
 
 
 def shard(first: int, count: int) -> bytes:
@@ -85,7 +85,7 @@ def test_threads_share_a_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     build_manifest([store], store)
     source = open_index(store, "s")
     expected = [source.offsets(n).tolist() for n in range(20)]
-    monkeypatch.setattr(data.index, "_CACHE_BYTES", 5 * 80)
+    monkeypatch.setattr(data.shards.index, "_CACHE_BYTES", 5 * 80)
     source = pickle.loads(pickle.dumps(source))
     with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda n: source.offsets(n % 20).tolist(), range(2000)))
@@ -95,8 +95,8 @@ def test_threads_share_a_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_used_last_stays_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.index, "_CACHE_BYTES", 3 * 80)
-    cache, array = data.index._Cache(), np.zeros(10, np.int64)
+    monkeypatch.setattr(data.shards.index, "_CACHE_BYTES", 3 * 80)
+    cache, array = data.shards.index._Cache(), np.zeros(10, np.int64)
     for shard_number in (0, 1, 2, 2, 2):  # as when threads read the same at once
         cache.put(shard_number, array)
     assert cache.get(0) is array
@@ -126,8 +126,8 @@ def test_an_unindexed_source_is_indexed_with_a_notice_up_to_a_number_of_shards(
     assert len(captions(open_index(store, "s", notice=said.append))) == 3
     assert len(said) == 1 and "'s'" in said[0] and "3 shards" in said[0]
     assert "python launch/index.py s3://bucket/p" in said[0] and not store.writes
-    assert data.index._MOST_UNINDEXED == 1000
-    monkeypatch.setattr(data.index, "_MOST_UNINDEXED", 2)
+    assert data.shards.index._MOST_UNINDEXED == 1000
+    monkeypatch.setattr(data.shards.index, "_MOST_UNINDEXED", 2)
     with pytest.raises(DataError, match=r"'s': 3 shards .* run python launch/index\.py s3://bucket/p first"):
         open_index(store, "s", notice=pytest.fail)
 
@@ -147,7 +147,7 @@ def test_a_source_without_tars_is_read_as_a_folder_of_images(monkeypatch: pytest
     assert captions(source) == ["0", "1", "2"] and len(said) == 1 and "launch/pack.py" in said[0]
     with pytest.raises(DataError, match=r"'s': no \.tar shard and no image below s3://bucket/p"):
         open_index(MemoryStore({"a.mp3": b""}), "s", notice=pytest.fail)
-    monkeypatch.setattr(data.index, "_MOST_UNINDEXED", 0)
+    monkeypatch.setattr(data.shards.index, "_MOST_UNINDEXED", 0)
     with pytest.raises(DataError, match=r"pack them with python launch/pack\.py first"):
         open_index(MemoryStore(files), "s", notice=pytest.fail)
 

@@ -23,15 +23,15 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from tar_samples import jpeg, tar_bytes
 
-from data import pack
-from data.index import open_index
+from data.packing import pack
 from data.packing.csv_table import csv_table
 from data.packing.images import Images
 from data.packing.parquet_table import parquet_table
 from data.packing.rows import Part, below, parts, sample_key
 from data.packing.table import Columns, Files
+from data.shards.index import open_index
+from data.shards.tar import RawSample, parse_sample
 from data.store import StoreOptions, open_store
-from data.tar import RawSample, parse_sample
 from launch.pack import main
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "photographs"
+CACHE = Path(__file__).resolve().parents[3] / ".cache" / "photographs"
 PACKAGES = ("lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04", "mate-backgrounds", "plasma-workspace-wallpapers")
 PHOTOGRAPHS = re.compile(
     r"(Bridge|Dragonfly|Kleiber|Picture_0B|Wine|aitzgorri|free|friends|greentock|life|picosdeeuropa|seeding|sunset)_by_"

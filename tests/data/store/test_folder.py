@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.folder import FolderStore
+from data.shards.tar import parse_sample, scan_tar
 from data.store import ObjectInfo, ReadOnly, open_store
-from data.tar import parse_sample, scan_tar
+from data.store.folder import FolderStore
 
 
 class Memory:

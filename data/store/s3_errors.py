@@ -12,7 +12,7 @@ from botocore import exceptions as aws
 from botocore.parsers import ResponseParserError
 
 from data.errors import DataError
-from data.store import ReadOnly
+from data.store.base import ReadOnly
 
 
 class Refused(DataError):

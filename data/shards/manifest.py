@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.errors import DataError
-from data.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, encode, read_offsets, scan_shard
+from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, encode, read_offsets, scan_shard
+from data.shards.tar import TarScan
 from data.store import ObjectInfo, ReadOnly, Store, StoreOptions, open_store
-from data.tar import TarScan
 
 MANIFEST = "index.json"
 """Where a source's own manifest lies, at its root."""

@@ -15,7 +15,7 @@ from tar_samples import MemoryStore, tar_bytes
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from data.errors import BadSample
-from data.tar import TarScan, parse_sample, scan_tar
+from data.shards.tar import TarScan, parse_sample, scan_tar
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 

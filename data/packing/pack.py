@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.manifest import build_manifest
-from data.offsets import SHARD_SUFFIX
 from data.packing.contents import Contents, check
 from data.packing.output import Output
 from data.packing.shards import LEFT_OUT_SUFFIX, Run, shard_stem, write_all
+from data.shards.manifest import build_manifest
+from data.shards.offsets import SHARD_SUFFIX
 from data.store import StoreOptions
 
 SUMMARY = "dataset.json"

@@ -18,11 +18,11 @@ from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 
 from data.errors import DataError, StoreError
 from data.example import ImageSettings
-from data.findings import Findings, Tally
-from data.index import SourceIndex, open_index
-from data.inspect import ANY_SIZE, header_size, image_format, inspect
-from data.inspect_page import Report, printable, share, size_of
+from data.inspect.findings import Findings, Tally
+from data.inspect.page import Report, printable, share, size_of
+from data.inspect.scan import ANY_SIZE, header_size, image_format, inspect
 from data.select import Rules
+from data.shards.index import SourceIndex, open_index
 from data.store import open_store
 
 

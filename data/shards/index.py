@@ -4,7 +4,7 @@
   found in its bytes. So 36 million samples in 40,000 shards open in a second and pickle to other ranks in a few MB.
 - The table comes from a manifest (`launch/index.py` writes it); a source of up to 1,000 shards without one is indexed
   at the start, with a notice.
-- A source without any .tar, but with images, is read as if it were shards (`data/folder.py`).
+- A source without any .tar, but with images, is read as if it were shards (`data/store/folder.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.folder import FolderStore
-from data.manifest import MANIFEST, open_place, read_manifest, scan_all
-from data.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, decode, read_offsets, scan_shard
+from data.shards.manifest import MANIFEST, open_place, read_manifest, scan_all
+from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, decode, read_offsets, scan_shard
+from data.shards.tar import TarScan, scan_tar
 from data.store import ObjectInfo, OnFault, Store, StoreOptions, changed
-from data.tar import TarScan, scan_tar
+from data.store.folder import FolderStore
 
 _MOST_UNINDEXED = 1000
 _THREADS = 8

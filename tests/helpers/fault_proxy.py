@@ -1,6 +1,6 @@
 """A proxy for HTTP on loopback that spoils a share of the requests, as networks and busy servers do.
 
-    python tests/fault_proxy.py --upstream 127.0.0.1:9000 --port 9001 --share 0.1 --seed 1     # counts as JSON at exit
+    python tests/helpers/fault_proxy.py --upstream 127.0.0.1:9000 --port 9001 --share 0.1     # counts as JSON at exit
 
 - One draw a request, on connections that are kept alive too. Heads pass untouched, so signatures hold.
 - `reset` (RST), `stall` and `truncate` (an orderly close) strike at a random byte of the answer's body, or before its

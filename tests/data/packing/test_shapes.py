@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data import shapes
-from data.shapes import BACKGROUND, COLORS, HELDOUT_START, PALETTE, SHAPES, TASKS, Scene, cover, draw, scene
+from data.packing import shapes
+from data.packing.shapes import BACKGROUND, COLORS, HELDOUT_START, PALETTE, SHAPES, TASKS, Scene, cover, draw, scene
 
 SCENES = [scene(7, index) for index in range(900)]
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}

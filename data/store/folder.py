@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError
-from data.store import ObjectInfo, OnFault, ReadOnly, Store, changed, shrunk
+from data.store.base import ObjectInfo, OnFault, ReadOnly, Store, changed, shrunk
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SAMPLES_A_SHARD = 1000

@@ -1,4 +1,4 @@
-"""What `data/inspect.py` found, as lines for a terminal and as a page.
+"""What `scan.py` found, as lines for a terminal and as a page.
 
 - Both show the same tables, made once; the page adds a sheet of samples and histograms.
 - The page is one file: thumbnails are data URIs, bars are inline SVG, and its policy forbids to load anything.
@@ -18,8 +18,8 @@ from string import Template
 
 import numpy as np
 
-from data.findings import ASPECT_RATIOS, Findings, Reasons, Tally, Tile
-from data.index import SourceIndex
+from data.inspect.findings import ASPECT_RATIOS, Findings, Reasons, Tally, Tile
+from data.shards.index import SourceIndex
 
 TOKENS_A_WORD = 1.3
 """Of English text under the usual vocabularies of language models: an estimate, and labelled so."""
@@ -93,7 +93,7 @@ class Report:
             f"<div><span>{escape(label)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>"
             for label, value, note in self._cards()
         )
-        template = files("data").joinpath("inspect_page.html").read_text(encoding="utf-8")
+        template = files("data.inspect").joinpath("page.html").read_text(encoding="utf-8")
         return Template(template).substitute(
             name=escape(printable(self.index.name)),
             url=escape(printable(self.index.store.url)),

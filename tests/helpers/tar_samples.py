@@ -11,7 +11,7 @@ import numpy as np
 import simplejpeg
 
 from data.errors import DataError
-from data.index import SourceIndex, open_index
+from data.shards.index import SourceIndex, open_index
 from data.store import ObjectInfo, ReadOnly, open_store
 
 
@@ -50,7 +50,7 @@ def write_source(
             members += [(f"{number:06d}.{extension}", content) for extension, content in parts.items()]
             number += 1
         (folder / f"{shard:05d}.tar").write_bytes(tar_bytes(members))
-    return open_index(open_store(str(folder)), name)
+    return open_index(open_store(str(folder)), name, notice=lambda _: None)
 
 
 class MemoryStore:

@@ -1,0 +1,146 @@
+"""A directory and everything below it, as a store."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from data.errors import DataError
+from data.store.base import ObjectInfo, OnFault, ReadOnly, Retries, StoreOptions, changed, shrunk, unreadable
+
+T = TypeVar("T")
+
+_PARTIAL = ".partial"  # what is not whole yet is named so, and not listed
+_PASSING = {
+    errno.EIO: "broken",
+    errno.ESTALE: "broken",
+    errno.ENOTCONN: "broken",
+    errno.ECONNRESET: "broken",
+    errno.EREMOTEIO: "broken",
+    errno.EAGAIN: "throttled",
+    errno.EBUSY: "throttled",
+    errno.ETIMEDOUT: "timeout",
+}
+
+
+class LocalStore:
+    """A directory and everything below it."""
+
+    readahead = 16 << 10
+
+    def __init__(self, root: str, options: StoreOptions) -> None:
+        self.url, self._minutes = root.rstrip("/") or "/", options.retry_minutes
+        if not Path(root).is_dir():
+            raise DataError(f"source {root!r} is not a directory: give the folder that holds the .tar shards")
+
+    def list(self, suffix: str = "") -> list[ObjectInfo]:
+        def fail(error: OSError) -> None:
+            raise error  # os.walk would leave the folder out in silence
+
+        def attempt() -> list[ObjectInfo]:
+            return [
+                self._described(Path(folder, file).relative_to(self.url).as_posix(), os.stat(Path(folder, file)))
+                for folder, _, files in os.walk(self.url, onerror=fail)
+                for file in files
+                if file.endswith(suffix) and not file.endswith(_PARTIAL)
+            ]
+
+        return sorted(self._retried("listing", "", attempt), key=lambda info: info.name)
+
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        version: str | None = None,
+        on_fault: OnFault = None,
+    ) -> bytes | bytearray:
+        def attempt() -> bytes | bytearray:
+            nonlocal version
+            with open(Path(self.url, name), "rb", buffering=0) as file:
+                info = self._described(name, os.fstat(file.fileno()))
+                if info.version != (version or info.version):
+                    raise changed(self.url, name)
+                version = info.version  # of every attempt that follows
+                end = info.size if stop is None else stop
+                if max(start, end) > info.size:
+                    raise shrunk(self.url, name, max(start, end))
+                content = bytearray(max(end - start, 0))
+                view, at = memoryview(content), 0
+                # The kernel may return less than was asked for; only 0 is the end.
+                while at < len(view):
+                    if not (got := os.preadv(file.fileno(), [view[at:]], start + at)):
+                        raise shrunk(self.url, name, end)
+                    at += got
+                return content
+
+        return self._retried("reading", name, attempt, on_fault)
+
+    def info(self, name: str) -> ObjectInfo | None:
+        def attempt() -> ObjectInfo | None:
+            path = Path(self.url, name)
+            try:
+                return self._described(name, path.stat()) if not path.is_dir() else None
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+        return self._retried("looking up", name, attempt)
+
+    def write(self, name: str, content: bytes) -> None:
+        def attempt() -> None:
+            with self._replacing(name) as file:
+                file.write(content)
+
+        self._retried("writing", name, attempt)
+
+    def upload(self, name: str, path: Path) -> None:
+        def attempt() -> None:
+            source.seek(0)
+            with self._replacing(name) as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+
+        try:
+            source = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise unreadable(path, error) from error
+        with source:
+            self._retried("writing", name, attempt)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[BinaryIO]:
+        path = Path(self.url, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        try:
+            with open(partial, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # else the rename may outlive the content when the machine goes down
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _described(self, name: str, stat: os.stat_result) -> ObjectInfo:
+        return ObjectInfo(name, stat.st_size, str(stat.st_mtime_ns), stat.st_mtime)
+
+    def _retried(self, verb: str, name: str, attempt: Callable[[], T], on_fault: OnFault = None) -> T:
+        what = f"{verb} {self.url}/{name}".rstrip("/")
+
+        def judge(error: Exception) -> tuple[str, str] | DataError:
+            assert isinstance(error, OSError)
+            if kind := _PASSING.get(error.errno or 0):
+                return kind, str(error)
+            mistake = DataError
+            if verb == "writing" and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                mistake = ReadOnly
+            where = f" ({error.filename})" if error.filename else ""
+            return mistake(f"{what} is not possible: {error.strerror or error}{where}")
+
+        return Retries(what, self._minutes, on_fault).run(attempt, (OSError,), judge)
