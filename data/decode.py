@@ -125,7 +125,7 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except Exception:  # KeyError for 4:4:1, among others
         return None
     return height, width, "CMYK" if colours in ("CMYK", "YCCK") else "RGB"
 

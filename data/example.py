@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.decode import Pixels, SmallImages, decode
+from data.errors import BadSample, Filtered
 from data.select import UNIFORMS, select
 from data.stream import Visit
 
@@ -38,13 +39,18 @@ def example(visit: Visit, images: ImageSettings) -> tuple[Pixels, str]:
     """
     selected = select(visit.members, visit.rules, visit.uniforms("caption", UNIFORMS).tolist())
     vertical, horizontal, mirror = visit.uniforms("image", 3).tolist()
-    pixels = decode(
-        selected.image,
-        images.size,
-        small_images=images.small_images,
-        min_side=visit.rules.min_side,
-        max_aspect_ratio=visit.rules.max_aspect_ratio,
-        crop=(vertical, horizontal) if images.crop == "random" else (0.5, 0.5),
-        flip=images.horizontal_flip and mirror < 0.5,
-    )
+    try:
+        pixels = decode(
+            selected.image,
+            images.size,
+            small_images=images.small_images,
+            min_side=visit.rules.min_side,
+            max_aspect_ratio=visit.rules.max_aspect_ratio,
+            crop=(vertical, horizontal) if images.crop == "random" else (0.5, 0.5),
+            flip=images.horizontal_flip and mirror < 0.5,
+        )
+    except (BadSample, Filtered, MemoryError):
+        raise
+    except Exception as fault:  # one odd file in a hundred million must not end a run
+        raise BadSample("undecodable_image", f"{type(fault).__name__}: {fault}") from fault
     return pixels, selected.caption

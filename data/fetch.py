@@ -2,19 +2,26 @@
 
 - The number of requests under way follows what the server gives: it rises while more of them move more bytes a
   second, falls back when they do not, and halves when the server asks for less (503 SlowDown) or stalls.
-- Requests begin in the order they were asked for. The bytes ahead are bounded by those who ask (`data/window.py`).
+- What is needed first begins first, whoever asked first: a lane that reads far ahead does not keep the others waiting.
+  The bytes ahead are bounded by those who ask (`data/window.py`).
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+MOST_AT_ONCE = 64
+"""Requests of a rank."""
 
 
 class Concurrency:
@@ -24,7 +31,7 @@ class Concurrency:
     brought 5 % more bytes a second, else taken back, and tried again after a while, for servers change.
     """
 
-    def __init__(self, start: int = 8, most: int = 64) -> None:
+    def __init__(self, start: int = 8, most: int = MOST_AT_ONCE) -> None:
         self.limit, self._most = start, most
         self._best = 0.0  # bytes a second at the limit that was kept last
         self._kept = start
@@ -73,7 +80,9 @@ class Fetcher:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._queue: deque[tuple[Future[Any], Callable[[Callable[[str], None]], Any], int]] = deque()
+        # A heap: need, then the order of asking, and what is asked.
+        self._queue: list[tuple[float, int, Future[Any], Callable[[Callable[[str], None]], Any], int]] = []
+        self._numbers = itertools.count()
         self._concurrency = Concurrency()
         self._threads = 0
         self._window_began = self._last_congestion = time.monotonic()
@@ -91,14 +100,19 @@ class Fetcher:
         with self._changed:
             return dict(sorted(self._faults.items()))
 
-    def submit(self, request: Callable[[Callable[[str], None]], T], size: int = 0) -> Future[T]:
-        """Run `request(on_fault)` on a thread, soon; `size` is the bytes it moves."""
+    def submit(self, request: Callable[[Callable[[str], None]], T], size: int = 0, need: float = 0.0) -> Future[T]:
+        """Run `request(on_fault)` on a thread.
+
+        Args:
+            size: bytes it moves.
+            need: when its result is needed, on any scale that all who ask share; the smallest begins first.
+        """
         future: Future[T] = Future()
         with self._changed:
             if self._closed:
                 future.set_exception(FetcherClosed())
                 return future
-            self._queue.append((future, request, size))
+            heapq.heappush(self._queue, (need, next(self._numbers), future, request, size))
             if len(self._running) + len(self._queue) > self._threads and self._threads < self._concurrency.limit:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"fetch-{self._threads}", daemon=True).start()
@@ -109,7 +123,7 @@ class Fetcher:
         """Drop what waits and what is under way, whose threads end at their next fault at the latest."""
         with self._changed:
             self._closed = True
-            dropped = [future for future, _, _ in self._queue] + list(self._running)
+            dropped = [future for _, _, future, _, _ in self._queue] + list(self._running)
             self._queue.clear()
             self._running.clear()
             self._changed.notify_all()
@@ -125,7 +139,7 @@ class Fetcher:
                 self._changed.wait_for(lambda: self._closed or self._may_begin())
                 if self._closed:
                     return
-                future, request, size = self._queue.popleft()
+                _, _, future, request, size = heapq.heappop(self._queue)
                 self._running.add(future)
             result: Any = None
             fault: BaseException | None = None

@@ -19,6 +19,8 @@ from data.stream import LaneSource, LaneStream, Source
 # Part of what makes the samples fixed: another number is another order.
 _SHUFFLE_BLOCK = 1024
 _AHEAD_BYTES = 32 << 20
+# Of a source of millions, a wrong name of a member or a field is told after these.
+_MOST_MISSES = 5000
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def fixed_samples(sources: Sequence[Source], n: int, images: ImageSettings) -> F
     ]
     found: dict[str, tuple[Pixels, str]] = {}
     with closing(Fetcher()) as fetcher:
-        stream = LaneStream(ordered, 0, 1, fetcher)
+        stream = LaneStream(ordered, 0, 1, fetcher, _MOST_MISSES)
         while len(found) < n:
             id_, result = stream.next(lambda visit: example(visit, images))
             found.setdefault(id_, result)

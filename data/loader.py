@@ -25,13 +25,16 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.example import ImageSettings, example
-from data.fetch import Fetcher
+from data.fetch import MOST_AT_ONCE, Fetcher
 from data.order import SourceOrder, check_layout, check_sources
+from data.shards.index import SourceIndex
 from data.stream import LaneSource, LaneStream, SetAside, Source
 from data.window import request_bytes
 
 PREFETCH = 2
 """Batches that the threads may be ahead of the consumer."""
+
+_PATIENCE_S = 3600.0
 
 _AHEAD_BATCHES = 2
 """Batches whose samples are read ahead of the threads, where a request holds one sample."""
@@ -59,12 +62,21 @@ class Batch:
 class _Share:
     """One batch being filled by the lanes of a rank."""
 
-    def __init__(self, size: int, height: int, width: int, pin_memory: bool) -> None:
-        self.pixels = torch.empty((size, 3, height, width), dtype=torch.uint8, pin_memory=pin_memory)
+    def __init__(self, size: int) -> None:
         self.captions, self.ids = [""] * size, [""] * size
         self.lane_states: dict[int, dict[str, Any]] = {}
         self.set_aside: list[SetAside] = []
         self.error: Exception | None = None
+        self._pixels: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    def pixels(self, height: int, width: int, pin_memory: bool) -> torch.Tensor:
+        """The batch's memory, made by the first lane that comes."""
+        with self._lock:
+            if self._pixels is None:
+                shape = (len(self.ids), 3, height, width)
+                self._pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+            return self._pixels
 
 
 class Loader:
@@ -133,7 +145,7 @@ class Loader:
         self._fetcher = Fetcher()
         saved: Mapping[str, Any] = state["lanes"] if state is not None else {}
         self._streams = {
-            lane: LaneStream(ordered, lane, lanes, self._fetcher, saved.get(str(lane)))
+            lane: LaneStream(ordered, lane, lanes, self._fetcher, state=saved.get(str(lane)))
             for lane in range(rank, lanes, world_size)
         }
         self._consumed = int(state["batch"]) if state is not None else 0
@@ -144,22 +156,37 @@ class Loader:
         self._ready = [(self._consumed, lane) for lane in self._streams]  # a heap: the earliest batch first
         self._threads: list[threading.Thread] = []
         self._closed = False
+        self._waiting_since: float | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        while (batch := self.take(_PATIENCE_S)) is None:
+            pass
+        return batch
+
+    def take(self, within_s: float) -> Batch | None:
+        """Return the next batch, or None if it is not there within so many seconds.
+
+        Raises:
+            DataError, StoreError: where a source does.
+        """
         began = time.perf_counter()
         number = self._consumed
         if self._closed:
             raise RuntimeError("this Loader is closed")
+        if self._waiting_since is None:
+            self._waiting_since = began
         if self._workers:
             self._start()
             with self._changed:
-                self._changed.wait_for(lambda: self._finished(number))
+                self._changed.wait_for(lambda: self._finished(number), within_s)
         else:
-            while not self._finished(number):
+            while not self._finished(number) and time.perf_counter() < began + within_s:
                 self._work_once(*heapq.heappop(self._ready))
+        if not self._finished(number):
+            return None
         share = self._shares[number]
         if share.error is not None:
             raise share.error
@@ -169,9 +196,9 @@ class Loader:
             self._lane_states = share.lane_states
             self._changed.notify_all()
         slots = number * self._batch_size + np.arange(self._rank, self._batch_size, self._world_size, dtype=np.int64)
-        waited = time.perf_counter() - began
-        set_aside = sorted(share.set_aside, key=lambda it: (it.source, it.shard, it.offset))  # threads found them
-        return Batch(share.pixels, share.captions, share.ids, slots, self.state(), set_aside, waited)
+        pixels = share.pixels(*self._images.size, self._pin_memory)
+        waited, self._waiting_since = time.perf_counter() - self._waiting_since, None
+        return Batch(pixels, share.captions, share.ids, slots, self.state(), _sorted(share.set_aside), waited)
 
     def state(self) -> dict[str, Any]:
         """Return this rank's state after the last batch handed out, JSON values."""
@@ -188,6 +215,20 @@ class Loader:
         for state in self._lane_states.values():
             total.update(state["counters"])
         return dict(sorted(total.items()))
+
+    def read_so_far(self) -> dict[str, int]:
+        """Count as `counters` does, what was read ahead of the consumer included."""
+        total: Counter[str] = Counter()
+        for stream in self._streams.values():
+            total.update(stream.read_so_far())
+        return dict(total)
+
+    def take_set_aside(self) -> list[SetAside]:
+        """Return what was set aside ahead of the consumer, for one who takes no further batch."""
+        with self._changed:
+            found = [it for share in self._shares.values() for it in share.set_aside]
+            self._shares.clear()
+        return _sorted(found + [it for stream in self._streams.values() for it in stream.take_set_aside()])
 
     def close(self) -> None:
         """Stop the threads and wait for them; each finishes at most the sample it is at."""
@@ -231,11 +272,7 @@ class Loader:
     def _work_once(self, number: int, lane: int) -> None:
         """Fill one lane's slots of one batch. A lane is in the heap once, so never with two threads."""
         with self._changed:
-            if number not in self._shares:
-                self._shares[number] = _Share(
-                    self._batch_size // self._world_size, *self._images.size, self._pin_memory
-                )
-            share = self._shares[number]
+            share = self._shares.setdefault(number, _Share(self._batch_size // self._world_size))
         try:
             self._fill(share, lane)
         except Exception as error:
@@ -250,7 +287,7 @@ class Loader:
             self._changed.notify_all()
 
     def _fill(self, share: _Share, lane: int) -> None:
-        stream, pixels = self._streams[lane], share.pixels.numpy()
+        stream, pixels = self._streams[lane], share.pixels(*self._images.size, self._pin_memory).numpy()
         for k in range(self._per_lane):
             if self._closed:
                 raise RuntimeError("this Loader was closed")
@@ -259,6 +296,11 @@ class Loader:
             share.ids[place], (pixels[place], share.captions[place]) = stream.next(
                 lambda visit: example(visit, self._images)
             )
+
+
+def _sorted(found: list[SetAside]) -> list[SetAside]:
+    """In an order that the threads, which found them, do not change."""
+    return sorted(found, key=lambda it: (it.source, it.shard, it.offset))
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -304,13 +346,20 @@ def _ordered(source: Source, lanes: int, shuffle_block: int, seed: int, stage: s
     index = source.index
     order = SourceOrder(index.name, index.counts, lanes, shuffle_block, seed, stage)
     samples = _AHEAD_BATCHES * per_lane
-    if request_bytes(index) > index.mean_bytes:  # a request brings samples that are needed later in the block, too
+    if _shares_requests(index):  # they bring samples that are needed later in the block, too
         samples = max(samples, min(shuffle_block, -(-order.total // lanes)))
     return LaneSource(source, order, int(samples * index.mean_bytes))
 
 
+def _shares_requests(index: SourceIndex) -> bool:
+    """Whether a request is for several samples."""
+    return request_bytes(index) > index.mean_bytes
+
+
 def _check_memory(ordered: Sequence[LaneSource], lanes: int, shuffle_block: int, buffer_bytes: int) -> None:
     need = lanes * sum(it.share_bytes for it in ordered)
+    shared = [request_bytes(it.source.index) for it in ordered if _shares_requests(it.source.index)]
+    buffer_bytes -= 2 * MOST_AT_ONCE * max(shared, default=0)  # under way, and being cut into samples
     if need > buffer_bytes:
         gib = 2**30
         raise DataError(

@@ -123,12 +123,12 @@ def select(members: Mapping[str, bytes], rules: Rules, uniforms: Sequence[float]
         uniforms: `UNIFORMS` numbers in (0, 1) that belong to the sample.
 
     Raises:
-        BadSample: with reason "missing_image", "missing_caption", "bad_caption" (not UTF-8 text) or "bad_metadata".
-        Filtered: with reason "empty_caption", "caption_words" or "field:NAME".
+        BadSample: with reason "bad_caption" (not UTF-8 text) or "bad_metadata".
+        Filtered: with reason "missing_image", "missing_caption", "empty_caption", "caption_words" or "field:NAME".
     """
     image = next((members[name] for name in rules.images if name in members), None)
     if image is None:
-        raise BadSample("missing_image", f"its members are {', '.join(members) or 'none'}")
+        raise Filtered("missing_image", f"its members are {', '.join(members) or 'none'}")
     metadata = _metadata(members, rules)
     for name, bounds in rules.fields.items():
         _check_field(metadata, name, bounds)
@@ -185,7 +185,7 @@ def _captions(members: Mapping[str, bytes], metadata: Mapping[str, Any], rules: 
         if value is not None:
             found.append((_text(name, value), weight))
     if not found:
-        raise BadSample("missing_caption", f"none of {', '.join(rules.captions)}")
+        raise Filtered("missing_caption", f"none of {', '.join(rules.captions)}")
     if not (filled := [(text, weight) for text, weight in found if text]):
         raise Filtered("empty_caption")
     return filled

@@ -26,8 +26,8 @@ from data.window import Taken, Window
 
 T = TypeVar("T")
 
-_MISSES_BEFORE_ERROR = 1000
-"""A lane's pass over a small source is a handful of samples, which may all be bad by chance."""
+_LEAST_MISSES = 1000
+"""A lane's epoch of a small source is a handful of samples, which may all be bad by chance."""
 
 COUNTS = ("samples", "set_aside")
 """Counters besides the reasons: samples yielded, and those of the passed over whose content was bad."""
@@ -86,6 +86,7 @@ class LaneStream:
         lane: this lane's number, 0 <= lane < lanes.
         lanes: number of lanes.
         fetcher: what reads for it.
+        most_misses: samples in a row that are passed over before that is an error; None: a whole epoch of the lane.
         state: what `state()` returned, to go on after it: {"draws": n, "sources": {name: [epoch, position]},
             "counters": {name: samples}}, where the names are `COUNTS` and reasons; None begins.
     """
@@ -96,9 +97,11 @@ class LaneStream:
         lane: int,
         lanes: int,
         fetcher: Fetcher,
+        most_misses: int | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.lane, self._sources, self._lanes, self._fetcher = lane, sources, lanes, fetcher
+        self._lane, self._sources, self._lanes, self._fetcher = lane, sources, lanes, fetcher
+        self._most_misses = most_misses
         self._weights = [ordered.source.weight for ordered in sources]
         begin: Mapping[str, Any] = state or {"draws": 0, "sources": {}, "counters": {}}
         self._draws = int(begin["draws"])
@@ -107,6 +110,7 @@ class LaneStream:
             for epoch, position in (begin["sources"].get(it.source.index.name, (0, 0)) for it in sources)
         ]
         self._counters: Counter[str] = Counter(begin["counters"])
+        self._misses: Counter[str] = Counter()  # since the last sample yielded
         self._windows: dict[int, Window] = {}
         self._set_aside: list[SetAside] = []
 
@@ -114,6 +118,10 @@ class LaneStream:
         """Return the cursor after the last sample yielded, as plain JSON values."""
         places = {it.source.index.name: list(place) for it, place in zip(self._sources, self._places, strict=True)}
         return {"draws": self._draws, "sources": places, "counters": dict(sorted(self._counters.items()))}
+
+    def read_so_far(self) -> Counter[str]:
+        """Count as `state` does, the search for the next sample included; from any thread."""
+        return Counter(dict(self._counters)) + Counter(dict(self._misses))
 
     def take_set_aside(self) -> list[SetAside]:
         """Return what was set aside since the last call."""
@@ -124,17 +132,17 @@ class LaneStream:
         """Return the id of the next sample that `use` (rules, decoding) does not refuse, and what `use` made of it.
 
         Raises:
-            DataError: a whole pass over the drawn source gives nothing, or a shard changed since it was indexed.
+            DataError: too many samples of the drawn source in a row are passed over, or a shard changed since it
+                was indexed.
             StoreError: the network or a disk failed for longer than the retries last.
             FetcherClosed: the fetcher was closed meanwhile.
         """
-        number = mix(self._weights, self.lane, self._lanes, self._draws)
+        number = mix(self._weights, self._lane, self._lanes, self._draws)
         ordered, window = self._sources[number], self._window(number)
         index, order = ordered.source.index, ordered.order
-        pass_size = max(_MISSES_BEFORE_ERROR, -(-order.total // self._lanes))
-        misses: Counter[str] = Counter()
-        set_aside = 0
-        while misses.total() < pass_size:
+        most = self._most_misses or max(_LEAST_MISSES, -(-order.total // self._lanes))
+        misses = self._misses = Counter()
+        while misses.total() - misses["set_aside"] < most:
             taken = window.take()
             self._places[number] = (taken.epoch, taken.position + 1)
             raw: RawSample | None = None
@@ -150,14 +158,14 @@ class LaneStream:
             except Filtered as filtered:
                 misses[filtered.reason] += 1
             except BadSample as bad:
-                misses[bad.reason] += 1
-                set_aside += 1
+                misses.update((bad.reason, "set_aside"))
                 key = raw.key if raw is not None else None
                 shard = index.names[taken.shard]
                 self._set_aside.append(SetAside(index.name, shard, key, taken.offset, bad.reason, bad.detail))
             else:
                 self._counters += misses
-                self._counters.update(samples=1, set_aside=set_aside)
+                self._counters["samples"] += 1
+                self._misses = Counter()
                 self._draws += 1
                 return visit.id, result
         raise DataError(_nothing_left(index.name, misses))
@@ -166,12 +174,23 @@ class LaneStream:
         if number not in self._windows:
             it, (epoch, position) = self._sources[number], self._places[number]
             self._windows[number] = Window(
-                it.source.index, it.order, self.lane, epoch, position, self._fetcher, it.share_bytes
+                it.source.index,
+                it.order,
+                self._lane,
+                epoch,
+                position,
+                self._fetcher,
+                it.share_bytes,
+                self._pace(number),
             )
         return self._windows[number]
 
+    def _pace(self, number: int) -> float:
+        return sum(self._weights) / self._weights[number]
+
 
 def _nothing_left(name: str, misses: Counter[str]) -> str:
+    del misses["set_aside"]
     counts = ", ".join(f"{reason}: {count}" for reason, count in misses.most_common())
     remedy = {
         "small_image": "set small_images: upscale, or a lower resolution or min_side",

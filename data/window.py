@@ -111,6 +111,7 @@ class Window:
         epoch, position: where the lane stands: the first sample to take is there or after it.
         fetcher: what runs the requests.
         share_bytes: bytes held and under way at most, but for the sample that is needed now.
+        pace: samples that the lane takes for each of this source, on average.
     """
 
     def __init__(
@@ -122,14 +123,16 @@ class Window:
         position: int,
         fetcher: Fetcher,
         share_bytes: int,
+        pace: float = 1.0,
     ) -> None:
         self._index, self._order, self._lane = index, order, lane
-        self._fetcher, self._share = fetcher, share_bytes
+        self._fetcher, self._share, self._pace = fetcher, share_bytes, pace
         self._taking = order.settle(lane, epoch, position)
         self._unplanned = self._taking  # where the next block to plan begins
         self._plan: Future[Block] | None = None
         self._blocks: deque[Block] = deque()  # of the sample to take, and later ones
-        self._waiting: deque[tuple[Block, Range]] = deque()  # not yet asked for
+        self._waiting: deque[tuple[Block, Range, float]] = deque()  # not yet asked for, and when they are needed
+        self._planned = 0  # samples before the next block
         self._asked: dict[tuple[int, int], tuple[Future[list[Any]], int]] = {}  # by epoch and raw position
         self._held = 0
 
@@ -166,7 +169,7 @@ class Window:
                 if not self._planning().done():
                     return
                 self._take_plan()
-            block, request = self._waiting[0]
+            block, request, _ = self._waiting[0]
             if self._held + int(block.sizes[list(request.places)].sum()) > self._share:
                 return
             self._ask()
@@ -175,19 +178,23 @@ class Window:
         """The plan of the next block: made on a thread, for it may read offsets from the store."""
         if self._plan is None:
             epoch, position = self._unplanned
-            self._plan = self._fetcher.submit(partial(plan, self._index, self._order, self._lane, epoch, position))
+            request = partial(plan, self._index, self._order, self._lane, epoch, position)
+            self._plan = self._fetcher.submit(request, need=self._planned * self._pace)
         return self._plan
 
     def _take_plan(self) -> None:
         block = self._planning().result()
         self._plan = None
         self._blocks.append(block)
-        self._waiting.extend((block, request) for request in block.ranges)
+        first = self._unplanned[1] - block.base
+        for request in block.ranges:
+            self._waiting.append((block, request, (self._planned + min(request.places) - first) * self._pace))
+        self._planned += len(block.samples) - first
         self._unplanned = self._order.settle(self._lane, block.epoch, block.base + len(block.samples))
 
     def _ask(self) -> None:
         """Send the next request."""
-        block, request = self._waiting.popleft()
+        block, request, need = self._waiting.popleft()
         spans = [
             (int(block.offsets[place]) - request.start, int(block.offsets[place] + block.sizes[place]) - request.start)
             for place in request.places
@@ -200,7 +207,7 @@ class Window:
             # Copies, so that what is used up is freed sample by sample.
             return [content] if len(spans) == 1 else [bytes(content[start:stop]) for start, stop in spans]
 
-        future = self._fetcher.submit(read, request.stop - request.start)
+        future = self._fetcher.submit(read, request.stop - request.start, need)
         for number, place in enumerate(request.places):
             self._asked[block.epoch, block.base + place] = future, number
         self._held += sum(stop - start for start, stop in spans)

@@ -16,13 +16,13 @@ class CaptionConfig(Section):
 
     members: dict[str, float] = Field({"txt": 1.0})
     """Members that hold captions, or json:FIELD, and their weights; each visit chooses one of those that are there."""
-    min_words: int = Field(0, ge=0)
+    min_words: int = 0
     """Captions with fewer words are passed over."""
-    max_words: int | None = Field(None, gt=0)
+    max_words: int | None = None
     """Captions with more words are passed over."""
-    prefix_probability: float = Field(0.0, ge=0, le=1)
+    prefix_probability: float = 0.0
     """Probability that a short caption gets a prefix such as "A photo of"."""
-    prefix_below_words: int = Field(30, ge=0)
+    prefix_below_words: int = 30
     """Captions with fewer words are short."""
 
 
@@ -34,9 +34,9 @@ class SourceConfig(Section):
     url: str
     """Directory or s3://bucket/prefix that holds the .tar shards (or image files)."""
     index: str | None = None
-    """Manifest that launch/index.py wrote; none takes index.json beside the shards, or lists them at the start."""
+    """Manifest that launch/index.py wrote; none takes index.json beside the shards, or indexes up to 1,000 of them."""
     heldout: str | None = None
-    """Directory or s3:// prefix of the shards that validation reads; none: no validation on this source."""
+    """Directory or s3:// prefix, with its own index.json, that validation reads; none: no validation on this source."""
     weight: float = Field(1.0, gt=0)
     """Share of the samples drawn from this source, relative to the other sources' weights."""
     images: list[str] = Field(["jpg", "jpeg", "png", "webp"])
@@ -45,9 +45,9 @@ class SourceConfig(Section):
     """Which words its samples train on."""
     metadata: str = "json"
     """Member with the fields that `fields` and json: captions name."""
-    min_side: int = Field(0, ge=0)
+    min_side: int = 0
     """Images with a shorter side below it, in pixels, are passed over."""
-    max_aspect_ratio: float | None = Field(None, ge=1)
+    max_aspect_ratio: float | None = None
     """Images whose longer side is more than this many times the shorter are passed over."""
     fields: dict[str, tuple[float | None, float | None]] = Field({})
     """Metadata fields and the range, ends included, that each must lie in; null leaves an end open."""
@@ -111,11 +111,11 @@ class DataConfig(Section):
     """Most GiB of encoded samples that a rank holds ahead; from S3, lanes / ranks x sources x shuffle_block of them."""
     max_set_aside: float = Field(0.01, ge=0, le=1)
     """Share of samples with bad content past which the run stops, saved, judged over all ranks after 1,000 samples."""
-    connect_timeout_s: float = Field(10.0, gt=0)
+    connect_timeout_s: float = Field(StoreOptions.connect_timeout_s, gt=0)
     """Seconds to wait for an S3 server's connection."""
-    read_timeout_s: float = Field(60.0, gt=0)
+    read_timeout_s: float = Field(StoreOptions.read_timeout_s, gt=0)
     """Seconds to wait for an S3 server's next bytes."""
-    retry_minutes: float = Field(10.0, ge=0)
+    retry_minutes: float = Field(StoreOptions.retry_minutes, ge=0)
     """Minutes without progress after which a failing read stops the run, saved."""
 
     def store_options(self, source: SourceConfig) -> StoreOptions:

@@ -25,7 +25,7 @@ from t2i.train.observe import Observer
 from t2i.train.places import StagePlace, stage_places
 from t2i.train.processes import RunLock, World
 from t2i.train.report import write_report
-from t2i.train.stage_data import StageData, open_data
+from t2i.train.stage_data import Opened, StageData, open_data
 from t2i.train.trainer import StageTrainer
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
@@ -135,7 +135,8 @@ def _open_stages(settings: dict[int, RunConfig], places: list[StagePlace], pendi
                 f"stage {place.name} goes on from stage {before.name}, which is not done in {before.folder}: "
                 "train that first, or set init.source"
             )
-    return {index: open_data(settings[index], places[index].name) for index in pending}
+    opened: Opened = {}
+    return {index: open_data(settings[index], places[index].name, opened) for index in pending}
 
 
 def _train_stage(

@@ -1,7 +1,9 @@
 """Batches as the ranks agree on them: a global batch reaches every rank or none.
 
 A rank that cannot get its share must not leave the others waiting in the next step's collectives. So each step
-begins with one small sum over the ranks' hosts: who failed, how many samples were read, how many set aside.
+begins with one small sum over the ranks' hosts: who failed, who has no batch yet, how many samples were read, how many
+set aside. While one has none, the sum is taken again and again: a lane that finds nothing good is judged, too, and no
+patience with a store outlasts that of the process group.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 from data.errors import DataError, StoreError, UserError
 from data.loader import Batch, Loader
@@ -18,6 +20,8 @@ from t2i.config import RunConfig
 from t2i.train.observe import JsonLines
 from t2i.train.processes import World
 
+_ROUND_S = 5.0
+"""A rank whose batch is not there says so this often, so that no rank waits for long in the sum."""
 _JUDGED_AFTER = 1000
 _WORST_NAMED = 3
 
@@ -44,6 +48,7 @@ class Intake:
             self._quarantine.rewind(stage, step)
             for shard in damage if step == 0 else ():
                 self._quarantine.write({"stage": stage, "step": 0, **asdict(shard)})
+        self._damaged = len(damage)
         self._pending: list[dict[str, Any]] = []
         self.state = loader.state()
         """This rank's data state after the last batch that every rank has."""
@@ -56,28 +61,46 @@ class Intake:
         """Return this rank's share of the batch of `step`.
 
         Raises:
-            UserError, StoreError: on every rank alike, where any rank has it, or past the share of bad samples.
+            Exception: on every rank alike: what any rank met, or DataError past the share of bad samples.
         """
         batch: Batch | None = None
-        fault: UserError | StoreError | None = None
-        try:
-            batch = next(self._loader)
-        except (UserError, StoreError) as error:
-            fault = error
-        counters = self._loader.counters()
-        set_aside = counters.get("set_aside", 0)
-        read = sum(counters.values()) - set_aside  # set_aside counts again what is there by reasons
-        failed, read, set_aside = self._world.sum([fault is not None, read, set_aside])
-        if batch is not None:
-            self._pending += [{"stage": self._stage, "step": step, **asdict(it)} for it in batch.set_aside]
+        fault: Exception | None = None
+        while True:
+            try:
+                batch = batch or self._loader.take(_ROUND_S)
+            except Exception as error:  # also what nobody thought of: the other ranks must hear of it
+                fault = error
+            failed, missing, read, set_aside = self._world.sum([fault is not None, batch is None, *self._counts(batch)])
+            too_bad = read >= _JUDGED_AFTER and set_aside > self._max_set_aside * read
+            if not (failed or too_bad or missing):
+                assert batch is not None
+                self._note(step, batch.set_aside)
+                self.state = batch.state
+                return batch
+            if failed or too_bad:
+                break
+        self._note(step, [*(batch.set_aside if batch is not None else ()), *self._loader.take_set_aside()])
+        self.flush()
         if failed:
-            raise next(error for error in self._world.gather(fault) if error is not None)
-        if read >= _JUDGED_AFTER and set_aside > self._max_set_aside * read:
-            self.flush()
-            raise DataError(self._world.from_main(lambda: self._too_bad(set_aside, read)))
-        assert batch is not None
-        self.state = batch.state
-        return batch
+            self._raise_one(fault)
+        raise DataError(self._world.from_main(lambda: self._too_bad(set_aside, read)))
+
+    def _counts(self, batch: Batch | None) -> tuple[int, int]:
+        """Samples read and set aside: up to this batch or, while it is looked for, so far."""
+        counters = self._loader.counters() if batch is not None else self._loader.read_so_far()
+        set_aside = counters.get("set_aside", 0)
+        return sum(counters.values()) - set_aside, set_aside  # set_aside counts again what is there by reasons
+
+    def _note(self, step: int, found: Sequence[SetAside]) -> None:
+        self._pending += [{"stage": self._stage, "step": step, **asdict(it)} for it in found]
+
+    def _raise_one(self, fault: Exception | None) -> NoReturn:
+        """Raise this rank's fault, else the first other rank's."""
+        told: Exception | None = fault
+        if fault is not None and not isinstance(fault, UserError | StoreError):  # it may not pickle
+            told = RuntimeError(f"rank {self._world.rank}: {type(fault).__name__}: {fault}")
+        faults = self._world.gather(told)
+        raise fault or next(it for it in faults if it is not None)
 
     def flush(self) -> tuple[dict[str, int], dict[str, int]]:
         """Write out what was set aside on all ranks; the counters and the retried requests over all ranks."""
@@ -92,6 +115,8 @@ class Intake:
                 for line in pending:
                     self._quarantine.write(line)
         self._pending = []
+        if self._damaged:
+            counters["damaged_shards"] = self._damaged
         return dict(counters), dict(retries)
 
     def _too_bad(self, set_aside: int, read: int) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from data.example import ImageSettings
 from data.fixed import FixedSamples, fixed_samples
 from data.loader import Loader
-from data.shards.index import open_index
-from data.store import open_store
+from data.shards.index import SourceIndex, open_index
+from data.store import StoreOptions, open_store
 from data.stream import SetAside, Source
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
@@ -28,15 +28,8 @@ class StageData:
 
     sources: list[Source]
     heldout: list[Source]
-
-    @property
-    def damage(self) -> list[SetAside]:
-        """Where and why each damaged shard ends early."""
-        return [
-            SetAside(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "damaged_tar", detail)
-            for index in (source.index for source in [*self.sources, *self.heldout])
-            for shard, detail in sorted(index.damage.items())
-        ]
+    damage: list[SetAside]
+    """Where and why each damaged shard of them ends early."""
 
     def heldout_samples(self, config: RunConfig) -> FixedSamples | None:
         """The validation samples, the same on every rank and for every number of ranks."""
@@ -64,7 +57,11 @@ class StageData:
         )
 
 
-def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: str | None) -> Source:
+Opened = dict[tuple[str, str, str | None, StoreOptions], SourceIndex]
+"""Indices by name, address, manifest and options: stages that share a source open it once."""
+
+
+def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: str | None, opened: Opened) -> Source:
     """Open one source at an address, with its index.
 
     Raises:
@@ -72,12 +69,24 @@ def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: st
         StoreError: the network or a disk failed for longer than the retries last.
     """
     options = config.store_options(source)
-    index = open_index(open_store(url, options), source.name, manifest, options=options)
-    return Source(index, source.weight, source.rules)
+    key = (source.name, url, manifest, options)
+    if key not in opened:
+        opened[key] = open_index(open_store(url, options), source.name, manifest, options=options)
+    return Source(opened[key], source.weight, source.rules)
 
 
-def open_data(config: RunConfig, stage: str) -> StageData:
+def _damage(sources: list[Source]) -> list[SetAside]:
+    return [
+        SetAside(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "damaged_tar", detail)
+        for index in (source.index for source in sources)
+        for shard, detail in sorted(index.damage.items())
+    ]
+
+
+def open_data(config: RunConfig, stage: str, opened: Opened) -> StageData:
     """Open a stage's sources and see that each yields a sample.
+
+    `opened` is what other stages have opened already; it is added to.
 
     Raises:
         ConfigError: the stage has no sources.
@@ -86,15 +95,15 @@ def open_data(config: RunConfig, stage: str) -> StageData:
     """
     if not config.data.sources:
         raise ConfigError(f"stage {stage}: data.sources is empty: name at least one source")
-    sources = [open_source(config.data, source, source.url, source.index) for source in config.data.sources]
+    sources = [open_source(config.data, source, source.url, source.index, opened) for source in config.data.sources]
     for source in sources:
         fixed_samples([source], 1, image_settings(config.data))
     validates = config.validation.every > 0 and config.validation.samples > 0
     heldout = [
-        open_source(config.data, source, source.heldout, None)
+        open_source(config.data, source, source.heldout, None, opened)
         for source in config.data.sources
         if source.heldout is not None and validates
     ]
-    data = StageData(sources, heldout)
+    data = StageData(sources, heldout, _damage([*sources, *heldout]))
     data.heldout_samples(config)  # too few are better said now than after the stages before
     return data

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.errors import StoreError, UserError
 from data.loader import Batch, merge_states
 from data.randomness import key, uniform
 from t2i.build import build_text, choose_dtype
@@ -306,12 +305,12 @@ class StageTrainer:
         """The next batch, or an end that can be resumed: saved, and the same error on every rank."""
         try:
             return self.intake.next(self.step + 1)
-        except (UserError, StoreError) as error:
+        except Exception as error:
             if self.step != self._saved_step:
                 self._save_checkpoint()
                 self.writer.wait()
                 self.world.barrier()
-            observer.event(f"stopped after step {self.step}, saved: {error}")
+            observer.event(f"stopped after step {self.step}, {'saved' if self.step else 'nothing to save'}: {error}")
             raise
 
     def _due(self, every: int) -> bool:

@@ -13,9 +13,11 @@ from tar_samples import write_source
 from data.coming import coming_batches
 from data.errors import DataError
 from data.example import ImageSettings
+from data.fetch import MOST_AT_ONCE
 from data.loader import Loader, merge_states
 from data.select import Rules
 from data.stream import Source
+from data.window import request_bytes
 
 ORDER: dict[str, Any] = {
     "batch_size": 12, "lanes": 6, "seed": 5, "stage": "low", "shuffle_block": 4, "buffer_bytes": 1 << 30,
@@ -75,7 +77,8 @@ def test_a_state_of_another_order_is_refused(sources: list[Source]) -> None:
 
 
 def test_one_lane_needs_the_memory_of_one(sources: list[Source]) -> None:
-    one = int(sum(2 * 2 * source.index.mean_bytes for source in sources)) + 99
+    under_way = 2 * MOST_AT_ONCE * request_bytes(sources[0].index)
+    one = int(sum(2 * 2 * source.index.mean_bytes for source in sources)) + under_way + 99
     with pytest.raises(DataError, match="over the buffer"):
         Loader(sources, IMAGES, rank=0, world_size=1, workers=0, **ORDER | {"buffer_bytes": one})
     assert coming_batches(sources, IMAGES, 1, **ORDER | {"buffer_bytes": one}).ids

@@ -121,3 +121,19 @@ def test_closing_ends_what_waits_and_what_is_under_way() -> None:
     assert ended.wait(5)  # a retrying request gives up at its next fault
     with pytest.raises(FetcherClosed):
         fetcher.submit(request).result(1)
+
+
+def test_what_is_needed_first_begins_first() -> None:
+    fetcher, go, begun = Fetcher(), threading.Event(), []
+
+    def request(n: int) -> None:
+        begun.append(n)
+
+    busy = [fetcher.submit(lambda _: go.wait(10)) for _ in range(fetcher.limit)]
+    later = [fetcher.submit(lambda _, n=n: request(n), need=n) for n in (5, 3, 9, 1, 3)]  # type: ignore[misc]
+    go.set()
+    for future in [*busy, *later]:
+        future.result(10)
+    assert sorted(begun) == [1, 3, 3, 5, 9]
+    assert begun.index(1) < begun.index(9)
+    fetcher.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from moto.server import ThreadedMotoServer
 from tar_samples import jpeg, tar_bytes, write_source
 
+from data.decode import decode
 from data.errors import DataError
-from data.example import ImageSettings
+from data.example import ImageSettings, example
 from data.fixed import FixedSamples, fixed_samples
 from data.loader import PREFETCH, Batch, Loader, merge_states
 from data.select import Rules
@@ -30,7 +32,7 @@ Global = list[tuple[int, str, str, bytes]]  # (slot, id, caption, pixels) of one
 def loader(indices: Sequence[SourceIndex], rank: int = 0, world: int = 1, **kwargs: Any) -> Loader:
     options: dict[str, Any] = {
         "batch_size": BATCH, "lanes": LANES, "seed": 3, "stage": "pretrain",
-        "workers": 0, "shuffle_block": 4, "buffer_bytes": 1 << 30,
+        "workers": 0, "shuffle_block": 4, "buffer_bytes": 4 << 30,
         "images": ImageSettings(8), "weights": [1.0] * len(indices), "rules": Rules(),
     }  # fmt: skip
     options |= kwargs
@@ -116,16 +118,23 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
         assert "small_image" not in source.counters()
 
 
-def test_missing_members_are_bad_samples(tmp_path: Path) -> None:
-    parts = [("a.jpg", jpeg(0)), ("b.txt", b"no image"), ("c.jpg", jpeg(1)), ("c.txt", b"whole")]
+def test_samples_that_lack_a_member_are_passed_over_and_bad_ones_listed(tmp_path: Path) -> None:
+    parts = [
+        ("a.jpg", jpeg(0)),
+        ("b.txt", b"no image"),
+        ("c.jpg", jpeg(1)),
+        ("c.txt", b"whole"),
+        ("d.jpg", b"?"),
+        ("d.txt", b"broken"),
+    ]
     (tmp_path / "0.tar").write_bytes(tar_bytes(parts))
     with loader([open_index(open_store(str(tmp_path)), "s")], lanes=1, batch_size=3) as source:
         batch = next(source)
     assert set(batch.ids) == {"s/0.tar/c"}
-    assert {"missing_caption", "missing_image", "samples", "set_aside"} == set(source.counters())
-    after_a = 512 + -(-len(jpeg(0)) // 512) * 512
+    assert set(source.counters()) == {"missing_caption", "missing_image", "undecodable_image", "samples", "set_aside"}
     listed = {(it.shard, it.key, it.offset, it.reason) for it in batch.set_aside}
-    assert listed == {("0.tar", "a", 0, "missing_caption"), ("0.tar", "b", after_a, "missing_image")}
+    before_d = sum(512 + -(-len(content) // 512) * 512 for _, content in parts[:4])
+    assert listed == {("0.tar", "d", before_d, "undecodable_image")}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -242,3 +251,65 @@ def test_source_names_are_checked(tmp_path: Path) -> None:
         loader([index, index])
     with pytest.raises(DataError, match="without '/'"):
         open_index(open_store(str(tmp_path)), "a/b")
+
+
+def test_a_fault_nobody_thought_of_is_a_bad_sample_not_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, whole = write_source(tmp_path, [20]), decode
+
+    def odd(data: bytes, *args: Any, **kwargs: Any) -> Any:
+        if data == jpeg(7):
+            raise KeyError(6)
+        return whole(data, *args, **kwargs)
+
+    monkeypatch.setattr("data.example.decode", odd)
+    with loader([index], lanes=1, batch_size=19) as source:
+        batch = next(source)
+    assert [(it.key, it.reason, it.detail) for it in batch.set_aside] in (
+        [("000007", "undecodable_image", "KeyError: 6")],
+        [],  # it may be the epoch's last
+    )
+    assert "source/00000.tar/000007" not in batch.ids
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_cannot_be_allocated_is_an_error_not_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    index = write_source(tmp_path, [20])
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("no pinned memory")
+
+    monkeypatch.setattr("torch.empty", full)
+    with loader([index], workers=workers) as source, pytest.raises(MemoryError):
+        next(source)
+
+
+def test_taking_gives_up_waiting_and_says_what_was_read_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = write_source(tmp_path, [30], replaced={n: {"jpg": b"?"} for n in range(20)})
+    go = threading.Event()
+
+    def waiting(visit: Visit, images: ImageSettings) -> Any:
+        if visit.members["jpg"] != b"?":
+            assert go.wait(20)
+        return example(visit, images)
+
+    monkeypatch.setattr("data.loader.example", waiting)
+    with loader([index], lanes=1, batch_size=4, workers=1) as source:
+        assert source.take(0.05) is None
+        assert source.counters() == {}
+        found = source.read_so_far()  # those before the first good one
+        assert set(found) <= {"undecodable_image", "set_aside"}
+        go.set()
+        batch = source.take(20)
+        assert batch is not None and batch.wait_s > 0.05
+        assert source.read_so_far()["samples"] >= 4 == source.counters()["samples"]
+
+
+def test_the_start_does_not_read_a_whole_source_to_find_a_wrong_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.fixed._MOST_MISSES", 50)
+    index = write_source(tmp_path, [100])
+    with pytest.raises(DataError, match=r"none of 50 samples in a row is usable \(missing_caption: 50\)"):
+        fixed_samples([Source(index, rules=Rules(captions={"text": 1.0}))], 1, ImageSettings(8))

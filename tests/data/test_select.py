@@ -38,17 +38,17 @@ def test_the_first_image_listed_wins_and_the_caption_is_stripped() -> None:
     assert select(members, Rules(images=("seg.png", "png", "jpeg")), MIDDLE).image == b"png"
 
 
-def test_what_is_missing_or_no_text_is_bad_and_what_is_empty_is_left_out() -> None:
-    assert reason({"txt": b"a"}, Rules(), BadSample) == "missing_image"
-    assert reason({"jpg": b""}, Rules(), BadSample) == "missing_caption"
+def test_what_is_no_text_is_bad_and_what_is_missing_or_empty_is_left_out() -> None:
+    assert reason({"txt": b"a"}, Rules(), Filtered) == "missing_image"
+    assert reason({"jpg": b""}, Rules(), Filtered) == "missing_caption"
     assert reason(sample(txt=b"caf\xe9"), Rules(), BadSample) == "bad_caption"
     assert reason(sample(txt=" \n"), Rules(), Filtered) == "empty_caption"
     by_field = Rules(captions={"json:text": 1})
     assert reason(sample({"text": 3}), by_field, BadSample) == "bad_caption"
     assert reason(sample({"text": "\ud800"}), by_field, BadSample) == "bad_caption"
-    assert reason(sample({"text": None}), by_field, BadSample) == "missing_caption"
+    assert reason(sample({"text": None}), by_field, Filtered) == "missing_caption"
     assert reason(sample({"text": ""}), by_field, Filtered) == "empty_caption"
-    assert reason(sample(), by_field, BadSample) == "missing_caption"
+    assert reason(sample(), by_field, Filtered) == "missing_caption"
 
 
 def test_the_choice_is_by_weight_among_captions_that_are_there_and_not_empty() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Launcher
 from tar_samples import write_source
 
 from data.errors import DataError
@@ -17,6 +18,7 @@ from t2i.train.intake import Intake
 from t2i.train.observe import JsonLines
 from t2i.train.processes import World
 
+RANKS = Path(__file__).with_name("intake_ranks.py")
 DAMAGE = SetAside("source", "00009.tar", None, 512, "damaged_tar", "cut off")
 
 
@@ -90,3 +92,21 @@ def test_a_fault_leaves_the_state_of_the_batch_before(tmp_path: Path) -> None:
             state = it.state
             it.next(step)
     assert it.state is state
+
+
+def test_a_fault_on_one_rank_stops_all_of_them_after_the_same_batch(tmp_path: Path, launch: Launcher) -> None:
+    write_source(tmp_path / "shards", [50] * 4)
+    found = launch(RANKS, 2, str(tmp_path), "fault")
+    assert [it["steps"] for it in found] == [3, 3] == [it["batch"] for it in found]
+    assert found[0]["met"] == "RuntimeError: rank 1: KeyError: 'odd'"
+    assert found[1]["met"] == "KeyError: 'odd'"
+
+
+def test_a_search_without_end_is_judged_over_all_ranks(tmp_path: Path, launch: Launcher) -> None:
+    """One lane finds its first good samples, the other nothing at all: no batch is ever whole."""
+    write_source(tmp_path / "shards", [8000], replaced={n: {"jpg": b"?"} for n in range(4, 8000)})
+    found = launch(RANKS, 2, str(tmp_path), "bad")
+    for it in found:
+        assert "samples have bad content, over data.max_set_aside 0.01; the worst shards: source/00000.tar" in it["met"]
+    listed = JsonLines(tmp_path / "run" / "quarantine.jsonl").lines()
+    assert len(listed) >= 990 and len({line["key"] for line in listed}) == len(listed)
