@@ -23,7 +23,7 @@ from data.loader import PREFETCH, Batch, Loader, merge_states
 from data.select import Rules
 from data.shards.index import SourceIndex, open_index
 from data.store import StoreOptions, open_store
-from data.stream import Source
+from data.stream import Source, Visit
 
 BATCH, LANES = 16, 8
 Global = list[tuple[int, str, str, bytes]]  # (slot, id, caption, pixels) of one global batch
