@@ -37,8 +37,11 @@ def example(visit: Visit, images: ImageSettings) -> tuple[Pixels, str]:
         Filtered: the rules or the resolution leave it out.
         BadSample: its content cannot be used.
     """
-    selected = select(visit.members, visit.rules, visit.uniforms("caption", UNIFORMS).tolist())
-    vertical, horizontal, mirror = visit.uniforms("image", 3).tolist()
+    # Numbers that nothing depends on are not drawn: they would cost as much as the rest that is not decoding.
+    chance = visit.uniforms("caption", UNIFORMS).tolist() if visit.rules.random else [0.5] * UNIFORMS
+    selected = select(visit.members, visit.rules, chance)
+    random = images.crop == "random" or images.horizontal_flip
+    vertical, horizontal, mirror = visit.uniforms("image", 3).tolist() if random else [0.5] * 3
     try:
         pixels = decode(
             selected.image,

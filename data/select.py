@@ -72,6 +72,11 @@ class Rules:
     prefix_probability: float = 0.0
     prefix_below_words: int = 30
 
+    @property
+    def random(self) -> bool:
+        """Whether the caption depends on chance."""
+        return len(self.captions) > 1 or self.prefix_probability > 0
+
     def __post_init__(self) -> None:
         _require(len(self.images) > 0, "images", self.images, "name at least one member")
         _require(len(self.captions) > 0, "captions", dict(self.captions), "name at least one member")
