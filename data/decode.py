@@ -97,6 +97,21 @@ def decode(
     return np.ascontiguousarray((window[:, ::-1] if flip else window).transpose(2, 0, 1))
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """The (height, width) in pixels of the upright image that `decode` makes of a file, from its headers alone.
+
+    Raises:
+        BadSample: with reason "too_many_pixels" or "undecodable_image".
+    """
+    if jpeg := _jpeg_header(data):
+        (height, width), orientation = jpeg[:2], _jpeg_orientation(data)
+    else:
+        image = _open(_without_pixels(data))
+        height, width, orientation = image.height, image.width, _orientation(image)
+    _check_size(height, width, MAX_PIXELS, 0, None)
+    return (height, width) if orientation < 5 else (width, height)
+
+
 def _check_size(height: int, width: int, max_pixels: int, min_side: int, max_aspect_ratio: float | None) -> None:
     shorter, longer = sorted((height, width))
     if shorter < 1:
@@ -174,7 +189,7 @@ def _orientation(source: Image.Image | bytes) -> int:
             exif = Image.Exif()
             exif.load(source)
         else:
-            exif = source.getexif()
+            exif = Image.Image.getexif(source)  # a PNG's own would load the pixels, for what may follow them
         value = exif.get(_EXIF_ORIENTATION, 1)
     except Exception:  # broken EXIF spoils no pixel, and Pillow raises anything at it
         return 1
@@ -215,6 +230,9 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a copy: torch wants it writable
 
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_PNG_PIXELS = (b"IDAT", b"fdAT")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Values a pixel, by a PNG's colour type."""
 _ADAM7 = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1))
@@ -240,12 +258,26 @@ def _check_png(data: bytes) -> None:
 
 
 def _png_pixel_data(data: bytes) -> Iterator[bytes]:
-    at = 8
+    for kind, at, end in _png_chunks(data):
+        if kind == b"IDAT":
+            yield data[at + 8 : end - 4]
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, first byte and end of each chunk; the last one's end may lie behind the data's."""
+    at = len(_PNG)
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
-        if kind == b"IDAT":
-            yield data[at + 8 : at + 8 + size]
+        yield kind, at, at + 12 + size
         at += 12 + size
+
+
+def _without_pixels(data: bytes) -> bytes:
+    """Of a PNG the chunks without pixels, so that its EXIF is read on opening even if it follows them."""
+    if not data.startswith(_PNG):
+        return data
+    chunks = (data[at:end] for kind, at, end in _png_chunks(data) if kind not in _PNG_PIXELS and end <= len(data))
+    return b"".join([_PNG, *chunks, _PNG_END])
 
 
 def _resize(pixels: Pixels, extent: tuple[float, float], size: tuple[int, int]) -> Pixels:

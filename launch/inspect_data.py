@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 from tqdm import tqdm
 
 from data.coming import coming_batches
-from data.errors import StoreError, UserError
+from data.errors import UserError
 from data.example import ImageSettings
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
 from data.shards.index import open_index
 from data.store import open_store
 from data.stream import Source
+from launch.command import run
 from t2i.config import RunConfig, TextConfig, TrainConfig
 from t2i.config_base import ConfigError
 from t2i.config_data import DataConfig, SourceConfig
@@ -110,16 +110,20 @@ class _Job:
     token_limit: int
 
 
-def inspect_data(url: str | None, options: Options) -> None:
+def inspect_data(source: str | None = None, /, *, options: Options) -> None:
     """Look at the samples of one source, or at the order of all.
+
+    Args:
+        source: Directory or s3://bucket/prefix.
+        options: What to look at.
 
     Raises:
         UserError: an option, a config or a source that is wrong.
         StoreError: the network or a disk failed for longer than the retries last.
     """
-    if (url is None) == (options.config is None):
+    if (source is None) == (options.config is None):
         raise UserError("give either SOURCE, a directory or s3://bucket/prefix, or --config FILE")
-    job = _of_source(url, options) if url is not None else _of_config(options)
+    job = _of_source(source, options) if source is not None else _of_config(options)
     if options.order is not None:
         _print_order(job, options.order, options.checkpoint)
         return
@@ -285,30 +289,11 @@ def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line and return the exit code; a user's mistake is one sentence and code 2."""
+    """Run the command line and return the exit code."""
     torch.set_num_threads(1)  # the threads that decode are the parallel part
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what is wrong with an image is counted
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    parser = ArgumentParser(exit_on_error=False, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("url", metavar="SOURCE", nargs="?", type=str, help="directory or s3://bucket/prefix")
-    parser.add_class_arguments(Options)
-    try:
-        given = parser.parse_args(args).as_dict()
-        inspect_data(given.pop("url"), Options(**given))
-        sys.stdout.flush()
-    except (UserError, ArgumentError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except StoreError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # a pager or `head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
+    return run((inspect_data,), args, __doc__)
 
 
 if __name__ == "__main__":

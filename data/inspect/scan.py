@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +20,9 @@ from functools import partial
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
 
 from data import randomness
-from data.decode import decode
+from data.decode import decode, image_size
 from data.errors import BadSample, DataError, Filtered
 from data.example import ImageSettings, example
 from data.fetch import Fetcher
@@ -44,8 +42,6 @@ _CHUNK = 64
 _DRAWN_AT_ONCE = 1 << 16
 _THUMBNAIL_SIDE = 320
 _THUMBNAIL_QUALITY = 82
-_EXIF_ORIENTATION = 0x0112
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _MAGIC = {
     "JPEG": (0, b"\xff\xd8"), "PNG": (0, b"\x89PNG"), "WebP": (8, b"WEBP"), "GIF": (0, b"GIF8"), "BMP": (0, b"BM"),
     "AVIF": (4, b"ftypavi"), "HEIC or MP4": (4, b"ftyp"), "TIFF": (0, b"II*\0"), "big-endian TIFF": (0, b"MM\0*"),
@@ -270,19 +266,10 @@ def image_format(image: bytes) -> str:
 def header_size(image: bytes) -> tuple[int, int] | None:
     """(width, height) of the upright image, from its header alone; None where that cannot be read."""
     try:
-        opened = Image.open(io.BytesIO(image), formats=_PILLOW_FORMATS)
-    except Exception:  # Pillow raises anything at foreign bytes; decoding says what is wrong with them
+        height, width = image_size(image)
+    except BadSample:  # counted where it is decoded
         return None
-    width, height = opened.size
-    if min(width, height) < 1:
-        return None
-    exif = Image.Exif()
-    try:
-        exif.load(opened.info.get("exif", b""))
-        turned = exif.get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
-    except Exception:  # broken EXIF turns nothing, as in `decode`
-        turned = False
-    return (height, width) if turned else (width, height)
+    return width, height
 
 
 def _nearest_aspect_ratio(width: int, height: int) -> str:

@@ -20,8 +20,9 @@ from typing import Any
 from data.errors import DataError
 from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.images import Images
-from data.packing.rows import ahead, parts
-from data.packing.table import Columns, Files, ObjectFile, Row, look_up, row_sample, table_arguments
+from data.packing.recipe import Recipe
+from data.packing.rows import ahead
+from data.packing.table import Columns, Files, ObjectFile, Row, look_up, row_sample
 from data.store import ObjectInfo, Store
 
 _ROWS_A_MARK = 1000
@@ -104,13 +105,11 @@ def _plain(cell: str) -> Any:
     return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") or None
 
 
-def csv_table(
-    store: Store, name: str, columns: Columns, files: Files, images: Images, heldout: float = 0.0, seed: int = 0
-) -> Contents:
+def csv_table(store: Store, name: str, columns: Columns, files: Files, recipe: Recipe) -> Contents:
     """Count the rows of a CSV (or, by its name, a TSV) with a header, whose image column holds paths.
 
     Raises:
-        UserError: a column is not there, or `heldout` is outside its range.
+        UserError: a column is not there.
         DataError: there is no such file, no row, or a quote is never closed.
     """
     info = look_up(store, name)
@@ -118,19 +117,23 @@ def csv_table(
     rows = _csv_rows(store, info, delimiter, 0)
     _, header = next(rows, (0, []))
     columns.check(header, name)
-    marks, count, digest = array("q"), 0, hashlib.blake2b("\x1f".join(header).encode("utf-8", "surrogateescape"))
+    marks, count, digest = array("q"), 0, hashlib.blake2b(_text(header), digest_size=8)
     for start, cells in rows:
         if count % _ROWS_A_MARK == 0:
             marks.append(start)
         count += 1
-        digest.update("\x1f".join([*cells, "\n"]).encode("utf-8", "surrogateescape"))
+        digest.update(_text([*cells, "\n"]))
     if not count:
         raise DataError(f"source {store.url}/{name} has no row below its header")
-    return Contents(
-        name="csv",
-        arguments=table_arguments(columns, images, heldout, seed),
-        splits=dict(parts(count, heldout, seed)),
-        read=_CsvReader(store, info, delimiter, header, marks, columns, files, images),
-        about={"origin": f"{store.url}/{name}"},
-        versions={"contents": digest.hexdigest()[:16], **images.versions()},
+    return recipe.contents(
+        "csv",
+        count,
+        _CsvReader(store, info, delimiter, header, marks, columns, files, recipe.images),
+        origin=f"{store.url}/{name}",
+        fingerprint=digest.hexdigest(),
+        arguments=columns.arguments,
     )
+
+
+def _text(cells: list[str]) -> bytes:
+    return "\x1f".join(cells).encode("utf-8", "surrogateescape")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from data.errors import BadSample
 from data.packing.contents import JPEG_QUALITY, check
-
-_EXIF_ORIENTATION = 0x0112
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is opened: a format outside this list may start another program (EPS runs Ghostscript)."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +31,15 @@ class Images:
         if self.quality is not None:
             check(1 <= self.quality <= 100, "quality", self.quality, "between 1 and 100")
 
+    @property
     def versions(self) -> dict[str, str]:
-        """Name the packages that decide the bytes."""
+        """The packages that decide the bytes."""
         if self.resize is None and self.quality is None:
             return {}
-        from importlib.metadata import version
+        return {name: version(name) for name in ("pillow", "simplejpeg", "torch")}
 
-        return {name: version(name) for name in ("simplejpeg", "opencv-python-headless", "pillow")}
-
-    def __call__(self, content: bytes, extension: str = "") -> tuple[str, bytes]:
-        """Return the member's extension and its bytes; `extension` is the one that the image came with, or "".
+    def __call__(self, content: bytes) -> tuple[str, bytes]:
+        """Return the member's extension, which is that of the content whatever its file was called, and its bytes.
 
         Raises:
             BadSample: ("other_format") to pass through but not JPEG, PNG or WebP;
@@ -54,11 +49,14 @@ class Images:
         if self.resize is None and self.quality is None:
             if kind is None:
                 raise BadSample("other_format", "not JPEG, PNG or WebP; resize or quality would encode it again")
-            return (extension or kind), content
-        height, width = _upright_size(content)
+            return kind, content
+        # Imported here: only who encodes again needs the decoder, whose torch takes seconds.
+        from data.decode import image_size
+
+        height, width = image_size(content)
         scale = min(1.0, (self.resize or min(height, width)) / min(height, width))
         if kind is not None and scale == 1 and self.quality is None:
-            return (extension or kind), content
+            return kind, content
         return "jpg", _encode(content, (round(height * scale), round(width * scale)), self.quality or JPEG_QUALITY)
 
 
@@ -72,25 +70,7 @@ def _sniff(content: bytes) -> str | None:
     return None
 
 
-def _upright_size(content: bytes) -> tuple[int, int]:
-    """(height, width) in pixels as the image is looked at."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except Image.DecompressionBombError as fault:
-        raise BadSample("too_many_pixels", str(fault)) from fault
-    except Exception as fault:  # decoders of foreign bytes raise anything
-        raise BadSample("undecodable_image", str(fault)) from fault
-    if min(height, width) < 1:
-        raise BadSample("undecodable_image", f"{width} x {height}")
-    return (width, height) if turned else (height, width)
-
-
 def _encode(content: bytes, size: tuple[int, int], quality: int) -> bytes:
-    # Imported here: only who encodes again needs the decoder, which takes long to import.
     import simplejpeg
 
     from data.decode import decode

@@ -21,16 +21,14 @@ from typing import Any
 
 from data.errors import DataError
 from data.packing.contents import Contents, check
-from data.packing.output import Output
-from data.packing.shards import LEFT_OUT_SUFFIX, Run, shard_stem, write_all
+from data.packing.output import SUMMARY, Output
+from data.packing.shards import LEFT_OUT_SUFFIX, Stretch, shard_stem, write_all
 from data.shards.manifest import build_manifest
 from data.shards.offsets import SHARD_SUFFIX
 from data.store import StoreOptions
 
-SUMMARY = "dataset.json"
-
-_SHARDS_A_RUN = 64
-_RUNS_A_WORKER = 4
+_SHARDS_A_STRETCH = 64
+_STRETCHES_A_WORKER = 4
 """So many that the last ones end at about the same time."""
 
 
@@ -59,10 +57,10 @@ def pack(
         options: of the S3 server, if `out` is on one.
 
     Raises:
-        UserError: a wrong number, or `out` holds anything else, or another process packs into it.
+        UserError: a wrong number, or `out` holds anything else, or another process packs into it, or is no place to
+            write to.
         DataError: no row is usable, or an object cannot be read or written.
         StoreError: the network or a disk failed for longer than the retries last.
-        OSError: `out` is a folder that cannot be written.
     """
     check(shard_size >= 1, "shard_size", shard_size, "at least 1")
     check(workers >= 1, "workers", workers, "at least 1")
@@ -75,11 +73,12 @@ def pack(
         "rows": {split: len(items) for split, items in contents.splits.items()},
     }
     output = Output(str(out), options)
-    if (there := output.finished(SUMMARY, plan)) is not None:
+    if (there := output.finished(plan)) is not None:
         return Packed(there, was_finished=True)
     with output.hold(plan):
-        runs = _runs(contents, cuts, _done(output, cuts), workers)
-        write_all(output, contents.read, runs, sum(len(items) for items in contents.splits.values()), workers)
+        stretches = _stretches(contents, cuts, _done(output, cuts), workers)
+        rows = sum(cut.rows for cut in cuts.values())
+        write_all(output, contents.read, stretches, rows, workers)
         summary = _finish(output, plan, cuts, contents)
     return Packed(summary, was_finished=False)
 
@@ -124,22 +123,21 @@ def _left_out(output: Output, stem: str) -> Counter[str]:
     return Counter({reason: len(rows) for reason, rows in content.items()})
 
 
-def _runs(contents: Contents, cuts: Mapping[str, _Cut], done: set[str], workers: int) -> list[Run]:
+def _stretches(contents: Contents, cuts: Mapping[str, _Cut], done: set[str], workers: int) -> list[Stretch]:
     missing = [(s, n) for s, cut in cuts.items() for n in range(cut.shards) if shard_stem(s, n) not in done]
-    longest = min(_SHARDS_A_RUN, max(1, len(missing) // (workers * _RUNS_A_WORKER)))
-    stretches: list[tuple[str, int, int]] = []
+    longest = min(_SHARDS_A_STRETCH, max(1, len(missing) // (workers * _STRETCHES_A_WORKER)))
+    found: list[tuple[str, int, int]] = []
     for split, shard in missing:
-        if stretches and stretches[-1][::2] == (split, shard) and shard - stretches[-1][1] < longest:
-            stretches[-1] = (split, stretches[-1][1], shard + 1)
+        if found and found[-1][::2] == (split, shard) and shard - found[-1][1] < longest:
+            found[-1] = (split, found[-1][1], shard + 1)
         else:
-            stretches.append((split, shard, shard + 1))
-    runs = []
-    for split, first, end in stretches:
-        cut = cuts[split]
-        starts = [cut.start(shard) for shard in range(first, end + 1)]
+            found.append((split, shard, shard + 1))
+    stretches = []
+    for split, first, end in found:
+        starts = [cuts[split].start(shard) for shard in range(first, end + 1)]
         rows = [stop - start for start, stop in pairwise(starts)]
-        runs.append(Run(split, first, rows, contents.splits[split][starts[0] : starts[-1]]))
-    return runs
+        stretches.append(Stretch(split, first, rows, contents.splits[split][starts[0] : starts[-1]]))
+    return stretches
 
 
 def _finish(output: Output, plan: dict[str, Any], cuts: Mapping[str, _Cut], contents: Contents) -> dict[str, Any]:
@@ -160,7 +158,8 @@ def _finish(output: Output, plan: dict[str, Any], cuts: Mapping[str, _Cut], cont
         raise DataError(f"no row of {contents.name} can be packed, all are left out: {listed or 'there are none'}")
     for split in cuts:
         if shards[split]:
-            build_manifest([output.below(split)], output.below(split))
+            place = output.below(split)
+            build_manifest([place], place)
     summary = {
         **plan,
         "samples": samples,

@@ -6,24 +6,24 @@ time: a row group may be as large as the file. (Of images, pyarrow's writer puts
 
 from __future__ import annotations
 
-import hashlib
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import DataError, UserError
 from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.images import Images
-from data.packing.rows import ahead, parts
-from data.packing.table import Columns, Files, ObjectFile, Row, look_up, row_sample, table_arguments
+from data.packing.recipe import Recipe
+from data.packing.rows import ahead, fingerprint
+from data.packing.table import Columns, Files, ObjectFile, Row, look_up, row_sample
 from data.store import ObjectInfo, Store
 
 _THREADS = 8
@@ -51,9 +51,9 @@ class _ParquetReader:
     def _rows(self, items: Sequence[int]) -> Iterator[Row | LeftOut]:
         place = 0
         while place < len(items):
-            file = int(np.searchsorted(self.ends, items[place], side="right"))
+            file = bisect_right(self.ends, items[place])
             first = self.ends[file - 1] if file else 0
-            stop = _bisect(items, self.ends[file])
+            stop = bisect_left(items, self.ends[file])
             yield from self._rows_of(self.infos[file], first, items[place:stop])
             place = stop
 
@@ -61,12 +61,10 @@ class _ParquetReader:
         with _open_parquet(self.store, info) as table:
             groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
             names = [self.columns.image, self.columns.caption, *_scalars(table.schema_arrow, self.columns)]
-            for group, end in enumerate(accumulate(groups, initial=first)):
-                if group == len(groups):
-                    break
-                start, stop = _bisect(items, end), _bisect(items, end + groups[group])
+            for group, (begin, end) in enumerate(pairwise(accumulate(groups, initial=first))):
+                start, stop = bisect_left(items, begin), bisect_left(items, end)
                 if start < stop:
-                    yield from self._rows_of_group(table, group, names, info.name, end, first, items[start:stop])
+                    yield from self._rows_of_group(table, group, names, info.name, begin, first, items[start:stop])
 
     def _rows_of_group(
         self, table: pq.ParquetFile, group: int, names: list[str], file: str, at: int, first: int, items: Sequence[int]
@@ -102,18 +100,6 @@ class _ParquetReader:
         else:
             path, content = image, None
         return Row(number, file, where, caption, path, content, values)
-
-
-def _bisect(items: Sequence[int], row: int) -> int:
-    """How many of the ascending items are below `row`."""
-    low, high = 0, len(items)
-    while low < high:
-        middle = (low + high) // 2
-        if items[middle] < row:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 def _open_parquet(store: Store, info: ObjectInfo) -> pq.ParquetFile:
@@ -174,14 +160,12 @@ def parquet_table(
     names: Sequence[str],
     columns: Columns,
     files: Files,
-    images: Images,
-    heldout: float = 0.0,
-    seed: int = 0,
+    recipe: Recipe,
 ) -> Contents:
     """Count the rows of Parquet files whose image column holds bytes, paths, or structs of both.
 
     Raises:
-        UserError: a column is not there or of another type, or `heldout` is outside its range.
+        UserError: a column is not there or of another type.
         DataError: there is no file or no row, or one is not Parquet.
     """
 
@@ -196,13 +180,11 @@ def parquet_table(
     ends = list(accumulate(rows for _, rows in counted))
     if not counted or not ends[-1]:
         raise DataError(f"source {store.url} should hold Parquet files with rows")
-    listed = "".join(f"{info.name}\t{info.size}\t{rows}\n" for info, rows in counted)
-    digest = hashlib.blake2b(listed.encode("utf-8", "surrogateescape"), digest_size=8)
-    return Contents(
-        name="parquet",
-        arguments=table_arguments(columns, images, heldout, seed),
-        splits=dict(parts(ends[-1], heldout, seed)),
-        read=_ParquetReader(store, [info for info, _ in counted], ends, columns, files, images),
-        about={"origin": store.url},
-        versions={"contents": digest.hexdigest(), **images.versions()},
+    return recipe.contents(
+        "parquet",
+        ends[-1],
+        _ParquetReader(store, [info for info, _ in counted], ends, columns, files, recipe.images),
+        origin=store.url,
+        fingerprint=fingerprint((info.name, info.size, info.version, rows) for info, rows in counted),
+        arguments=columns.arguments,
     )

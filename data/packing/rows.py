@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import posixpath
 import re
 from bisect import bisect_right
@@ -18,15 +20,12 @@ from itertools import islice
 from typing import TypeVar, overload
 
 from data.errors import BadSample, DataError
-from data.packing.contents import LeftOut, Sample, check_heldout
+from data.packing.contents import LeftOut
 from data.randomness import hash_u64, key
 from data.store import Store
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Of several images in one sample the first listed wins."""
 
 _THREADS = 8
 """Files that a process reads at a time: on S3 each takes tens of milliseconds."""
@@ -77,12 +76,7 @@ class Part(Sequence[int]):
 
 
 def parts(rows: int, heldout: float, seed: int) -> dict[str, Part]:
-    """Split range(rows) into "train" and "heldout", a share of at least 0 and below 1.
-
-    Raises:
-        UserError: `heldout` is outside its range.
-    """
-    check_heldout(heldout)
+    """Split range(rows) into "train" and "heldout", a share of at least 0 and below 1."""
     held = round(rows * heldout)
     return {
         "train": Part(rows, held, seed, False, range(rows - held)),
@@ -96,27 +90,15 @@ def sample_key(row: int, name: str) -> str:
     return f"{row:09d}-{stem}" if stem else f"{row:09d}"
 
 
-def check_caption(content: bytes | None) -> bytes:
-    """Return the caption if it can be one.
-
-    Raises:
-        BadSample: ("missing_caption") there is none, or it is empty; ("bad_caption") it is not UTF-8.
-    """
-    if content is None or not content.strip():
-        raise BadSample("missing_caption")
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        raise BadSample("bad_caption", str(error)) from error
-    return content
+def left_out(row: str, why: BadSample) -> LeftOut:
+    """Say why a row is left out."""
+    return LeftOut(f"{row}: {why.detail}" if why.detail else row, why.reason)
 
 
-def usable(row: str, make: Callable[[], Sample]) -> Sample | LeftOut:
-    """Make a row's sample, or say why it is left out."""
-    try:
-        return make()
-    except BadSample as fault:
-        return LeftOut(f"{row}: {fault.detail}" if fault.detail else row, fault.reason)
+def fingerprint(listed: Iterable[Iterable[object]]) -> str:
+    """Hash what is known of a source's objects to 16 hex digits."""
+    lines = ("\t".join(map(str, row)) for row in listed)
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], most: int = 2 * _THREADS) -> Iterator[R]:
@@ -151,12 +133,6 @@ def read_file(store: Store, name: str) -> bytes:
         raise BadSample("missing_file") from None
 
 
-def image_extension(name: str) -> str:
-    """Return what follows a file name's last dot, in lower case; "" if no image is named so."""
-    extension = posixpath.splitext(name)[1][1:].lower()
-    return extension if extension in IMAGE_EXTENSIONS else ""
-
-
 def below(root: str, base: str, path: str) -> str:
     """Find the name below `root` of a path that a row gives.
 
@@ -172,7 +148,7 @@ def below(root: str, base: str, path: str) -> str:
         raise BadSample("missing_file", "its path is empty")
     name = posixpath.join(base, path)
     if path.startswith("/") or "://" in path:
-        inside = root.rstrip("/") + "/"
+        path, inside = _absolute(path), _absolute(root).rstrip("/") + "/"
         if not path.startswith(inside):
             raise BadSample("outside_root", f"it is not below {root}")
         name = path.removeprefix(inside).lstrip("/")
@@ -180,3 +156,7 @@ def below(root: str, base: str, path: str) -> str:
     if name == ".." or name.startswith(("../", "/")):
         raise BadSample("outside_root", f"it is not below {root}")
     return name
+
+
+def _absolute(address: str) -> str:
+    return address if "://" in address else os.path.abspath(address)

@@ -210,7 +210,7 @@ def contents(count: int, size: int = 64, heldout: float = 0.05, seed: int = 0) -
     kept = round(count * heldout)
     return Contents(
         name="shapes",
-        about={"licence": "CC0-1.0", "credit": "drawn by data/shapes.py"},
+        about={"licence": "CC0-1.0", "credit": "drawn by data/packing/shapes.py"},
         arguments={"count": count, "size": size, "heldout": heldout, "seed": seed},
         splits={"train": range(count - kept), "heldout": range(HELDOUT_START, HELDOUT_START + kept)},
         read=Each(partial(_sample, seed=seed, size=size)),

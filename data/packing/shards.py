@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from data.packing.contents import LeftOut, Reader, Sample, json_bytes
 from data.packing.output import Output
-from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX
-from data.shards.offsets import encode as encode_offsets
+from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, to_bytes
 
 LEFT_OUT_SUFFIX = ".left_out.json"
 
@@ -27,7 +26,7 @@ _ROWS_A_STEP = 50
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """Neighbouring shards of a split, written by one process: their reader finds its place once for all of them."""
 
     split: str
@@ -44,9 +43,9 @@ _Progress = Callable[[int, int], None]
 """Takes the rows read and the rows left out since it was called last; may raise to stop the writing."""
 
 
-def write_all(output: Output, read: Reader, runs: list[Run], rows: int, workers: int) -> None:
-    workers = min(workers, len(runs))
-    to_do = sum(sum(run.rows) for run in runs)
+def write_all(output: Output, read: Reader, stretches: list[Stretch], rows: int, workers: int) -> None:
+    workers = min(workers, len(stretches))
+    to_do = sum(sum(stretch.rows) for stretch in stretches)
     with tqdm(total=rows, initial=rows - to_do, unit="image", disable=None) as bar:
         left_out = 0
 
@@ -58,16 +57,16 @@ def write_all(output: Output, read: Reader, runs: list[Run], rows: int, workers:
                 bar.set_postfix(left_out=left_out, refresh=False)
 
         if workers <= 1:
-            for run in runs:
-                _write_run(output, read, run, progress)
+            for stretch in stretches:
+                _write_stretch(output, read, stretch, progress)
         else:
-            _write_in_processes(output, read, runs, workers, progress)
+            _write_in_processes(output, read, stretches, workers, progress)
 
 
-def _write_run(output: Output, read: Reader, run: Run, progress: _Progress) -> None:
-    rows = iter(read(run.items))
-    for shard, count in enumerate(run.rows, run.first):
-        _write_shard(output, shard_stem(run.split, shard), _counted(islice(rows, count), count, progress))
+def _write_stretch(output: Output, read: Reader, stretch: Stretch, progress: _Progress) -> None:
+    rows = iter(read(stretch.items))
+    for shard, count in enumerate(stretch.rows, stretch.first):
+        _write_shard(output, shard_stem(stretch.split, shard), _counted(islice(rows, count), count, progress))
 
 
 def _counted(rows: Iterable[Sample | LeftOut], count: int, progress: _Progress) -> Iterator[Sample | LeftOut]:
@@ -88,24 +87,20 @@ def _write_shard(output: Output, stem: str, rows: Iterable[Sample | LeftOut]) ->
     left_out: dict[str, list[str]] = {}
     offsets: list[int] = []
     with output.scratch(stem + SHARD_SUFFIX) as path:
-        with open(path, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
-                for row in rows:
-                    if isinstance(row, LeftOut):
-                        left_out.setdefault(row.reason, []).append(row.row)
-                        continue
-                    offsets.append(tar.tarstream.offset)
-                    tar.write({"__key__": row.key, **row.members})
-                end = tar.tarstream.offset
-            file.flush()
-            os.fsync(file.fileno())
+        with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for row in rows:
+                if isinstance(row, LeftOut):
+                    left_out.setdefault(row.reason, []).append(row.row)
+                    continue
+                offsets.append(tar.tarstream.offset)
+                tar.write({"__key__": row.key, **row.members})
+            offsets.append(tar.tarstream.offset)
         if left_out:
             output.store.write(stem + LEFT_OUT_SUFFIX, json_bytes(left_out))
-        if offsets:
+        if len(offsets) > 1:
             output.put(path, stem + SHARD_SUFFIX)
             # After the shard: offsets that are older than their shard are not trusted.
-            table = encode_offsets(np.array([*offsets, end], np.int64))
-            output.store.write(stem + SHARD_SUFFIX + OFFSETS_SUFFIX, table)
+            output.store.write(stem + SHARD_SUFFIX + OFFSETS_SUFFIX, to_bytes(np.array(offsets, np.int64)))
 
 
 # --- processes ---
@@ -115,11 +110,13 @@ class _Stopped(Exception):
     """The parent gave up."""
 
 
-def _write_in_processes(output: Output, read: Reader, runs: list[Run], workers: int, progress: _Progress) -> None:
+def _write_in_processes(
+    output: Output, read: Reader, stretches: list[Stretch], workers: int, progress: _Progress
+) -> None:
     # Spawned, not forked: the caller may have threads (torch, OpenCV).
     context = multiprocessing.get_context("spawn")
-    # Two counters a run, and at the end whether to stop. Without locks: a process that is killed holds none.
-    shared = context.RawArray("q", 2 * len(runs) + 1)
+    # Two counters a stretch, and at the end whether to stop. Without locks: a process that is killed holds none.
+    shared = context.RawArray("q", 2 * len(stretches) + 1)
     seen = [0, 0]
 
     def report() -> None:
@@ -128,7 +125,7 @@ def _write_in_processes(output: Output, read: Reader, runs: list[Run], workers: 
         seen[:] = now
 
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(output, read, shared)) as pool:
-        pending = {pool.submit(_work, number, run) for number, run in enumerate(runs)}
+        pending = {pool.submit(_work, number, stretch) for number, stretch in enumerate(stretches)}
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -142,7 +139,7 @@ def _write_in_processes(output: Output, read: Reader, runs: list[Run], workers: 
 
 
 _mine: tuple[Output, Reader, Any]
-"""What a worker is given once, rather than with each run: an index of many shards is large."""
+"""What a worker is given once, rather than with each stretch: an index of many shards is large."""
 
 
 def _enter(output: Output, read: Reader, shared: Any) -> None:
@@ -160,7 +157,7 @@ def _enter(output: Output, read: Reader, shared: Any) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(number: int, run: Run) -> None:
+def _work(number: int, stretch: Stretch) -> None:
     output, read, shared = _mine
 
     def progress(rows: int, lacking: int) -> None:
@@ -169,4 +166,4 @@ def _work(number: int, run: Run) -> None:
         shared[2 * number] += rows
         shared[2 * number + 1] += lacking
 
-    _write_run(output, read, run, progress)
+    _write_stretch(output, read, stretch, progress)

@@ -9,13 +9,12 @@ import io
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from data.errors import BadSample, DataError, UserError
 from data.packing.contents import LeftOut, Sample, json_bytes
 from data.packing.images import Images
-from data.packing.rows import below, check_caption, image_extension, read_file, sample_key, usable
+from data.packing.rows import below, left_out, read_file, sample_key
 from data.store import ObjectInfo, Store
 
 
@@ -25,6 +24,11 @@ class Columns:
 
     image: str
     caption: str
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What dataset.json says of them."""
+        return {"image_column": self.image, "caption_column": self.caption}
 
     def check(self, there: Sequence[str], where: str) -> None:
         """Refuse a name that the table does not have.
@@ -69,21 +73,35 @@ class Row:
 
 
 def row_sample(row: Row, files: Files, images: Images) -> Sample | LeftOut:
-    return usable(row.where, partial(_made, row, files, images))
+    """Make a row's sample, or say why it is left out."""
+    try:
+        return _sample(row, files, images)
+    except BadSample as fault:
+        return left_out(row.where, fault)
 
 
-def _made(row: Row, files: Files, images: Images) -> Sample:
-    caption = check_caption(None if row.caption is None else row.caption.encode("utf-8", "surrogateescape"))
+def _sample(row: Row, files: Files, images: Images) -> Sample:
+    caption = _check_caption(None if row.caption is None else row.caption.encode("utf-8", "surrogateescape"))
     name, content = row.path or "", row.content
     if content is None:
         if row.path is None:
             raise BadSample("missing_image")
         name, content = files.read(row.path, row.table)
-    extension, content = images(content, image_extension(name))
+    extension, content = images(content)
     members = {extension: content, "txt": caption}
     if row.values:
         members["json"] = json_bytes(row.values)
     return Sample(sample_key(row.number, posixpath.splitext(name)[0]), members)
+
+
+def _check_caption(content: bytes | None) -> bytes:
+    if content is None or not content.strip():
+        raise BadSample("missing_caption")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise BadSample("bad_caption", str(error)) from error
+    return content
 
 
 class ObjectFile(io.RawIOBase):
@@ -120,8 +138,3 @@ def look_up(store: Store, name: str) -> ObjectInfo:
     if (info := store.info(name)) is None:
         raise DataError(f"source {store.url}/{name} does not exist")
     return info
-
-
-def table_arguments(columns: Columns, images: Images, heldout: float, seed: int) -> dict[str, Any]:
-    named = {"image_column": columns.image, "caption_column": columns.caption}
-    return {**named, "heldout": heldout, "seed": seed, "resize": images.resize, "quality": images.quality}

@@ -8,7 +8,7 @@ from typing import Any
 from data.example import ImageSettings
 from data.fixed import FixedSamples, fixed_samples
 from data.loader import Loader
-from data.shards.index import SourceIndex, open_index
+from data.shards.index import SourceIndex, check_listing, open_index
 from data.store import StoreOptions, open_store
 from data.stream import SetAside, Source
 from t2i.config import RunConfig
@@ -71,7 +71,9 @@ def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: st
     options = config.store_options(source)
     key = (source.name, url, manifest, options)
     if key not in opened:
-        opened[key] = open_index(open_store(url, options), source.name, manifest, options=options)
+        index = opened[key] = open_index(open_store(url, options), source.name, manifest, options=options)
+        if notice := check_listing(index):
+            print(notice)
     return Source(opened[key], source.weight, source.rules)
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 from data import decode as decode_module
-from data.decode import decode
+from data.decode import decode, image_size
 from data.errors import BadSample, Filtered
 
 Pixels = NDArray[np.uint8]
@@ -138,6 +138,7 @@ def test_exif_orientation_is_pillows(kind: str, orientation: int) -> None:
     low = by_pillow(data, (32, 32), crop=(1, 1))[:, :, ::-1]
     assert np.abs(decode(data, 32, crop=(1, 1), flip=True).astype(int) - low).max() <= tolerance
     assert reason(Filtered, data, (size[0] + 1, size[1])) == "small_image"
+    assert image_size(data) == size
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -156,6 +157,26 @@ def test_exif_is_found_after_other_segments_and_nonsense_is_upright() -> None:
     late = chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
     png = encode(CORNERS)
     assert decode(png[:-12] + late + png[-12:], (48, 32)).shape == (3, 48, 32)
+    assert image_size(after) == image_size(png[:-12] + late + png[-12:]) == (48, 32)
+    assert image_size(plain[:2] + segment + plain[2:]) == (32, 48)
+
+
+def test_the_size_is_that_of_the_header_upright(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="8"/>'
+    xmp = png((32, 48), 8, 2, rows(CORNERS.reshape(32, -1)), chunk(b"iTXt", turned))
+    assert decode(xmp, (48, 32)).shape == (3, 48, 32)
+    at = xmp.index(b"IDAT") + 12  # into the pixels
+    files = {xmp: (48, 32), xmp[:at]: (48, 32), encode(CORNERS, "GIF"): (32, 48), encode(CORNERS, "BMP"): (32, 48)}
+    wide = encode(np.zeros((1, 60_000, 3), np.uint8), "JPEG").replace(b"\0\x01\xea\x60", b"\xea\x60\xea\x60")
+    tiff = encode(CORNERS, "TIFF")
+    assert reason(BadSample, tiff, 32) == "undecodable_image"
+    monkeypatch.setattr(Image.Image, "load", None)
+    for data, size in files.items():
+        assert image_size(data) == size
+    for data, why in ((wide, "too_many_pixels"), (tiff, "undecodable_image"), (b"", "undecodable_image")):
+        with pytest.raises(BadSample) as caught:
+            image_size(data)
+        assert caught.value.reason == why
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

@@ -82,7 +82,7 @@ def test_the_rules_of_a_stage(run, config: Path, tmp_path: Path) -> None:
 
 def test_the_order_of_a_config_is_that_of_training(run, config: Path, tmp_path: Path) -> None:
     stage = stage_config(load_config(config), 0)
-    sources = [open_source(stage.data, source, source.url, None) for source in stage.data.sources]
+    sources = [open_source(stage.data, source, source.url, None, {}) for source in stage.data.sources]
     loaders = [
         Loader(
             sources, image_settings(stage.data), batch_size=8, lanes=4, seed=0, stage="low", rank=rank, world_size=2,

@@ -165,11 +165,10 @@ def test_judged_as_training_would(tmp_path: Path) -> None:
     rules = Rules(min_caption_words=2, fields={"score": (0.5, None)}, prefix_probability=1.0)
     found = inspect(index, rules, ImageSettings(32))
     assert {name: it.count for name, it in found.filtered.items()} == {
-        ("field:score", False): 1, ("caption_words", False): 1, ("small_image", True): 1,
+        ("field:score", False): 1, ("caption_words", False): 1, ("small_image", True): 1, ("missing_caption", False): 1,
     }  # fmt: skip
     assert {name: [id_ for id_, _ in it.first] for name, it in found.bad.items()} == {
         ("undecodable_image", True): ["source/00000.tar/c"],
-        ("missing_caption", False): ["source/00000.tar/e"],
         ("bad_metadata", False): ["source/00000.tar/f"],
     }
     assert (found.usable, found.formats["HTML or XML"]) == (1, 1)

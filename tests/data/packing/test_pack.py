@@ -21,7 +21,7 @@ import webdataset
 from data.errors import DataError, UserError
 from data.packing import openmoji, pack, shapes
 from data.packing.contents import Contents, LeftOut, Sample
-from data.packing.output import Output
+from data.packing.output import LOCK, PLAN, SUMMARY, Output
 from data.shards.index import open_index
 from data.shards.tar import parse_sample
 from data.store import StoreOptions, open_store
@@ -137,19 +137,19 @@ def test_goes_on_after_an_interruption(scenes, tmp_path):
 
 
 def test_goes_on_after_a_kill(tmp_path):
-    words = ["shapes", "--count", "400", "--size", "192", "--shard_size", "10", "--workers", "2", "--out"]
+    words = ["shapes", "--count", "200", "--size", "192", "--shard_size", "5", "--workers", "2", "--out"]
     out = tmp_path / "out"
     with subprocess.Popen([sys.executable, "launch/pack.py", *words, str(out)], cwd=ROOT) as process:
         deadline = time.monotonic() + 60
         while not list(out.glob("train/*.tar")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    whole = shapes.contents(400, size=192)
+    whole = shapes.contents(200, size=192)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar.idx")}
     assert kept and not (out / "dataset.json").exists()
-    pack.pack(whole, out, shard_size=10)
+    pack.pack(whole, out, shard_size=5)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    pack.pack(whole, tmp_path / "reference", shard_size=10)
+    pack.pack(whole, tmp_path / "reference", shard_size=5)
     assert files(out) == files(tmp_path / "reference")
 
 
@@ -159,7 +159,8 @@ def hold(out, ready, done):
         done.wait(20)
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time_and_a_lock_that_was_left_holds_nobody(tmp_path):
+    (tmp_path / LOCK).touch()
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path, ready, done))
@@ -167,11 +168,27 @@ def test_one_process_at_a_time(tmp_path):
     assert ready.wait(20)
     with pytest.raises(UserError, match="another process is packing"):
         pack.pack(shapes.contents(10), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, PLAN}
     done.set()
     other.join()
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["dataset.json", "dataset.json.partial"])
+def test_what_fills_the_disk_is_told(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", full)
+    assert main(["shapes", "--out", str(tmp_path / "new"), "--count", "2", "--workers", "1"]) == 2
+    assert re.fullmatch(
+        r"error: .*/new/train/00000\.tar\.\d+\.partial cannot be written: No space left on device\n",
+        capsys.readouterr().err,
+    )
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [PLAN, "train"]
+    assert not list((tmp_path / "new/train").iterdir())
+
+
+@pytest.mark.parametrize("name", [SUMMARY, PLAN])
 @pytest.mark.parametrize("content", ["no json", "[]", '{"info": "COCO"}', '{"source": "shapes", "arguments": []}'])
 def test_a_foreign_summary_is_told_in_one_sentence(name, content, tmp_path, capsys):
     (tmp_path / name).write_text(content)
@@ -203,10 +220,9 @@ def odd_rows(items):
         yield LeftOut(f"row {item}", "even") if unusable else Sample(f"{item:09d}", {"txt": b"x"})
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_rows_that_cannot_be_used_are_counted_and_listed(workers, tmp_path):
+def test_rows_that_cannot_be_used_are_counted_and_listed(tmp_path):
     contents = Contents("odd", {}, {"train": range(50), "heldout": range(0)}, odd_rows, left_out={"seen before": 7})
-    done = pack.pack(contents, tmp_path / "o", shard_size=10, workers=workers)
+    done = pack.pack(contents, tmp_path / "o", shard_size=10)
     assert done.summary["left_out"] == {"seen before": 7, "even": 30}
     assert done.summary["samples"] == {"train": 20, "heldout": 0} and done.summary["shards"]["train"] == 4
     assert not (tmp_path / "o/train/00002.tar").exists()
@@ -289,9 +305,11 @@ def test_drawings_are_packed_on_white(emojis, tmp_path):
         ("shapes --out {new} --count 10 --size 2", "size is 2"),
         ("shapes --out {new} --count 10 --shard_size 0", "shard_size is 0"),
         ("shapes --out {new} --count 10 --workers -1", "workers is -1"),
+        ("shapes --out {new} --count 10 --workers 0", "workers is 0"),
+        ("shapes --out gs://bucket/o --count 10", "should be a folder or s3://"),
         ("openmoji --out {new} --sise 64", "--sise"),
         ("openmoji --out {full}", "holds other files"),
-        ("openmoji --out {full}/file", "it is a file"),
+        ("openmoji --out {full}/file", "should be a folder to write into: File exists"),
         ("openmoji --out {full}/file/new", "Not a directory"),
     ],
 )
