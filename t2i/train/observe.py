@@ -18,18 +18,15 @@ import torch
 from tqdm import tqdm
 
 from t2i.config import RunConfig
-
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; the name is looked for in the device's.
-PEAK_BF16 = {"H800": 989e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+from t2i.gpus import find_gpu
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that one device can reach: the data sheet's where it is known, else a bare matmul's, measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for model, peak in PEAK_BF16.items():
-            if model in name:
-                return peak
+        gpu = find_gpu(torch.cuda.get_device_name(device))
+        if gpu is not None:
+            return gpu.peak_bf16
     size = 4096 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
 

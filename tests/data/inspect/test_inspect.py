@@ -173,7 +173,7 @@ def test_judged_as_training_would(tmp_path: Path) -> None:
     }
     assert (found.usable, found.formats["HTML or XML"]) == (1, 1)
     # Lengths are those of what is stored, captions of the sheet those of training.
-    assert (found.words.total, found.words.below(3), found.words.quantile(1)) == (6, 1, 3)
+    assert (found.words.total, found.words.below(3), found.words.quantile(1)) == (7, 2, 3)  # none is no words
     assert found.sheet[0].caption.endswith("one two three") and len(found.sheet[0].caption) > len("one two three")
 
 

@@ -1,0 +1,58 @@
+"""What a run will need, before anything is spent: parameters, memory, FLOPs, days, bandwidth, disk.
+
+    python launch/plan.py --config configs/pixelgen_xxl.yaml --gpus 8 --gpu h800
+    python launch/plan.py --gpus 64 --gpu h200 --mfu 0.3 --train.micro_batch_size 16    # any field of the config, too
+    python launch/plan.py --gpus 8 --gpu h800 --reference                               # as the public code computes
+    python launch/plan.py --gpus 8 --gpu h800 --json
+
+A few seconds of arithmetic: no weights, no data, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from launch.arguments import parse
+from launch.process import main
+from launch.train import DEFAULT_CONFIG
+from t2i.config_base import ConfigError
+from t2i.gpus import GPUS
+from t2i.plan import Assumptions
+from t2i.plan import plan as plan_run
+from t2i.plan_tables import tables
+
+
+def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and the rest, which is the config's."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Besides, --config and any field of the config, as launch/stage1.py --help lists them.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all, over all machines (default: %(default)s)")
+    parser.add_argument("--gpu", default="h800", help=f"their model: {', '.join(GPUS)} (default: %(default)s)")
+    utilisation = "share of the peak that the step reaches, over all its FLOPs (default: %(default)s, the paper's)"
+    parser.add_argument("--mfu", type=float, default=0.22, help=utilisation)
+    parser.add_argument("--sample_kb", type=float, default=100.0, help="mean KB of a sample (default: %(default)s)")
+    parser.add_argument("--reference", action="store_true", help="FLOPs and memory as of the public code")
+    parser.add_argument("--json", action="store_true", help="print JSON in bytes, seconds and FLOPs")
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+
+
+def plan() -> None:
+    """Parse the command line and print the plan."""
+    options, rest = _options(sys.argv[1:])
+    config = parse((__doc__ or "").splitlines()[0], DEFAULT_CONFIG, rest)
+    given = Assumptions.of(options.gpus, options.gpu, options.mfu, 1000 * options.sample_kb, options.reference)
+    found = plan_run(config, given)
+    print(json.dumps(found, indent=1) if options.json else tables(found))
+
+
+if __name__ == "__main__":
+    main(plan)

@@ -1,0 +1,356 @@
+"""The planner says what the paper's table, real tensors and real engines say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import t2i.models.pixelgen as pixelgen
+from t2i.config import ModelConfig, ObjectiveConfig, RunConfig
+from t2i.config_base import ConfigError
+from t2i.config_loading import load_config, stage_config, validate_config
+from t2i.diffusion.perceptual import cosine_distance
+from t2i.gpus import find_gpu
+from t2i.models.layers import Projector, rope_table
+from t2i.plan import USABLE, Assumptions, plan
+from t2i.plan_memory import (
+    ENGINES,
+    FP32,
+    Engine,
+    Shapes,
+    block_activations,
+    ends_activations,
+    reference_static_memory,
+    static_memory,
+    total,
+)
+from t2i.plan_networks import META, Frozen, Trained, _FusedAttention, open_share, saved_bytes, text_encoder
+from t2i.plan_tables import tables
+from t2i.train.build import TrainingNetwork, denoiser_training_flops
+from t2i.train.schedule import training_times
+
+XXL = Path("configs/pixelgen_xxl.yaml")
+SMALL = {"patch_size": 4, "width": 128, "depth": 3, "heads": 4, "text_depth": 2, "bottleneck": 32, "repa_layer": 2}
+NETWORK = Trained(image_blocks=800, text_blocks=160, rest=40, projector=24, by_muon=640, block=100)
+
+
+def xxl() -> RunConfig:
+    return load_config(XXL)
+
+
+def given(gpus: int = 8, gpu: str = "h800", reference: bool = False) -> Assumptions:
+    return Assumptions.of(gpus, gpu, 0.22, 100_000, reference)
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict:
+    return plan(xxl(), given())
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict:
+    return plan(xxl(), given(reference=True))
+
+
+# Parameters and FLOPs
+
+
+def test_parameters_are_the_public_models(ours) -> None:
+    counted = ours["stages"][0]["parameters"]
+    assert counted["denoiser"] == 1_121_739_520
+    assert counted["of which image blocks"] == 16 * 56_637_056
+    assert counted["of which text refiner"] == 4 * 51_918_464
+    assert sum(n for name, n in counted.items() if name.startswith("of which")) == counted["denoiser"]
+    assert counted["trained"] == counted["denoiser"] + counted["projector"]
+    assert counted["projector"] == 2 * (1536 * 1536 + 1536) + 1536 * 768 + 768
+    # Of the published weights: Qwen3-1.7B, LPIPS with VGG16's convolutions, DINOv2-B/14.
+    assert counted["frozen"] == {"Qwen/Qwen3-1.7B": 1_720_574_976, "LPIPS, VGG16": 14_716_160, "DINOv2": 86_580_480}
+
+
+@pytest.mark.parametrize(
+    ("stage", "gmac"),
+    [
+        (0, {"denoiser": 569, "text encoder": 182.3, "dino, predicted": 46.3, "lpips, predicted": 40.1}
+         | {"dino, clean": 23.15, "lpips, clean": 20.05, "projector": 4.53, "total": 886}),
+        (1, {"denoiser": 2124, "text encoder": 182.3, "dino, predicted": 213.8, "lpips, predicted": 160.4}
+         | {"dino, clean": 106.9, "lpips, clean": 80.2, "projector": 18.1, "total": 2886}),
+    ],
+)  # fmt: skip
+def test_reference_flops_are_those_counted_of_the_public_code(reference, stage: int, gmac: dict[str, float]) -> None:
+    counted = {name: flops / 2e9 for name, flops in reference["stages"][stage]["flops_per_image"].items()}
+    assert counted == pytest.approx(gmac, rel=0.01)
+    assert counted["total"] == pytest.approx(sum(counted.values()) - counted["total"])
+    assert reference["stages"][stage]["of_which"]["text refiner"] / 6e9 == pytest.approx(19.6, rel=0.01)
+
+
+def test_the_gate_saves_what_it_saves(ours, reference) -> None:
+    for stage, saving in ((0, 0.057), (1, 0.075)):
+        gated, whole = (it["stages"][stage]["flops_per_image"]["total"] for it in (ours, reference))
+        assert 1 - gated / whole == pytest.approx(saving, abs=5e-4)
+        # REPA aligns every sample with the clean image's features.
+        clean = [it["stages"][stage]["flops_per_image"]["dino, clean"] for it in (ours, reference)]
+        assert clean[0] == clean[1]
+
+
+def test_the_blocks_are_the_denoisers_forward_but_for_its_ends(ours) -> None:
+    config = stage_config(xxl(), 0)
+    forward = denoiser_training_flops(config, 2048) / 3
+    tokens = 256
+    ends = 2 * (tokens * (768 * 256 + 256 * 1536 + 1536 * 768) + 128 * 2048 * 1536 + 256 * 1536 + 1536 * 1536)
+    assert ours["stages"][0]["of_which"]["recomputed with checkpointing"] + ends == pytest.approx(forward, rel=1e-6)
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.1, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("timeshift", [1.0, 2.5])
+def test_share_over_the_gate_is_that_of_the_training_times(gate: float, timeshift: float) -> None:
+    objective = ObjectiveConfig(gate=gate, timeshift=timeshift)
+    times = training_times(objective, (np.arange(200_000) + 0.5) / 200_000)
+    assert open_share(objective) == pytest.approx((times >= gate).mean(), abs=1e-5)
+
+
+def test_share_over_the_gate_of_the_public_recipe() -> None:
+    assert 1 - open_share(ObjectiveConfig()) == pytest.approx(0.476, abs=5e-4)
+
+
+# Time
+
+
+def test_six_days_on_8_h800(reference) -> None:
+    assert reference["total"]["days"] == pytest.approx(6.0, rel=0.01)
+    assert reference["total"]["flops"] == pytest.approx(9.0e20, rel=0.01)
+    assert reference["total"]["images"] == 200_000 * 1536 + 120_000 * 512
+    a_gpu = [stage["time"]["images_per_s"] / 8 for stage in reference["stages"]]
+    assert a_gpu == pytest.approx([122, 38, 38], rel=0.015)
+
+
+def test_totals_are_sums_and_days_are_images_over_rate(ours) -> None:
+    times = [stage["time"] for stage in ours["stages"]]
+    for name in ("days", "gpu_hours", "flops", "images"):
+        assert ours["total"][name] == pytest.approx(sum(time[name] for time in times))
+    for time in times:
+        assert time["days"] * 86400 * time["images_per_s"] == pytest.approx(time["images"])
+        assert time["gpu_hours"] == pytest.approx(time["days"] * 24 * 8)
+        assert time["flops"] == pytest.approx(0.22 * 989e12 * time["gpu_hours"] * 3600)
+
+
+def test_bandwidth_and_read_ahead(ours) -> None:
+    first = ours["stages"][0]
+    assert first["data"]["bytes_per_s"] == pytest.approx(100_000 * first["time"]["images_per_s"])
+    # The config's own comment: 16 lanes x 3 sources x 4096 samples of 100 KB are 19 GB.
+    assert first["data"]["read_ahead_bytes_a_rank"] == 16 * 3 * 4096 * 100_000
+    assert first["data"]["decoded_bytes_a_rank"] == 3 * 192 * 3 * 256**2
+
+
+def test_storage(ours) -> None:
+    for stage in ours["stages"]:
+        assert stage["storage"]["checkpoint_bytes"] == 16 * stage["parameters"]["trained"]
+    one = ours["stages"][0]["storage"]
+    assert (
+        ours["total"]["disk_bytes"] == 3 * (2 * one["checkpoint_bytes"] + one["model_bytes"]) + one["checkpoint_bytes"]
+    )
+
+
+# Static memory
+
+
+@pytest.mark.parametrize("dtype_bytes", [2, 4])
+def test_static_memory_identities(dtype_bytes: int) -> None:
+    frozen = {"text encoder": 1000}
+    one, four = (
+        {engine: static_memory(engine, ranks, NETWORK, frozen, dtype_bytes) for engine in ENGINES} for ranks in (1, 4)
+    )
+    whole = total(frozen) + dtype_bytes * NETWORK.denoiser
+    for engine in ("zero3", "fsdp2"):
+        assert total(four[engine]) - whole == (total(one[engine]) - whole) // 4
+    assert one["zero0"] == four["zero0"]
+    sharded: dict[Engine, set[str]] = {
+        "zero1": {"masters", "moments", "average"},
+        "zero2": {"masters", "moments", "average", "gradients"},
+    }
+    for engine, names in sharded.items():
+        for name, size in one[engine].items():
+            assert four[engine][name] == (size // 4 if name in names else size)
+    sizes = [total(four[engine]) for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp2")]
+    assert sizes == sorted(sizes, reverse=True)
+    # AdamW's two moments, and Muon's one.
+    assert one["zero1"]["moments"] == 8 * (NETWORK.total - 640) + 4 * 640
+
+
+def test_the_public_code_holds_24_bytes_a_parameter(reference) -> None:
+    assert total(reference_static_memory(NETWORK, {})) == 24 * NETWORK.total
+    ddp = reference["stages"][0]["static_bytes"]["ddp"]
+    assert (ddp["total"] - ddp["text encoder"] - ddp["perceptual networks"]) / 2**30 == pytest.approx(25, rel=0.01)
+    assert ddp["text encoder"] / 1e9 == pytest.approx(3.4, rel=0.02)
+    assert ddp["perceptual networks"] / 1e9 == pytest.approx(0.4, rel=0.02)
+
+
+def test_static_memory_is_what_the_engines_hold(launch) -> None:
+    measured = launch(Path(__file__).parent / "plan_worker.py", 2)
+    network = Trained(image_blocks=10**6, text_blocks=0, rest=0, projector=0, by_muon=0, block=10**5)
+    assert len(measured) == 8
+    for name, found in measured.items():
+        engine, dtype = name.split()
+        parts = static_memory(engine, 2, network, {}, 2 if dtype == "bf16" else 4)
+        held = total(parts) - parts["sampling copy"] - (0 if engine == "zero1" else parts["average"])
+        assert found == pytest.approx(held / network.total, rel=0.05), name
+
+
+# Activations
+
+
+def fused(run) -> int:
+    """Bytes kept with PyTorch's fused attention, as on a GPU; norms are not fused on a CPU."""
+    net, call = run
+    with mock.patch.object(pixelgen, "attention", F.scaled_dot_product_attention):
+        return saved_bytes(call, net)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("context", [0, 20])
+def test_block_activations_are_what_autograd_keeps(dtype: torch.dtype, context: int) -> None:
+    model, samples, side = ModelConfig.model_validate(SMALL), 4, 16
+    block = pixelgen.Block(model.width, model.heads, context > 0).to(dtype)
+    x, time, text = (
+        torch.randn(samples, n, model.width, dtype=dtype, requires_grad=True) for n in (side * side, 1, context)
+    )
+    rope = rope_table(side, side, 32, torch.device("cpu")) if context else None
+    measured = fused((block, lambda: block(x, time, rope, text if context else None)))
+    expected = samples * block_activations(model, side * side, context, dtype.itemsize, fused_norms=False)
+    assert expected == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_network_activations_are_what_autograd_keeps(dtype: torch.dtype) -> None:
+    model, samples, length = ModelConfig.model_validate(SMALL), 3, 24
+    net = TrainingNetwork(
+        pixelgen.PixelGen(text_width=64, text_length=length, **SMALL), Projector(model.width, 40)
+    ).to(dtype)  # fmt: skip
+    target = torch.randn(samples, 256, 40)
+
+    def run() -> torch.Tensor:
+        _, projected = net(torch.randn(samples, 3, 64, 64), torch.rand(samples), torch.randn(samples, length, 64))
+        assert projected is not None
+        return cosine_distance(projected, target)
+
+    shapes = Shapes(model, 64, length, 64, dtype.itemsize)
+    expected = samples * (
+        model.depth * block_activations(model, shapes.tokens, length, dtype.itemsize, fused_norms=False)
+        + model.text_depth * block_activations(model, length, 0, dtype.itemsize, fused_norms=False)
+        + ends_activations(shapes, Frozen("features", 0, 40, 0.0), fused_norms=False)
+    )
+    assert expected == pytest.approx(fused((net, run)), rel=0.015)
+
+
+def test_a_frozen_transformer_keeps_on_the_meta_device_what_it_keeps_for_real() -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=56, patch_size=14)
+    kept = []
+    for device in (torch.device("cpu"), META):
+        with device:
+            net = Dinov2Model(config).eval().requires_grad_(False)
+            image = torch.zeros(2, 3, 56, 56, requires_grad=True)
+        with _FusedAttention() if device == META else mock.MagicMock():
+            kept.append(saved_bytes(lambda net=net, image=image: net(image), net))
+    assert kept[1] == pytest.approx(kept[0], rel=0.02)
+
+
+def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block(ours) -> None:
+    kept = ours["stages"][0]["activation_bytes"]
+    assert kept["checkpointed"]["image blocks"] == 64 * 16 * 256 * 1536 * 2
+    assert kept["checkpointed"]["text blocks"] == 64 * 4 * 128 * 1536 * 2
+    assert kept["checkpointed"]["ends and projector"] == kept["plain"]["ends and projector"]
+    assert kept["checkpointed"]["total"] < kept["plain"]["total"] / 2
+    # 512 px at a quarter of the micro-batch has as many image tokens, but fewer text tokens.
+    other = ours["stages"][1]["activation_bytes"]["plain"]
+    assert other["image blocks"] < kept["plain"]["image blocks"] < 1.1 * other["image blocks"]
+
+
+# Recommendation
+
+
+def test_the_recommendation_fits_and_the_next_size_does_not(ours) -> None:
+    budget = USABLE * 79 * 2**30
+    for stage in ours["stages"]:
+        chosen = stage["recommended"]
+        assert chosen in stage["options"] and 0 < chosen["bytes"] <= budget
+        assert (stage["batch_size"] // 8) % chosen["micro_batch_size"] == 0
+        assert (
+            f"{'fits' if chosen['micro_batch_size'] >= stage['micro_batch_size'] else 'does not fit'} into"
+            in " ".join(stage["advice"])
+        )
+        for option in stage["options"]:
+            assert option["bytes"] <= budget
+
+
+def sizes_by_option(found: dict) -> list[int]:
+    return [option["micro_batch_size"] for stage in found["stages"] for option in stage["options"]]
+
+
+def test_more_memory_or_more_ranks_hold_more() -> None:
+    config = validate_config({**xxl().model_dump(), "stages": xxl().stages[1:2]}, "test")
+    small, large, many = (plan(config, given(*it)) for it in ((8, "l40s"), (8, "h200"), (16, "l40s")))
+    pairs = list(zip(sizes_by_option(small), sizes_by_option(large), strict=True))
+    assert all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+    for engine in ("zero1", "zero2", "zero3", "fsdp2"):
+        few, more = (it["stages"][0]["static_bytes"][engine]["total"] for it in (small, many))
+        assert more < few
+    # On 23.5 GiB it takes checkpointing, which costs the blocks' forward again.
+    stage = plan(config, given(gpu="4090"))["stages"][0]
+    assert stage["recommended"]["checkpointing"]
+    flops = stage["flops_per_image"]["total"] + stage["of_which"]["recomputed with checkpointing"]
+    assert stage["time"]["images_per_s"] == pytest.approx(8 * 165e12 * 0.22 / flops)
+
+
+def test_what_fits_nowhere_is_said() -> None:
+    tree = xxl().model_dump()
+    tree["model"] |= {"width": 6144, "heads": 96, "depth": 40, "repa_layer": 20}
+    stage = plan(validate_config({**tree, "stages": tree["stages"][:1]}, "test"), given(gpu="4090"))["stages"][0]
+    assert stage["recommended"] is None
+    assert any("nothing fits" in sentence for sentence in stage["advice"])
+
+
+# Words
+
+
+def test_a_plan_is_json_and_tables(ours) -> None:
+    assert json.loads(json.dumps(ours)) == ours
+    text = tables(ours)
+    assert "1,121,739,520" in text and "pretrain512, sft512: static" in text
+    assert all(len(line) < 260 for line in text.splitlines())
+    for kind in ("counted", "derived", "assumed"):
+        assert kind in text
+
+
+@pytest.mark.parametrize(
+    ("device", "model"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_devices_are_found_by_whole_words(device: str, model: str | None) -> None:
+    gpu = find_gpu(device)
+    assert (gpu.name if gpu else None) == model
+
+
+def test_an_unknown_text_model_is_named() -> None:
+    config = RunConfig.model_validate({"text": {"model": "nobody/nothing"}})
+    with pytest.raises(ConfigError, match=r"text.model 'nobody/nothing': its configuration is not on this machine"):
+        text_encoder(config)
+
+
+def test_fp32_is_four_bytes() -> None:
+    assert torch.float32.itemsize == FP32
