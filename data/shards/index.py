@@ -2,9 +2,9 @@
 
 - In memory is only the table of shards; a shard's offsets are read when it is come by, and a sample's members are
   found in its bytes. So 36 million samples in 40,000 shards open in a second and pickle to other ranks in a few MB.
-- The table comes from a manifest (`launch/index.py` writes it); a source of up to 1,000 shards without one is indexed
-  at the start, with a notice.
-- A source without any .tar, but with images, is read as if it were shards (`data/store/folder.py`).
+- The table comes from a manifest (`launch/index.py` writes it, and other tools of wids do); a source of up to 1,000
+  shards without one is indexed at the start, with a notice.
+- A source without any .tar, but with up to 100,000 images, is read as if it were shards (`data/store/folder.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.shards.manifest import MANIFEST, open_place, read_manifest, scan_all
-from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, decode, read_offsets, scan_shard
+from data.shards.manifest import MANIFEST, complete, for_each_shard, open_place, read_manifest
+from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, from_bytes, read_offsets, scan_shard
 from data.shards.tar import TarScan, scan_tar
-from data.store import ObjectInfo, OnFault, Store, StoreOptions, changed
-from data.store.folder import FolderStore
+from data.store import ObjectInfo, OnFault, Store, StoreOptions
+from data.store.folder import SAMPLES_A_SHARD, FolderStore
 
 _MOST_UNINDEXED = 1000
+_MOST_VIRTUAL = 100
+"""Shards of a folder of images: every process holds its files' names, and reads the files one by one."""
 _THREADS = 8
 _CACHE_BYTES = 32 << 20
 """Of offsets, in a process; each of a rank's lanes reads one or two shards at a time."""
@@ -48,6 +50,8 @@ class SourceIndex:
         held: offsets that are in memory, by shard.
         elsewhere: where in `place` a shard's offsets lie, if not beside it.
         place: the manifest's folder.
+        vouched: the offsets' files were compared with the shards when the manifest was written; else that is done when
+            they are read.
     """
 
     name: str
@@ -60,6 +64,7 @@ class SourceIndex:
     held: Mapping[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
     elsewhere: Mapping[int, str] = field(default_factory=dict, repr=False)
     place: Store | None = None
+    vouched: bool = True
     _cache: _Cache = field(default_factory=lambda: _Cache(), repr=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +81,8 @@ class SourceIndex:
             on_fault: as `Store.read` has it.
 
         Raises:
-            DataError: the shard is gone, or changed since it was indexed.
+            DataError: the shard is gone, or changed since it was indexed, or has not as many samples as its manifest
+                says.
             StoreError: the network or a disk failed for longer than the retries last.
         """
         if (held := self.held.get(shard)) is not None:
@@ -93,11 +99,19 @@ class SourceIndex:
         store, name = self.store, info.name + OFFSETS_SUFFIX
         if self.place is not None and shard in self.elsewhere:
             store, name = self.place, self.elsewhere[shard]
-        offsets = decode(store.read(name, on_fault=on_fault), info.size) if store.info(name) else None
+        written = store.info(name)
+        offsets = None
+        if written and self.vouched:
+            offsets = from_bytes(store.read(name, on_fault=on_fault), info.size)
+        elif scan := read_offsets(self.store, info, store, written):
+            offsets = scan.offsets
         if offsets is None or len(offsets) != self.counts[shard] + 1:
             offsets = scan_tar(self.store, info).offsets
         if len(offsets) != self.counts[shard] + 1:
-            raise changed(self.store.url, info.name)
+            raise DataError(
+                f"{self.store.url}/{info.name} has {len(offsets) - 1} samples, and its manifest says "
+                f"{self.counts[shard]}: run launch/index.py"
+            )
         return offsets
 
     @cached_property
@@ -165,8 +179,13 @@ def open_index(
         return _listed(store, name, store, MANIFEST)
     infos, remedy = store.list(SHARD_SUFFIX), f"run python launch/index.py {shlex.quote(store.url)}"
     if not infos:
-        store, remedy = FolderStore(store), "pack them with python launch/pack.py"
+        store, remedy = FolderStore(store), f"pack them with python launch/pack.py folder {shlex.quote(store.url)}"
         infos = store.list(SHARD_SUFFIX)
+        if len(infos) > _MOST_VIRTUAL:
+            raise DataError(
+                f"source {name!r}: the images below {store.url} make {len(infos):,} shards of up to {SAMPLES_A_SHARD}, "
+                f"and a folder may make {_MOST_VIRTUAL}: {remedy} first"
+            )
     if not infos:
         raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard and no image below {store.url}")
     if len(infos) > _MOST_UNINDEXED:
@@ -178,22 +197,72 @@ def open_index(
 
 
 def _listed(store: Store, name: str, place: Store, manifest: str) -> SourceIndex:
-    it = read_manifest(place, manifest, store.url)
+    table = read_manifest(place, manifest, store.url)
+    ours = all(table.versions)
+    it = table if ours else complete(table, store)
     return SourceIndex(
-        name, store, it.names, it.sizes, it.versions, it.counts, it.damage, elsewhere=it.elsewhere, place=place
+        name,
+        store,
+        it.names,
+        it.sizes,
+        it.versions,
+        it.counts,
+        it.damage,
+        elsewhere=it.elsewhere,
+        place=place,
+        vouched=ours,
     )
 
 
-def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo]) -> SourceIndex:
+def check_listing(index: SourceIndex) -> str | None:
+    """Compare a source as it is now, by one listing of its store, with what its table says: names, sizes, versions.
+
+    Returns:
+        A notice of shards that are there and not in the table; None where there are none.
+
+    Raises:
+        DataError: a shard is missing, or changed.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    listed = {info.name: (info.size, info.version) for info in index.store.list(SHARD_SUFFIX)}
+    table = zip(index.names, index.sizes.tolist(), index.versions, strict=True)
+    stale = [name for name, *said in table if listed.get(name) != tuple(said)]
+    if stale:
+        fault = "changed since" if stale[0] in listed else "is gone since"
+        others = f", and {len(stale) - 1:,} more" if len(stale) > 1 else ""
+        raise DataError(
+            f"source {index.name!r}: {index.store.url}/{stale[0]} {fault} it was indexed{others}: "
+            "run launch/index.py again"
+        )
+    if new := len(listed) - len(index.names):
+        return (
+            f"source {index.name!r}: {new:,} shards below {index.store.url} are not in its manifest and are left out; "
+            "to have them, run launch/index.py again"
+        )
+    return None
+
+
+def index_source(store: Store, name: str) -> SourceIndex:
+    """Index every shard of a source here and now, however many there are.
+
+    Raises:
+        DataError: there is no shard in it, or no sample.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    infos = store.list(SHARD_SUFFIX)
     if not infos:
         raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard below {store.url}")
+    return _indexed(store, name, infos)
+
+
+def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo]) -> SourceIndex:
     beside = {info.name: info for info in store.list(SHARD_SUFFIX + OFFSETS_SUFFIX)}
 
     def index(info: ObjectInfo) -> TarScan:
         written = beside.get(info.name + OFFSETS_SUFFIX)
         return read_offsets(store, info, store, written) or scan_shard(store, info)
 
-    scans = scan_all(infos, index, _THREADS)
+    scans = for_each_shard(infos, index, _THREADS)
     return SourceIndex(
         name,
         store,

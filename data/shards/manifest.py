@@ -2,9 +2,13 @@
 
 - `{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url", "nsamples", "filesize", ...}]}`. Ours
   besides: `version` (the shard's ETag or mtime), `damage` (where and why it ends early), and `offsets`, the path of its
-  `.tar.idx` where that is not beside the shard.
+  `.tar.idx` where that is not beside the shard. What others wrote has no `version`, and perhaps no `filesize`: a
+  listing tells them then.
 - A url is relative to the manifest's own folder for a shard below it, else absolute, as wids resolves them. So shards
-  and manifest can be moved together. One manifest may list several prefixes; a source takes those below its own.
+  and manifest can be moved together if the versions stay: a directory with its modification times (`mv`, `cp -a`,
+  `rsync -a`), objects with their ETags (those of multipart uploads change with the parts' size). Else they are indexed
+  anew.
+- One manifest may list several prefixes; a source takes those below its own.
 - Offsets lie beside each shard; for shards that may only be read, in `<manifest>.offsets/` beside the manifest.
 - It is written last and at once. What was indexed before is read from the `.tar.idx` files, so building goes on where
   it was stopped.
@@ -17,9 +21,9 @@ import os
 import posixpath
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -27,9 +31,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.errors import DataError
-from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, encode, read_offsets, scan_shard
+from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, read_offsets, scan_shard, to_bytes
 from data.shards.tar import TarScan
-from data.store import ObjectInfo, ReadOnly, Store, StoreOptions, open_store
+from data.store import ObjectInfo, ReadOnly, Store, StoreOptions, WritableStore, open_store
+
+T = TypeVar("T")
 
 MANIFEST = "index.json"
 """Where a source's own manifest lies, at its root."""
@@ -43,8 +49,8 @@ class ShardTable:
 
     Attributes:
         names: paths below the source's root.
-        sizes: bytes.
-        versions: as the store tells them.
+        sizes: bytes; -1 where the manifest does not say.
+        versions: as the store tells them; "" where the manifest does not say.
         counts: samples.
         damage: where and why a shard ends early, by its number in the table.
         elsewhere: where in the manifest's folder a shard's offsets lie, if not beside it; by its number.
@@ -71,7 +77,9 @@ class Built:
 # --- building ---
 
 
-def build_manifest(sources: Sequence[Store], place: Store, name: str = MANIFEST, workers: int = 16) -> Built:
+def build_manifest(
+    sources: Sequence[WritableStore], place: WritableStore, name: str = MANIFEST, workers: int = 16
+) -> Built:
     """Index every shard of some sources, and list them in one manifest.
 
     Args:
@@ -91,7 +99,7 @@ def build_manifest(sources: Sequence[Store], place: Store, name: str = MANIFEST,
         if not infos:
             raise DataError(f"no {SHARD_SUFFIX} shard below {source.url}")
         indexer = _Indexer(source, place, name)
-        found = scan_all(infos, indexer, workers)
+        found = for_each_shard(infos, indexer, workers)
         if not any(count for count, _, _ in found):
             raise DataError(f"no shard below {source.url} has a sample: {infos[0].name}: {found[0][1]}")
         for info, (count, damage, elsewhere) in zip(infos, found, strict=True):
@@ -117,7 +125,7 @@ def build_manifest(sources: Sequence[Store], place: Store, name: str = MANIFEST,
 class _Indexer:
     """Sees to it that a shard's offsets are written; gives its samples, its damage, where they lie if not beside it."""
 
-    def __init__(self, source: Store, place: Store, manifest: str) -> None:
+    def __init__(self, source: WritableStore, place: WritableStore, manifest: str) -> None:
         self._source, self._place, self._manifest = source, place, manifest
         self._beside = {info.name: info for info in source.list(SHARD_SUFFIX + OFFSETS_SUFFIX)}
         self._read_only = False
@@ -138,19 +146,19 @@ class _Indexer:
             return scan, None
         if not self._read_only:
             try:
-                self._source.write(beside, encode(scan.offsets))
+                self._source.write(beside, to_bytes(scan.offsets))
                 return scan, None
             except ReadOnly:
                 self._read_only = True
-        self._place.write(elsewhere, encode(scan.offsets))
+        self._place.write(elsewhere, to_bytes(scan.offsets))
         return scan, elsewhere
 
 
-def scan_all(infos: Sequence[ObjectInfo], index: Callable[[ObjectInfo], Any], workers: int) -> list[Any]:
-    """Apply `index` to every shard, `workers` at a time, and return what it gave, in their order."""
+def for_each_shard(infos: Sequence[ObjectInfo], task: Callable[[ObjectInfo], T], workers: int) -> list[T]:
+    """Do a task for every shard, `workers` at a time with a progress bar; returns what it gave, in their order."""
     pool = ThreadPoolExecutor(workers)
     try:
-        futures = [pool.submit(index, info) for info in infos]
+        futures = [pool.submit(task, info) for info in infos]
         for future in tqdm(as_completed(futures), "indexing", len(infos), unit="shard", disable=None):
             future.result()  # the first failure ends it
         return [future.result() for future in futures]
@@ -161,7 +169,7 @@ def scan_all(infos: Sequence[ObjectInfo], index: Callable[[ObjectInfo], Any], wo
 # --- reading ---
 
 
-def open_place(manifest: str, options: StoreOptions = StoreOptions()) -> tuple[Store, str]:  # noqa: B008 (frozen)
+def open_place(manifest: str, options: StoreOptions = StoreOptions()) -> tuple[WritableStore, str]:  # noqa: B008 (frozen)
     """Open the folder of a manifest, given by its path or s3:// URL; returns it and the manifest's name in it.
 
     Raises:
@@ -187,7 +195,7 @@ def read_manifest(place: Store, name: str, source_url: str) -> ShardTable:
         listed = json.loads(place.read(name))["shardlist"]
         rows = [_row(place.url, entry) for entry in listed]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is not one that launch/index.py wrote ({error!r}): write it anew") from error
+        raise DataError(f"{where} is no wids index ({error!r}): write it anew with launch/index.py") from error
     root = _absolute(source_url).rstrip("/") + "/"
     shards = sorted((url.removeprefix(root), *rest) for url, *rest in rows if url.startswith(root))
     if not shards:
@@ -206,10 +214,32 @@ def read_manifest(place: Store, name: str, source_url: str) -> ShardTable:
     )
 
 
+def complete(table: ShardTable, store: Store) -> ShardTable:
+    """Fill in what the manifest does not say, from one listing of the source.
+
+    Raises:
+        DataError: a shard is not there, or of another size than the manifest says.
+        StoreError: the network or a disk failed for longer than the retries last.
+    """
+    listed = {info.name: info for info in store.list(SHARD_SUFFIX)}
+    infos = []
+    for name, size in zip(table.names, table.sizes.tolist(), strict=True):
+        info = listed.get(name)
+        if info is None or size not in (-1, info.size):
+            fault = "is not there" if info is None else f"has {info.size:,} bytes, not {size:,}"
+            raise DataError(f"{store.url}/{name} {fault}, other than its manifest says: run launch/index.py")
+        infos.append(info)
+    return replace(
+        table,
+        sizes=np.array([info.size for info in infos], np.int64),
+        versions=tuple(old or info.version for old, info in zip(table.versions, infos, strict=True)),
+    )
+
+
 def _row(base: str, entry: dict[str, Any]) -> tuple[str, int, int, str, str, str]:
-    url, count, size, version = entry["url"], entry["nsamples"], entry["filesize"], entry["version"]
+    url, count, size, version = entry["url"], entry["nsamples"], entry.get("filesize", -1), entry.get("version", "")
     damage, offsets = entry.get("damage", ""), entry.get("offsets", "")
-    if not (type(count) is type(size) is int and count >= 0 and size >= 0):
+    if not (type(count) is type(size) is int and count >= 0 and size >= -1):
         raise ValueError(f"nsamples {count!r} and filesize {size!r} of {url!r}")
     if not type(version) is type(damage) is type(offsets) is str:
         raise ValueError(f"version, damage or offsets of {url!r}")

@@ -7,10 +7,12 @@ whole samples: its last number is the end of the last of them, and the fault is 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.tar import BLOCK, TarScan, is_header, scan_tar
+from data.shards.tar import BLOCK, TarScan, scan_tar
 from data.store import ObjectInfo, Store
 
 SHARD_SUFFIX = ".tar"
@@ -18,12 +20,12 @@ OFFSETS_SUFFIX = ".idx"
 """Appended to the shard's name."""
 
 
-def encode(offsets: NDArray[np.int64]) -> bytes:
+def to_bytes(offsets: NDArray[np.int64]) -> bytes:
     """The bytes of a `.tar.idx` file."""
     return offsets.astype("<u8").tobytes()
 
 
-def decode(content: bytes | bytearray, size: int) -> NDArray[np.int64] | None:
+def from_bytes(content: bytes | bytearray, size: int) -> NDArray[np.int64] | None:
     """Read a `.tar.idx` file, int64 (samples + 1,); None if it cannot be that of a shard of `size` bytes."""
     if len(content) < 16 or len(content) % 8:
         return None
@@ -36,22 +38,25 @@ def decode(content: bytes | bytearray, size: int) -> NDArray[np.int64] | None:
 def read_offsets(store: Store, info: ObjectInfo, beside: Store, written: ObjectInfo | None) -> TarScan | None:
     """Read a shard's offsets from the file `written` of the store `beside`, if there is one that fits the shard.
 
-    It must not be older than the shard, begin at a header, and end where the archive ends or is damaged.
+    It must not be older than the shard; and samples must begin where it says: the first two, two pairs within, and the
+    last two, behind which the archive must end or be damaged. A pair takes one request where it is shorter than the
+    store's readahead. So offsets of other content are found out even where that was as long.
 
     Raises:
         DataError, StoreError: either store cannot be read.
     """
     if written is None or written.modified < info.modified:
         return None
-    offsets = decode(beside.read(written.name), info.size)
+    offsets = from_bytes(beside.read(written.name), info.size)
     if offsets is None:
         return None
-    first, end = int(offsets[0]), int(offsets[-1])
-    if not is_header(bytes(store.read(info.name, first, min(first + BLOCK, info.size), version=info.version))):
-        return None
-    rest = scan_tar(store, info, end)
-    # With whole samples past the end, these are the offsets of another content.
-    return TarScan(offsets, rest.damage) if len(rest.offsets) == 1 else None
+    last = max(0, len(offsets) - 3)  # of the pairs of samples
+    for n in sorted({0, last // 3, 2 * last // 3} - {last}):
+        two = scan_tar(store, replace(info, size=int(offsets[n + 2])), int(offsets[n]) if n else 0)
+        if two.damage or not np.array_equal(two.offsets[:-1], offsets[n : n + 2]):
+            return None
+    rest = scan_tar(store, info, int(offsets[last]) if last else 0)
+    return TarScan(offsets, rest.damage) if np.array_equal(rest.offsets, offsets[last:]) else None
 
 
 def scan_shard(store: Store, info: ObjectInfo) -> TarScan:

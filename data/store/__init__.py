@@ -1,5 +1,7 @@
 """Where bytes come from and go to: a local directory or `s3://bucket/prefix`, behind five calls.
 
+- `Store` lists and reads; `WritableStore` writes as well. `open_store` gives the latter; a folder of images seen as
+  shards (`folder.py`) is the former alone.
 - An object's name is its path below the root, with forward slashes, alike for both kinds.
 - A store is plain configuration: it pickles and holds no open file, so threads and processes share it.
 - An object is written whole or not at all, and is read as the one version it was when the read began (or when it was
@@ -11,7 +13,7 @@
 from __future__ import annotations
 
 from data.errors import DataError
-from data.store.base import ObjectInfo, OnFault, ReadOnly, Store, StoreOptions, changed
+from data.store.base import ObjectInfo, OnFault, ReadOnly, Store, StoreOptions, WritableStore, changed
 from data.store.local import LocalStore
 from data.store.s3 import S3Store
 
@@ -23,12 +25,13 @@ __all__ = [
     "S3Store",
     "Store",
     "StoreOptions",
+    "WritableStore",
     "changed",
     "open_store",
 ]
 
 
-def open_store(url: str, options: StoreOptions = StoreOptions()) -> Store:  # noqa: B008 (frozen)
+def open_store(url: str, options: StoreOptions = StoreOptions()) -> WritableStore:  # noqa: B008 (frozen)
     """Open the store at a local directory or at `s3://bucket/prefix`.
 
     Raises:

@@ -6,21 +6,23 @@
   does, and a dot in the rest of the name is written %2E, since WebDataset would take it for the extension's
   ("v1.5/a.b.jpg" is member "a%2Eb.jpg" of shard "v1.5/00000.tar"). So a key is unique in its shard.
 - Names are cut to what a plain ustar header holds, with a hash in place of the rest: no reader needs more.
-- The files are listed once. A read names the version each file had then, so a file that changes is an error.
+- The files are listed once. A read names the version each file had then, so a file that changes is an error. Every
+  process holds the list, 170 bytes a file; that is a way to begin, not one for millions of images.
 """
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.store.base import ObjectInfo, OnFault, ReadOnly, Store, changed, shrunk
+from data.store.base import ObjectInfo, OnFault, Store, changed, shrunk
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SAMPLES_A_SHARD = 1000
@@ -34,23 +36,28 @@ _LONGEST_EXTENSION = 20
 _LONGEST_KEY = 100 - 1 - _LONGEST_EXTENSION
 
 
-@dataclass(frozen=True)
-class _Member:
-    name: bytes
-    file: ObjectInfo
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Shard:
-    """A virtual tar: `offsets` has every member's first byte, then that of the closing blocks."""
+    """A virtual tar of files of one folder.
+
+    Attributes:
+        folder: "" or "a/b/".
+        names: the files, without the folder, as they follow each other.
+        versions: theirs, in the inner store.
+        sizes: int64 (files,), bytes.
+        offsets: int64 (files + 1,), the first byte of each file's header, then of the closing blocks.
+    """
 
     info: ObjectInfo
-    members: tuple[_Member, ...]
-    offsets: tuple[int, ...]
+    folder: str
+    names: tuple[str, ...]
+    versions: tuple[str, ...]
+    sizes: NDArray[np.int64]
+    offsets: NDArray[np.int64]
 
 
 class FolderStore:
-    """The virtual tars of a store's images, "sub/00000.tar" for the folder "sub". It may be read only.
+    """The virtual tars of a store's images, "sub/00000.tar" for the folder "sub".
 
     Args:
         inner: what holds the files, at any depth.
@@ -95,16 +102,16 @@ class FolderStore:
         if stop > shard.info.size:
             raise shrunk(self.url, name, stop)
         content = bytearray(max(0, stop - start))
-        for number in range(bisect.bisect_right(shard.offsets, start) - 1, len(shard.members)):
-            at, member = shard.offsets[number], shard.members[number]
+        for number in range(int(np.searchsorted(shard.offsets, start, "right")) - 1, len(shard.names)):
+            at, size, file = int(shard.offsets[number]), int(shard.sizes[number]), shard.names[number]
             if at >= stop:
                 break
-            _paste(content, at - start, _header(member))
+            _paste(content, at - start, _header(_member(file), size))
             data = at + _BLOCK
-            first, last = max(start, data), min(stop, data + member.file.size)
+            first, last = max(start, data), min(stop, data + size)
             if first < last:
                 content[first - start : last - start] = self._inner.read(
-                    member.file.name, first - data, last - data, version=member.file.version, on_fault=on_fault
+                    shard.folder + file, first - data, last - data, version=shard.versions[number], on_fault=on_fault
                 )
         return content
 
@@ -113,14 +120,6 @@ class FolderStore:
         shard = self._shards.get(name)
         return shard.info if shard else None
 
-    def write(self, name: str, content: bytes) -> None:
-        """Refuse: nothing is put among the user's files."""
-        raise ReadOnly(f"{self.url}/{name} cannot be written: the source is a folder of images, read as tars")
-
-    def upload(self, name: str, path: Path) -> None:
-        """Refuse, as `write` does."""
-        self.write(name, b"")
-
 
 def _shards(inner: Store) -> Iterator[_Shard]:
     for folder, samples in _samples(inner).items():
@@ -128,8 +127,8 @@ def _shards(inner: Store) -> Iterator[_Shard]:
         for number in itertools.count():
             if not (some := list(itertools.islice(keys, SAMPLES_A_SHARD))):
                 break
-            members = tuple(itertools.chain.from_iterable(_members(inner.url, key, samples[key]) for key in some))
-            yield _shard(f"{folder}{number:05d}.tar", members)
+            files = [file for key in some for file in _checked(inner.url, samples[key])]
+            yield _shard(folder, f"{number:05d}.tar", files)
 
 
 def _samples(inner: Store) -> dict[str, dict[str, list[ObjectInfo]]]:
@@ -148,16 +147,23 @@ def _samples(inner: Store) -> dict[str, dict[str, list[ObjectInfo]]]:
     return {folder: {stem: files[folder][stem] for stem in stems} for folder, stems in images.items()}
 
 
-def _members(url: str, stem: str, files: list[ObjectInfo]) -> Iterator[_Member]:
-    key, seen = _key(stem), dict[str, str]()
-    for file in sorted(files, key=lambda info: info.name):
+def _checked(url: str, files: list[ObjectInfo]) -> list[ObjectInfo]:
+    """The files of one sample, in the order of its members."""
+    seen = dict[str, str]()
+    for file in (files := sorted(files, key=lambda info: info.name)):
         extension = file.name.rpartition(".")[2].lower()
         if extension in seen:
             raise DataError(f"{url}: {seen[extension]!r} and {file.name!r} would be one member of a sample: rename one")
         if file.size > _LARGEST_FILE:
             raise DataError(f"{url}: {file.name!r} is {file.size} bytes, and a tar's file has at most {_LARGEST_FILE}")
         seen[extension] = file.name
-        yield _Member(key + b"." + _bytes(extension), file)
+    return files
+
+
+def _member(file: str) -> bytes:
+    """What a file is called in its tar."""
+    stem, _, extension = file.rpartition(".")
+    return _key(stem) + b"." + _bytes(extension.lower())
 
 
 def _key(stem: str) -> bytes:
@@ -174,20 +180,27 @@ def _bytes(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")  # a disk's names need not be text
 
 
-def _shard(name: str, members: tuple[_Member, ...]) -> _Shard:
-    padded = (_BLOCK + -(-member.file.size // _BLOCK) * _BLOCK for member in members)
-    offsets = tuple(itertools.accumulate(padded, initial=0))
+def _shard(folder: str, name: str, files: list[ObjectInfo]) -> _Shard:
+    sizes = np.array([file.size for file in files], np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(_BLOCK + -(-sizes // _BLOCK) * _BLOCK)])
     digest = hashlib.blake2b(digest_size=16)
-    for member in members:
-        digest.update(_bytes(f"{member.file.name}\0{member.file.size}\0{member.file.version}\0"))
-    modified = max(member.file.modified for member in members)
-    return _Shard(ObjectInfo(name, offsets[-1] + len(_END), digest.hexdigest(), modified), members, offsets)
+    for file in files:
+        digest.update(_bytes(f"{file.name}\0{file.size}\0{file.version}\0"))
+    modified = max(file.modified for file in files)
+    return _Shard(
+        ObjectInfo(folder + name, int(offsets[-1]) + len(_END), digest.hexdigest(), modified),
+        folder,
+        tuple(file.name.removeprefix(folder) for file in files),
+        tuple(file.version for file in files),
+        sizes,
+        offsets,
+    )
 
 
-def _header(member: _Member) -> bytes:
+def _header(name: bytes, size: int) -> bytes:
     """A plain ustar header: readable by all, owned by nobody, of no time."""
-    head = member.name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2
-    head += b"%011o\0" % member.file.size + b"%011o\0" % 0
+    head = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2
+    head += b"%011o\0" % size + b"%011o\0" % 0
     tail = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - len(head) - 8, b"\0")
     checksum = sum(head) + sum(tail) + 8 * ord(" ")  # its own field counts as spaces
     return head + b"%06o\0 " % checksum + tail

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from data.errors import DataError
-from data.store.base import ObjectInfo, OnFault, ReadOnly, Retries, StoreOptions, changed, shrunk, unreadable
+from data.store.base import Fault, ObjectInfo, OnFault, ReadOnly, Retries, StoreOptions, changed, shrunk, unreadable
 
 T = TypeVar("T")
 
@@ -40,16 +40,8 @@ class LocalStore:
             raise DataError(f"source {root!r} is not a directory: give the folder that holds the .tar shards")
 
     def list(self, suffix: str = "") -> list[ObjectInfo]:
-        def fail(error: OSError) -> None:
-            raise error  # os.walk would leave the folder out in silence
-
         def attempt() -> list[ObjectInfo]:
-            return [
-                self._described(Path(folder, file).relative_to(self.url).as_posix(), os.stat(Path(folder, file)))
-                for folder, _, files in os.walk(self.url, onerror=fail)
-                for file in files
-                if file.endswith(suffix) and not file.endswith(_PARTIAL)
-            ]
+            return [self._described(name, os.stat(path)) for name, path in _files(self.url) if name.endswith(suffix)]
 
         return sorted(self._retried("listing", "", attempt), key=lambda info: info.name)
 
@@ -133,10 +125,10 @@ class LocalStore:
     def _retried(self, verb: str, name: str, attempt: Callable[[], T], on_fault: OnFault = None) -> T:
         what = f"{verb} {self.url}/{name}".rstrip("/")
 
-        def judge(error: Exception) -> tuple[str, str] | DataError:
+        def judge(error: Exception) -> Fault | DataError:
             assert isinstance(error, OSError)
             if kind := _PASSING.get(error.errno or 0):
-                return kind, str(error)
+                return Fault(kind, str(error))
             mistake = DataError
             if verb == "writing" and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 mistake = ReadOnly
@@ -144,3 +136,17 @@ class LocalStore:
             return mistake(f"{what} is not possible: {error.strerror or error}{where}")
 
         return Retries(what, self._minutes, on_fault).run(attempt, (OSError,), judge)
+
+
+def _files(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
+    """Name and path of every file below a folder, links followed; but none to a folder that it lies in."""
+    stat = os.stat(folder)
+    this = stat.st_dev, stat.st_ino
+    if this in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files(entry.path, f"{prefix}{entry.name}/", (*above, this))
+            elif not entry.name.endswith(_PARTIAL):
+                yield prefix + entry.name, entry.path

@@ -1,9 +1,10 @@
-"""Objects of an S3 server, Amazon's or any other, through boto3.
+"""Objects of an S3 server, Amazon's or any other, through botocore.
 
 - botocore's own retries are off: `Retries` is the one place that decides when a request is sent again, so its deadline
   holds and every fault is seen. Only its redirects to a bucket's region remain.
 - A body is read into a buffer of its length. When it breaks, the next request asks for the bytes that are missing, on
-  the condition that the ETag is the same.
+  the condition that the ETag is the same. One that drips, below 64 KiB in `read_timeout_s`, counts as stalled: its
+  bytes are kept, but they are no progress.
 - Checksum headers are sent only where S3 demands them, as not every server knows them. Requests are signed with the
   SHA-256 of what they carry, which servers check.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -20,16 +22,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
-import botocore
-from botocore import exceptions as aws
-from botocore.config import Config
-
 from data.errors import DataError
 from data.store.base import ObjectInfo, OnFault, Retries, StoreOptions, changed, shrunk, unreadable
-from data.store.s3_errors import CHANGED, ERRORS, OUTSIDE, CutShort, Refused, judged
+from data.store.s3_client import Connection, open_session
+from data.store.s3_errors import CHANGED, ERRORS, OUTSIDE, CutShort, Dripping, Refused, judged
 
-_PIECE = 64 << 10  # bytes asked of a body at once: at most so many are read again when it breaks
+_PIECE = 64 << 10  # bytes of a body that are progress, if they come within `read_timeout_s`
 _PART = 16 << 20  # bytes of a part of a multipart upload; S3 allows at most 10,000 parts
 _UPLOADS = 4  # parts under way at once
 
@@ -43,6 +41,7 @@ class _Part:
     version: str | None
     content: bytearray | None = None  # made when its length is known
     got: int = 0
+    noted: int = 0  # of those, how many were noted as progress or dripped in
 
 
 class S3Store:
@@ -61,39 +60,18 @@ class S3Store:
         self._options, self._prefix = options, f"{prefix.strip('/')}/".lstrip("/")
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
         self._shared = {"Bucket": bucket, **({"RequestPayer": "requester"} if options.requester_pays else {})}
-        self._process_client = os.getpid(), self._connect()
+        open_session(self._where(), options)  # a profile that is not there is better said now
+        self._connection = Connection(self._where(), options)
 
     def __reduce__(self) -> tuple[type[S3Store], tuple[Any, ...]]:
         return S3Store, self._settings
 
     @property
     def _client(self) -> Any:
-        # A forked process must not share its parent's connections. Threads may race to make a client: any will do.
-        pid, client = self._process_client
-        if pid != os.getpid():
-            client = self._connect()
-            self._process_client = os.getpid(), client
-        return client
-
-    def _connect(self) -> Any:
-        options = self._options
-        config = Config(
-            connect_timeout=options.connect_timeout_s,
-            read_timeout=options.read_timeout_s,
-            max_pool_connections=64,
-            retries={"mode": "standard", "total_max_attempts": 1},
-            signature_version=botocore.UNSIGNED if options.anonymous else None,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            # Few servers besides Amazon's have a DNS name for every bucket.
-            s3={"addressing_style": "path" if options.endpoint else "auto"},
-        )
-        try:
-            # A session is not thread-safe, so every client gets its own.
-            session = boto3.Session(profile_name=options.profile)
-            return session.client("s3", endpoint_url=options.endpoint, region_name=options.region, config=config)
-        except (aws.BotoCoreError, ValueError) as error:
-            raise DataError(f"source {self._where()}: {error}") from error
+        # A forked process must not share its parent's connections, nor a lock that a thread there may hold.
+        if self._connection.pid != os.getpid():
+            self._connection = Connection(self._where(), self._options)
+        return self._connection.client()
 
     def list(self, suffix: str = "") -> list[ObjectInfo]:
         return sorted((info for info in self._all() if info.name.endswith(suffix)), key=lambda info: info.name)
@@ -144,12 +122,20 @@ class S3Store:
         with closing(self._get(name, part)) as body:
             assert part.content is not None
             view = memoryview(part.content)
+            due = time.monotonic() + self._options.read_timeout_s
             while part.got < len(view):
-                got = body.readinto(view[part.got : part.got + _PIECE])
-                if not got:
+                if time.monotonic() > due:
+                    dripped, part.noted = part.got - part.noted, part.got
+                    raise Dripping(f"only {dripped} bytes in {self._options.read_timeout_s:g} s")
+                # As much as is there: other calls of it wait for all they were asked, however slowly it comes.
+                piece = body.read1(min(len(view) - part.got, _PIECE))
+                if not piece:
                     raise CutShort("the body ended early")
-                part.got += got
-                retries.progress()
+                view[part.got : part.got + len(piece)] = piece
+                part.got += len(piece)
+                if part.got - part.noted >= _PIECE:
+                    part.noted, due = part.got, time.monotonic() + self._options.read_timeout_s
+                    retries.progress()
 
     def _get(self, name: str, part: _Part) -> Any:
         """Ask for the bytes of `part` that are missing, and make its buffer when their number is known."""
@@ -161,7 +147,7 @@ class S3Store:
         if part.version:
             conditions["IfMatch"] = f'"{part.version}"'
         answer = self._client.get_object(Key=self._prefix + name, **self._shared, **conditions)
-        body = answer["Body"]
+        body = answer["Body"]._raw_stream  # botocore's wrapper has no `read1`
         try:
             first, last = _covered(answer)
             if first != at:

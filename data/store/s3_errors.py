@@ -12,7 +12,8 @@ from botocore import exceptions as aws
 from botocore.parsers import ResponseParserError
 
 from data.errors import DataError
-from data.store.base import ReadOnly
+from data.store.base import Fault, ReadOnly
+from data.store.s3_client import CREDENTIALS, REMEDY
 
 
 class Refused(DataError):
@@ -31,8 +32,12 @@ class CutShort(Exception):
     """An answer without what it must hold: its end was lost."""
 
 
-ERRORS = (aws.ClientError, aws.BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError, CutShort)
-_TIMEOUTS = (aws.ReadTimeoutError, aws.ConnectTimeoutError)
+class Dripping(Exception):
+    """A body that comes so slowly that it counts as stalled."""
+
+
+ERRORS = (aws.ClientError, aws.BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError, CutShort, Dripping)
+_TIMEOUTS = (aws.ReadTimeoutError, aws.ConnectTimeoutError, urllib3.exceptions.TimeoutError, Dripping)
 _BROKEN = (
     aws.ConnectionError,
     aws.HTTPClientError,
@@ -43,37 +48,43 @@ _BROKEN = (
 )
 
 
-def judged(what: str, writing: bool = False) -> Callable[[Exception], tuple[str, str] | DataError]:
-    """What `Retries` asks about an error of the call `what`: a fault's kind and words, or the error to raise."""
+_CREDENTIALS_MINUTES = 1.0
 
-    def judge(error: Exception) -> tuple[str, str] | DataError:
+
+def judged(what: str, writing: bool = False) -> Callable[[Exception], Fault | DataError]:
+    """What `Retries` asks about an error of the call `what`: a fault that may pass, or the error to raise."""
+
+    def judge(error: Exception) -> Fault | DataError:
         if isinstance(error, aws.ClientError):
             return _fault(error) or _refusal(what, error, writing)
         if isinstance(error, aws.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
             return DataError(f"{what}: the server's certificate is not trusted; set AWS_CA_BUNDLE to one that is")
         if isinstance(error, _TIMEOUTS):
-            return "timeout", str(error)
+            return Fault("timeout", str(error))
         if isinstance(error, _BROKEN):
-            return "broken", str(error)
+            return Fault("broken", str(error))
         if isinstance(error, aws.ParamValidationError):
             return DataError(f"{what}: {error}")
-        return DataError(f"{what}: {error}; configure boto3's credentials and region, or set anonymous")
+        mistake = DataError(f"{what}: {error}; {REMEDY}")
+        if isinstance(error, CREDENTIALS):
+            return Fault("credentials", str(error), _CREDENTIALS_MINUTES, mistake)
+        return mistake
 
     return judge
 
 
-def _fault(error: aws.ClientError) -> tuple[str, str] | None:
-    """The kind and words of an answer that another attempt may better; None if none will."""
+def _fault(error: aws.ClientError) -> Fault | None:
+    """The fault of an answer that another attempt may better; None if none will."""
     code, status = _code(error)
     words = f"{status} {code}"
     if status in (429, 503) or code in ("SlowDown", "Throttling", "RequestLimitExceeded", "TooManyRequests"):
-        return "throttled", words
+        return Fault("throttled", words)
     if status == 408 or code == "RequestTimeout":
-        return "timeout", words
+        return Fault("timeout", words)
     if code == "IncompleteBody":
-        return "broken", words
+        return Fault("broken", words)
     if (status >= 500 and status != 501) or code in ("OperationAborted", "ConditionalRequestConflict"):
-        return "server", words
+        return Fault("server", words)
     return None
 
 

@@ -12,7 +12,6 @@ import boto3
 import numpy as np
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from tar_samples import jpeg, tar_bytes, write_source
 
 from data.decode import decode
@@ -227,22 +226,14 @@ def test_fixed_samples_are_different_readable_and_repeatable(sources: list[Sourc
         fixed(44)
 
 
-def test_from_s3_as_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
+def test_from_s3_as_from_disk(tmp_path: Path, endpoint: str) -> None:
     local = write_source(tmp_path, [9, 8], replaced={3: {"jpg": b"?"}})
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-        client.create_bucket(Bucket="tars")
-        for name in os.listdir(tmp_path):
-            client.put_object(Bucket="tars", Key=f"set/{name}", Body=(tmp_path / name).read_bytes())
-        remote = open_index(open_store("s3://tars/set", StoreOptions(endpoint=endpoint, region="us-east-1")), "source")
-        assert run([remote], 3, 2, workers=2) == run([local], 3)
-    finally:
-        server.stop()
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="tars")
+    for name in os.listdir(tmp_path):
+        client.put_object(Bucket="tars", Key=f"set/{name}", Body=(tmp_path / name).read_bytes())
+    remote = open_index(open_store("s3://tars/set", StoreOptions(endpoint=endpoint)), "source")
+    assert run([remote], 3, 2, workers=2) == run([local], 3)
 
 
 def test_source_names_are_checked(tmp_path: Path) -> None:

@@ -64,9 +64,11 @@ class MemoryStore:
         self.reads: list[tuple[str, int, int]] = []
         self.versions_asked: list[str | None] = []
         self.writes: list[str] = []
+        self.lists = 0
         self.now = 100.0
 
     def list(self, suffix: str = "") -> list[ObjectInfo]:
+        self.lists += 1
         found = (self.info(name) for name in sorted(self._objects) if name.endswith(suffix))
         return [info for info in found if info is not None]
 

@@ -23,12 +23,12 @@ from ceph import Ceph, Unavailable
 from tap import Tap
 
 from data.errors import DataError, StoreError
-from data.store import ReadOnly, Store, StoreOptions, open_store
+from data.store import ReadOnly, StoreOptions, WritableStore, open_store
 
 pytestmark = pytest.mark.s3
 
 
-def connect(bucket: str, endpoint: str, **options: Any) -> Store:
+def connect(bucket: str, endpoint: str, **options: Any) -> WritableStore:
     return open_store(f"s3://{bucket}", StoreOptions(endpoint=endpoint, region="us-east-1", **options))
 
 

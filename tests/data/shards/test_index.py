@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import pickle
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +18,11 @@ from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 
 import data.shards.index
 from data.errors import DataError
-from data.shards.index import SourceIndex, open_index
+from data.shards.index import SourceIndex, check_listing, open_index
 from data.shards.manifest import build_manifest
+from data.shards.offsets import to_bytes
 from data.shards.tar import parse_sample
-from data.store import Store, open_store
+from data.store import ObjectInfo, Store, open_store
 
 
 def shard(first: int, count: int) -> bytes:
@@ -112,6 +116,12 @@ def test_offsets_that_are_gone_or_wrong_are_scanned_for_and_a_changed_shard_is_s
     assert captions(open_index(store, "s")) == ["0", "1", "2", "5", "6", "9", "10"]
     store.write("c.tar.idx", np.array([0, 512], "<u8").tobytes())  # one sample: of another content
     assert captions(open_index(store, "s"))[-2:] == ["9", "10"]
+    del store._objects["b.tar.idx"]
+    manifest = json.loads(store.read("index.json"))
+    manifest["shardlist"][1]["nsamples"] += 1
+    store.write("index.json", json.dumps(manifest).encode())
+    with pytest.raises(DataError, match=r"b\.tar has 2 samples, and its manifest says 3: run launch/index\.py"):
+        open_index(store, "s").offsets(1)
     content, version, modified = store._objects["c.tar"]
     store._objects["c.tar"] = (content, version + "?", modified)
     with pytest.raises(DataError, match="changed since it was indexed"):
@@ -147,9 +157,11 @@ def test_a_source_without_tars_is_read_as_a_folder_of_images(monkeypatch: pytest
     assert captions(source) == ["0", "1", "2"] and len(said) == 1 and "launch/pack.py" in said[0]
     with pytest.raises(DataError, match=r"'s': no \.tar shard and no image below s3://bucket/p"):
         open_index(MemoryStore({"a.mp3": b""}), "s", notice=pytest.fail)
-    monkeypatch.setattr(data.shards.index, "_MOST_UNINDEXED", 0)
-    with pytest.raises(DataError, match=r"pack them with python launch/pack\.py first"):
-        open_index(MemoryStore(files), "s", notice=pytest.fail)
+    assert data.shards.index._MOST_VIRTUAL == 100
+    monkeypatch.setattr(data.shards.index, "_MOST_VIRTUAL", 1)
+    open_index(MemoryStore(files), "s", notice=said.append)
+    with pytest.raises(DataError, match=r"2 shards of up to 1000, .* launch/pack\.py folder s3://bucket/p first"):
+        open_index(MemoryStore({**files, "sub/0.jpg": b""}), "s", notice=pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -194,3 +206,121 @@ def test_a_cut_shard_gives_its_whole_samples(tmp_path: Path) -> None:
     source = open_index(store, "s")
     assert captions(source) == [f"caption {n}" for n in range(4)]
     assert source.damage == {0: f"cut off at byte {cut}, inside member '000004.txt'"}
+
+
+# --- manifests that others wrote ---
+
+
+def foreign(store: MemoryStore, sizes: bool = True, more: int = 0) -> None:
+    """An index.json as wids_index writes it: a hash, and no version."""
+    shards = [info for info in store.list(".tar") if info.size]
+    entries = [{"url": info.name, "md5sum": "?", "nsamples": 3 + more, "filesize": info.size} for info in shards]
+    if not sizes:
+        entries = [{"url": entry["url"], "nsamples": entry["nsamples"]} for entry in entries]
+    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": entries, "name": "theirs"}
+    store.write("index.json", json.dumps(content, indent=2).encode())
+
+
+@pytest.mark.parametrize("sizes", [True, False])
+def test_a_manifest_of_wids_is_completed_by_one_listing(sizes: bool) -> None:
+    store = MemoryStore({f"{n}.tar": shard(10 * n, 3) for n in range(3)})
+    foreign(store, sizes)
+    store.reads.clear()
+    store.lists = 0
+    source = open_index(store, "s", notice=pytest.fail)
+    assert [name for name, *_ in store.reads] == ["index.json"] and store.lists == 1
+    ours = open_index(MemoryStore({f"{n}.tar": shard(10 * n, 3) for n in range(3)}), "s", notice=lambda _: None)
+    assert (source.names, source.versions, source.sizes.tolist()) == (ours.names, ours.versions, ours.sizes.tolist())
+    assert source.fingerprint == ours.fingerprint and captions(source) == captions(ours)
+    assert check_listing(source) is None
+
+
+def test_offsets_beside_the_shards_of_others_are_checked() -> None:
+    store = MemoryStore({f"{n}.tar": shard(10 * n, 3) for n in range(2)})
+    foreign(store)
+    good, wrong = np.array([0, 2048, 4096, 6144]), np.array([0, 512, 4096, 6144])
+    store.write("0.tar.idx", to_bytes(good))
+    store.write("1.tar.idx", to_bytes(wrong))
+    source = pickle.loads(pickle.dumps(open_index(store, "s")))
+    store = source.store
+    store.reads.clear()
+    assert source.offsets(0).tolist() == good.tolist() and source.offsets(1).tolist() == good.tolist()
+    assert [name for name, *_ in store.reads].count("0.tar.idx") == 1
+
+
+def test_what_a_manifest_of_others_says_wrongly_is_said() -> None:
+    store = MemoryStore({"0.tar": shard(0, 3), "1.tar": shard(5, 3)})
+    foreign(store, more=1)
+    with pytest.raises(DataError, match=r"0\.tar has 3 samples, and its manifest says 4: run launch/index\.py"):
+        open_index(store, "s").offsets(0)
+    foreign(store)
+    store.write("1.tar", shard(5, 30))
+    with pytest.raises(DataError, match=r"p/1\.tar has [\d,]+ bytes, not 10,240, .*run launch/index\.py"):
+        open_index(store, "s")
+    del store._objects["1.tar"]
+    with pytest.raises(DataError, match=r"p/1\.tar is not there, .*run launch/index\.py"):
+        open_index(store, "s")
+
+
+# --- the listing and the table ---
+
+
+def test_a_listing_that_differs_from_the_table_is_said() -> None:
+    def store() -> MemoryStore:
+        it = MemoryStore({f"{n}.tar": shard(10 * n, 3) for n in range(3)})
+        build_manifest([it], it)
+        return it
+
+    same = store()
+    source = open_index(same, "s")
+    same.lists = 0
+    same.reads.clear()
+    assert check_listing(source) is None and same.lists == 1 and not same.reads
+
+    gone = store()
+    source = open_index(gone, "s")
+    del gone._objects["1.tar"]
+    with pytest.raises(DataError, match=r"'s': s3://bucket/p/1\.tar is gone .*: run launch/index\.py again"):
+        check_listing(source)
+    gone.write("2.tar", shard(20, 3))
+    with pytest.raises(DataError, match=r"/1\.tar is gone since it was indexed, and 1 more: run"):
+        check_listing(source)
+
+    for change in ((shard(10, 3), "2", 100.0), (shard(10, 30), "1", 100.0)):  # version; size
+        changed = store()
+        source = open_index(changed, "s")
+        changed._objects["1.tar"] = change
+        with pytest.raises(DataError, match=r"/1\.tar changed since it was indexed: run launch/index\.py again"):
+            check_listing(source)
+
+    more = store()
+    source = open_index(more, "s")
+    more.write("new/a.tar", shard(0, 1))
+    more.write("b.tar", shard(0, 1))
+    notice = check_listing(source)
+    assert notice is not None and "'s': 2 shards below s3://bucket/p are not in its manifest" in notice
+
+
+def test_40000_shards_are_compared_at_once() -> None:
+    names = [f"{n:06d}.tar" for n in range(40_000)]
+    infos = [ObjectInfo(name, n, f"{n:032x}", 0.0) for n, name in enumerate(names)]
+    store = MemoryStore({})
+    store.list = lambda suffix="": infos  # type: ignore[method-assign]
+    sizes = np.arange(40_000)
+    source = SourceIndex(
+        "s", store, tuple(names), sizes, tuple(i.version for i in infos), np.ones(40_000, np.int64), {}
+    )
+    begin = time.process_time()
+    assert check_listing(source) is None
+    assert time.process_time() - begin < 0.5
+
+
+def test_a_source_that_moved_with_its_times_is_the_same_and_without_them_is_said(tmp_path: Path) -> None:
+    write_source(tmp_path / "a", [3])
+    build_manifest([open_store(str(tmp_path / "a"))], open_store(str(tmp_path / "a")))
+    os.rename(tmp_path / "a", tmp_path / "b")
+    source = open_index(open_store(str(tmp_path / "b")), "s")
+    assert check_listing(source) is None and captions(source) == ["caption 0", "caption 1", "caption 2"]
+    os.utime(tmp_path / "b" / "00000.tar")
+    with pytest.raises(DataError, match=r"00000\.tar changed since it was indexed: run launch/index\.py again"):
+        check_listing(source)
