@@ -100,8 +100,9 @@ class CheckpointWriter:
         self.wait()
         if self.rank == 0 and not self._cleared:
             self._clear_leftovers()
-        snapshot = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state_slices(shards, ema).items()}
-        places = {name: [shard.start, shard.stop] for name, shard in shards.items()}
+        held = {name: shard for name, shard in shards.items() if shard.primary}
+        snapshot = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state_slices(held, ema).items()}
+        places = {name: [shard.start, shard.stop] for name, shard in held.items()}
         shapes = {name: list(shard.shape) for name, shard in shards.items()}
 
         def work() -> None:

@@ -31,6 +31,11 @@ class TrainingNetwork(nn.Module):
         self.denoiser = denoiser
         self.projector = projector
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in the order in which they run."""
+        return [*self.denoiser.text_blocks, *self.denoiser.blocks]
+
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predicted image (B, 3, H, W) and projected features (B, N, width)."""
         prediction: Prediction = self.denoiser(x_t, t, text)
