@@ -31,7 +31,7 @@ from t2i.train.processes import World
 # The least that counts as one deviation: below it, a run with little noise would take harmless steps for spikes.
 LOSS_FLOOR = 0.02
 """As a share of the median loss."""
-LOG_NORM_FLOOR = 0.2
+LOG_NORM_FLOOR = 0.3
 """Of the natural logarithm of the gradient norm."""
 _TINY = 1e-6
 
