@@ -30,6 +30,8 @@ from t2i.engine.zero import cast_on_use, zero_state
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
 
+PERSISTENT_NUMEL = 100_000  # parameters up to this size stay whole on every rank under ZeRO-3
+
 
 class DeepSpeedEngine:
     """A module under ZeRO.
@@ -66,7 +68,7 @@ class DeepSpeedEngine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip_grad_norm,
-            "zero_optimization": {"stage": zero_stage},
+            "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": PERSISTENT_NUMEL},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": bf16 and zero_stage > 0, "immediate_grad_update": True},
