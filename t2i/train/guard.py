@@ -104,6 +104,8 @@ class Guard:
         self.config = config
         self.events: int = state["events"] if state else 0
         """How many events there have been."""
+        # The last step ever judged: a rollback comes by it again, and what was noted is not noted twice.
+        self._reached: int = state["reached"] if state else 0
         self._skipped = [(first, last) for first, last in state["skipped"]] if state else []  # by rollbacks
         self._new: list[dict[str, Any]] = []
         self._take_up(state)
@@ -121,15 +123,16 @@ class Guard:
             "log_norms": list(self._log_norms),
             "vetoed": list(self._vetoed),
             "skipped": [list(stretch) for stretch in self._skipped],
+            "reached": self._reached,
             "events": self.events,
         }
 
     def skip(self, step: int) -> bool:
         """Whether the batch of `step` is consumed without training on it, because of an earlier rollback."""
-        found = any(first <= step <= last for first, last in self._skipped)
-        if found:
+        found = [first <= step <= last for first, last in self._skipped]
+        if found and found[-1]:  # earlier ones have been noted
             self._note("skip", step, "left out by a rollback")
-        return found
+        return any(found)
 
     def veto(self, loss: float, grad_norm: float) -> str | None:
         """Why this step's update is not to be applied; None: it is. Changes nothing.
@@ -149,13 +152,15 @@ class Guard:
         Returns:
             What must happen now, before the next step.
         """
+        repeated, self._reached = step <= self._reached, max(step, self._reached)
         if vetoed is None:
             assert math.isfinite(loss) and math.isfinite(grad_norm)
             self._losses.append(loss)
             self._log_norms.append(log_norm(grad_norm))
             return None
         self._vetoed = [*self._recent(step), step]
-        self._note("veto", step, vetoed, loss=loss, grad_norm=grad_norm)
+        if not repeated:
+            self._note("veto", step, vetoed, loss=loss, grad_norm=grad_norm)
         if len(self._vetoed) <= self.config.max_skips:
             return None
         decision = self._too_many()
@@ -189,7 +194,8 @@ class Guard:
         self._take_up(state)
 
     def needed_before(self, step: int) -> int:
-        """After `step`, a checkpoint from before the step returned must be kept: a rollback may ask for it."""
+        """What retention must heed after `step`: of the checkpoints from before the step returned the newest must stay,
+        and all after it, since a rollback now or later may ask for any of them."""
         first = min([*self._recent(step + 1), step + 1])
         return max(1, first - self.config.rollback_margin)
 

@@ -89,6 +89,14 @@ def test_what_is_not_finite_is_vetoed_from_the_first_step(config: GuardConfig, l
     assert Guard(config).veto(loss, norm) is not None
 
 
+def test_no_spike_is_looked_for_before_there_is_a_measure() -> None:
+    guard = Guard(SMALL)
+    for step in range(1, 9):
+        assert guard.veto(100.0, 1.0) is None
+        guard.record(step, 1.0, 1.0, None)
+    assert guard.veto(100.0, 1.0) is not None
+
+
 # Healthy training
 
 
@@ -178,6 +186,7 @@ class Run:
     ) -> None:
         self.config, self.folder, self.steps, self.faults, self.shift = config, folder, steps, faults, shift
         self.disk: dict[int, str] = {}  # the checkpoints
+        self.saved: set[int] = set()  # and those that were not kept
         self.ended = ""
         self.decisions: list[Rollback | Stop] = []
 
@@ -199,12 +208,14 @@ class Run:
         if self.step == 0:
             return
         state = {"weights": self.weights, "applied": self.applied, "guard": self.guard.state}
+        self.saved.add(self.step)
         self.disk[self.step] = json.dumps(state, allow_nan=False)
-        wanted = [step for step in self.disk if step < self.guard.needed_before(self.step)]
-        self.disk = {step: self.disk[step] for step in {self.step, *sorted(wanted)[-1:]}}
+        oldest = max((step for step in self.disk if step < self.guard.needed_before(self.step)), default=0)
+        self.disk = {step: kept for step, kept in self.disk.items() if step >= oldest}
 
     def go_back(self, rollback: Rollback) -> None:
         target = max((step for step in self.disk if step < rollback.first), default=0)
+        assert target or not any(step < rollback.first for step in self.saved)  # what is needed was kept
         self.guard.roll_back(rollback, self.load(target))
         self.disk = {step: kept for step, kept in self.disk.items() if step <= target}
 
@@ -279,6 +290,16 @@ def test_a_stage_has_so_many_rollbacks(tmp_path: Path) -> None:
     run.live()
     assert [type(it) for it in run.decisions] == [Rollback, Rollback, Stop]
     assert run.ended == "4 updates of steps 243 to 246 were vetoed, and guard.max_rollbacks is 2: see skipped.jsonl"
+
+
+def test_it_makes_no_difference_which_checkpoint_the_run_goes_back_to(tmp_path: Path) -> None:
+    outcomes = []
+    for every in (2, 7, 100, 1000):
+        (tmp_path / str(every)).mkdir()
+        run = Run(SMALL, tmp_path / str(every), 240, {60: "poison", 90: "nan", 150: "poison"})
+        run.live(every=every)
+        outcomes.append(run.outcome())
+    assert [type(it) for it in run.decisions] == [Rollback, Rollback] and outcomes == [outcomes[0]] * 4
 
 
 faults = st.dictionaries(st.integers(1, 80), st.sampled_from(["nan", "nan", "spike", "poison"]), max_size=25)
