@@ -7,8 +7,9 @@ some ranks' only. One step's loss is not finite on one rank, one step is vetoed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from t2i.diffusion.objective import LossWeights, Objective
+from t2i.engine import deepspeed
 from t2i.engine.blocks import prepare_blocks
-from t2i.engine.deepspeed import DeepSpeedEngine
 from t2i.engine.ema import Ema
 from t2i.engine.fsdp import FsdpEngine
 from t2i.engine.interface import Engine
 from t2i.engine.optimizer import build_optimizer, orthogonalise
 from t2i.engine.shards import gather_full
-from t2i.models.layers import Projector
+from t2i.models.layers import Projector, patchify
 from t2i.models.pixelgen import PixelGen
 from t2i.train.build import TrainingNetwork
 
@@ -48,9 +49,8 @@ class StubFeatures:
     width = FEATURES
 
     def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        patches = image.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        matrix = torch.randn(patches.shape[-1], FEATURES, generator=torch.Generator().manual_seed(9))
-        return patches.tanh() @ matrix
+        matrix = torch.randn(3 * PATCH**2, FEATURES, generator=torch.Generator().manual_seed(9))
+        return patchify(image, PATCH).tanh() @ matrix
 
 
 OBJECTIVE = Objective(LossWeights(0.5, 0.5, 0.5, GATE, 0.05), StubDistance(), StubFeatures())  # type: ignore[arg-type]
@@ -60,14 +60,24 @@ def network() -> TrainingNetwork:
     """Widths that few numbers of ranks divide, so that slices end inside matrices; no weight is zero."""
     torch.manual_seed(0)
     denoiser = PixelGen(
-        width=24, depth=2, heads=2, text_width=TEXT_WIDTH, text_length=TEXT_LENGTH, text_depth=1, patch_size=PATCH
-        , bottleneck=7, repa_layer=1
-    )  # fmt: skip
+        width=24,
+        depth=2,
+        heads=2,
+        text_width=TEXT_WIDTH,
+        text_length=TEXT_LENGTH,
+        text_depth=1,
+        patch_size=PATCH,
+        bottleneck=7,
+        repa_layer=1,
+    )
     module = TrainingNetwork(denoiser, Projector(24, FEATURES))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
     return module
+
+
+TEMPLATE = network()
 
 
 def takes_muon(name: str) -> bool:
@@ -83,7 +93,7 @@ def times(step: int) -> np.ndarray:
     return np.where(is_open, 0.7 + shift, 0.05 + shift)
 
 
-def loss_of(module: nn.Module, step: int, part: Tensor, micro_batches: int) -> Tensor:
+def loss_of(call: Callable[..., Any], step: int, part: Tensor, micro_batches: int) -> Tensor:
     """The objective of some samples of a step's batch."""
     generator = torch.Generator().manual_seed(step)
     image = torch.rand(BATCH, 3, SIDE, SIDE, generator=generator) * 2 - 1
@@ -94,7 +104,7 @@ def loss_of(module: nn.Module, step: int, part: Tensor, micro_batches: int) -> T
     host_t = times(step)
     t = torch.from_numpy(host_t).float()
     x_t = t[:, None, None, None] * image + (1 - t[:, None, None, None]) * noise
-    predicted, projected = module(x_t[part], t[part], text[part])
+    predicted, projected = call(x_t[part], t[part], text[part])
     loss, _ = OBJECTIVE(
         predicted,
         projected,
@@ -115,27 +125,35 @@ class Trace(NamedTuple):
     norms: list[float]
     values: dict[str, Tensor]
     average: dict[str, Tensor]
+    start: dict[str, Tensor]
 
 
-def reference(dtype: torch.dtype, muon: bool) -> Trace:
+def plain_loss(values: dict[str, Tensor], dtype: torch.dtype, step: int) -> Tensor:
+    """Loss of a step's whole batch by a plain network with these weights, rounded to `dtype`."""
+    rounded = {name: value.to(dtype) for name, value in values.items()}
+
+    def call(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return functional_call(TEMPLATE, rounded, inputs)
+
+    return loss_of(call, step, torch.arange(BATCH), 1)
+
+
+def reference(dtype: torch.dtype, muon: bool, clip: float) -> Trace:
     """Plain PyTorch on the whole batch: fp32 masters, weights rounded to `dtype` for the network."""
     module = network()
     named = dict(module.named_parameters())
     momenta = {n: torch.zeros_like(p) for n, p in named.items() if muon and p.ndim == 2 and takes_muon(n)}
     others = [p for n, p in named.items() if n not in momenta]
     adamw = torch.optim.AdamW(others, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-    average = {n: p.detach().clone() for n, p in named.items()}
+    start = {n: p.detach().clone() for n, p in named.items()}
+    average = dict(start)
     losses, norms = [], []
     for step in range(STEPS):
         module.zero_grad()
-
-        def cast(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return functional_call(module, {n: p.to(dtype) for n, p in named.items()}, inputs)
-
-        loss = loss_of(cast, step, torch.arange(BATCH), 1)  # type: ignore[arg-type]
+        loss = plain_loss(named, dtype, step)
         loss.backward()
         losses.append(loss.item())
-        norms.append(float(nn.utils.clip_grad_norm_(named.values(), CLIP)))
+        norms.append(float(nn.utils.clip_grad_norm_(named.values(), clip or math.inf)))
         if step in (NAN_STEP, VETO_STEP):
             continue
         adamw.step()
@@ -147,7 +165,7 @@ def reference(dtype: torch.dtype, muon: bool) -> Trace:
                 p.mul_(1 - MUON_LR * WEIGHT_DECAY).sub_(MUON_LR * 0.2 * max(p.shape) ** 0.5 * update)
             for name, p in named.items():
                 average[name] = DECAY * average[name] + (1 - DECAY) * p
-    return Trace(losses, norms, {n: p.detach() for n, p in named.items()}, average)
+    return Trace(losses, norms, {n: p.detach() for n, p in named.items()}, average, start)
 
 
 @dataclass(frozen=True)
@@ -163,11 +181,14 @@ class Case:
     compiled: bool = False
     reshard: bool = True
     replicas: int = 1
+    persistent: int = 100_000
 
     def __str__(self) -> str:
         flags = [name for name in ("muon", "checkpointed", "compiled") if getattr(self, name)]
         flags += [] if self.reshard else ["no reshard"]
         flags += [] if self.replicas == 1 else [f"{self.replicas} replicas"]
+        flags += [] if self.clip else ["no clipping"]
+        flags += [] if self.persistent else ["nothing persistent"]
         return f"{self.engine} {str(self.dtype).removeprefix('torch.')} x{self.accumulation} {' '.join(flags)}".strip()
 
 
@@ -187,8 +208,11 @@ def build(case: Case) -> Engine:
     common = {"device": device, "dtype": case.dtype, "accumulation": case.accumulation, "clip_grad_norm": case.clip}
     if case.engine == "fsdp":
         return FsdpEngine(module, optimizer, reshard_after_forward=case.reshard, replicas=case.replicas, **common)
+    deepspeed.PERSISTENT_NUMEL = case.persistent
     micro = BATCH // dist.get_world_size() // case.accumulation
-    return DeepSpeedEngine(module, optimizer, zero_stage=int(case.engine[-1]), micro_batch_size=micro, **common)
+    return deepspeed.DeepSpeedEngine(
+        module, optimizer, zero_stage=int(case.engine[-1]), micro_batch_size=micro, **common
+    )
 
 
 def share(case: Case) -> list[Tensor]:
