@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from t2i.config_base import NAME, Fraction, Section
+from t2i.config_checkpoint import CheckpointConfig
 from t2i.config_data import DataConfig
 
 
@@ -225,15 +226,6 @@ class LoggingConfig(Section):
     """Weights & Biases; online needs a login and falls back to offline without one."""
     wandb_project: str = "pixel-t2i"
     """Project name there."""
-
-
-class CheckpointConfig(Section):
-    """When the state is saved."""
-
-    every: int = Field(2000, gt=0)
-    """Steps between checkpoints; one is also written at the end of the stage."""
-    keep: int = Field(2, gt=0)
-    """Newest checkpoints of a stage that are kept."""
 
 
 STAGE_SECTIONS = (

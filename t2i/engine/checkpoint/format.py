@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 EPHEMERAL = "ephemeral"
 """An empty file that marks an ephemeral checkpoint."""
 _PART = re.compile(r"rank_\d{5}\.safetensors")
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_\d{8,}")
 _HASHING_THREADS = 4
 
 
@@ -46,16 +46,20 @@ def part_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+def is_step(name: str) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return _STEP.fullmatch(name) is not None
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint's folder."""
-    match = _STEP.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+    assert is_step(path.name), path
+    return int(path.name.removeprefix("step_"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints of a stage, oldest first."""
-    found = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name) and (path / MANIFEST).exists()]
+    found = [path for path in folder.glob("step_*") if is_step(path.name) and (path / MANIFEST).exists()]
     return sorted(found, key=step_of)
 
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from t2i.engine.checkpoint.format import (
     CheckpointError,
     commit,
     folder_name,
+    is_step,
     newest,
     parse_manifest,
     step_of,
@@ -61,11 +63,11 @@ def open_mirror(url: str, below: str, options: StoreOptions) -> Store:
 def _folders(store: Store) -> dict[str, list[str]]:
     """The files of every checkpoint there, whole or not; in a directory, what a killed upload left as well."""
     if isinstance(store, LocalStore):
-        return {path.name: sorted(os.listdir(path)) for path in Path(store.url).glob("step_*")}
+        return {path.name: os.listdir(path) for path in Path(store.url).iterdir() if is_step(path.name)}
     found: dict[str, list[str]] = {}
     for info in store.list():
         folder, _, file = info.name.partition("/")
-        if file and folder.startswith("step_"):
+        if file and is_step(folder):
             found.setdefault(folder, []).append(file)
     return found
 
@@ -154,10 +156,10 @@ class Mirror:
                 current = self._current
             try:
                 if discard is not None:
-                    self._remove([step for step in _steps(self._store) if step > discard])
+                    self._discard_now(discard)
                 if current is not None:
                     self._upload(current)
-                    self._remove(self._retention.outdated(dict.fromkeys(_steps(self._store), False), step_of(current)))
+                    self._prune(current)
             except Exception as error:  # an event: the mirror never stops training
                 what = current.name if current is not None else f"checkpoints after step {discard}"
                 self._events.append(f"mirror: {what}: {error}")
@@ -173,20 +175,22 @@ class Mirror:
             self._store.upload(f"{path.name}/{part['file']}", path / part["file"])
         self._store.write(f"{path.name}/{MANIFEST}", text)
 
-    def _remove(self, steps: list[int]) -> None:
-        """Remove checkpoints, and what is left of uploads that were never finished."""
-        committed = {folder_name(step) for step in _steps(self._store)}
-        going = {folder_name(step) for step in steps}
-        for folder, files in _folders(self._store).items():
-            if folder in going or folder not in committed:
+    def _discard_now(self, after: int) -> None:
+        self._remove(lambda steps: [step for step in steps if step > after])
+
+    def _prune(self, latest: Path) -> None:
+        self._remove(lambda steps: self._retention.outdated(dict.fromkeys(steps, False), step_of(latest)), latest)
+
+    def _remove(self, chosen: Callable[[list[int]], list[int]], spared: Path | None = None) -> None:
+        """Remove the steps chosen of those that are whole, and what is left of uploads that were never finished."""
+        folders = _folders(self._store)
+        whole = [name for name, files in folders.items() if MANIFEST in files]
+        going = {folder_name(step) for step in chosen([step_of(Path(name)) for name in whole])}
+        for folder, files in folders.items():
+            # A server may not list yet what was just written.
+            if (folder in going or folder not in whole) and (spared is None or folder != spared.name):
                 for file in sorted(files, key=lambda name: name != MANIFEST):
                     _delete(self._store, f"{folder}/{file}")
-
-
-def _steps(store: Store) -> list[int]:
-    """Steps of the checkpoints whose manifest is there, oldest first."""
-    names = [info.name.removesuffix(f"/{MANIFEST}") for info in store.list(f"/{MANIFEST}")]
-    return sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
 
 
 # The way back
@@ -210,8 +214,8 @@ def newest_anywhere(folder: Path, store: Store | None) -> tuple[Path | None, lis
     if store is None:
         return path, faults
     try:
-        steps = [step for step in _steps(store) if path is None or step > step_of(path)]
-        for step in reversed(steps):
+        whole = [step_of(Path(name)) for name, files in _folders(store).items() if MANIFEST in files]
+        for step in sorted((s for s in whole if path is None or s > step_of(path)), reverse=True):
             try:
                 return _download(store, step, folder), [*faults, f"{folder_name(step)} taken from {store.url}"]
             except (CheckpointError, DataError) as error:

@@ -44,7 +44,10 @@ from t2i.engine.checkpoint.snapshot import Snapshot
 from t2i.engine.shards import Shards
 
 COMMIT_TIMEOUT_S = 600.0
+GIVE_UP_S = 10.0
+"""For how long rank 0 lets the others end by themselves before it removes what they wrote."""
 CLOSE_TIMEOUT_S = 30.0
+POLL_S = 0.02
 
 
 class Saving(NamedTuple):
@@ -284,6 +287,11 @@ class CheckpointWriter:
             _GivenUp: rank 0 knows.
         """
         if self.rank == 0:
+            with suppress(OSError):  # one that came later would make the folder anew
+                deadline = time.monotonic() + GIVE_UP_S
+                while self._unreported(job, set()) - {0} and not self._abandoned.wait(POLL_S):
+                    if time.monotonic() > deadline:
+                        break
             shutil.rmtree(job.aside, ignore_errors=True)
             return
         if isinstance(error, FileNotFoundError) and not job.aside.exists():
@@ -291,9 +299,13 @@ class CheckpointWriter:
         with suppress(OSError):  # what rank 0 does not learn now, it learns at the next save
             (job.aside / part_name(self.rank)).unlink(missing_ok=True)
             partial = self._report(job, self.rank, "partial")
-            partial.write_text(self._fault(error))
+            partial.touch()
+            with suppress(OSError):
+                partial.write_text(self._fault(error))
+            told = partial.stat().st_size > 0
             partial.rename(self._report(job, self.rank, "failed"))
-            raise _GivenUp from error
+            if told:
+                raise _GivenUp from error
 
     def _clear_leftovers(self, aside: Path) -> None:
         """Remove what is whole no more or not yet; nobody writes there now, but for ranks that are dying."""
@@ -303,20 +315,24 @@ class CheckpointWriter:
 
     def _wait_for_reports(self, job: _Job) -> list[dict[str, Any]]:
         deadline = time.monotonic() + COMMIT_TIMEOUT_S
-        missing = set(range(self.world_size))
-        while True:
-            names = set(os.listdir(job.aside))  # one look, however many ranks there are
-            for rank in sorted(missing):
-                if self._report(job, rank, "failed").name in names:
-                    raise _Fault(self._report(job, rank, "failed").read_text())
-            missing = {rank for rank in missing if self._report(job, rank).name not in names}
-            if not missing:
-                return [json.loads(self._report(job, rank).read_text()) for rank in range(self.world_size)]
+        failed: set[int] = set()
+        while missing := self._unreported(job, failed):
+            if failed:
+                break
             if self._abandoned.is_set() or time.monotonic() > deadline:
                 late = f"rank {min(missing)}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
-                why = "have failed" if self._abandoned.is_set() else f"are not done after {COMMIT_TIMEOUT_S:.0f} s"
-                raise _Fault(f"{late} {why}")
-            time.sleep(0.02)
+                reason = "failed" if self._abandoned.is_set() else f"not done after {COMMIT_TIMEOUT_S:g} s"
+                raise _Fault(f"{late}: {reason}")
+            time.sleep(POLL_S)
+        if failed:
+            raise _Fault(self._report(job, min(failed), "failed").read_text() or f"rank {min(failed)}: failed")
+        return [json.loads(self._report(job, rank).read_text()) for rank in range(self.world_size)]
+
+    def _unreported(self, job: _Job, failed: set[int]) -> set[int]:
+        """Ranks of which neither a report nor a fault is there; the latter's are added to `failed`."""
+        names = set(os.listdir(job.aside))  # one look, however many ranks there are
+        failed |= {rank for rank in range(self.world_size) if self._report(job, rank, "failed").name in names}
+        return {rank for rank in range(self.world_size) if self._report(job, rank).name not in names} - failed
 
     def _commit(self, job: _Job) -> None:
         """Rank 0: once every rank's part is there, write the manifest and give the folder its name."""
