@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from t2i.config_base import NAME, Fraction, Section
+from t2i.config_checkpoint import CheckpointConfig
 from t2i.config_data import DataConfig
 
 
@@ -102,8 +103,8 @@ class OptimizerConfig(Section):
     """Peak learning rate of Muon, whose updates have a root mean square of about 0.2."""
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     """Momentum of Muon (Nesterov's form)."""
-    clip_grad_norm: float = Field(1.0, gt=0)
-    """Largest global gradient norm; a larger gradient is scaled down to it."""
+    clip_grad_norm: float = Field(1.0, ge=0)
+    """Largest global gradient norm; a larger gradient is scaled down to it. 0 turns clipping off."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay at the end of the stage."""
     warmup_steps: int = Field(0, ge=0)
@@ -135,12 +136,33 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the training step runs."""
+    """How the training step runs and what the ranks share out. All engines compute the same numbers."""
 
+    name: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """deepspeed: ZeRO. fsdp: PyTorch's FSDP2, which works block by block."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """Of deepspeed, what is shared out over ranks: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too."""
+    reshard_after_forward: bool = True
+    """Of fsdp: drop a block's gathered weights after its forward pass, and gather them again for the backward pass;
+    false keeps them in between: less traffic, more memory."""
+    replicas: int = Field(1, gt=0)
+    """Of fsdp: groups of ranks that each hold the whole state (HSDP), as one group per node; divides the ranks."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of the network's weights and arithmetic; masters are fp32. auto: bf16 where it is fast."""
     compile: bool = False
-    """Compile each transformer block; costs about a minute at the start of a stage."""
+    """Compile each transformer block; costs about a minute at the start of a stage. Under zero_stage 3 every gather
+    breaks a block into pieces: minutes at the start, and little gain."""
+    checkpoint_blocks: bool = False
+    """Keep only the input of each transformer block for the backward pass, which computes the rest again."""
+
+    @model_validator(mode="after")
+    def _fits_engine(self) -> EngineConfig:
+        fields = {"deepspeed": ("reshard_after_forward", "replicas"), "fsdp": ("zero_stage",)}[self.name]
+        for field in fields:
+            value, default = getattr(self, field), type(self).model_fields[field].default
+            if value != default:
+                raise ValueError(f"{field} {value} does nothing under name {self.name}: leave it at {default}")
+        return self
 
 
 class EmaConfig(Section):
@@ -204,15 +226,6 @@ class LoggingConfig(Section):
     """Weights & Biases; online needs a login and falls back to offline without one."""
     wandb_project: str = "pixel-t2i"
     """Project name there."""
-
-
-class CheckpointConfig(Section):
-    """When the state is saved."""
-
-    every: int = Field(2000, gt=0)
-    """Steps between checkpoints; one is also written at the end of the stage."""
-    keep: int = Field(2, gt=0)
-    """Newest checkpoints of a stage that are kept."""
 
 
 STAGE_SECTIONS = (

@@ -1,8 +1,9 @@
-"""AdamW, and Muon for matrices, on flat slices, with a veto.
+"""AdamW, and Muon for matrices, on slices, with a veto.
 
-An engine hands the optimizer one flat fp32 tensor a group. AdamW needs nothing else. Muon orthogonalises whole
-matrices, so the ranks first put their slices of a matrix's momentum together; each matrix is worked on by one
-rank, and every rank takes its slice of the result: two sums over ranks, whatever the engine.
+An engine hands the optimizer fp32 tensors that hold its slices of the parameters: one flat tensor a group, or one
+tensor a parameter. AdamW needs nothing else. Muon orthogonalises whole matrices, so the ranks first put their
+slices of a matrix's momentum together; each matrix is worked on by one rank, and every rank takes its slice of the
+result: two sums over ranks, whatever the engine.
 
 Muon: Jordan et al., "Muon: An optimizer for hidden layers" (2024); updates are scaled to a root mean square of
 0.2 as in Liu et al., "Muon is Scalable for LLM Training" (2025), so one learning rate fits all shapes.
@@ -10,15 +11,14 @@ Muon: Jordan et al., "Muon: An optimizer for hidden layers" (2024); updates are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from t2i.engine.shards import BUCKET_NUMEL, all_reduce_sum
+from t2i.engine.shards import BUCKET_NUMEL, Shard, all_reduce_sum
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
@@ -38,27 +38,70 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return x.mT if matrix.shape[0] > matrix.shape[1] else x
 
 
-@dataclass(frozen=True)
-class MatrixSlice:
-    """Where this rank's slice of a matrix lies: in the flattened matrix, and in the group's flat tensor."""
+class Piece(NamedTuple):
+    """Where this rank's slice of a parameter lies: in the flattened parameter, and in a tensor of the optimizer.
 
+    `tensor` is fp32 and contiguous; it may hold slices of many parameters (ZeRO's flat partitions), one, or none.
+    `primary` is False where another rank holds the same slice and speaks for it.
+    """
+
+    name: str
     shape: torch.Size
     start: int
-    flat_start: int
+    tensor: Tensor
+    offset: int
     numel: int
+    primary: bool = True
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The slice (numel,) of a tensor that is laid out like `self.tensor`."""
+        return tensor.reshape(-1)[self.offset : self.offset + self.numel]
 
 
 class Optimizer(torch.optim.AdamW):
     """AdamW for groups with `muon` False, Muon for those with True.
 
     `vetoed` makes the next step leave weights and moments alone: engines call `step` on their own, so this is
-    the one place where an update can be stopped in every engine. A Muon group's `layout`, its matrices in order as
-    `MatrixSlice`s, is filled by the engine once it has sharded the parameters.
+    the one place where an update can be stopped in every engine. An engine that has sharded the parameters says
+    by `adopt` what became of them.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], muon_names: frozenset[str], betas: tuple[float, float], eps: float
+    ) -> None:
         super().__init__(groups, betas=betas, eps=eps, fused=True)
         self.vetoed = False
+        self.muon_names = muon_names
+        self._matrices: dict[Tensor, list[Piece]] = {}
+
+    def adopt(self, pieces: Sequence[Piece]) -> dict[str, Shard]:
+        """Create the state of the tensors that hold the parameters; the slices by parameter name.
+
+        Args:
+            pieces: one a parameter, in the same order on every rank.
+        """
+        shards: dict[str, Shard] = {}
+        for piece in pieces:
+            muon = piece.name in self.muon_names
+            if piece.tensor not in self.state:
+                self.state[piece.tensor] = initial_state(piece.tensor, muon)
+            if muon:
+                self._matrices.setdefault(piece.tensor, []).append(piece)
+            moments = {k: piece.of(t) for k, t in self.state[piece.tensor].items() if k != "step"}
+            value = piece.of(piece.tensor.detach())
+            shards[piece.name] = Shard(piece.shape, piece.start, value, moments, piece.primary)
+        return shards
+
+    @property
+    def updates(self) -> int:
+        """Updates applied to the moments: AdamW's bias correction counts with it."""
+        return next(int(state["step"].item()) for state in self.state.values() if "step" in state)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for state in self.state.values():
+            if "step" in state:
+                state["step"].fill_(count)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -74,27 +117,28 @@ class Optimizer(torch.optim.AdamW):
                 self._muon_step(group)
 
     def _muon_step(self, group: dict[str, Any]) -> None:
-        """Nesterov momentum on the flat slice, then a bucket of whole matrices at a time."""
-        (flat,) = group["params"]
-        momentum = self.state[flat]["momentum"]
-        momentum.lerp_(flat.grad, 1.0 - group["momentum"])
-        update = flat.grad.lerp(momentum, group["momentum"])
-        flat.mul_(1.0 - group["lr"] * group["weight_decay"])
-        bucket: list[MatrixSlice] = []
-        for piece in group["layout"]:
+        """A bucket of whole matrices at a time; the same buckets on every rank."""
+        bucket: list[Piece] = []
+        for piece in (piece for tensor in group["params"] for piece in self._matrices[tensor]):
             if sum(p.shape.numel() for p in bucket) + piece.shape.numel() > BUCKET_NUMEL and bucket:
-                self._apply_bucket(flat, update, bucket, group)
+                self._apply_bucket(bucket, group)
                 bucket = []
             bucket.append(piece)
-        self._apply_bucket(flat, update, bucket, group)
+        if bucket:
+            self._apply_bucket(bucket, group)
 
-    def _apply_bucket(self, flat: Tensor, update: Tensor, bucket: list[MatrixSlice], group: dict[str, Any]) -> None:
+    def _apply_bucket(self, bucket: list[Piece], group: dict[str, Any]) -> None:
+        """Nesterov momentum on the slices, matrices put together, worked on, and applied by slice."""
         sizes = [piece.shape.numel() for piece in bucket]
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
-        whole = torch.zeros(sum(sizes), device=flat.device, dtype=group["work_dtype"])
+        whole = torch.zeros(sum(sizes), device=bucket[0].tensor.device, dtype=group["work_dtype"])
         for piece, part in zip(bucket, whole.split(sizes), strict=True):
-            part[piece.start : piece.start + piece.numel] = update[piece.flat_start : piece.flat_start + piece.numel]
+            assert piece.tensor.grad is not None
+            gradient, momentum = piece.of(piece.tensor.grad), piece.of(self.state[piece.tensor]["momentum"])
+            momentum.lerp_(gradient, 1.0 - group["momentum"])
+            if piece.primary:
+                part[piece.start : piece.start + piece.numel] = gradient.lerp(momentum, group["momentum"])
         all_reduce_sum(whole)
         result = torch.zeros_like(whole)
         for index, (piece, source, target) in enumerate(
@@ -106,17 +150,17 @@ class Optimizer(torch.optim.AdamW):
         for piece, part in zip(bucket, result.split(sizes), strict=True):
             scale = UPDATE_RMS * max(piece.shape) ** 0.5
             mine = part[piece.start : piece.start + piece.numel]
-            flat[piece.flat_start : piece.flat_start + piece.numel].sub_(mine * (group["lr"] * scale))
+            piece.of(piece.tensor).mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(mine * (group["lr"] * scale))
 
 
-def initial_state(flat: Tensor, muon: bool) -> dict[str, Tensor]:
-    """Zero moments for a flat tensor, so that a state exists before the first step."""
+def initial_state(tensor: Tensor, muon: bool) -> dict[str, Tensor]:
+    """Zero moments for a tensor, so that a state exists before the first step."""
     if muon:
-        return {"momentum": torch.zeros_like(flat)}
+        return {"momentum": torch.zeros_like(tensor, requires_grad=False)}
     return {
-        "step": torch.zeros((), device=flat.device),
-        "exp_avg": torch.zeros_like(flat),
-        "exp_avg_sq": torch.zeros_like(flat),
+        "step": torch.zeros((), device=tensor.device),
+        "exp_avg": torch.zeros_like(tensor, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(tensor, requires_grad=False),
     }
 
 
@@ -135,18 +179,18 @@ def build_optimizer(
     Learning rates are set before every step (`Engine.step`).
     """
     groups: list[dict[str, Any]] = []
+    muon_names = frozenset(name for name, p in module.named_parameters() if p.ndim == 2 and muon(name))
     for by_muon in (False, True):
-        named = [(name, p) for name, p in module.named_parameters() if (p.ndim == 2 and muon(name)) == by_muon]
-        if named:
+        parameters = [p for name, p in module.named_parameters() if (name in muon_names) == by_muon]
+        if parameters:
             groups.append(
                 {
-                    "params": [p for _, p in named],
+                    "params": parameters,
                     "muon": by_muon,
                     "lr": 0.0,
                     "weight_decay": weight_decay,
                     "momentum": muon_momentum,
                     "work_dtype": work_dtype,
-                    "layout": [],
                 }
             )
-    return Optimizer(groups, betas, eps)
+    return Optimizer(groups, muon_names, betas, eps)

@@ -1,6 +1,6 @@
 """What a rank holds of each parameter: one contiguous slice of the flattened tensor.
 
-ZeRO's and FSDP2's shards are both of this form, so the average, the checkpoint and the optimizer are written
+ZeRO's and FSDP2's shards are all of this form, so the average, the checkpoint and the optimizer are written
 once, over slices by name, and fit every engine and world size.
 """
 
@@ -19,13 +19,15 @@ class Shard:
     """This rank's slice of one parameter.
 
     `value` and the tensors of `state` are fp32 views (numel,) of the engine's own memory: writing to them
-    writes to the master weight and the optimizer. A rank that holds nothing of a parameter has numel 0.
+    writes to the master weight and the optimizer. A rank that holds nothing of a parameter has numel 0. Where
+    several ranks hold the same slice, one of them is `primary` and speaks for it.
     """
 
     shape: torch.Size
     start: int
     value: Tensor
     state: Mapping[str, Tensor]
+    primary: bool = True
 
     @property
     def stop(self) -> int:
@@ -70,10 +72,11 @@ def _gather_bucket(shards: Shards, slices: Mapping[str, Tensor], names: list[str
     if not names:
         return
     sizes = [shards[name].shape.numel() for name in names]
-    # Every element is held by exactly one rank, so a sum over zeros is exact.
+    # Every element has exactly one rank that speaks for it, so a sum over zeros is exact.
     flat = torch.zeros(sum(sizes), device=slices[names[0]].device)
     for name, part in zip(names, flat.split(sizes), strict=True):
-        part[shards[name].start : shards[name].stop] = slices[name]
+        if shards[name].primary:
+            part[shards[name].start : shards[name].stop] = slices[name]
     all_reduce_sum(flat)
     for name, part in zip(names, flat.split(sizes), strict=True):
         yield name, part.view(shards[name].shape)

@@ -36,6 +36,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in fp32, whatever the type of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class SwiGLU(nn.Module):
     """`down(silu(gate) * up)`, where one matrix makes gate and up (first half: gate). No biases."""
 
@@ -50,7 +57,7 @@ class SwiGLU(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1] -> (B, D): 256 sinusoids (cosines first) of the raw t, then Linear, SiLU, Linear.
+    """t in [0, 1] -> (B, D): 256 sinusoids (cosines first) of the raw t, then Linear, SiLU, Linear in `dtype`.
 
     The slowest sinusoid has a period of 2 pi `max_period`; t is not scaled by 1000, so 10 spans [0, 1] well.
     """
@@ -61,12 +68,12 @@ class TimeEmbedding(nn.Module):
         self.max_period = max_period
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t_B: Tensor) -> Tensor:
+    def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
         half = self.frequencies // 2
         index = torch.arange(half, device=t_B.device, dtype=torch.float32)
         angles = t_B.float()[:, None] * torch.exp(-math.log(self.max_period) * index / half)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(waves.to(dtype))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.models.layers import (
+    Fp32Linear,
     RMSNorm,
     SwiGLU,
     TimeEmbedding,
@@ -131,7 +132,7 @@ class PixelGen(nn.Module):
         self.text_position = nn.Parameter(torch.empty(1, text_length, width))
         self.text_blocks = nn.ModuleList(Block(width, heads, cross=False) for _ in range(text_depth))
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
-        self.head = nn.Linear(width, patch_values)
+        self.head = Fp32Linear(width, patch_values)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -157,10 +158,11 @@ class PixelGen(nn.Module):
             t_B: times in [0, 1]; 0 is noise, 1 the image.
             text_BLE: states of the frozen language model, padded to `text_length` tokens, pads included.
         """
-        dtype = self.patch_up.weight.dtype
+        # Each parameter is read by the module that owns it: elsewhere it may be a shard (ZeRO-3, FSDP2).
+        dtype = self.text_position.dtype
         height, width = x_BCHW.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
-        time_B1D = F.silu(self.time(t_B))[:, None]
+        time_B1D = F.silu(self.time(t_B, dtype))[:, None]
 
         text = self.text_norm(self.text_in(text_BLE.to(dtype))) + self.text_position
         for block in self.text_blocks:
@@ -176,5 +178,4 @@ class PixelGen(nn.Module):
                 features = x
 
         x = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-        x = F.linear(x, self.head.weight.float(), self.head.bias.float())
-        return Prediction(unpatchify(x, self.patch_size, height, width), features)
+        return Prediction(unpatchify(self.head(x), self.patch_size, height, width), features)

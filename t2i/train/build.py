@@ -1,4 +1,4 @@
-"""From a config to what a stage trains with: network, objective, optimizer. The one place that knows all rooms."""
+"""From a config to what a stage trains with: network, objective, engine. The one place that knows all rooms."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from t2i.config import ObjectiveConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, ImageDistance, Lpips, PatchFeatures
-from t2i.engine.optimizer import Optimizer, build_optimizer
+from t2i.engine.blocks import prepare_blocks
+from t2i.engine.deepspeed import DeepSpeedEngine
+from t2i.engine.fsdp import FsdpEngine
+from t2i.engine.interface import Engine
+from t2i.engine.optimizer import build_optimizer
 from t2i.models.layers import Projector
 from t2i.models.pixelgen import PixelGen, Prediction, muon_takes
+from t2i.train.processes import World
 
 STAND_IN = "efficientnet-lite0"
 
@@ -30,6 +35,11 @@ class TrainingNetwork(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.projector = projector
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in the order in which they run."""
+        return [*self.denoiser.text_blocks, *self.denoiser.blocks]
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predicted image (B, 3, H, W) and projected features (B, N, width)."""
@@ -45,9 +55,6 @@ def build_network(config: RunConfig, text_width: int, features: PatchFeatures | 
         denoiser = build_denoiser(config.model, text_width, config.text.length)
         aligned = features is not None and config.objective.repa_weight > 0
         projector = Projector(config.model.width, features.width) if aligned and features else None
-    if config.engine.compile:
-        for block in (*denoiser.text_blocks, *denoiser.blocks):
-            block.compile()
     return TrainingNetwork(denoiser, projector)
 
 
@@ -117,9 +124,17 @@ def _load_dino(config: ObjectiveConfig, device: torch.device) -> Dinov2:
         ) from error
 
 
-def build_train_optimizer(config: RunConfig, network: nn.Module, dtype: torch.dtype) -> Optimizer:
-    """The optimizer of a stage; its learning rates are set at every step."""
-    return build_optimizer(
+def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtype: torch.dtype) -> Engine:
+    """The engine of a stage, over a network that it takes possession of: copies are to be made before.
+
+    Raises:
+        ConfigError: it does not go with the number of ranks.
+    """
+    engine, train = config.engine, config.train
+    if world.size % engine.replicas:
+        raise ConfigError(f"engine.replicas {engine.replicas} must divide the number of ranks, {world.size}")
+    prepare_blocks(network, compiled=engine.compile, checkpointed=engine.checkpoint_blocks)
+    optimizer = build_optimizer(
         network,
         muon=muon_takes if config.optimizer.name == "muon" else lambda _: False,
         betas=config.optimizer.betas,
@@ -127,6 +142,29 @@ def build_train_optimizer(config: RunConfig, network: nn.Module, dtype: torch.dt
         weight_decay=config.optimizer.weight_decay,
         muon_momentum=config.optimizer.muon_momentum,
         work_dtype=dtype,
+    )
+    accumulation = train.batch_size // world.size // train.micro_batch_size
+    clip_grad_norm = config.optimizer.clip_grad_norm
+    if engine.name == "fsdp":
+        return FsdpEngine(
+            network,
+            optimizer,
+            device=world.device,
+            dtype=dtype,
+            accumulation=accumulation,
+            clip_grad_norm=clip_grad_norm,
+            reshard_after_forward=engine.reshard_after_forward,
+            replicas=engine.replicas,
+        )
+    return DeepSpeedEngine(
+        network,
+        optimizer,
+        zero_stage=engine.zero_stage,
+        device=world.device,
+        dtype=dtype,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=accumulation,
+        clip_grad_norm=clip_grad_norm,
     )
 
 

@@ -27,18 +27,12 @@ from t2i.diffusion.flow import interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Terms, band_names
 from t2i.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, moments_of, newest, values_of
-from t2i.engine.deepspeed import DeepSpeedEngine, StepResult
 from t2i.engine.ema import Ema
+from t2i.engine.interface import StepResult
 from t2i.engine.shards import gather_full
 from t2i.model_folder import DENOISER, NULL_CAPTION, PROJECTOR, read_model, write_model
 from t2i.pipeline import Pipeline
-from t2i.train.build import (
-    TrainingNetwork,
-    build_network,
-    build_objective,
-    build_train_optimizer,
-    denoiser_training_flops,
-)
+from t2i.train.build import build_engine, build_network, build_objective, denoiser_training_flops
 from t2i.train.intake import Intake
 from t2i.train.observe import Observer, memory_gib, peak_flops
 from t2i.train.places import StagePlace
@@ -80,7 +74,7 @@ class StageTrainer:
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
         pipeline = Pipeline(config, averaged, self.text, self.null_caption, world.device)
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples)
-        self.engine = self._build_engine(network, dtype)
+        self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
         data_state, self._origin = self._restore()
         self._saved_step = self.step
@@ -92,18 +86,6 @@ class StageTrainer:
         self.flops_per_image = denoiser_training_flops(config, self.text.width)
         self.peak_flops = peak_flops(world.device, dtype)
         self._keys = {purpose: key(config.seed, place.name, purpose) for purpose in ("time", "noise", "caption")}
-
-    def _build_engine(self, network: TrainingNetwork, dtype: torch.dtype) -> DeepSpeedEngine:
-        train = self.config.train
-        return DeepSpeedEngine(
-            network,
-            build_train_optimizer(self.config, network, dtype),
-            device=self.world.device,
-            dtype=dtype,
-            micro_batch_size=train.micro_batch_size,
-            accumulation=train.batch_size // self.world.size // train.micro_batch_size,
-            clip_grad_norm=self.config.optimizer.clip_grad_norm,
-        )
 
     # Where the stage stands
 

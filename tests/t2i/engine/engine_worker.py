@@ -1,209 +1,212 @@
-"""Trains a toy network through ZeRO-1 in several settings and compares with plain PyTorch on the whole batch.
+"""Trains the small PixelGen of `cases.py` through every engine and compares with plain PyTorch on the whole batch.
 
-Arguments: folder for checkpoints, and the folder of another world size's checkpoint to read (or "-").
+Arguments: folder for checkpoints, and the folder of another world size's checkpoints to read (or "-").
 """
 
+import dataclasses
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
-from torch import nn
+from cases import (
+    BETAS,
+    CLIP,
+    DECAY,
+    ENGINES,
+    STEPS,
+    Case,
+    Trace,
+    build,
+    distance,
+    loss_of,
+    plain_loss,
+    reference,
+    relative,
+    share,
+    train,
+    train_step,
+    whole,
+)
 
-from launch.process import joined_world
-from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, moments_of, newest, values_of
-from t2i.engine.deepspeed import DeepSpeedEngine
+from launch.process import joined_world, quiet
+from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, checkpoints, moments_of, values_of
 from t2i.engine.ema import Ema
-from t2i.engine.optimizer import build_optimizer, orthogonalise
-from t2i.engine.shards import gather_full
+from t2i.engine.interface import Engine
 
-STEPS, BATCH, LR, MUON_LR, CLIP, DECAY = 8, 16, 1e-2, 2e-2, 0.1, 0.9
-NAN_STEP, VETO_STEP = 3, 5
-BETAS, EPS, MOMENTUM = (0.9, 0.99), 1e-8, 0.95
+cached_reference = cache(reference)
+HALF = STEPS // 2
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    # Sizes that no number of ranks divides, so that slices end inside matrices.
-    return nn.Sequential(nn.Linear(11, 33), nn.SiLU(), nn.Linear(33, 13), nn.SiLU(), nn.Linear(13, 7))
+def matrix(world_size: int) -> list[Case]:
+    """Every engine in both dtypes, with and without accumulation, and in each of its settings."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    if world_size == 4:
+        plain = [Case(engine) for engine in ENGINES]
+        return [*plain, Case("fsdp", replicas=2), Case("fsdp", muon=True, replicas=2), Case("zero3", muon=True)]
+    cases = [Case(e, dtype, accumulation) for e in ENGINES for dtype in (fp32, bf16) for accumulation in (1, 2)]
+    if world_size == 1:
+        return cases
+    for engine in ENGINES:
+        cases += [Case(engine, muon=True), Case(engine, clip=0), Case(engine, checkpointed=True)]
+    cases += [Case(e, bf16, 2, checkpointed=True, persistent=0) for e in ("zero0", "zero3", "fsdp")]
+    cases += [Case("zero3", fp32, 2, muon=True, persistent=0)]
+    cases += [Case("fsdp", reshard=False), Case("fsdp", bf16, 2, replicas=2)]
+    return cases
 
 
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    inputs = torch.randn(BATCH, 11, generator=generator)
-    if step == NAN_STEP:
-        inputs[5] = math.nan  # in one rank's share only
-    return inputs, torch.randn(BATCH, 7, generator=generator)
+def refusals(engine: Engine, case: Case) -> list[bool]:
+    """Whether a step that is too early, a second backward and a micro-step too many are refused."""
+    outcomes = []
 
+    def refused(call) -> bool:
+        try:
+            call()
+        except RuntimeError:
+            return True
+        return False
 
-def takes_muon(name: str, muon: bool) -> bool:
-    return muon and name == "2.weight"
-
-
-def build(dtype: torch.dtype, accumulation: int, muon: bool, world_size: int) -> DeepSpeedEngine:
-    module = network()
-    optimizer = build_optimizer(
-        module,
-        muon=lambda name: takes_muon(name, muon),
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=0.1,
-        muon_momentum=MOMENTUM,
-        work_dtype=torch.float32,
-    )
-    return DeepSpeedEngine(
-        module,
-        optimizer,
-        device=torch.device("cpu"),
-        dtype=dtype,
-        micro_batch_size=BATCH // world_size // accumulation,
-        accumulation=accumulation,
-        clip_grad_norm=CLIP,
-    )
-
-
-def train(engine, ema, rank, world_size, accumulation, dtype, steps) -> tuple[list[float], list[str | None]]:
-    norms, vetoes = [], []
-    for step in steps:
-        inputs, targets = batch(step)
-        for part in torch.arange(BATCH)[rank::world_size].chunk(accumulation):
-            output = engine.network(inputs[part].to(dtype)).float()
-            engine.micro_step((output - targets[part]).square().mean())
-        result = engine.step(
-            lambda muon: MUON_LR if muon else LR,
-            lambda norm, step=step: "vetoed by the test" if step == VETO_STEP else None,
-        )
-        if result.vetoed is None:
-            ema.update()
-        norms.append(result.grad_norm)
-        vetoes.append(result.vetoed)
-    return norms, vetoes
-
-
-def reference(muon: bool) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The same training in plain PyTorch: norms, weights and average."""
-    module = network()
-    by_muon = {n: p for n, p in module.named_parameters() if takes_muon(n, muon)}
-    others = [p for n, p in module.named_parameters() if n not in by_muon]
-    adamw = torch.optim.AdamW(others, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.1)
-    momenta = {n: torch.zeros_like(p) for n, p in by_muon.items()}
-    average = {n: p.detach().clone() for n, p in module.named_parameters()}
-    norms = []
-    for step in range(STEPS):
-        inputs, targets = batch(step)
-        module.zero_grad()
-        (module(inputs) - targets).square().mean().backward()
-        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
-        if step in (NAN_STEP, VETO_STEP):
-            continue
-        adamw.step()
-        with torch.no_grad():
-            for name, p in by_muon.items():
-                momenta[name] = MOMENTUM * momenta[name] + (1 - MOMENTUM) * p.grad
-                update = MOMENTUM * momenta[name] + (1 - MOMENTUM) * p.grad
-                p.mul_(1 - MUON_LR * 0.1).sub_(MUON_LR * 0.2 * max(p.shape) ** 0.5 * orthogonalise(update))
-            for name, p in module.named_parameters():
-                average[name] = DECAY * average[name] + (1 - DECAY) * p
-    return norms, dict(module.named_parameters()), average
-
-
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    return max((found[name] - expected[name]).abs().max().item() for name in expected)
-
-
-def whole(engine, slices) -> dict[str, torch.Tensor]:
-    return dict(gather_full(engine.shards, slices))
-
-
-def values(engine) -> dict[str, torch.Tensor]:
-    return whole(engine, values_of(engine.shards))
-
-
-def rounded_gradient(engine: DeepSpeedEngine, part: torch.Tensor, accumulation: int) -> bool:
-    """Whether the bf16 network's gradient, summed over micro-batches and ranks, was rounded to bf16 on its way."""
-    inputs, targets = batch(0)
-    for micro in part.chunk(accumulation):
-        loss = (engine.network(inputs[micro].bfloat16()).float() - targets[micro]).square().mean()
+    micro_batches = case.accumulation
+    outcomes.append(refused(lambda: engine.step(lambda _: 0.0, lambda _: None)))
+    for part in share(case):
+        loss = loss_of(engine.network, 0, part, micro_batches)
         engine.micro_step(loss)
-    gradients = engine._zero.fp32_groups_gradients_flat
-    return all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients)
+        outcomes.append(refused(lambda loss=loss: engine.micro_step(loss)))
+    loss = loss_of(engine.network, 0, share(case)[0], micro_batches)
+    outcomes.append(refused(lambda: engine.micro_step(loss)))
+    return outcomes
 
 
-def compare(dtype: torch.dtype, accumulation: int, muon: bool, world) -> dict:
-    engine = build(dtype, accumulation, muon, world.size)
+def compare(case: Case) -> dict:
+    engine = build(case)
     ema = Ema(engine.shards, DECAY)
-    start = distance(values(engine), dict(network().named_parameters()))
-    norms, vetoes = train(engine, ema, world.rank, world.size, accumulation, dtype, range(STEPS))
-    expected_norms, expected, average = reference(muon)
+    start = distance(whole(engine, values_of(engine.shards)), cached_reference(torch.float32, False, CLIP).start)
+    losses, norms, vetoes = train(engine, ema, case, range(STEPS))
+    expected: Trace = cached_reference(case.dtype, case.muon, case.clip)
+    values = whole(engine, values_of(engine.shards))
+    with torch.no_grad():
+        found_loss = loss_of(engine.network, 0, torch.arange(8), 1).item()
+        loss = plain_loss(values, case.dtype, 0).item()
     outcome = {
-        "case": f"{str(dtype).removeprefix('torch.')}, accumulation {accumulation}, {'muon' if muon else 'adamw'}",
+        "case": str(case),
+        "exact": case.dtype == torch.float32,
         "masters_at_start": start,
-        "norms": max(abs(a / b - 1) for a, b in zip(norms, expected_norms, strict=True) if math.isfinite(b)),
-        "values": distance(values(engine), expected),
-        "ema": distance(whole(engine, ema.values), average),
+        "losses": relative(losses, expected.losses),
+        "norms": relative(norms, expected.norms),
+        "values": distance(values, expected.values),
+        "ema": distance(whole(engine, ema.values), expected.average),
         "vetoes": vetoes,
         "updates": engine.updates,
-        "low_precision": max(
-            (p.float() - v).abs().max().item()
-            for p, v in zip(engine.network.parameters(), values(engine).values(), strict=True)
-        ),
+        "weights_are_masters": abs(found_loss / loss - 1),
     }
-    if dtype == torch.bfloat16:
-        part = torch.arange(BATCH)[world.rank :: world.size]
-        outcome["rounded_gradient"] = rounded_gradient(engine, part, accumulation)
     engine.close()
     return outcome
 
 
-def resume(folder: Path, other: str, world) -> dict:
-    """Save after half of the steps; go on from it, and from another world size's checkpoint, in a fresh engine."""
-    dtype, accumulation, muon = torch.float32, 1, True
-    engine = build(dtype, accumulation, muon, world.size)
+def second_backward(case: Case) -> dict:
+    engine = build(case)
+    outcome = {"case": str(case), "refused": refusals(engine, case)}
+    engine.close()
+    return outcome
+
+
+def rounded_share(case: Case) -> float:
+    """Share of a gradient's numbers that bf16 holds: all, where it was summed over micro-steps or ranks in bf16."""
+    engine = build(case)
+    train_step(engine, case, 0)
+    moments = [shard.state["exp_avg"] for shard in engine.shards.values()]
+    gradient = torch.cat(moments) / (1 - BETAS[0])
+    gradient = gradient[gradient != 0]
+    rounded = (gradient - gradient.bfloat16()).abs() < 1e-5 * gradient.abs()
+    engine.close()
+    return rounded.float().mean().item()
+
+
+def restore(case: Case, folder: Path) -> tuple[Engine, Ema]:
+    engine = build(case)
     ema = Ema(engine.shards, DECAY)
-    train(engine, ema, world.rank, world.size, accumulation, dtype, range(STEPS // 2))
+    checkpoint = Checkpoint(checkpoints(folder)[-1])
+    kinds = {"value": values_of(engine.shards), "ema": ema.values, **moments_of(engine.shards)}
+    checkpoint.read(engine.shards, kinds)
+    engine.refresh()
+    engine.updates = checkpoint.state["updates"]
+    return engine, ema
+
+
+def go_on(case: Case, folder: Path) -> Trace:
+    """The second half of the steps, from a checkpoint."""
+    engine, ema = restore(case, folder)
+    losses, norms, _ = train(engine, ema, case, range(HALF, STEPS))
+    trace = Trace(losses, norms, whole(engine, values_of(engine.shards)), whole(engine, ema.values), {})
+    engine.close()
+    return trace
+
+
+def save_and_go_on(case: Case, folder: Path, world) -> Trace:
+    """Save after half of the steps; the rest of the unbroken run, which goes on while the checkpoint is written."""
+    engine = build(case)
+    ema = Ema(engine.shards, DECAY)
+    train(engine, ema, case, range(HALF))
     writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt="a", keep=1)
-    writer.save(STEPS // 2, engine.shards, ema.values, {"updates": engine.updates})
-    # Training goes on while the checkpoint is written: it is a snapshot.
-    train(engine, ema, world.rank, world.size, accumulation, dtype, range(STEPS // 2, STEPS))
+    writer.save(HALF, engine.shards, ema.values, {"updates": engine.updates})
+    losses, norms, _ = train(engine, ema, case, range(HALF, STEPS))
     writer.wait()
     world.barrier()
-    unbroken = values(engine), whole(engine, ema.values)
+    trace = Trace(losses, norms, whole(engine, values_of(engine.shards)), whole(engine, ema.values), {})
     engine.close()
-    outcome = {}
-    for label, source in {"same": folder, "other": None if other == "-" else Path(other)}.items():
-        if source is None:
-            continue
-        path, faults = newest(source)
-        assert path is not None and not faults
-        checkpoint = Checkpoint(path)
-        engine = build(dtype, accumulation, muon, world.size)
-        ema = Ema(engine.shards, DECAY)
-        kinds = {"value": values_of(engine.shards), "ema": ema.values, **moments_of(engine.shards)}
-        checkpoint.read(engine.shards, kinds)
-        engine.refresh()
-        engine.updates = checkpoint.state["updates"]
-        train(engine, ema, world.rank, world.size, accumulation, dtype, range(STEPS // 2, STEPS))
-        outcome[label] = {
-            "values": distance(values(engine), unbroken[0]),
-            "ema": distance(whole(engine, ema.values), unbroken[1]),
-        }
-        engine.close()
-    return outcome
+    return trace
+
+
+def differences(found: Trace, expected: Trace) -> dict:
+    return {
+        "losses": relative(found.losses, expected.losses[-len(found.losses) :]),
+        "norms": relative(found.norms, expected.norms[-len(found.norms) :]),
+        "values": distance(found.values, expected.values),
+        "ema": distance(found.average, expected.average),
+    }
+
+
+def resume(folder: Path, other: Path | None, world) -> list[dict]:
+    """Each engine goes on from its own checkpoint, from another engine's, and from another world size's."""
+    outcomes = []
+    cases = [Case(engine, muon=True) for engine in ENGINES]
+    if world.size == 2:
+        cases += [Case(engine, torch.bfloat16, 2) for engine in ENGINES]
+        cases += [Case("fsdp", muon=True, replicas=2)]
+    for case in cases:
+        unbroken = save_and_go_on(case, folder / str(case), world)
+        again = go_on(case, folder / str(case))
+        outcomes.append({"case": str(case), "from": "itself", **differences(again, unbroken)})
+    expected = cached_reference(torch.float32, True, CLIP)
+    for index, engine in enumerate(ENGINES):
+        case = Case(engine, muon=True)
+        sources = [folder / str(dataclasses.replace(case, engine=ENGINES[index - 1]))]
+        if other is not None:
+            sources.append(other / str(dataclasses.replace(case, engine=ENGINES[index - 2])))
+        for source in sources:
+            found = go_on(case, source)
+            outcomes.append({"case": str(case), "from": str(source), **differences(found, expected)})
+    return outcomes
 
 
 def main() -> None:
-    folder, other = Path(sys.argv[1]), sys.argv[2]
+    folder = Path(sys.argv[1])
+    other = None if sys.argv[2] == "-" else Path(sys.argv[2])
     with joined_world() as world:
-        cases = [
-            compare(dtype, accumulation, muon, world)
-            for dtype in (torch.float32, torch.bfloat16)
-            for accumulation in (1, 2)
-            for muon in (False, True)
-        ]
-        resumed = resume(folder, other, world)
+        quiet(world.rank)
+        outcome: dict = {"cases": [compare(case) for case in matrix(world.size)]}
+        if world.size == 2:
+            bf16 = [Case(engine, torch.bfloat16, 2, clip=0) for engine in ENGINES]
+            outcome["rounded"] = {str(case): rounded_share(case) for case in bf16}
+            outcome["refused"] = [second_backward(Case(engine, accumulation=2)) for engine in ENGINES]
+        outcome["resumed"] = resume(folder, other, world)
+        plain = [cached_reference(torch.float32, False, clip).values for clip in (CLIP, 0)]
+        outcome["clipping_shows"] = distance(plain[0], plain[1])
+        assert all(math.isfinite(case["values"]) for case in outcome["cases"])
         if world.is_main:
-            print(json.dumps({"cases": cases, "resumed": resumed}))
+            print(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -8,36 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from shard_cuts import average, cut, write
 
 from t2i.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, checkpoints, moments_of, newest
+from t2i.engine.checkpoint.format import manifest_text
 from t2i.engine.shards import Shard
-
-
-def cut(ranks: int, seed: int = 0) -> list[dict[str, Shard]]:
-    """Two parameters cut into the slices that `ranks` ranks would hold; some ranks hold nothing of one."""
-    generator = torch.Generator().manual_seed(seed)
-    whole = {"a": torch.randn(7, 10, generator=generator), "b": torch.randn(3, generator=generator)}
-    shards: list[dict[str, Shard]] = []
-    for rank in range(ranks):
-        held = {}
-        for name, tensor in whole.items():
-            flat = tensor.flatten()
-            start, stop = rank * len(flat) // ranks, (rank + 1) * len(flat) // ranks
-            held[name] = Shard(tensor.shape, start, flat[start:stop].clone(), {"exp_avg": flat[start:stop] * 2})
-        shards.append(held)
-    return shards
-
-
-def average(shards: dict[str, Shard]) -> dict[str, torch.Tensor]:
-    return {name: shard.value * 3 for name, shard in shards.items()}
-
-
-def write(folder: Path, step: int, ranks: int = 3, keep: int = 9, attempt: str = "x") -> None:
-    writers = [CheckpointWriter(folder, rank=r, world_size=ranks, attempt=attempt, keep=keep) for r in range(ranks)]
-    for writer, shards in zip(writers, cut(ranks), strict=True):
-        writer.save(step, shards, average(shards), {"batches": step})
-    for writer in writers:
-        writer.wait()
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 5])
@@ -69,7 +44,11 @@ def test_the_newest_whole_checkpoint_wins_and_faults_are_named(tmp_path: Path) -
     flipped.write_bytes(content)
     path, faults = newest(tmp_path)
     assert path == tmp_path / "step_00000002"
-    assert [str(torn) in faults[0], str(flipped) in faults[1], len(faults)] == [True, True, 2]
+    assert faults[0].startswith(f"{torn}: torn, ") and f"{flipped}: its checksum is not" in faults[1]
+    assert len(faults) == 2
+    (tmp_path / "step_00000002" / "rank_00002.safetensors").unlink()
+    path, faults = newest(tmp_path)
+    assert path == tmp_path / "step_00000001" and faults[2].endswith("rank_00002.safetensors: missing")
 
 
 def test_nothing_is_committed_before_every_rank_has_written(tmp_path: Path) -> None:
@@ -132,22 +111,30 @@ def test_another_optimizers_moments_are_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "step_00000001").read(shards, momentum)
 
 
-def test_a_failed_write_is_raised_at_the_next_wait(tmp_path: Path) -> None:
-    (shards,) = cut(1)
-    writer = CheckpointWriter(tmp_path, rank=0, world_size=1, attempt="x", keep=1)
-    (tmp_path / ".step_00000001.x").write_text("a file where the folder should be")
-    writer.save(1, shards, average(shards), {})
-    with pytest.raises(OSError):
-        writer.wait()
-    assert checkpoints(tmp_path) == []
-
-
 def test_another_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 1)
     manifest = tmp_path / "step_00000001" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         Checkpoint(tmp_path / "step_00000001")
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "a digit", "another object", "another file"])
+def test_a_damaged_manifest_is_no_checkpoint(tmp_path: Path, damage: str) -> None:
+    for step in (123, 456):
+        write(tmp_path, step)
+    manifest = tmp_path / "step_00000456" / "manifest.json"
+    text = manifest.read_text()
+    if damage == "another file":
+        body = json.loads(text)
+        del body["sha256"], body["format"]
+        body["parts"][0]["file"] = "../step_00000123/rank_00000.safetensors"
+        text = manifest_text(body)
+    damaged = {"torn": text[:-9], "empty": "", "a digit": text.replace('"batches": 456', '"batches": 457')}
+    manifest.write_text(damaged.get(damage, "{}" if damage == "another object" else text))
+    path, faults = newest(tmp_path)
+    assert path == tmp_path / "step_00000123"
+    assert len(faults) == 1 and "step_00000456" in faults[0] and "manifest" in faults[0]
 
 
 def test_an_optional_part_may_differ_and_is_left_alone(tmp_path: Path) -> None:

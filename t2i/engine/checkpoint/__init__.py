@@ -1,0 +1,41 @@
+"""Checkpoints in one format for all engines and world sizes, written beside training.
+
+A checkpoint is a folder `step_N`: one safetensors file a rank with its slices of the fp32 weights, the optimizer's
+moments and the average, each under the parameter's name, and `manifest.json`, which says which slice lies where, the
+files' SHA-256, and the trainer's global state. A reader takes the slices it needs, so any number of ranks and any
+engine can go on from it.
+
+- `format.py`: what is on the disk, its checks, and reading.
+- `snapshot.py`: the copy of the state in host memory, and the file it becomes.
+- `writer.py`: writes off the training path, commits, and keeps what is to be kept (`retention.py`).
+- `mirror.py`: a copy in another place, and the way back from there.
+"""
+
+from __future__ import annotations
+
+from t2i.engine.checkpoint.format import (
+    Checkpoint,
+    CheckpointError,
+    checkpoints,
+    moments_of,
+    newest,
+    step_of,
+    values_of,
+)
+from t2i.engine.checkpoint.mirror import Mirror, newest_anywhere, open_mirror
+from t2i.engine.checkpoint.writer import CheckpointWriter, Saving
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWriter",
+    "Mirror",
+    "Saving",
+    "checkpoints",
+    "moments_of",
+    "newest",
+    "newest_anywhere",
+    "open_mirror",
+    "step_of",
+    "values_of",
+]

@@ -1,0 +1,265 @@
+"""What a checkpoint is on the disk: its names, its checks, and reading it.
+
+- A folder is a checkpoint if its manifest is there; whatever is not whole yet, or is on its way out, has a dot in
+  front of its name.
+- The manifest holds the SHA-256 of every part and of itself: a bit that flips in the trainer's state is found too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from data.errors import UserError
+from t2i.engine.shards import Shards
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+EPHEMERAL = "ephemeral"
+"""An empty file that marks an ephemeral checkpoint."""
+_PART = re.compile(r"rank_\d{5}\.safetensors")
+_STEP = re.compile(r"step_\d{8,}")
+_HASHING_THREADS = 4
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used, with the reason."""
+
+
+def folder_name(step: int) -> str:
+    """Name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def part_name(rank: int) -> str:
+    """Name of a rank's file."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return _STEP.fullmatch(name) is not None
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    assert is_step(path.name), path
+    return int(path.name.removeprefix("step_"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints of a stage, oldest first."""
+    found = [path for path in folder.glob("step_*") if is_step(path.name) and (path / MANIFEST).exists()]
+    return sorted(found, key=step_of)
+
+
+# Files
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is either whole or absent after a crash."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync(path.parent)
+
+
+def commit(aside: Path, final: Path) -> None:
+    """Give a finished folder its name, in place of a damaged or superseded one that may have it, durably."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    try:
+        aside.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# The manifest
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+def manifest_text(body: dict[str, Any]) -> str:
+    """The manifest's text: its format, its body and its own checksum."""
+    body = {"format": FORMAT, **body}
+    return json.dumps({**body, "sha256": _digest(body)})
+
+
+def parse_manifest(text: str | bytes | bytearray, where: str) -> dict[str, Any]:
+    """The manifest that a text holds.
+
+    Raises:
+        CheckpointError: it is torn, not as written, or of another format.
+    """
+    try:
+        body = json.loads(text)
+        written = body.pop("sha256")
+        kind = body["format"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{where}: the manifest is torn: {error}") from error
+    if kind != FORMAT:
+        raise CheckpointError(f"{where}: format {kind}, this version reads {FORMAT}")
+    if written != _digest(body):
+        raise CheckpointError(f"{where}: the manifest's checksum is not its own: it was changed")
+    for part in body["parts"]:
+        if not _PART.fullmatch(part["file"]):
+            raise CheckpointError(f"{where}: the manifest names {part['file']!r}, which is no rank's file")
+    return body
+
+
+class Checkpoint:
+    """A committed checkpoint, opened for reading.
+
+    Raises:
+        CheckpointError: its manifest is unreadable, torn or of another format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            text = (path / MANIFEST).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: the manifest cannot be read: {error}") from error
+        self.manifest = parse_manifest(text, str(path))
+
+    def verify(self) -> None:
+        """Check every file against its checksum.
+
+        Raises:
+            CheckpointError: one is missing or not as written.
+        """
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            for fault in pool.map(self._fault_of, self.manifest["parts"]):
+                if fault is not None:
+                    raise CheckpointError(fault)
+
+    def _fault_of(self, part: dict[str, Any]) -> str | None:
+        file = self.path / part["file"]
+        try:
+            if (size := file.stat().st_size) != part["bytes"]:
+                return f"{file}: torn, {size} of {part['bytes']} bytes are there"
+            return None if sha256(file) == part["sha256"] else f"{file}: its checksum is not the manifest's"
+        except FileNotFoundError:
+            return f"{file}: missing"
+        except OSError as error:
+            return f"{file}: cannot be read: {error}"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The trainer's global state."""
+        return self.manifest["state"]
+
+    def read(self, shards: Shards, kinds: Mapping[str, Mapping[str, Tensor]], optional: str | None = None) -> None:
+        """Fill this rank's slices.
+
+        Args:
+            shards: which slice of each parameter is wanted.
+            kinds: for each kind to read (`value`, `ema`, or a moment), the tensors (numel,) to fill by name.
+            optional: prefix of parameters that may differ or be missing: theirs are left as they are.
+
+        Raises:
+            CheckpointError: it is of a model with other parameters.
+        """
+        ours = {name: list(shard.shape) for name, shard in shards.items()}
+        theirs = self.manifest["shapes"]
+        differing = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+        if optional is not None:
+            kinds = {k: {n: t for n, t in targets.items() if n not in differing} for k, targets in kinds.items()}
+            differing = [name for name in differing if not name.startswith(optional)]
+        if differing:
+            raise CheckpointError(
+                f"{self.path} is of another model: {len(differing)} parameters differ, first {differing[0]} "
+                f"({theirs.get(differing[0])} there, {ours.get(differing[0])} here)"
+            )
+        for part in self.manifest["parts"]:
+            wanted = [
+                (name, start, low, high)
+                for name, (start, stop) in part["slices"].items()
+                if name in shards and (low := max(start, shards[name].start)) < (high := min(stop, shards[name].stop))
+            ]
+            if wanted:
+                self._read_part(part["file"], wanted, shards, kinds)
+
+    def _read_part(
+        self,
+        file_name: str,
+        wanted: list[tuple[str, int, int, int]],
+        shards: Shards,
+        kinds: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """Fill from one rank's file; `wanted`: name, where the file's slice starts, and the ends to take."""
+        with safe_open(self.path / file_name, framework="pt") as file:
+            present = set(file.keys())
+            for name, start, low, high in wanted:
+                for kind, targets in kinds.items():
+                    if name not in targets:
+                        continue
+                    if f"{kind}/{name}" not in present:
+                        raise CheckpointError(
+                            f"{self.path} holds no {kind} of {name}: it was trained with another optimizer"
+                        )
+                    piece = file.get_slice(f"{kind}/{name}")[low - start : high - start]
+                    targets[name][low - shards[name].start : high - shards[name].start] = piece
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as written, and what was wrong with newer ones."""
+    faults = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            Checkpoint(path).verify()
+        except CheckpointError as error:
+            faults.append(str(error))
+        else:
+            return path, faults
+    return None, faults
+
+
+def values_of(shards: Shards) -> dict[str, Tensor]:
+    """The master weights by name, as `Checkpoint.read` fills them."""
+    return {name: shard.value for name, shard in shards.items()}
+
+
+def moments_of(shards: Shards) -> dict[str, dict[str, Tensor]]:
+    """The moments by kind and parameter name, as `Checkpoint.read` fills them."""
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for name, shard in shards.items():
+        for moment, tensor in shard.state.items():
+            kinds.setdefault(moment, {})[name] = tensor
+    return kinds

@@ -1,0 +1,148 @@
+"""FSDP2 (`fully_shard`) behind the interface that the trainer uses.
+
+- One sharded unit a transformer block and one for the rest. The fp32 shards are the masters; the blocks are
+  gathered in the compute dtype and their gradients reduced in fp32, after every micro-step, into fp32 shards.
+- A parameter is cut along its first axis, so a rank's shard is a contiguous slice of the flattened tensor. The
+  optimizer works on the local shards as plain tensors.
+- With `replicas` above 1 the shards are repeated (HSDP): gathers stay inside a group of ranks / replicas ranks, and
+  the first group speaks for the state.
+- Norm, clipping and veto are ours: what FSDP2 offers would clip after the optimizer could be told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from t2i.engine.blocks import HasBlocks
+from t2i.engine.interface import MicroSteps, StepResult
+from t2i.engine.optimizer import Optimizer, Piece
+from t2i.engine.shards import Shards, all_reduce_sum
+
+
+def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
+    ranks = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    assert ranks % replicas == 0, "the config is checked against the number of ranks"
+    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replica", "shard"))
+
+
+class FsdpEngine:
+    """A module under FSDP2.
+
+    Args:
+        module: the trainable network, fp32, the same on every rank; frozen networks stay outside.
+        optimizer: from `build_optimizer`, over the module's parameters.
+        device: of this rank.
+        dtype: of gathered weights and arithmetic: bf16 or fp32.
+        accumulation: micro-steps an optimizer step.
+        clip_grad_norm: largest global gradient norm; 0 is none.
+        reshard_after_forward: whether a block's weights are dropped after its forward pass and gathered again for
+            its backward pass (as ZeRO-3 does), or stay until then (as under ZeRO-2).
+        replicas: groups of ranks that each hold the whole state; divides the number of ranks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        accumulation: int,
+        clip_grad_norm: float,
+        reshard_after_forward: bool,
+        replicas: int,
+    ) -> None:
+        self._optimizer = optimizer
+        self._accumulation = accumulation
+        self._clip_grad_norm = clip_grad_norm
+        mesh = _mesh(device, replicas)
+        settings: dict[str, Any] = {
+            "mesh": mesh,
+            # Inputs keep their types: times and tables are fp32 on purpose.
+            "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        }
+        module.to(device)
+        blocks: HasBlocks = module  # type: ignore[assignment]
+        for block in blocks.blocks:
+            fully_shard(block, reshard_after_forward=reshard_after_forward, **settings)
+        fully_shard(module, reshard_after_forward=False, **settings)  # the backward pass begins with its weights
+        self.network = module
+        self._micro_steps = MicroSteps(module, accumulation)
+        self._parameters: dict[str, DTensor] = dict(module.named_parameters())  # type: ignore[arg-type]
+        self._pieces = [self._piece(name, p, mesh) for name, p in self._parameters.items()]
+        for group in optimizer.param_groups:
+            group["params"] = [p.tensor for p in self._pieces if (p.name in optimizer.muon_names) == group["muon"]]
+        self.shards: Shards = optimizer.adopt(self._pieces)
+
+    def _piece(self, name: str, parameter: DTensor, mesh: DeviceMesh) -> Piece:
+        """This rank's rows of a parameter: equal numbers of them by rank, the last ranks fewer or none."""
+        detached: Any = parameter.detach()
+        local = detached.to_local()
+        rows = math.ceil(parameter.shape[0] / mesh["shard"].size())
+        row = min(rows * mesh.get_local_rank("shard"), parameter.shape[0])
+        start = row * parameter.shape[1:].numel()
+        primary = mesh.ndim == 1 or mesh.get_local_rank("replica") == 0
+        return Piece(name, parameter.shape, start, local, 0, local.numel(), primary)
+
+    @property
+    def updates(self) -> int:
+        """Updates applied to the moments."""
+        return self._optimizer.updates
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._optimizer.updates = count
+
+    def refresh(self) -> None:
+        """Drop gathered weights: the next forward pass gathers them from the masters."""
+        for module in self.network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def micro_step(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; its gradients are averaged over ranks at once."""
+        self._micro_steps.begin_backward()
+        (loss / self._accumulation).backward()
+
+    def _gradients(self) -> list[Tensor]:
+        """Hand the local gradients to the optimizer's tensors; those that this rank speaks for."""
+        for piece in self._pieces:
+            gradient = self._parameters[piece.name].grad
+            assert isinstance(gradient, DTensor), f"{piece.name} has no gradient"
+            piece.tensor.grad = gradient.to_local()
+        return [piece.tensor.grad for piece in self._pieces if piece.tensor.grad is not None]
+
+    def step(self, lr: Callable[[bool], float], veto: Callable[[float], str | None]) -> StepResult:
+        """Apply the accumulated gradient, unless it is not finite or vetoed."""
+        self._micro_steps.finish()
+        gradients = self._gradients()
+        primary = [g for g, piece in zip(gradients, self._pieces, strict=True) if piece.primary]
+        squared = torch.zeros((), device=gradients[0].device)
+        if primary:
+            squared += torch.nn.utils.get_total_norm(primary).square()
+        norm = float(all_reduce_sum(squared).sqrt())
+        reason = veto(norm) if math.isfinite(norm) else f"the gradient norm is {norm}"
+        if reason is None:
+            if self._clip_grad_norm > 0:
+                torch._foreach_mul_(gradients, min(1.0, self._clip_grad_norm / (norm + 1e-6)))
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr(group["muon"])
+            self._optimizer.step()
+        self.network.zero_grad()
+        for piece in self._pieces:
+            piece.tensor.grad = None
+        return StepResult(norm, reason)
+
+    def close(self) -> None:
+        """Nothing outlives the last reference to the engine."""
