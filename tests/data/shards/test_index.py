@@ -257,6 +257,11 @@ def test_what_a_manifest_of_others_says_wrongly_is_said() -> None:
     store.write("1.tar", shard(5, 30))
     with pytest.raises(DataError, match=r"p/1\.tar has [\d,]+ bytes, not 10,240, .*run launch/index\.py"):
         open_index(store, "s")
+    manifest = json.loads(store.read("index.json"))
+    manifest["shardlist"][1] |= {"version": "of old", "filesize": len(shard(5, 30))}
+    store.write("index.json", json.dumps(manifest).encode())
+    with pytest.raises(DataError, match=r"1\.tar changed since it was indexed"):
+        check_listing(open_index(store, "s"))
     del store._objects["1.tar"]
     with pytest.raises(DataError, match=r"p/1\.tar is not there, .*run launch/index\.py"):
         open_index(store, "s")

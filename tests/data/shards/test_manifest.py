@@ -179,15 +179,18 @@ def test_offsets_of_other_content_that_was_as_long(longer: int, shorter: int, re
         assert tar_reads(store) <= 4 * 2 * 2560 + 10240
 
 
-def test_an_offset_inside_a_sample_is_no_beginning() -> None:
-    content = lengths([1024] * 4)
-    store = MemoryStore({"a.tar": content})
+@pytest.mark.parametrize(
+    ("samples", "wrong"), [(1, [0, 1]), (2, [0, 1, 2]), (4, range(5)), (30, [0, 1, 2, 11, 20, 30])]
+)
+def test_an_offset_inside_a_sample_is_no_beginning(samples: int, wrong: Sequence[int]) -> None:
+    store = MemoryStore({"a.tar": lengths([1024] * samples)})
     info = store.list(".tar")[0]
-    for n in range(5):  # at the second member's header, which is a header as good
-        wrong = np.arange(5) * 2560
-        wrong[n] += 1024
-        store.write("a.tar.idx", to_bytes(wrong))
-        assert read_offsets(store, info, store, store.info("a.tar.idx")) is None, n
+    for n in wrong:
+        for into in (512, 1024):  # data, or the second member's header, which is a header as good
+            offsets = np.arange(samples + 1) * 2560
+            offsets[n] += into if n < samples else -into
+            store.write("a.tar.idx", to_bytes(offsets))
+            assert read_offsets(store, info, store, store.info("a.tar.idx")) is None, (n, into)
 
 
 def test_offsets_of_read_only_shards_lie_beside_the_manifest_apart_for_each_prefix() -> None:
