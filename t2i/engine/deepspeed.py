@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from t2i.engine.interface import MicroSteps, StepResult
 from t2i.engine.optimizer import Optimizer
-from t2i.engine.shards import Shards
+from t2i.engine.shards import BUCKET_NUMEL, Shards
 from t2i.engine.zero import cast_on_use, zero_state
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
@@ -68,7 +68,12 @@ class DeepSpeedEngine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip_grad_norm,
-            "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": PERSISTENT_NUMEL},
+            "zero_optimization": {
+                "stage": zero_stage,
+                "reduce_bucket_size": BUCKET_NUMEL,  # a buffer of so many fp32 numbers; the default takes 2 GB
+                "allgather_bucket_size": BUCKET_NUMEL,
+                "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": bf16 and zero_stage > 0, "immediate_grad_update": True},

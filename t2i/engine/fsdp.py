@@ -6,7 +6,7 @@
   optimizer works on the local shards as plain tensors.
 - With `replicas` above 1 the shards are repeated (HSDP): gathers stay inside a group of ranks / replicas ranks, and
   the first group speaks for the state.
-- Norm, clipping and veto are ours: what FSDP2 offers would clip after the optimizer could be told.
+- Norm, clipping and veto are ours: FSDP2 has none of them.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class FsdpEngine:
         (loss / self._accumulation).backward()
 
     def _gradients(self) -> list[Tensor]:
-        """Hand the local gradients to the optimizer's tensors; those that this rank speaks for."""
+        """Hand the local gradients to the optimizer's tensors."""
         for piece in self._pieces:
             gradient = self._parameters[piece.name].grad
             assert isinstance(gradient, DTensor), f"{piece.name} has no gradient"

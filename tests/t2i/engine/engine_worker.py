@@ -196,6 +196,7 @@ def main() -> None:
     other = None if sys.argv[2] == "-" else Path(sys.argv[2])
     with joined_world() as world:
         quiet(world.rank)
+        torch.set_num_threads(1)  # a team of threads costs far more than these small products
         outcome: dict = {"cases": [compare(case) for case in matrix(world.size)]}
         if world.size == 2:
             bf16 = [Case(engine, torch.bfloat16, 2, clip=0) for engine in ENGINES]

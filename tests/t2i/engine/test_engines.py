@@ -36,7 +36,7 @@ def test_weights_and_their_average_are_those_of_plain_pytorch(outcomes, world_si
         assert case["masters_at_start"] == 0, case  # also under bf16: masters are not made from rounded weights
         assert case["values"] < (1e-5 if case["exact"] else 1e-2), case
         assert case["ema"] < (1e-6 if case["exact"] else 1e-2), case
-        assert case["weights_are_masters"] < (1e-6 if case["exact"] else 1e-3), case
+        assert case["weights_are_masters"] < 1e-6, case  # the same forward pass, in either dtype
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -57,7 +57,7 @@ def test_gradients_are_clipped_only_where_configured(outcomes) -> None:
 
 def test_gradients_are_summed_in_fp32(outcomes) -> None:
     assert len(outcomes[2]["rounded"]) == 5
-    assert all(share < 0.5 for share in outcomes[2]["rounded"].values()), outcomes[2]["rounded"]
+    assert all(share < 0.3 for share in outcomes[2]["rounded"].values()), outcomes[2]["rounded"]
 
 
 def test_a_backward_that_would_lose_gradients_is_refused(outcomes) -> None:
