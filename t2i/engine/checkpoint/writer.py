@@ -161,7 +161,7 @@ class CheckpointWriter:
             state: the trainer's global state, in JSON's terms; it is left alone afterwards.
             may_skip: leave this one out if the one before is still being written, instead of waiting for it.
             ephemeral: it goes when a later one is there.
-            needed_before: after it, a checkpoint from before this step is kept: a rollback may ask for it.
+            needed_before: after it, the newest checkpoint from before this step is kept: a rollback may ask for it.
         """
         began = time.perf_counter()
         if not may_skip:

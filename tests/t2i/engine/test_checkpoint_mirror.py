@@ -107,6 +107,8 @@ def test_the_newer_one_wins_and_a_bad_one_is_passed_over(store: Store, tmp_path:
         (True, False, True),
         (False, True, True),
     ]
+    write(tmp_path / "behind", 20, ranks=1)
+    assert newest_anywhere(tmp_path / "behind", store)[0] == tmp_path / "behind" / "step_00000030"
     write(folder, 35, ranks=1)
     assert newest_anywhere(folder, store)[0] == folder / "step_00000035"
 
