@@ -23,12 +23,12 @@ class Retention:
             ephemeral: for the step of each checkpoint there is, whether it is ephemeral.
             latest: step of the one just written. Later ones are damaged, or training would have gone on from them:
                 they neither count nor go.
-            needed_before: one from before this step is kept, for a rollback.
+            needed_before: the newest from before this step is kept, for a rollback.
         """
         present = sorted(step for step in ephemeral if step <= latest)
         regular = [step for step in present if not ephemeral[step]]
         stay = {latest, *regular[-self.keep :]}
         stay |= {step for step in regular if self.keep_every and step % self.keep_every == 0}
-        if needed_before is not None and not any(step < needed_before for step in stay):
-            stay |= {step for step in present if step == max((s for s in present if s < needed_before), default=None)}
+        if needed_before is not None:  # the newest such: going further back costs steps
+            stay |= set([step for step in present if step < needed_before][-1:])
         return [step for step in present if step not in stay]

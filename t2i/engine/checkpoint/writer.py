@@ -6,7 +6,8 @@
 - Threads talk through that folder alone. The one collective is in `save` and `wait`, on the training thread, and
   waits for no disk: ranks tell each other whether they are still writing, so that all skip a save or none does.
 - No fault of a disk stops training: it is an event, nothing is deleted then, and the next save tries again.
-- Memory and disk: one copy of the state on the host; room for one checkpoint more than are kept.
+- Memory and disk: one copy of the state on the host; room for one checkpoint more than are kept, and for two that
+  wait for the mirror.
 """
 
 from __future__ import annotations
@@ -157,10 +158,10 @@ class CheckpointWriter:
         """Begin a checkpoint. A collective: all ranks call it with the same arguments (`state`: rank 0's counts).
 
         Args:
-            state: the trainer's global state, in JSON's terms.
+            state: the trainer's global state, in JSON's terms; it is left alone afterwards.
             may_skip: leave this one out if the one before is still being written, instead of waiting for it.
             ephemeral: it goes when a later one is there.
-            needed_before: after it, a checkpoint from before this step is kept: a rollback may ask for it.
+            needed_before: after it, the newest checkpoint from before this step is kept: a rollback may ask for it.
         """
         began = time.perf_counter()
         if not may_skip:

@@ -206,6 +206,12 @@ def test_a_late_rank_ends_the_wait_but_not_training(tmp_path: Path, monkeypatch:
     assert writers[0].wait() is None
     assert "rank 1: not done after 0.2 s" in writers[0].take_events()[0]
     assert os.listdir(tmp_path) == []
+    late = cut(2)[1]
+    writers[1].save(1, late, average(late), {})
+    writers[1].wait()
+    writers[0].save(1, shards, average(shards), {})  # the same step: what came late is not taken for its part
+    assert writers[0].wait() is None
+    assert checkpoints(tmp_path) == []
 
 
 def test_a_save_that_overtakes_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +262,8 @@ def test_only_the_primary_of_equal_slices_saves(tmp_path: Path) -> None:
     found = torch.zeros(3)
     Checkpoint(tmp_path / "step_00000001").read({"a": Shard(torch.Size([3]), 0, found, {})}, {"value": {"a": found}})
     assert found.tolist() == [1, 1, 1]
+    silent = Checkpoint(tmp_path / "step_00000001").manifest["parts"][0]
+    assert silent["slices"] == {} and silent["bytes"] == 16  # a header of {}
 
 
 KILLED = """
@@ -311,3 +319,14 @@ def test_after_sigkill_in_a_save_the_last_good_one_is_used(tmp_path: Path, momen
     save(writers, 3)
     assert settle(writers) == 3
     assert sorted(os.listdir(tmp_path)) == [f"step_{good:08d}", "step_00000003"]
+
+
+def test_ranks_agree_on_what_is_skipped_and_wait_for_no_disk(tmp_path: Path, launch: Any) -> None:
+    outcome = launch(Path(__file__).with_name("checkpoint_worker.py"), 2, str(tmp_path))
+    begun = outcome["begun"]
+    assert 2 <= len(begun) < 15 and begun[0] == 1 and begun[-1] == 30
+    assert outcome["skipped"] == [30 - len(begun)] * 2
+    assert outcome["events"] == 30 - len(begun)
+    assert outcome["there"] == begun
+    assert outcome["committed"] == [30, 30]
+    assert outcome["stall_s"] < 0.2  # one fsync of rank 1, of which a save has several

@@ -57,6 +57,7 @@ def test_what_a_rollback_needs_is_kept() -> None:
     assert written(Retention(1), tens, before={20: 15, 30: 15, 40: 15, 50: 15}) == [10, 50]
     assert written(Retention(1), tens, before={20: 15, 30: 15, 40: 35, 50: 45}) == [40, 50]
     assert written(Retention(3), tens, before={50: 36}) == [30, 40, 50]
+    assert written(Retention(1, 30), tens, before={50: 45}) == [30, 40, 50]  # not as far back as 30
     assert written(Retention(1), [10, 12, 20], frozenset({12}), before={12: 11, 20: 13}) == [12, 20]
     assert Retention(1).outdated({10: False}, 10, needed_before=5) == []
 
