@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
+import http.client
 import os
-import socket
 import threading
 import time
 from typing import Any
@@ -26,7 +26,8 @@ from data.store.base import StoreOptions
 _METADATA_ATTEMPTS, _METADATA_TIMEOUT_S = 2, 2
 """botocore asks for a token and then for a role: where nothing answers, both take all of it, 8 s."""
 _PROBE_S = 1.0
-_METADATA_SERVICES = {"ipv4": "http://169.254.169.254", "ipv6": "http://[fd00:ec2::254]"}
+_SERVICES = ("http://169.254.169.254", "http://[fd00:ec2::254]")
+_NOT_NOW = (401, 408, 429)  # 401 asks for a token
 REMEDY = "configure boto3's credentials and region, or set anonymous"
 
 
@@ -79,11 +80,11 @@ class Connection:
         session = open_session(self._where, options)
         try:
             if not options.anonymous and session.get_credentials() is None:
-                if _has_metadata_service(session):
+                if _may_have_role(session):
                     raise aws.NoCredentialsError
                 raise DataError(f"source {self._where}: there are no credentials; {REMEDY}")
             return session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
-        except CREDENTIALS:
+        except (*CREDENTIALS, DataError):
             raise
         except (aws.BotoCoreError, ValueError) as error:
             raise DataError(f"source {self._where}: {error}") from error
@@ -110,15 +111,22 @@ def open_session(where: str, options: StoreOptions) -> botocore.session.Session:
     return session
 
 
-def _has_metadata_service(session: botocore.session.Session) -> bool:
-    """Whether this machine has one, whatever it answers."""
+def _may_have_role(session: botocore.session.Session) -> bool:
+    """Whether there is a metadata service that may name a role yet: all but those that answer that they know none."""
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         return False
-    mode = str(session.get_config_variable("ec2_metadata_service_endpoint_mode") or "ipv4").lower()
-    url = session.get_config_variable("ec2_metadata_service_endpoint") or _METADATA_SERVICES.get(mode)
-    parts = urlsplit(url or _METADATA_SERVICES["ipv4"])
+    mode = str(session.get_config_variable("ec2_metadata_service_endpoint_mode") or "").lower()
+    parts = urlsplit(session.get_config_variable("ec2_metadata_service_endpoint") or _SERVICES[mode == "ipv6"])
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=_PROBE_S)
     try:
-        socket.create_connection((parts.hostname or "", parts.port or 80), _PROBE_S).close()
+        connection.connect()
     except OSError:
         return False
-    return True
+    try:
+        connection.request("GET", f"{parts.path.rstrip('/')}/latest/meta-data/iam/security-credentials/")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return True
+    finally:
+        connection.close()
+    return not 400 <= status < 500 or status in _NOT_NOW

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.errors import StoreError
 from data.loader import Batch, merge_states
 from data.randomness import key, uniform
 from t2i.build import build_text, choose_dtype
@@ -40,6 +41,10 @@ from t2i.train.schedule import learning_rate, training_times
 from t2i.train.stage_data import StageData
 from t2i.train.start import mirror_of, restore
 from t2i.train.validate import Evaluator, global_means
+
+SAVE_PATIENCE_S = 30.0
+MIRROR_PATIENCE_S = 3600.0
+"""At the end of a stage the mirror may still be copying its last checkpoint."""
 
 
 class StageTrainer:
@@ -197,6 +202,7 @@ class StageTrainer:
             aside.rename(self.place.null_caption)
         if self.step == 0:
             self._evaluate(observer)
+        begun = self.step
         while self.step < self.steps:
             began = time.perf_counter()
             batch = self._next_batch(observer)
@@ -219,8 +225,13 @@ class StageTrainer:
             if self._due(self.config.validation.every):
                 self._evaluate(observer)
             self._save_when_due(observer)
-        self.writer.wait()
+        committed = self.writer.wait()
         self._tell(observer)
+        if begun < self.steps != committed:
+            raise StoreError(
+                f"the last checkpoint of stage {self.place.name} was not written (events.log says why): mend it and "
+                "start the run again"
+            )
         self._write_model()
 
     def _save_when_due(self, observer: Observer) -> None:
@@ -309,6 +320,6 @@ class StageTrainer:
 
     def close(self) -> None:
         """Let a checkpoint under way be finished; release threads and memory."""
-        self.writer.close()
+        self.writer.close(MIRROR_PATIENCE_S if self.step == self.steps else SAVE_PATIENCE_S)
         self.intake.close()
         self.engine.close()

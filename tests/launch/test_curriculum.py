@@ -153,7 +153,8 @@ def test_a_shard_that_changes_stops_the_run_saved_and_mended_it_goes_on(scenes: 
     for shard, was in zip(shards, times, strict=True):
         os.utime(shard, ns=(was, was))
     assert f"going on from step_{step:08d}" in run("deepspeed", "stage1.py", "--config", str(config))
-    assert [line["step"] for line in metrics(tmp_path / "tiny")] == list(range(1, 25))
+    trained = [line["step"] for line in metrics(tmp_path / "tiny") if line["kind"] == "train"]
+    assert trained == list(range(1, 25))
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(unbroken: Path, tmp_path: Path) -> None:

@@ -103,13 +103,13 @@ class Metadata:
 def test_a_metadata_service_that_fails_for_a_while(
     bare: str, serving: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = Metadata(failing=13)
+    service = Metadata(failing=16)
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", serving(service))
     store, kinds = open_store("s3://bucket/role", StoreOptions(endpoint=bare)), list[str]()
     assert not service.requests, "opening a store asks nothing"
     with pytest.raises(DataError, match="does not exist"):
         store.read("a", on_fault=kinds.append)
-    assert kinds == ["credentials"] * 3  # 4 requests each; the 14th is a second attempt
+    assert kinds == ["credentials"] * 3  # 4 requests each and our own; the 17th is a second attempt
     asked = len(service.requests)
     store.write("a", b"x")
     assert store.read("a") == b"x"
@@ -125,7 +125,7 @@ def test_threads_ask_a_metadata_service_once(
     with ThreadPoolExecutor(16) as pool:
         calls = [pool.submit(store.list) for _ in range(16)]
         assert all(isinstance(call.exception(), DataError) for call in calls)
-    assert len(service.requests) in (4, 8), "4 an attempt; a thread that was late makes one of its own"
+    assert len(service.requests) in (5, 10), "5 an attempt; a thread that was late makes one of its own"
     service.failing = 0
     service.requests.clear()
     with ThreadPoolExecutor(16) as pool:
@@ -154,9 +154,38 @@ def test_nothing_that_could_give_credentials_is_said_soon(
     assert 2 * client._METADATA_ATTEMPTS * client._METADATA_TIMEOUT_S + client._PROBE_S <= 10
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", closed_port)
     store, kinds, begin = open_store("s3://bucket/p", StoreOptions(endpoint=bare)), list[str](), time.monotonic()
-    with pytest.raises(DataError, match="there are no credentials; configure boto3's"):
+    with pytest.raises(DataError, match="^source s3://bucket/p at [^ ]*: there are no credentials; configure boto3's"):
         store.read("a", on_fault=kinds.append)
     assert time.monotonic() - begin < 2 and not kinds
+
+
+@pytest.mark.parametrize(("status", "passing"), [(404, False), (403, False), (401, True), (429, True), (503, True)])
+def test_a_metadata_service_without_a_role_is_not_waited_for(
+    bare: str, serving: Callable[..., str], monkeypatch: pytest.MonkeyPatch, status: int, passing: bool
+) -> None:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    monkeypatch.setattr(data.store.s3_errors, "_CREDENTIALS_MINUTES", 0.001)
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", serving(answer))
+    kinds: list[str] = []
+    with pytest.raises(DataError, match="configure boto3's"):
+        open_store("s3://bucket/p", StoreOptions(endpoint=bare)).read("a", on_fault=kinds.append)
+    assert set(kinds) == ({"credentials"} if passing else set())
+
+
+def test_a_metadata_service_that_accepts_and_is_mute_is_waited_for(bare: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_METADATA_TIMEOUT_S", "_METADATA_ATTEMPTS"):
+        monkeypatch.setattr(data.store.s3_client, name, 1)
+    monkeypatch.setattr(data.store.s3_client, "_PROBE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        kinds: list[str] = []
+        with pytest.raises(DataError, match="configure boto3's"):
+            open_store("s3://bucket/p", StoreOptions(endpoint=bare, retry_minutes=0)).read("a", on_fault=kinds.append)
+    assert kinds == ["credentials"]
 
 
 def test_the_users_own_patience_with_the_metadata_service_may_be_more(monkeypatch: pytest.MonkeyPatch) -> None:
