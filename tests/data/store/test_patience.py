@@ -159,6 +159,17 @@ def test_nothing_that_could_give_credentials_is_said_soon(
     assert time.monotonic() - begin < 2 and not kinds
 
 
+def test_a_metadata_service_that_is_switched_off_is_left_alone(
+    bare: str, serving: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Metadata()
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", serving(service))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(DataError, match="there are no credentials"):
+        open_store("s3://bucket/p", StoreOptions(endpoint=bare)).list()
+    assert not service.requests
+
+
 @pytest.mark.parametrize(("status", "passing"), [(404, False), (403, False), (401, True), (429, True), (503, True)])
 def test_a_metadata_service_without_a_role_is_not_waited_for(
     bare: str, serving: Callable[..., str], monkeypatch: pytest.MonkeyPatch, status: int, passing: bool

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Launcher
 from tar_samples import write_source
 
 from data.errors import DataError
@@ -94,7 +94,7 @@ def test_a_fault_leaves_the_state_of_the_batch_before(tmp_path: Path) -> None:
     assert it.state is state
 
 
-def test_a_fault_on_one_rank_stops_all_of_them_after_the_same_batch(tmp_path: Path, launch: Launcher) -> None:
+def test_a_fault_on_one_rank_stops_all_of_them_after_the_same_batch(tmp_path: Path, launch: Any) -> None:
     write_source(tmp_path / "shards", [50] * 4)
     found = launch(RANKS, 2, str(tmp_path), "fault")
     assert [it["steps"] for it in found] == [3, 3] == [it["batch"] for it in found]
@@ -102,7 +102,7 @@ def test_a_fault_on_one_rank_stops_all_of_them_after_the_same_batch(tmp_path: Pa
     assert found[1]["met"] == "KeyError: 'odd'"
 
 
-def test_a_search_without_end_is_judged_over_all_ranks(tmp_path: Path, launch: Launcher) -> None:
+def test_a_search_without_end_is_judged_over_all_ranks(tmp_path: Path, launch: Any) -> None:
     """One lane finds its first good samples, the other nothing at all: no batch is ever whole."""
     write_source(tmp_path / "shards", [8000], replaced={n: {"jpg": b"?"} for n in range(4, 8000)})
     found = launch(RANKS, 2, str(tmp_path), "bad")
