@@ -141,15 +141,17 @@ class LaneStream:
         ordered, window = self._sources[number], self._window(number)
         index, order = ordered.source.index, ordered.order
         most = self._most_misses or max(_LEAST_MISSES, -(-order.total // self._lanes))
-        misses = self._misses = Counter()
+        misses, last = Counter[str](), ""
+        self._misses = misses
         while misses.total() - misses["set_aside"] < most:
             taken = window.take()
             self._places[number] = (taken.epoch, taken.position + 1)
             raw: RawSample | None = None
+            where = f"{index.name}/{index.names[taken.shard]}"
             try:
                 raw = parse_sample(taken.content)
                 visit = Visit(
-                    f"{index.name}/{index.names[taken.shard]}/{raw.key}",
+                    f"{where}/{raw.key}",
                     raw.members,
                     ordered.source.rules,
                     partial(_uniforms, order, taken),
@@ -157,8 +159,10 @@ class LaneStream:
                 result = use(visit)
             except Filtered as filtered:
                 misses[filtered.reason] += 1
+                last = f"{where}/{raw.key if raw else ''}: {filtered}"
             except BadSample as bad:
                 misses.update((bad.reason, "set_aside"))
+                last = f"{where}/{raw.key if raw else ''}: {bad}"
                 key = raw.key if raw is not None else None
                 shard = index.names[taken.shard]
                 self._set_aside.append(SetAside(index.name, shard, key, taken.offset, bad.reason, bad.detail))
@@ -168,7 +172,7 @@ class LaneStream:
                 self._misses = Counter()
                 self._draws += 1
                 return visit.id, result
-        raise DataError(_nothing_left(index.name, misses))
+        raise DataError(_nothing_left(index.name, misses, last))
 
     def _window(self, number: int) -> Window:
         if number not in self._windows:
@@ -189,7 +193,7 @@ class LaneStream:
         return sum(self._weights) / self._weights[number]
 
 
-def _nothing_left(name: str, misses: Counter[str]) -> str:
+def _nothing_left(name: str, misses: Counter[str], last: str) -> str:
     del misses["set_aside"]
     counts = ", ".join(f"{reason}: {count}" for reason, count in misses.most_common())
     remedy = {
@@ -202,4 +206,6 @@ def _nothing_left(name: str, misses: Counter[str]) -> str:
         "undecodable_image": "write the shards again from whole JPEG, PNG or WebP files",
         "malformed_tar": "index the source anew",
     }.get(misses.most_common(1)[0][0], "relax the filters")
-    return f"source {name!r}: none of {misses.total()} samples in a row is usable ({counts}): {remedy}"
+    return (
+        f"source {name!r}: none of {misses.total()} samples in a row is usable ({counts}; the last: {last}): {remedy}"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tiny import pack_scenes, tiny_config, write_config
 from data.loader import Loader, merge_states
 from launch.inspect_data import main
 from t2i.config_loading import load_config, stage_config
+from t2i.engine.checkpoint.format import manifest_text
 from t2i.train.stage_data import image_settings, open_source
 
 
@@ -103,8 +103,8 @@ def test_the_order_of_a_config_is_that_of_training(run, config: Path, tmp_path: 
     assert "passed over on the way: " in err and "caption words" in err
     checkpoint = tmp_path / "step_00000003"
     checkpoint.mkdir()
-    manifest = {"format": 1, "state": {"data": state}, "shapes": {}, "parts": []}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    body = {"step": 3, "state": {"data": state}, "shapes": {}, "parts": []}
+    (checkpoint / "manifest.json").write_text(manifest_text(body))
     out, _ = run("--config", config, "--stage", "low", "--order", 2, "--checkpoint", checkpoint)
     assert batches_of(out) == expected[3:]
     assert out.startswith("batch 3: slots 24 to 31\n")
