@@ -302,5 +302,7 @@ def test_the_start_does_not_read_a_whole_source_to_find_a_wrong_name(
 ) -> None:
     monkeypatch.setattr("data.fixed._MOST_MISSES", 50)
     index = write_source(tmp_path, [100])
-    with pytest.raises(DataError, match=r"none of 50 samples in a row is usable \(missing_caption: 50\)"):
+    with pytest.raises(
+        DataError, match=r"none of 50 samples in a row is usable \(missing_caption: 50; the last: source/00000"
+    ):
         fixed_samples([Source(index, rules=Rules(captions={"text": 1.0}))], 1, ImageSettings(8))
