@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from t2i.config import ModelConfig
+from t2i.engine.shards import BUCKET_NUMEL
 from t2i.plan_networks import Frozen, Trained
 
 Engine = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
@@ -30,8 +31,8 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 FP32 = 4
 CONTEXT_BYTES = int(1.5 * 2**30)
 """Assumed: CUDA's context, the communication library's buffers, workspaces of matrix products."""
-BUCKET = 500_000_000
-"""Values in the bucket in which DeepSpeed sums gradients over ranks, in fp32: its default."""
+BUCKET = BUCKET_NUMEL
+"""Values in the bucket in which DeepSpeed sums gradients over ranks, in fp32."""
 IMAGE_COPIES = 5
 """Of a micro-batch in fp32: the image, noise, x_t, the prediction and its gradient."""
 WORKING_COPIES = 3

@@ -66,6 +66,7 @@ def zero1(dtype: torch.dtype) -> Callable[[], None]:
     engine = DeepSpeedEngine(
         net,
         optimizer(net, dtype),
+        zero_stage=1,
         device=torch.device("cpu"),
         dtype=dtype,
         micro_batch_size=1,

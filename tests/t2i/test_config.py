@@ -18,8 +18,18 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/*.yaml"))
 
 
+def sections(root: type[Section] = RunConfig) -> list[type[Section]]:
+    """A section and all below it."""
+    found = [root]
+    for field in root.model_fields.values():
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if is_section(part):
+                found += sections(part)
+    return found
+
+
 def fields() -> list[tuple[type[Section], str]]:
-    return [(section, name) for section in Section.__subclasses__() for name in section.model_fields]
+    return [(section, name) for section in sections() for name in section.model_fields]
 
 
 def is_section(annotation: Any) -> bool:
