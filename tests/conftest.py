@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+ACCESS_KEY, SECRET = "AKIATHEACCESSKEY", "theverysecretkey"
 ROOT = Path(__file__).parents[1]
 
 
@@ -36,3 +39,17 @@ class Launcher:
 def launch() -> Launcher:
     """`launch(script, world_size, *arguments)` returns what the script's rank 0 printed."""
     return Launcher()
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """The server's URL; its credentials are in boto3's environment variables meanwhile."""
+    kept = dict(os.environ)
+    os.environ.update(AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_DEFAULT_REGION="us-east-1")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+    os.environ.clear()
+    os.environ.update(kept)

@@ -45,7 +45,7 @@ def pack(
     out: str | Path,
     shard_size: int = 1000,
     workers: int = 1,
-    options: StoreOptions = StoreOptions(),  # noqa: B008 (frozen)
+    options: StoreOptions = StoreOptions(),
 ) -> Packed:
     """Write shards into a folder or below an S3 prefix; nothing where finished, the rest where interrupted.
 

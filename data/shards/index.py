@@ -158,7 +158,7 @@ def open_index(
     name: str,
     manifest: str | None = None,
     notice: Callable[[str], None] = print,
-    options: StoreOptions = StoreOptions(),  # noqa: B008 (frozen)
+    options: StoreOptions = StoreOptions(),
 ) -> SourceIndex:
     """Open a source by its manifest or, where it has none and is small, by indexing it here.
 

@@ -169,7 +169,7 @@ def for_each_shard(infos: Sequence[ObjectInfo], task: Callable[[ObjectInfo], T],
 # --- reading ---
 
 
-def open_place(manifest: str, options: StoreOptions = StoreOptions()) -> tuple[WritableStore, str]:  # noqa: B008 (frozen)
+def open_place(manifest: str, options: StoreOptions = StoreOptions()) -> tuple[WritableStore, str]:
     """Open the folder of a manifest, given by its path or s3:// URL; returns it and the manifest's name in it.
 
     Raises:

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-def open_store(url: str, options: StoreOptions = StoreOptions()) -> WritableStore:  # noqa: B008 (frozen)
+def open_store(url: str, options: StoreOptions = StoreOptions()) -> WritableStore:
     """Open the store at a local directory or at `s3://bucket/prefix`.
 
     Raises:

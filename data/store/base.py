@@ -116,6 +116,9 @@ class WritableStore(Store, Protocol):
     def upload(self, name: str, path: Path) -> None:
         """Write a local file's content as `write` does, however large it is."""
 
+    def delete(self, name: str) -> None:
+        """Remove an object, and the folder that held nothing else; one that is not there is removed already."""
+
 
 def changed(url: str, name: str) -> DataError:
     """The error of an object that is not what the index says."""

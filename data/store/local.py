@@ -105,6 +105,15 @@ class LocalStore:
         with source:
             self._retried("writing", name, attempt)
 
+    def delete(self, name: str) -> None:
+        def attempt() -> None:
+            path = Path(self.url, name)
+            path.unlink(missing_ok=True)
+            if path.parent != Path(self.url) and path.parent.is_dir() and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+
+        self._retried("deleting", name, attempt)
+
     @contextmanager
     def _replacing(self, name: str) -> Iterator[BinaryIO]:
         path = Path(self.url, name)

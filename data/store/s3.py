@@ -182,6 +182,9 @@ class S3Store:
     def write(self, name: str, content: bytes) -> None:
         self._call("writing", name, "put_object", Key=self._prefix + name, Body=content)
 
+    def delete(self, name: str) -> None:
+        self._call("deleting", name, "delete_object", Key=self._prefix + name)
+
     def upload(self, name: str, path: Path) -> None:
         try:
             size = path.stat().st_size

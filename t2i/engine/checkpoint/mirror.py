@@ -72,16 +72,6 @@ def _folders(store: WritableStore) -> dict[str, list[str]]:
     return found
 
 
-def _delete(store: WritableStore, name: str) -> None:
-    if isinstance(store, LocalStore):
-        path = Path(store.url, name)
-        path.unlink(missing_ok=True)
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()
-    else:
-        store._call("deleting", name, "delete_object", Key=store._prefix + name)  # type: ignore[attr-defined]
-
-
 class Mirror:
     """Rank 0's copier.
 
@@ -170,7 +160,7 @@ class Mirror:
         if MANIFEST in _folders(self._store).get(
             path.name, []
         ):  # of a damaged or superseded one: void before its parts are replaced
-            _delete(self._store, f"{path.name}/{MANIFEST}")
+            self._store.delete(f"{path.name}/{MANIFEST}")
         for part in parts:
             self._store.upload(f"{path.name}/{part['file']}", path / part["file"])
         self._store.write(f"{path.name}/{MANIFEST}", text)
@@ -190,7 +180,7 @@ class Mirror:
             # A server may not list yet what was just written.
             if (folder in going or folder not in whole) and (spared is None or folder != spared.name):
                 for file in sorted(files, key=lambda name: name != MANIFEST):
-                    _delete(self._store, f"{folder}/{file}")
+                    self._store.delete(f"{folder}/{file}")
 
 
 # The way back

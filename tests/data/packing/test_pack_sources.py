@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from tar_samples import MemoryStore, jpeg, tar_bytes
 
@@ -35,19 +34,6 @@ from data.shards.index import index_source, open_index
 from data.shards.tar import RawSample, parse_sample
 from data.store import StoreOptions, open_store
 from launch.pack import main
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    kept = dict(os.environ)
-    os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-    os.environ.clear()
-    os.environ.update(kept)
 
 
 def samples(url: str, split: str = "train") -> list[RawSample]:

@@ -178,6 +178,18 @@ def test_write_and_upload(store: WritableStore, tmp_path: Path, monkeypatch: pyt
     assert [info.name for info in store.list() if info.name not in CONTENT] == ["new/b", "new/folder/a"]
 
 
+def test_delete(store: WritableStore, tmp_path: Path) -> None:
+    store.write("new/folder/a", b"1")
+    store.write("new/folder/b", b"2")
+    store.delete("new/folder/a")
+    assert [info.name for info in store.list() if info.name not in CONTENT] == ["new/folder/b"]
+    store.delete("new/folder/a")  # gone already
+    store.delete("new/folder/b")
+    assert {info.name for info in store.list()} <= set(CONTENT)
+    assert not (tmp_path / "new" / "folder").exists()
+    assert store.read("a.tar")
+
+
 def test_more_objects_than_one_page_are_all_listed(endpoint: str, bucket: str, quick: None) -> None:
     direct, names = open_store(bucket, StoreOptions(endpoint=endpoint)), [f"{n:02}.tar" for n in range(20)]
     for name in names:

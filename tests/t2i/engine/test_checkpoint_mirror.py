@@ -6,14 +6,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from shard_cuts import average, cut, write
 
 from data.errors import DataError, StoreError
@@ -27,19 +25,6 @@ from t2i.engine.checkpoint import (
     newest_anywhere,
     open_mirror,
 )
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    kept = dict(os.environ)
-    os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-    os.environ.clear()
-    os.environ.update(kept)
 
 
 @pytest.fixture(params=["directory", "s3"])

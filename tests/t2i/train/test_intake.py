@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -109,4 +110,5 @@ def test_a_search_without_end_is_judged_over_all_ranks(tmp_path: Path, launch: A
     for it in found:
         assert "samples have bad content, over data.max_set_aside 0.01; the worst shards: source/00000.tar" in it["met"]
     listed = JsonLines(tmp_path / "run" / "quarantine.jsonl").lines()
-    assert len({line["key"] for line in listed}) >= 990
+    times = Counter(line["key"] for line in listed)
+    assert len(times) >= 990 and max(times.values()) <= 2  # the lanes may be in their second epoch by then
