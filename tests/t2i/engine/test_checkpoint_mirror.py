@@ -120,12 +120,8 @@ def test_the_manifest_comes_last_and_goes_first(store: Store, tmp_path: Path, mo
 
         return wrapper
 
-    for kind in ("write", "upload"):
+    for kind in ("write", "upload", "delete"):
         monkeypatch.setattr(type(store), kind, watched(kind, getattr(type(store), kind)))
-    from t2i.engine.checkpoint import mirror
-
-    delete = mirror._delete
-    monkeypatch.setattr(mirror, "_delete", lambda s, name: (seen.append(("delete", name)), delete(s, name)))
     train(tmp_path / "here", Mirror(store, keep=1), [10, 20])
     train(tmp_path / "again", Mirror(store, keep=1), [20])  # training came by again
     manifests = [n for n, (_, name) in enumerate(seen) if name.endswith("manifest.json")]
