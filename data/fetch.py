@@ -13,11 +13,15 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+Request = Callable[[Callable[[str], None]], T]
+"""Moves bytes; told what to call at each fault that it gets over."""
 
 
 MOST_AT_ONCE = 64
@@ -75,19 +79,27 @@ class FetcherClosed(Exception):
     """The fetcher was closed while a request was under way or waiting."""
 
 
+@dataclass(order=True)
+class _Errand:
+    """What a thread is given to do, one request after the other. The smallest need goes first, then who asked first."""
+
+    need: float
+    number: int
+    left: list[tuple[Request[Any], int, Future[Any]]] = field(compare=False)
+
+
 class Fetcher:
     """Runs requests on threads. Use from any thread; `close` when done."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        # A heap: need, then the order of asking, and what is asked.
-        self._queue: list[tuple[float, int, Future[Any], Callable[[Callable[[str], None]], Any], int]] = []
+        self._queue: list[_Errand] = []  # a heap
         self._numbers = itertools.count()
         self._concurrency = Concurrency()
         self._threads = 0
         self._window_began = self._last_congestion = time.monotonic()
         self._faults: Counter[str] = Counter()
-        self._running: set[Future[Any]] = set()
+        self._running: dict[int, _Errand] = {}
         self._closed = False
 
     @property
@@ -100,35 +112,39 @@ class Fetcher:
         with self._changed:
             return dict(sorted(self._faults.items()))
 
-    def submit(self, request: Callable[[Callable[[str], None]], T], size: int = 0, need: float = 0.0) -> Future[T]:
+    def submit(self, request: Request[T], size: int = 0, need: float = 0.0) -> Future[T]:
         """Run `request(on_fault)` on a thread.
 
         Args:
             size: bytes it moves.
             need: when its result is needed, on any scale that all who ask share; the smallest begins first.
         """
-        future: Future[T] = Future()
+        return self.submit_in_turn([(request, size)], need)[0]
+
+    def submit_in_turn(self, requests: Sequence[tuple[Request[T], int]], need: float) -> list[Future[T]]:
+        """Run requests and their sizes as `submit` does, one after the other on one thread."""
+        futures: list[Future[T]] = [Future() for _ in requests]
+        left = [(request, size, future) for (request, size), future in zip(requests, futures, strict=True)]
+        errand = _Errand(need, next(self._numbers), left)
         with self._changed:
             if self._closed:
-                future.set_exception(FetcherClosed())
-                return future
-            heapq.heappush(self._queue, (need, next(self._numbers), future, request, size))
+                _drop(errand)
+                return futures
+            heapq.heappush(self._queue, errand)
             if len(self._running) + len(self._queue) > self._threads and self._threads < self._concurrency.limit:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"fetch-{self._threads}", daemon=True).start()
             self._changed.notify()
-        return future
+        return futures
 
     def close(self) -> None:
         """Drop what waits and what is under way, whose threads end at their next fault at the latest."""
         with self._changed:
             self._closed = True
-            dropped = [future for _, _, future, _, _ in self._queue] + list(self._running)
+            for errand in [*self._queue, *self._running.values()]:
+                _drop(errand)
             self._queue.clear()
-            self._running.clear()
             self._changed.notify_all()
-        for future in dropped:
-            future.set_exception(FetcherClosed())
 
     def _may_begin(self) -> bool:
         return bool(self._queue) and len(self._running) < self._concurrency.limit
@@ -139,28 +155,36 @@ class Fetcher:
                 self._changed.wait_for(lambda: self._closed or self._may_begin())
                 if self._closed:
                     return
-                _, _, future, request, size = heapq.heappop(self._queue)
-                self._running.add(future)
-            result: Any = None
-            fault: BaseException | None = None
-            try:
-                result = request(self._on_fault)
-            except BaseException as error:
-                fault, size = error, 0
-            with self._changed:
-                if future not in self._running:  # closed meanwhile
+                errand = heapq.heappop(self._queue)
+                self._running[errand.number] = errand
+            while errand.left:
+                if not self._run_first(errand):
                     return
-                self._running.remove(future)
+            with self._changed:
+                del self._running[errand.number]
+                self._changed.notify()
+
+    def _run_first(self, errand: _Errand) -> bool:
+        """Whether it is still wanted: not after `close`."""
+        request, size, future = errand.left[0]
+        result: Any = None
+        fault: BaseException | None = None
+        try:
+            result = request(self._on_fault)
+        except BaseException as error:
+            fault, size = error, 0
+        with self._changed:
+            if self._closed:
+                return False
+            del errand.left[0]
             if fault is None:
                 future.set_result(result)
             else:
                 future.set_exception(fault)
-            del future, request, result  # they are large, and this thread may now wait for long
-            with self._changed:
-                now = time.monotonic()
-                if size and self._concurrency.finished(size, now - self._window_began):
-                    self._window_began = now
-                self._changed.notify()
+            now = time.monotonic()
+            if size and self._concurrency.finished(size, now - self._window_began):
+                self._window_began = now
+        return True
 
     def _on_fault(self, kind: str) -> None:
         with self._changed:
@@ -171,3 +195,8 @@ class Fetcher:
             if kind in _CONGESTION and now - self._last_congestion > _PAUSE_S:
                 self._last_congestion = self._window_began = now
                 self._concurrency.congested()
+
+
+def _drop(errand: _Errand) -> None:
+    for _, _, future in errand.left:
+        future.set_exception(FetcherClosed())

@@ -4,6 +4,7 @@
   request where that is cheaper than two (`Store.readahead`): on S3 some tens of samples, on a disk one.
 - Requests go out in the order in which their first sample is needed, as long as the window holds no more than its
   share of the rank's memory; the sample that is needed now is always asked for, so a window never stands still.
+- A thread is handed as many small requests at a time as make it worth the hand-over.
 - Where requests hold many samples, nearly all of a block is there after its first few: the share is then a block,
   and what is used up makes room for the next one.
 """
@@ -19,10 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.fetch import Fetcher
+from data.fetch import Fetcher, Request
 from data.order import SourceOrder
 from data.shards.index import SourceIndex
 from data.store import OnFault
+
+_HAND_OVER_BYTES = 1 << 20
+"""What a disk reads while one thread makes way for another and comes back, about."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +173,20 @@ class Window:
                 if not self._planning().done():
                     return
                 self._take_plan()
-            block, request, _ = self._waiting[0]
-            if self._held + int(block.sizes[list(request.places)].sum()) > self._share:
+            if self._held + sum(request.stop - request.start for _, request, _ in self._errand()) > self._share:
                 return
             self._ask()
+
+    def _errand(self) -> list[tuple[Block, Range, float]]:
+        """The next requests, as many as are worth a thread's while: a request costs as much as `readahead` bytes."""
+        most = min(_HAND_OVER_BYTES, self._share // 2)
+        errand: list[tuple[Block, Range, float]] = []
+        for block, request, need in self._waiting:
+            most -= request.stop - request.start + self._index.store.readahead
+            if errand and most < 0:
+                break
+            errand.append((block, request, need))
+        return errand
 
     def _planning(self) -> Future[Block]:
         """The plan of the next block: made on a thread, for it may read offsets from the store."""
@@ -193,8 +207,17 @@ class Window:
         self._unplanned = self._order.settle(self._lane, block.epoch, block.base + len(block.samples))
 
     def _ask(self) -> None:
-        """Send the next request."""
-        block, request, need = self._waiting.popleft()
+        """Send the next requests."""
+        errand = self._errand()
+        reads = [(self._read(block, request), request.stop - request.start) for block, request, _ in errand]
+        futures = self._fetcher.submit_in_turn(reads, errand[0][2])
+        for (block, request, _), future in zip(errand, futures, strict=True):
+            self._waiting.popleft()
+            for number, place in enumerate(request.places):
+                self._asked[block.epoch, block.base + place] = future, number
+                self._held += int(block.sizes[place])
+
+    def _read(self, block: Block, request: Range) -> Request[list[bytes | bytearray]]:
         spans = [
             (int(block.offsets[place]) - request.start, int(block.offsets[place] + block.sizes[place]) - request.start)
             for place in request.places
@@ -207,7 +230,4 @@ class Window:
             # Copies, so that what is used up is freed sample by sample.
             return [content] if len(spans) == 1 else [bytes(content[start:stop]) for start, stop in spans]
 
-        future = self._fetcher.submit(read, request.stop - request.start, need)
-        for number, place in enumerate(request.places):
-            self._asked[block.epoch, block.base + place] = future, number
-        self._held += sum(stop - start for start, stop in spans)
+        return read

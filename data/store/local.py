@@ -56,7 +56,7 @@ class LocalStore:
     ) -> bytes | bytearray:
         def attempt() -> bytes | bytearray:
             nonlocal version
-            with open(Path(self.url, name), "rb", buffering=0) as file:
+            with open(f"{self.url}/{name}", "rb", buffering=0) as file:
                 info = self._described(name, os.fstat(file.fileno()))
                 if info.version != (version or info.version):
                     raise changed(self.url, name)

@@ -137,3 +137,43 @@ def test_what_is_needed_first_begins_first() -> None:
     assert sorted(begun) == [1, 3, 3, 5, 9]
     assert begun.index(1) < begun.index(9)
     fetcher.close()
+
+
+def test_an_errand_runs_in_turn_and_a_fault_in_it_is_one_requests() -> None:
+    fetcher, threads = Fetcher(), set()
+
+    def request(n: int) -> int:
+        threads.add(threading.get_ident())
+        if n == 1:
+            raise ValueError("one")
+        return n
+
+    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(4)], need=0)  # type: ignore[misc]
+    assert [futures[n].result(5) for n in (0, 2, 3)] == [0, 2, 3]
+    with pytest.raises(ValueError, match="one"):
+        futures[1].result(5)
+    assert len(threads) == 1
+    fetcher.close()
+
+
+def test_closing_in_the_middle_of_an_errand_drops_its_rest_and_keeps_what_is_there() -> None:
+    fetcher, reached, go = Fetcher(), threading.Event(), threading.Event()
+    begun: list[int] = []
+
+    def request(n: int) -> int:
+        begun.append(n)
+        if n == 1:
+            reached.set()
+            go.wait(10)
+        return n
+
+    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(3)], need=0)  # type: ignore[misc]
+    assert reached.wait(5)
+    fetcher.close()
+    go.set()
+    assert futures[0].result(1) == 0
+    for future in futures[1:]:
+        with pytest.raises(FetcherClosed):
+            future.result(1)
+    time.sleep(0.05)
+    assert begun == [0, 1]

@@ -109,6 +109,23 @@ def test_neighbours_share_a_request_and_nothing_is_read_twice(source: SourceInde
     assert len(store.reads) == 100 == len(set(store.reads))  # where a request costs nothing, one a sample
 
 
+def test_small_requests_go_out_together_and_large_ones_alone(source: SourceIndex, monkeypatch: Any) -> None:
+    errands: list[int] = []
+    submit = Fetcher.submit_in_turn
+
+    def noted(self: Fetcher, requests: Any, need: float) -> Any:
+        errands.append(len(requests))
+        return submit(self, requests, need)
+
+    monkeypatch.setattr(Fetcher, "submit_in_turn", noted)
+    for readahead, most in ((0, 100), (1 << 20, 1)):  # what a request costs, on a disk and on S3
+        index, _ = watched(source, readahead)
+        errands.clear()
+        with closing(Fetcher()) as fetcher:
+            assert len(take(Window(index, order_of(index, lanes=1, block=100), 0, 0, 0, fetcher, 1 << 20), 100)) == 100
+        assert max(errands) <= most and (most == 1 or max(errands) > 10)
+
+
 def test_requests_stay_within_their_size_and_go_out_by_need(source: SourceIndex) -> None:
     index, _ = watched(source, 4_000)
     order = order_of(index, lanes=1, block=100)
