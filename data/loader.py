@@ -359,11 +359,13 @@ def _shares_requests(index: SourceIndex) -> bool:
 def _check_memory(ordered: Sequence[LaneSource], lanes: int, shuffle_block: int, buffer_bytes: int) -> None:
     need = lanes * sum(it.share_bytes for it in ordered)
     shared = [request_bytes(it.source.index) for it in ordered if _shares_requests(it.source.index)]
-    buffer_bytes -= 2 * MOST_AT_ONCE * max(shared, default=0)  # under way, and being cut into samples
-    if need > buffer_bytes:
+    moving = 2 * MOST_AT_ONCE * max(shared, default=0)  # under way, and being cut into samples
+    if need + moving > buffer_bytes:
         gib = 2**30
+        block = int(shuffle_block * (buffer_bytes - moving) / need)
+        lower = f"lower shuffle_block to {block}, " if block > 0 else ""
         raise DataError(
-            f"{lanes} lanes a rank and {len(ordered)} sources hold about {need / gib:.1f} GiB of encoded samples ahead "
-            f"in blocks of {shuffle_block}, over the buffer of {buffer_bytes / gib:.1f} GiB: lower shuffle_block to "
-            f"{max(1, int(shuffle_block * buffer_bytes / need))}, raise the buffer, or train on more ranks"
+            f"{lanes} lanes a rank and {len(ordered)} sources hold about {need / gib:.2f} GiB of encoded samples ahead "
+            f"in blocks of {shuffle_block}, and requests {moving / gib:.2f} GiB, over the buffer of "
+            f"{buffer_bytes / gib:.2f} GiB: {lower}raise the buffer, or train on more ranks"
         )

@@ -80,7 +80,7 @@ def rank(endpoint: str, number: int, world: int, state: Path, out: Path) -> None
             world_size=world,
             workers=1,
             shuffle_block=BLOCK,
-            buffer_bytes=1 << 30,
+            buffer_bytes=2 << 30,
             state=json.loads(state.read_text()) if state.exists() else None,
         ) as loader,
         out.open("w") as file,
