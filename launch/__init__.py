@@ -2,10 +2,11 @@
 
 import os
 
-from launch.launcher import leave_with_launcher
+from launch.departure import departure
+from launch.launcher import watch_launcher
 
 if "LOCAL_RANK" in os.environ:
-    leave_with_launcher()
+    watch_launcher(departure.launcher_died)
 
 import torch
 

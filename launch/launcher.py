@@ -1,8 +1,7 @@
-"""Ranks leave when their launcher dies.
+"""Ranks hear when their launcher dies.
 
-A killed `deepspeed` leaves its ranks running, and a restart would then be a second writer. What a rank was writing
-is uncommitted and harmless, so it just ends. Standard library alone, so that it can be watched before the imports
-that take seconds.
+A killed `deepspeed` leaves its ranks running, and a restart would then be a second writer. Standard library alone, so
+that it can be watched before the imports that take seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 NODE_LAUNCHER = "deepspeed.launcher.launch"
@@ -60,8 +60,8 @@ def _is_alive(pid: int, started: str) -> bool:
     return stat[19] == started and stat[0] not in "ZX"
 
 
-def leave_with_launcher() -> None:
-    """End this process when a launcher above it dies, or at once if one is dead already."""
+def watch_launcher(died: Callable[[], None]) -> None:
+    """Call `died`, on a thread, when a launcher above this process dies; end the process if one is dead already."""
     try:
         watched = _launchers()
     except ProcessLookupError:
@@ -72,6 +72,6 @@ def leave_with_launcher() -> None:
     def watch() -> None:
         while all(_is_alive(pid, started) for pid, started in watched):
             time.sleep(POLL_S)
-        os._exit(1)
+        died()
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from data.errors import StoreError, UserError
+from launch.departure import START_AGAIN
+from t2i.train.outcome import Departed
 from t2i.train.processes import World
 
 BAD_INPUT = 2
@@ -74,16 +76,21 @@ def quiet(rank: int) -> None:
 
 
 def main(job: Callable[[], None]) -> None:
-    """Run a job; a user's mistake ends it with one sentence and exit code 2, a lasting fault of a store with 1."""
+    """Run a job; a user's mistake ends it with one sentence and exit code 2, what another start gets over with 75."""
     rank = int(os.environ.get("RANK", "0"))
     quiet(rank)
     try:
         job()
-    except (UserError, StoreError) as error:
+    except (UserError, StoreError, Departed) as error:
+        if rank > 0 and isinstance(error, Departed):  # as rank 0 says
+            sys.exit(START_AGAIN)
         # Rank 0 speaks, and its launcher ends the others; what it does not know of, this rank says later.
         if rank > 0:
             time.sleep(RANK_0_FIRST_S)
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT if isinstance(error, UserError) else 1)
+        mistake = isinstance(error, UserError)
+        word = "error" if rank == 0 else f"error on rank {rank}"
+        again = "" if mistake else "; the same command goes on from what is saved"
+        print(f"{word}: {error}{again}", file=sys.stderr)
+        sys.exit(BAD_INPUT if mistake else START_AGAIN)
     except KeyboardInterrupt:
         sys.exit(130)

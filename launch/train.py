@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from launch.arguments import parse
+from launch.departure import departure
 from launch.process import joined_world
 from t2i.train.curriculum import run
 
@@ -14,5 +15,14 @@ DEFAULT_CONFIG = "configs/pixelgen_xxl.yaml"
 def train(description: str, only: int | None) -> None:
     """Parse the command line, join the ranks, and train one stage (`only`, from 0) or all."""
     config = parse(description.splitlines()[0], DEFAULT_CONFIG, sys.argv[1:])
+    departure.limit(config.limits.wall_clock_minutes)
+
+    def leave() -> str | None:
+        departure.listen()  # once there is something to save
+        return departure.reason
+
     with joined_world() as world:
-        run(config, world, only)
+        try:
+            run(config, world, only, leave)
+        finally:
+            departure.settle()

@@ -15,6 +15,9 @@ from pydantic import Field, model_validator
 from t2i.config_base import NAME, Fraction, Section
 from t2i.config_checkpoint import CheckpointConfig
 from t2i.config_data import DataConfig
+from t2i.config_guard import GuardConfig
+from t2i.config_limits import LimitsConfig
+from t2i.config_profiling import ProfilingConfig
 
 
 class ModelConfig(Section):
@@ -240,6 +243,8 @@ STAGE_SECTIONS = (
     "validation",
     "logging",
     "checkpoint",
+    "guard",
+    "profiling",
 )
 """What a stage may override. Not the model and the text encoder: they are the run's."""
 
@@ -266,6 +271,9 @@ class RunConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
+    limits: LimitsConfig = LimitsConfig()
     stages: list[dict[str, Any]] = Field([])
     """The curriculum, in order. Each stage has a name and, under a section's name, only what differs from it."""
 

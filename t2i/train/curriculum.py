@@ -1,7 +1,8 @@
 """A run: its stages in order, each from where it stands.
 
-The run's folder is locked by its one writer. Settings, number of ranks and the sources of every stage still to train
-are checked before the first starts; a mistake there leaves nothing behind.
+The run's folder is locked by its one writer, and says in `outcome.json` what became of it. Settings, number of ranks
+and the sources of every stage still to train are checked before the first starts; a mistake there leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from t2i.config_base import ConfigError
 from t2i.config_loading import check_world_size, dump_config, stage_config
 from t2i.model_folder import check_model
 from t2i.train.build import stand_ins
+from t2i.train.guard import Guard, Rollback
 from t2i.train.observe import Observer
+from t2i.train.outcome import OutcomeFile, outcome_of
 from t2i.train.places import StagePlace, stage_places
-from t2i.train.processes import RunLock, World
+from t2i.train.processes import LOCK, RunLock, World
 from t2i.train.report import write_report
 from t2i.train.stage_data import Opened, StageData, open_data
 from t2i.train.trainer import StageTrainer
@@ -31,16 +35,18 @@ from t2i.train.trainer import StageTrainer
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
 
 
-def run(config: RunConfig, world: World, only: int | None = None) -> None:
+def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], str | None]) -> None:
     """Train a run's stages, skipping those that are done.
 
     Args:
         config: the run.
         world: this process.
         only: index of the one stage to train; None trains all.
+        leave: why this process is asked to leave; None: it is not.
 
     Raises:
         UserError: a mistake, before anything is written, or another process that holds the run.
+        Departed: some process was asked to leave; the run is saved.
     """
     if not config.stages:
         raise ConfigError("stages: the config names no stage")
@@ -54,11 +60,13 @@ def run(config: RunConfig, world: World, only: int | None = None) -> None:
         _say_done(config, [places[i] for i in chosen], world)
         return
     lock: RunLock | None = None
+    outcome = OutcomeFile(config.directory)
 
     def claim() -> tuple[str, list[int]]:
         nonlocal lock
         attempt = uuid.uuid4().hex[:8]
         lock = RunLock(config.directory, attempt)
+        outcome.clear()
         # Who held the run until now may have finished it.
         return attempt, [i for i in chosen if not places[i].done]
 
@@ -67,12 +75,17 @@ def run(config: RunConfig, world: World, only: int | None = None) -> None:
         _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
         for index in pending:
-            _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt)
-            gc.collect()  # an engine is full of cycles, and holds the stage's memory
-        if world.is_main and pending:
-            last = places[pending[-1]]
-            print(f"done: curves and pictures are in {write_report(config.directory)},")
-            print(f"the last pictures in {last.samples}, the model in {last.model}")
+            _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt, leave)
+        if world.is_main:
+            names = ", ".join(places[i].name for i in chosen)
+            outcome.write("done", f"trained {names}", rank=0)
+            if pending:
+                last = places[pending[-1]]
+                print(f"done: curves and pictures are in {write_report(config.directory)},")
+                print(f"the last pictures in {last.samples}, the model in {last.model}")
+    except Exception as error:
+        outcome.write(outcome_of(error), str(error), rank=world.rank)
+        raise
     finally:
         if lock is not None:
             lock.release()
@@ -117,7 +130,7 @@ def _check_shared(directory: Path, attempt: str, world: World) -> None:
     Raises:
         ConfigError: naming a rank that does not.
     """
-    path = directory / "run.lock"
+    path = directory / LOCK
     sees = world.gather(path.exists() and attempt in path.read_text())
     if not all(sees):
         raise ConfigError(f"root {directory.parent} is not shared: rank {sees.index(False)} does not see {directory}")
@@ -140,22 +153,36 @@ def _open_stages(settings: dict[int, RunConfig], places: list[StagePlace], pendi
 
 
 def _train_stage(
-    config: RunConfig, stage: RunConfig, place: StagePlace, data: StageData, world: World, attempt: str
+    config: RunConfig,
+    stage: RunConfig,
+    place: StagePlace,
+    data: StageData,
+    world: World,
+    attempt: str,
+    leave: Callable[[], str | None],
 ) -> None:
-    """Train one stage and bring the report up to date."""
-    trainer = StageTrainer(stage, place, data, world, attempt)
-    if world.is_main:
-        (config.directory / "config.yaml").write_text(dump_config(config))
-        _write_environment(config, stage, data, trainer, world)
-    observer = Observer(stage, place.name, trainer.step, active=world.is_main)
-    damage = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage]
-    for notice in [*stand_ins(stage.objective), *damage]:
-        observer.event(notice)
-    try:
-        trainer.run(observer)
-    finally:
-        observer.close()
-        trainer.close()
+    """Train one stage, from an earlier checkpoint again whenever its guard asks for that; then report."""
+    back: tuple[Guard, Rollback] | None = None
+    while True:
+        trainer = StageTrainer(stage, place, data, world, attempt, back)
+        if world.is_main:
+            (config.directory / "config.yaml").write_text(dump_config(config))
+            _write_environment(config, stage, data, trainer, world)
+        observer = Observer(stage, place.name, trainer.step, active=world.is_main)
+        damage = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage]
+        for notice in [*stand_ins(stage.objective), *damage] if back is None else []:
+            observer.event(notice)
+        try:
+            rollback = trainer.run(observer, leave)
+        finally:
+            observer.close()
+            trainer.close()
+        if rollback is None:
+            break
+        back = trainer.guard, rollback
+        del trainer
+        gc.collect()  # an engine is full of cycles, and holds the stage's memory
+    gc.collect()
     if world.is_main:
         write_report(config.directory)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from data.errors import UserError
 from data.loader import Batch
 from t2i.config_guard import GuardConfig
 from t2i.train.observe import JsonLines
@@ -50,6 +51,10 @@ class Stop:
     """The run ends, saved."""
 
     reason: str
+
+
+class GuardError(UserError):
+    """The run was stopped, saved: too many updates were bad, and going back does not help."""
 
 
 def robust_z(value: float, history: Sequence[float], floor: float) -> float:

@@ -1,15 +1,15 @@
 """Batches as the ranks agree on them: a global batch reaches every rank or none.
 
 A rank that cannot get its share must not leave the others waiting in the next step's collectives. So each step
-begins with one small sum over the ranks' hosts: who failed, who has no batch yet, how many samples were read, how many
-set aside. While one has none, the sum is taken again and again: a lane that finds nothing good is judged, too, and no
-patience with a store outlasts that of the process group.
+begins with one small sum over the ranks' hosts: who failed, who is asked to leave, who has no batch yet, how many
+samples were read, how many set aside. While one has none, the sum is taken again and again: a lane that finds nothing
+good is judged, too, and no patience with a store outlasts that of the process group.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from data.loader import Batch, Loader
 from data.stream import SetAside
 from t2i.config import RunConfig
 from t2i.train.observe import JsonLines
+from t2i.train.outcome import Departed
 from t2i.train.processes import World
 
 _ROUND_S = 5.0
@@ -57,10 +58,14 @@ class Intake:
         """End the loader's threads."""
         self._loader.close()
 
-    def next(self, step: int) -> Batch:
+    def next(self, step: int, leave: Callable[[], str | None] = lambda: None) -> Batch:
         """Return this rank's share of the batch of `step`.
 
+        Args:
+            leave: why this rank is asked to leave; None: it is not.
+
         Raises:
+            Departed: on every rank: one was asked to leave.
             Exception: on every rank alike: what any rank met, or DataError past the share of bad samples.
         """
         batch: Batch | None = None
@@ -70,8 +75,13 @@ class Intake:
                 batch = batch or self._loader.take(_ROUND_S)
             except Exception as error:  # also what nobody thought of: the other ranks must hear of it
                 fault = error
-            failed, missing, read, set_aside = self._world.sum([fault is not None, batch is None, *self._counts(batch)])
+            reason = leave()
+            failed, leaving, missing, read, set_aside = self._world.sum(
+                [fault is not None, reason is not None, batch is None, *self._counts(batch)]
+            )
             too_bad = read >= _JUDGED_AFTER and set_aside > self._max_set_aside * read
+            if leaving and not failed:
+                raise Departed(next(told for told in self._world.gather(reason) if told is not None))
             if not (failed or too_bad or missing):
                 assert batch is not None
                 self._note(step, batch.set_aside)

@@ -19,6 +19,9 @@ from data.errors import UserError
 
 T = TypeVar("T")
 
+LOCK = "run.lock"
+"""The lock's file in a run's folder."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -88,9 +91,9 @@ class RunLock:
         RunInUseError: another process still holds it after that; the message names it.
     """
 
-    def __init__(self, directory: Path, word: str, patience_s: float = 20.0) -> None:
+    def __init__(self, directory: Path, word: str, patience_s: float = 120.0) -> None:
         self._made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-        self._path = directory / "run.lock"
+        self._path = directory / LOCK
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = self._path.open("a+")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import time
 from dataclasses import dataclass
 from html import escape
@@ -82,8 +81,8 @@ class Stage:
         return float(first["step"] * first.get("step_s", 0.0) + gaps[gaps <= _PAUSE_S].sum())
 
     def series(self, kind: str, metric: str) -> Piece | None:
-        """A metric over the steps since the run's start, without the NaN of skipped updates; None if never recorded."""
-        lines = [line for line in self.of(kind) if math.isfinite(line.get(metric, math.nan))]
+        """A metric over the steps since the run's start, where it was finite; None if it never was."""
+        lines = [line for line in self.of(kind) if line.get(metric) is not None]
         if not lines:
             return None
         return np.array([self.start + line["step"] for line in lines], float), np.array([x[metric] for x in lines])

@@ -30,6 +30,12 @@ class Start:
     skipped_updates: int = 0
     data: dict[str, Any] | None = None
     """The loader's state; None: the stage's first batch."""
+    guard: dict[str, Any] | None = None
+    """The guard's state; None: no step has been judged."""
+
+
+_JUDGED_BY = ("data", "objective", "optimizer", "train")
+"""Sections whose changes make earlier losses and norms no measure of later ones."""
 
 
 def mirror_of(config: RunConfig, place: StagePlace) -> WritableStore | None:
@@ -44,19 +50,27 @@ def mirror_of(config: RunConfig, place: StagePlace) -> WritableStore | None:
     return open_mirror(saving.mirror, f"{config.name}/{place.name}", saving.mirror_options)
 
 
-def restore(config: RunConfig, place: StagePlace, world: World, engine: Engine, ema: Ema) -> Start:
+def restore(
+    config: RunConfig, place: StagePlace, world: World, engine: Engine, ema: Ema, before: int | None = None
+) -> Start:
     """Load the stage's newest checkpoint, or what the config starts it from, into the engine and the average.
+
+    Args:
+        before: only checkpoints from before this step count; None: all.
 
     Raises:
         UserError: there is nothing usable to start from, or it is of another model.
     """
-    path, faults = world.from_main(lambda: newest_anywhere(place.checkpoints, mirror_of(config, place)))
+    path, faults = world.from_main(lambda: newest_anywhere(place.checkpoints, mirror_of(config, place), before))
     if path is not None:
         state = _load_checkpoint(path, engine, ema)
         changed = changes(state["config"], config.model_dump(mode="json"))
         faults += [f"settings changed since: {', '.join(changed)}"] if changed else []
         origin = "; ".join([*faults, f"going on from {path.name}"])
-        return Start(origin, state["step"], state["skipped_updates"], state["data"])
+        guard = state["guard"]
+        if any(name.startswith(_JUDGED_BY) for name in changed):
+            guard = {**guard, "losses": [], "log_norms": []}
+        return Start(origin, state["step"], state["skipped_updates"], state["data"], guard)
     if faults:
         raise CheckpointError(
             f"no checkpoint in {place.checkpoints} can be used: {'; '.join(faults)}; remove them to start "

@@ -1,14 +1,14 @@
 """One stage of a run.
 
-The loop has one order: batch, micro-steps, update, average, numbers, pictures, checkpoint. All ranks take part in
-every part; rank 0 alone writes numbers and pictures. Everything random is a function of (seed, stage, slot), so a
-step's mathematics knows neither the number of ranks nor the micro-batch.
+The loop has one order: batch, step, average, guard, numbers, pictures, checkpoint. All ranks take part in every part;
+rank 0 alone writes numbers and pictures. Going back to an earlier checkpoint is another start from there.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.errors import StoreError
 from data.loader import Batch, merge_states
-from data.randomness import key, uniform
 from t2i.build import build_text, choose_dtype
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.diffusion.flow import interpolate, to_unit_range
-from t2i.diffusion.noise import slot_noise
-from t2i.diffusion.objective import TERMS, Terms, band_names
-from t2i.engine.checkpoint import CheckpointWriter, Mirror, values_of
+from t2i.engine.checkpoint import CheckpointError, CheckpointWriter, Mirror, values_of
 from t2i.engine.ema import Ema
-from t2i.engine.interface import StepResult
 from t2i.engine.shards import gather_full
 from t2i.model_folder import DENOISER, NULL_CAPTION, read_model, write_model
 from t2i.pipeline import Pipeline
 from t2i.train.build import build_engine, build_network, build_objective, denoiser_training_flops
+from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
 from t2i.train.intake import Intake
 from t2i.train.observe import Observer, memory_gib, peak_flops
 from t2i.train.places import StagePlace
 from t2i.train.processes import World
-from t2i.train.schedule import learning_rate, training_times
+from t2i.train.profiling import Profiler
 from t2i.train.stage_data import StageData
 from t2i.train.start import mirror_of, restore
-from t2i.train.validate import Evaluator, global_means
+from t2i.train.step import Trained, TrainingStep
+from t2i.train.validate import Evaluator
 
 SAVE_PATIENCE_S = 30.0
 MIRROR_PATIENCE_S = 3600.0
@@ -56,12 +52,21 @@ class StageTrainer:
         data: its sources, opened.
         world: this process.
         attempt: a word that all ranks share and no other start of the run does.
+        back: the guard of the trainer before, and what it asked for; None: no update was at fault.
 
     Raises:
         UserError: the stage cannot start from what is there.
     """
 
-    def __init__(self, config: RunConfig, place: StagePlace, data: StageData, world: World, attempt: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        place: StagePlace,
+        data: StageData,
+        world: World,
+        attempt: str,
+        back: tuple[Guard, Rollback] | None = None,
+    ) -> None:
         self.config = config
         self.place = place
         self.world = world
@@ -71,23 +76,27 @@ class StageTrainer:
         dtype = choose_dtype(config.engine.dtype, world.device)
         self.text = build_text(config, world.device, dtype)
         self.null_caption = self._stored_null_caption().to(world.device, dtype)
-        self.objective = build_objective(config.objective, world.device)
-        network = build_network(config, self.text.width, self.objective.patch_features)
+        objective = build_objective(config.objective, world.device)
+        network = build_network(config, self.text.width, objective.patch_features)
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
         pipeline = Pipeline(config, averaged, self.text, self.null_caption, world.device)
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
-        start = restore(config, place, world, self.engine, self.ema)
+        start = restore(config, place, world, self.engine, self.ema, before=back[1].first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
         self._saved_step = self.step
+        self.guard = back[0] if back else Guard(config.guard, start.guard)
+        if back:
+            self.guard.roll_back(back[1], start.guard)
+        self._skipped = SkippedFile(config.directory, place.name, self.guard.events) if world.is_main else None
         loader = data.loader(config, place.name, world, start.data)
         self.intake = Intake(loader, world, config, place.name, self.step, data.damage)
         self.writer = self._build_writer(attempt)
         self.flops_per_image = denoiser_training_flops(config, self.text.width)
         self.peak_flops = peak_flops(world.device, dtype)
-        self._keys = {purpose: key(config.seed, place.name, purpose) for purpose in ("time", "noise", "caption")}
+        self._train = TrainingStep(config, place.name, world, self.text, self.null_caption, objective, self.engine)
 
     def _build_writer(self, attempt: str) -> CheckpointWriter:
         saving, mirror = self.config.checkpoint, None
@@ -141,59 +150,34 @@ class StageTrainer:
             "skipped_updates": self.skipped_updates,
             "updates": self.engine.updates,
             "data": data,
+            "guard": self.guard.state,
         }
         saving = self.writer.save(
-            self.step, self.engine.shards, self.ema.values, state, may_skip=may_skip, ephemeral=ephemeral
+            self.step,
+            self.engine.shards,
+            self.ema.values,
+            state,
+            may_skip=may_skip,
+            ephemeral=ephemeral,
+            needed_before=self.guard.needed_before(self.step),
         )
         if saving.begun:
             self._saved_step = self.step
         costs = {"stall_s": saving.stall_s, "skipped_checkpoints": self.writer.skipped}
         observer.write("checkpoint", self.step, costs)
 
-    # The step
-
-    def _train_step(self, batch: Batch) -> tuple[Terms, StepResult]:
-        """All micro-steps of one global batch and the update; the sums of this rank's loss terms."""
-        config, size = self.config, self.config.train.batch_size
-        first = self.step * size
-        all_times = training_times(config.objective, uniform(self._keys["time"], range(first, first + size)))
-        ungated = int((all_times >= config.objective.gate).sum())
-        t = all_times[batch.slots - first]
-        dropped = uniform(self._keys["caption"], batch.slots) < config.objective.caption_dropout
-        terms = Terms()
-        micro, patch = config.train.micro_batch_size, config.model.patch_size
-        for start in range(0, len(batch.slots), micro):
-            part = slice(start, start + micro)
-            image = to_unit_range(batch.pixels[part].to(self.world.device, non_blocking=True))
-            times = torch.from_numpy(t[part]).float().to(self.world.device)
-            noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], self.world.device)
-            text = self.text(batch.captions[part])
-            text[torch.from_numpy(dropped[part]).to(text.device)] = self.null_caption
-            predicted, projected = self.engine.network(interpolate(image, noise, times), times, text)
-            loss, part_terms = self.objective(
-                predicted,
-                projected,
-                image,
-                t[part],
-                grid=(image.shape[2] // patch, image.shape[3] // patch),
-                batch_size=size,
-                ungated=ungated,
-                micro_batches=size // micro,
-            )
-            self.engine.micro_step(loss)
-            terms.merge(part_terms)
-        result = self.engine.step(self._lr, lambda norm: None)
-        return terms, result
-
-    def _lr(self, muon: bool) -> float:
-        optimizer = self.config.optimizer
-        peak = optimizer.muon_lr if muon else optimizer.lr
-        return learning_rate(optimizer, self.step, self.steps, peak)
-
     # The loop
 
-    def run(self, observer: Observer) -> None:
-        """Train to the end of the stage and write its model."""
+    def run(self, observer: Observer, leave: Callable[[], str | None]) -> Rollback | None:
+        """Train to the end of the stage and write its model, or to where the guard wants to go back.
+
+        Args:
+            leave: why this rank is asked to leave; None: it is not.
+
+        Raises:
+            Departed: a rank was asked to leave; everything is saved.
+            GuardError: too many updates were bad, and going back does not help; everything is saved.
+        """
         observer.event(self._origin)
         if self.world.is_main and not self.place.null_caption.exists():
             aside = self.place.null_caption.with_suffix(".partial")
@@ -202,37 +186,66 @@ class StageTrainer:
             aside.rename(self.place.null_caption)
         if self.step == 0:
             self._evaluate(observer)
-        begun = self.step
-        while self.step < self.steps:
-            began = time.perf_counter()
-            batch = self._next_batch(observer)
-            rates = {"lr": self._lr(False)}
-            if self.config.optimizer.name == "muon":
-                rates["lr_muon"] = self._lr(True)
-            terms, result = self._train_step(batch)
-            self.step += 1
-            if result.vetoed is None:
-                self.ema.update()
-            else:
-                self.skipped_updates += 1
-                observer.event(f"step {self.step}: update skipped: {result.vetoed}")
-            numbers = None
-            if self.step % self.config.logging.every == 0 or self.step == self.steps:
-                numbers = self._numbers(terms, result, batch.wait_s, time.perf_counter() - began) | rates
-                observer.write("train", self.step, numbers)
-                self._write_counters(observer)
-            observer.progress(numbers)
-            if self._due(self.config.validation.every):
-                self._evaluate(observer)
-            self._save_when_due(observer)
+        begun, folder = self.step, self.place.folder / "profile"
+        with Profiler(self.config.profiling, folder, self.world.rank, self.world.device, observer.event) as profiler:
+            while self.step < self.steps:
+                with profiler.step(self.step + 1):
+                    decision = self._advance(observer, leave)
+                if isinstance(decision, Rollback):
+                    self.writer.discard_after(decision.first - 1)
+                    return decision
+                if self._due(self.config.validation.every):
+                    self._evaluate(observer)
+                self._save_when_due(observer)
+                if isinstance(decision, Stop):
+                    self._save_now(observer)
+                    raise GuardError(f"stopped after step {self.step}, saved: {decision.reason}")
         committed = self.writer.wait()
         self._tell(observer)
         if begun < self.steps != committed:
-            raise StoreError(
+            raise CheckpointError(
                 f"the last checkpoint of stage {self.place.name} was not written (events.log says why): mend it and "
                 "start the run again"
             )
         self._write_model()
+        return None
+
+    def _advance(self, observer: Observer, leave: Callable[[], str | None]) -> Rollback | Stop | None:
+        """Take the next batch, and train on it unless a rollback left it out."""
+        began = time.perf_counter()
+        batch = self._next_batch(observer, leave)
+        decision: Rollback | Stop | None = None
+        numbers: dict[str, Any] | None = None
+        if self.guard.skip(self.step + 1):
+            self.step += 1
+        else:
+            rates = self._train.rates(self.step)
+            trained = self._train(batch, self.step, self.guard.veto)
+            self.step += 1
+            loss, result = trained.means["loss"], trained.result
+            if result.vetoed is None:
+                self.ema.update()
+            else:
+                self.skipped_updates += 1
+            decision = self.guard.record(self.step, loss, result.grad_norm, result.vetoed)
+            if self.step % self.config.logging.every == 0 or self.step == self.steps:
+                numbers = self._numbers(trained, batch.wait_s, time.perf_counter() - began) | rates
+                observer.write("train", self.step, numbers)
+                self._write_counters(observer)
+        self._tell_guard(observer, batch)
+        observer.progress(numbers)
+        return decision
+
+    def _tell_guard(self, observer: Observer, batch: Batch) -> None:
+        """What the guard has to say of this batch, in events.log and, with the batch's ids, in skipped.jsonl."""
+        if not (events := self.guard.take_events()):
+            return
+        ids = ids_of(batch, self.world)
+        if self._skipped is not None:
+            self._skipped.write(events, ids)
+        for event in events:
+            did = {"veto": "update skipped: ", "skip": "batch "}.get(event["kind"], "")
+            observer.event(f"step {event['step']}: {did}{event['reason']}")
 
     def _save_when_due(self, observer: Observer) -> None:
         """Regular checkpoints and ephemeral ones between them; the last of a stage is never skipped."""
@@ -248,31 +261,34 @@ class StageTrainer:
         for event in self.writer.take_events():
             observer.event(event)
 
-    def _next_batch(self, observer: Observer) -> Batch:
+    def _next_batch(self, observer: Observer, leave: Callable[[], str | None]) -> Batch:
         """The next batch, or an end that can be resumed: saved, and the same error on every rank."""
         try:
-            return self.intake.next(self.step + 1)
+            return self.intake.next(self.step + 1, leave)
         except Exception as error:
-            if self.step != self._saved_step:
-                self._save_checkpoint(observer)
-                self.writer.wait()
-                self._tell(observer)
+            self._save_now(observer)
             observer.event(f"stopped after step {self.step}, {'saved' if self.step else 'nothing to save'}: {error}")
             raise
+
+    def _save_now(self, observer: Observer) -> None:
+        """A checkpoint of where the stage stands, there when this returns."""
+        if self.step != self._saved_step:
+            self._save_checkpoint(observer)
+        self.writer.wait()
+        self._tell(observer)
 
     def _due(self, every: int) -> bool:
         """The one rule for what happens every so many steps: then, and at the end of the stage."""
         return every > 0 and (self.step % every == 0 or self.step == self.steps)
 
-    def _numbers(self, terms: Terms, result: StepResult, wait_s: float, step_s: float) -> dict[str, Any]:
+    def _numbers(self, trained: Trained, wait_s: float, step_s: float) -> dict[str, Any]:
         """One line of metrics: means over the global batch of this step, and what it cost."""
-        names = [*TERMS, *band_names("loss_fm")]
         images_per_s = self.config.train.batch_size / step_s
         flops = images_per_s * self.flops_per_image / self.world.size
         return {
-            **global_means(terms, names, self.world.device),
+            **trained.means,
             "total_steps": self.steps,
-            "grad_norm": result.grad_norm,
+            "grad_norm": trained.result.grad_norm,
             "images_per_s": images_per_s,
             "tflops": flops / 1e12,
             "mfu": flops / self.peak_flops,

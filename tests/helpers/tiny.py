@@ -74,3 +74,18 @@ def run(launcher: str, script: str, *arguments: str, ranks: int = 2, code: int =
     output, _ = process.communicate(timeout=400)
     assert process.returncode == code, output
     return output
+
+
+def ranks_of(config: Path) -> list[int]:
+    """Processes that train a config as ranks of a launcher."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if str(config) in words and b"\0LOCAL_RANK=" in environment:
+                found.append(int(entry.name))
+    return found

@@ -1,4 +1,4 @@
-"""A rank ends when a launcher above it dies, and at once if that happened before it looked."""
+"""A rank hears when a launcher above it dies, and ends at once if that happened before it looked."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RANK = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, {root!r})
 time.sleep({before})
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("launcher", {root!r} + "/launch/launcher.py")
 launcher = module_from_spec(spec)
 spec.loader.exec_module(launcher)
-launcher.leave_with_launcher()
+launcher.watch_launcher(lambda: os._exit(1))
 time.sleep(60)
 """
 LAUNCHER = """

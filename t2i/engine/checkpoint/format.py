@@ -238,10 +238,11 @@ class Checkpoint:
                     targets[name][low - shards[name].start : high - shards[name].start] = piece
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are as written, and what was wrong with newer ones."""
+def newest(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint (from before a step, if one is given) whose files are as written, and what was wrong with
+    newer ones."""
     faults = []
-    for path in reversed(checkpoints(folder)):
+    for path in reversed([path for path in checkpoints(folder) if before is None or step_of(path) < before]):
         try:
             Checkpoint(path).verify()
         except CheckpointError as error:

@@ -186,13 +186,16 @@ class Mirror:
 # The way back
 
 
-def newest_anywhere(folder: Path, store: WritableStore | None) -> tuple[Path | None, list[str]]:
+def newest_anywhere(
+    folder: Path, store: WritableStore | None, before: int | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest good checkpoint of a stage, fetched from its mirror if that has a newer one than `folder`.
 
     Call it on one rank; the files are then in `folder`, for all.
 
     Args:
         store: the stage's part of the mirror; None: there is none.
+        before: only checkpoints from before this step count; None: all.
 
     Returns:
         The checkpoint, or None if there is none, and what was wrong with newer ones.
@@ -200,12 +203,13 @@ def newest_anywhere(folder: Path, store: WritableStore | None) -> tuple[Path | N
     Raises:
         CheckpointError: there is nothing in `folder` and the mirror cannot be read, or the disk is full.
     """
-    path, faults = newest(folder)
+    path, faults = newest(folder, before)
     if store is None:
         return path, faults
     try:
         whole = [step_of(Path(name)) for name, files in _folders(store).items() if MANIFEST in files]
-        for step in sorted((s for s in whole if path is None or s > step_of(path)), reverse=True):
+        least = -1 if path is None else step_of(path)
+        for step in sorted((s for s in whole if s > least and (before is None or s < before)), reverse=True):
             try:
                 return _download(store, step, folder), [*faults, f"{folder_name(step)} taken from {store.url}"]
             except (CheckpointError, DataError) as error:

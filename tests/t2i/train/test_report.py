@@ -87,7 +87,7 @@ def rich(tmp_path: Path) -> Path:
     records = [train("stage1", s) for s in range(1, 41)]
     records += [validation("stage1", 20, 0.8125), validation("stage1", 40, 0.7125)]
     records.sort(key=lambda record: record["step"])
-    records += [train("sft", s, time=1e9 + 40 + s, batch_size=8, grad_norm=float("nan")) for s in range(1, 11)]
+    records += [train("sft", s, time=1e9 + 40 + s, batch_size=8, grad_norm=None) for s in range(1, 11)]
     records += [validation("sft", 10, 0.6375) | {"time": 1e9 + 50}]
     counters = {"samples": 80, "too_small": 1234, "<i>reason": 1}
     records += [{"kind": "counters", "stage": "sft", "step": 10, "time": 1e9 + 50, **counters}]

@@ -1,0 +1,118 @@
+"""One optimizer step: a global batch through the loss, micro-batch by micro-batch, and the update.
+
+Everything random in it is a function of (seed, stage, slot), so its mathematics knows neither the number of ranks nor
+the micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from data.randomness import key, uniform
+from t2i.config import RunConfig
+from t2i.diffusion.flow import interpolate, to_unit_range
+from t2i.diffusion.noise import slot_noise
+from t2i.diffusion.objective import TERMS, Objective, Terms, band_names
+from t2i.engine.interface import Engine, StepResult
+from t2i.models.text import TextEncoder
+from t2i.train.processes import World
+from t2i.train.schedule import learning_rate, training_times
+from t2i.train.validate import global_means
+
+Veto = Callable[[float, float], str | None]
+"""(mean loss of the global batch, gradient norm) to the reason why the update must not be applied, or None."""
+
+
+class Trained(NamedTuple):
+    """What a step came to: the means of the loss's terms over the global batch, alike on all ranks, and the update."""
+
+    means: dict[str, float]
+    result: StepResult
+
+
+class TrainingStep:
+    """Makes the steps of one stage. All ranks take part in each.
+
+    Args:
+        config: the stage's settings.
+        stage: its name.
+        world: this process.
+        text: reads captions.
+        null_caption: states (L, E) that stand for no caption.
+        objective: the loss.
+        engine: the network that is trained.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: str,
+        world: World,
+        text: TextEncoder,
+        null_caption: Tensor,
+        objective: Objective,
+        engine: Engine,
+    ) -> None:
+        self._config, self._world = config, world
+        self._text, self._null_caption = text, null_caption
+        self._objective, self._engine = objective, engine
+        self._keys = {purpose: key(config.seed, stage, purpose) for purpose in ("time", "noise", "caption")}
+
+    def __call__(self, batch: Batch, step: int, veto: Veto) -> Trained:
+        """Train on this rank's share of a global batch.
+
+        Args:
+            step: steps before this one.
+        """
+        terms = self._accumulate(batch)
+        means = global_means(terms, [*TERMS, *band_names("loss_fm")], self._world.device)
+        result = self._engine.step(lambda muon: self._rate(step, muon), lambda norm: veto(means["loss"], norm))
+        return Trained(means, result)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Learning rates of a step, by their names in the metrics."""
+        rates = {"lr": self._rate(step, muon=False)}
+        if self._config.optimizer.name == "muon":
+            rates["lr_muon"] = self._rate(step, muon=True)
+        return rates
+
+    def _rate(self, step: int, muon: bool) -> float:
+        optimizer = self._config.optimizer
+        return learning_rate(optimizer, step, self._config.train.steps, optimizer.muon_lr if muon else optimizer.lr)
+
+    def _accumulate(self, batch: Batch) -> Terms:
+        """All micro-steps; the sums of this rank's loss terms."""
+        config, size, device = self._config, self._config.train.batch_size, self._world.device
+        first = int(batch.slots[0]) // size * size
+        all_times = training_times(config.objective, uniform(self._keys["time"], range(first, first + size)))
+        ungated = int((all_times >= config.objective.gate).sum())
+        t = all_times[batch.slots - first]
+        dropped = uniform(self._keys["caption"], batch.slots) < config.objective.caption_dropout
+        terms = Terms()
+        micro, patch = config.train.micro_batch_size, config.model.patch_size
+        for start in range(0, len(batch.slots), micro):
+            part = slice(start, start + micro)
+            image = to_unit_range(batch.pixels[part].to(device, non_blocking=True))
+            times = torch.from_numpy(t[part]).float().to(device)
+            noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device)
+            text = self._text(batch.captions[part])
+            text[torch.from_numpy(dropped[part]).to(text.device)] = self._null_caption
+            predicted, projected = self._engine.network(interpolate(image, noise, times), times, text)
+            loss, part_terms = self._objective(
+                predicted,
+                projected,
+                image,
+                t[part],
+                grid=(image.shape[2] // patch, image.shape[3] // patch),
+                batch_size=size,
+                ungated=ungated,
+                micro_batches=size // micro,
+            )
+            self._engine.micro_step(loss)
+            terms.merge(part_terms)
+        return terms

