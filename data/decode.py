@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from data.adm import adm_crop
 from data.errors import BadSample, Filtered
 
 SmallImages = Literal["drop", "upscale"]
@@ -53,6 +54,7 @@ def decode(
     min_side: int = 0,
     max_aspect_ratio: float | None = None,
     crop: tuple[float, float] = (0.5, 0.5),
+    as_adm: bool = False,
     flip: bool = False,
 ) -> Pixels:
     """Decode an image to uint8 (3, H, W), RGB.
@@ -67,6 +69,7 @@ def decode(
         min_side: least pixels of the image's shorter side.
         max_aspect_ratio: most that the longer side may be of the shorter; None takes any.
         crop: where the window sits in what sticks out of it, (vertical, horizontal) in [0, 1] of the upright image.
+        as_adm: take the middle of the whole image as `adm_crop` does, whatever `crop` says; the target is square.
         flip: mirror the result left to right.
 
     Raises:
@@ -91,9 +94,12 @@ def decode(
         raise BadSample("too_many_pixels", f"{width} x {height} would be {covered[1]} x {covered[0]} before cropping")
     shrink = 1
     if jpeg:
-        pixels, shrink = _load_jpeg(data, jpeg, covered)
-    resized = _resize(pixels, (height / shrink, width / shrink), covered)
-    window = _crop(_upright(resized, orientation), target, crop)
+        pixels, shrink = _load_jpeg(data, jpeg, (height, width) if as_adm else covered)
+    if as_adm:
+        window = adm_crop(_upright(pixels, orientation), target[0])
+    else:
+        resized = _resize(pixels, (height / shrink, width / shrink), covered)
+        window = _crop(_upright(resized, orientation), target, crop)
     return np.ascontiguousarray((window[:, ::-1] if flip else window).transpose(2, 0, 1))
 
 

@@ -10,6 +10,8 @@ from data.errors import BadSample, Filtered
 from data.select import UNIFORMS, select
 from data.stream import Visit
 
+Crop = Literal["center", "random", "adm"]
+
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -18,7 +20,8 @@ class ImageSettings:
     resolution: int | tuple[int, int]
     small_images: SmallImages = "drop"
     """Whether an image with a side below the resolution's is passed over or enlarged."""
-    crop: Literal["center", "random"] = "center"
+    crop: Crop = "center"
+    """Which part is taken; "adm": the middle, resized as ADM does."""
     horizontal_flip: bool = False
     """Mirror every second image, at random."""
 
@@ -50,6 +53,7 @@ def example(visit: Visit, images: ImageSettings) -> tuple[Pixels, str]:
             min_side=visit.rules.min_side,
             max_aspect_ratio=visit.rules.max_aspect_ratio,
             crop=(vertical, horizontal) if images.crop == "random" else (0.5, 0.5),
+            as_adm=images.crop == "adm",
             flip=images.horizontal_flip and mirror < 0.5,
         )
     except (BadSample, Filtered, MemoryError):

@@ -209,7 +209,9 @@ def _chosen(sources: list[SourceConfig], wanted: str | None) -> SourceConfig:
 def _open(data: DataConfig, source: SourceConfig) -> Source:
     options = data.store_options(source)
     store = open_store(source.url, options)
-    index = open_index(store, source.name, source.index, lambda words: print(words, file=sys.stderr), options)
+    index = open_index(
+        store, source.name, source.index, lambda words: print(words, file=sys.stderr), options, source.class_folders
+    )
     return Source(index, source.weight, source.rules)
 
 

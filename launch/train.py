@@ -12,9 +12,9 @@ from t2i.train.curriculum import run
 DEFAULT_CONFIG = "configs/pixelgen_xxl.yaml"
 
 
-def train(description: str, only: int | None) -> None:
+def train(description: str, only: int | None, default_config: str = DEFAULT_CONFIG) -> None:
     """Parse the command line, join the ranks, and train one stage (`only`, from 0) or all."""
-    config = parse(description.splitlines()[0], DEFAULT_CONFIG, sys.argv[1:])
+    config = parse(description.splitlines()[0], default_config, sys.argv[1:])
     departure.limit(config.limits.wall_clock_minutes)
 
     def leave() -> str | None:

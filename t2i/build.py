@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from t2i.config import ModelConfig, RunConfig
+from t2i.models.labels import ClassLabels, Conditioner
 from t2i.models.pixelgen import PixelGen
+from t2i.models.pixelgen_class import ClassPixelGen
 from t2i.models.text import TextEncoder
 
 
@@ -21,8 +23,29 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
 
 
-def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> PixelGen:
-    """The denoiser with fresh weights from torch's default generator."""
+Denoiser = PixelGen | ClassPixelGen
+
+
+def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> Denoiser:
+    """The denoiser with fresh weights from torch's default generator.
+
+    Args:
+        text_width: of a caption's states; like `text_length`, nothing to a network that draws classes.
+        text_length: their tokens.
+    """
+    if config.condition == "class":
+        return ClassPixelGen(
+            width=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            classes=config.classes,
+            patch_size=config.patch_size,
+            bottleneck=config.bottleneck,
+            context_tokens=config.context_tokens,
+            context_start=config.context_start,
+            dropout=config.dropout,
+            repa_layer=config.repa_layer,
+        )
     return PixelGen(
         width=config.width,
         depth=config.depth,
@@ -36,6 +59,15 @@ def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> Pi
     )
 
 
-def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The frozen text encoder on its device."""
+def build_conditioner(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Conditioner:
+    """What reads captions, on its device: the frozen text encoder, or the table of class labels."""
+    if config.model.condition == "class":
+        return ClassLabels(config.model.classes, device)
     return TextEncoder(config.text.model, config.text.length, dtype, config.text.cache).to(device)
+
+
+def condition_identity(config: RunConfig) -> str:
+    """What a caption's condition depends on, and with it the stored null caption."""
+    if config.model.condition == "class":
+        return f"model.classes {config.model.classes}"
+    return f"text.model {config.text.model} at text.length {config.text.length}"

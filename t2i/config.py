@@ -2,7 +2,8 @@
 
 A run is a list of stages. The sections below hold the settings that stages share; a stage names what differs.
 What counts, from weakest to strongest: the defaults here, the file's sections, the stage, the command line.
-`t2i/config_loading.py` reads, checks and merges them; `t2i/config_data.py` is the part about data.
+`t2i/config_loading.py` reads, checks and merges them; `t2i/config_data.py` is the part about data,
+`t2i/config_model.py` that about the network.
 """
 
 from __future__ import annotations
@@ -17,34 +18,8 @@ from t2i.config_checkpoint import CheckpointConfig
 from t2i.config_data import DataConfig
 from t2i.config_guard import GuardConfig
 from t2i.config_limits import LimitsConfig
+from t2i.config_model import ModelConfig
 from t2i.config_profiling import ProfilingConfig
-
-
-class ModelConfig(Section):
-    """The denoiser."""
-
-    patch_size: int = Field(16, gt=0)
-    """Side of a square patch, in pixels; the resolution is a multiple of it."""
-    width: int = Field(1536, gt=0)
-    """Width D of the transformer; a multiple of 4 and of heads."""
-    depth: int = Field(16, gt=0)
-    """Image blocks."""
-    heads: int = Field(24, gt=0)
-    """Attention heads; width / heads is a multiple of 4."""
-    text_depth: int = Field(4, ge=0)
-    """Trainable blocks that refine the frozen text states."""
-    bottleneck: int = Field(256, gt=0)
-    """Width between the two matrices of the patch embedding."""
-    repa_layer: int = Field(8, gt=0)
-    """Number of the block (from 1) whose output is aligned with the patch features."""
-
-    @model_validator(mode="after")
-    def _widths(self) -> ModelConfig:
-        if self.width % self.heads or self.width // self.heads % 4 or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of 4 x heads ({4 * self.heads})")
-        if self.repa_layer > self.depth:
-            raise ValueError(f"repa_layer {self.repa_layer} must be at most depth ({self.depth})")
-        return self
 
 
 class TextConfig(Section):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from data.example import Crop
 from data.select import Rules
 from data.store import StoreOptions
 from t2i.config_base import Section
@@ -33,6 +34,8 @@ class SourceConfig(Section):
     """Name of the source in ids, metrics and reports."""
     url: str
     """Directory or s3://bucket/prefix that holds the .tar shards (or image files)."""
+    class_folders: bool = False
+    """The images lie in one folder a class, as ImageNet's do, and the folder's number, by name, is member cls."""
     index: str | None = None
     """Manifest that launch/index.py wrote; none takes index.json beside the shards, or indexes up to 1,000 of them."""
     heldout: str | None = None
@@ -97,8 +100,9 @@ class DataConfig(Section):
     """Side of the square training images, in pixels; a multiple of model.patch_size."""
     small_images: Literal["drop", "upscale"] = "drop"
     """What happens to images whose shorter side is below the resolution."""
-    crop: Literal["center", "random"] = "center"
-    """Which part of an image that is not square is taken."""
+    crop: Crop = "center"
+    """Which part of an image that is not square is taken; adm: the middle, resized as ADM's reference statistics
+    of ImageNet want it, at full decoding cost."""
     horizontal_flip: bool = False
     """Mirror every second image, at random; captions that say left or right become wrong."""
     lanes: int = Field(128, gt=0)

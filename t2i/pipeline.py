@@ -15,20 +15,19 @@ import torch
 from torch import Tensor
 
 from data.randomness import key
-from t2i.build import build_denoiser, build_text, choose_dtype
+from t2i.build import Denoiser, build_conditioner, build_denoiser, choose_dtype
 from t2i.config import RunConfig, SamplingConfig
 from t2i.config_base import ConfigError
 from t2i.diffusion.flow import to_pixels
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.sampling import SOLVERS, guided_steps, guided_velocity, time_grid
 from t2i.model_folder import WhichWeights, read_model
-from t2i.models.pixelgen import PixelGen
-from t2i.models.text import TextEncoder
+from t2i.models.labels import Conditioner
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What to draw: a prompt, and which of its pictures (from 0)."""
+    """What to draw: a prompt (a caption, or a class in digits), and which of its pictures (from 0)."""
 
     prompt: str
     number: int = 0
@@ -44,10 +43,10 @@ class Pipeline:
     """A denoiser with what it takes to draw. `config` is that of the stage it was trained in."""
 
     config: RunConfig
-    denoiser: PixelGen
-    text: TextEncoder
+    denoiser: Denoiser
+    conditioner: Conditioner
     null_caption: Tensor
-    """States (L, E) of the empty caption."""
+    """States (L, E) of the empty caption, or the class () that stands for none."""
     device: torch.device
 
     @classmethod
@@ -60,13 +59,14 @@ class Pipeline:
         saved = read_model(folder, which)
         config, null_caption = saved.config, saved.null_caption
         dtype = choose_dtype(config.engine.dtype, device)
-        denoiser = build_denoiser(config.model, null_caption.shape[-1], config.text.length)
+        conditioner = build_conditioner(config, device, dtype)
+        denoiser = build_denoiser(config.model, conditioner.width, config.text.length)
         try:
             denoiser.load_state_dict(saved.denoiser)
         except RuntimeError as error:
             raise ConfigError(f"{folder} does not fit its config: {str(error).splitlines()[1].strip()}") from error
         denoiser = denoiser.to(device, dtype).eval().requires_grad_(False)
-        return cls(config, denoiser, build_text(config, device, dtype), null_caption, device)
+        return cls(config, denoiser, conditioner, null_caption, device)
 
     @torch.no_grad()
     def draw(self, pictures: Sequence[Picture], sampling: SamplingConfig) -> Tensor:
@@ -78,7 +78,7 @@ class Pipeline:
         for start in range(0, len(pictures), sampling.batch_size):
             chunk = list(pictures[start : start + sampling.batch_size])
             filled = chunk + [Picture("")] * (sampling.batch_size - len(chunk))
-            states = self.text([picture.prompt for picture in filled])
+            states = self.conditioner([picture.prompt for picture in filled])
             velocity = guided_velocity(
                 lambda x, t, condition: self.denoiser(x, t, condition).image,
                 states,

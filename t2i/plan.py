@@ -116,7 +116,7 @@ class _Stage:
     name: str
     config: RunConfig
     given: Assumptions
-    text: Frozen
+    text: Frozen | None
     distance: Frozen | None
     features: Frozen | None
     network: Trained
@@ -127,6 +127,7 @@ class _Stage:
         stage = stage_config(config, index)
         check_layout(stage.train.batch_size, stage.data.lanes, given.gpus)
         text, features = text_encoder(stage), patch_features(stage)
+        text_width = text.width if text is not None else 0
         return cls(
             name=config.stages[index]["name"],
             config=stage,
@@ -134,8 +135,8 @@ class _Stage:
             text=text,
             distance=image_distance(stage),
             features=features,
-            network=trained(stage, text.width, features),
-            counted=trained_flops(stage, text.width, features),
+            network=trained(stage, text_width, features),
+            counted=trained_flops(stage, text_width, features),
         )
 
     @property
@@ -156,7 +157,8 @@ class _Stage:
         """FLOPs of one training image, by component."""
         objective = self.config.objective
         parts = {"denoiser": self.counted.denoiser, "projector": self.counted.projector}
-        parts["text encoder"] = self.text.forward_flops
+        if self.text is not None:
+            parts["text encoder"] = self.text.forward_flops
         if self.distance is not None:
             parts["lpips, predicted"] = 2 * self.distance.forward_flops * self.seen
             parts["lpips, clean"] = self.distance.forward_flops * self.seen
@@ -168,7 +170,7 @@ class _Stage:
 
     def frozen(self) -> Bytes:
         """Bytes of the frozen networks; one stand-in may be both perceptual networks."""
-        found = {"text encoder": self.text.parameters * self.dtype_bytes}
+        found = {"text encoder": self.text.parameters * self.dtype_bytes} if self.text is not None else {}
         perceptual = {net.name: net.parameters for net in (self.distance, self.features) if net is not None}
         if perceptual:
             found["perceptual networks"] = FP32 * sum(perceptual.values())
@@ -182,7 +184,8 @@ class _Stage:
         expected = micro_batch * self.seen
         # Three deviations over the mean: among the many micro-batches of a run, some come close.
         most = expected + 3 * sqrt(expected * (1 - self.seen))
-        shapes = Shapes(config.model, config.data.resolution, config.text.length, self.text.width, self.dtype_bytes)
+        text = (config.text.length, self.text.width) if self.text is not None else (0, 0)
+        shapes = Shapes(config.model, config.data.resolution, *text, self.dtype_bytes)
         return activation_memory(
             shapes,
             micro_batch,
@@ -263,8 +266,10 @@ def _advice(stage: _Stage, options: list[Option], chosen: Option | None) -> list
             said.append(
                 f"checkpointing computes {stage.counted.blocks / whole:.0%} more: GPUs with more memory save it"
             )
-    encoding = flops["text encoder"] / whole
-    if stage.config.text.cache:
+    encoding = flops.get("text encoder", 0.0) / whole
+    if stage.text is None:
+        said.append("classes cost nothing to encode")
+    elif stage.config.text.cache:
         said.append(f"text.cache saves up to {encoding:.1%} of these FLOPs where captions come again soon")
     else:
         said.append(f"caption states computed once and kept would save {encoding:.1%} of FLOPs")

@@ -129,7 +129,7 @@ def block_activations(
     values = c if context else (0 if fp32 else 3 * c)
     residual_branches = 2 * (norm + 2 * c + c)  # the norm, modulate's and the first matrix's input, the gated output
     attention = qk_norms + 2 * c + values + 2 * c  # queries and keys, values, the result as it came and as it goes on
-    mlp = (8 + 4 + 4) * c
+    mlp = 4 * c * (8 / 3 if model.condition == "class" else 4)  # gate and up, silu, their product
     statistics = FP32 * (2 + 2 * h + h)  # two norms, those of queries and keys, attention's rows
     per_token = d * (residual_branches + attention + mlp) + statistics
     context_norm = (2 if fp32 else 1) * FP32 + (0 if fused_norms else FP32)
@@ -160,10 +160,17 @@ def ends_activations(shapes: Shapes, features: Frozen | None, fused_norms: bool 
     text = length * (shapes.text_width * c + d * norm + FP32 + d * c)  # at its end, the refined text
     patches = n * (3 * shapes.model.patch_size**2 + shapes.model.bottleneck) * c
     head = n * (2 * FP32 * d + 2 * FP32)
+    if shapes.model.condition == "class":
+        head += n * FP32 * d  # what modulate multiplies
     projector = n * c * (5 * d) if features is not None else 0
     # The cosine of aligned features keeps both in fp32, and their norms.
     alignment = n * 2 * FP32 * features.width if features is not None else 0
     return text + patches + head + projector + alignment
+
+
+def _masks(model: ModelConfig, tokens: int) -> float:
+    """Bytes of a block's two dropout masks, a byte a value, on average over the blocks, of which half have them."""
+    return 0.5 * tokens * model.width * (1 + 8 / 3) if model.dropout > 0 else 0.0
 
 
 def activation_memory(
@@ -193,11 +200,16 @@ def activation_memory(
         checkpointing: whether blocks keep their input alone.
     """
     model, c = shapes.model, shapes.dtype_bytes
-    image_block = block_activations(model, shapes.tokens, shapes.text_length, c)
+    tokens, longest = shapes.tokens, shapes.tokens
+    if model.condition == "class":  # on average over the blocks
+        longest += model.context_tokens
+        tokens += model.context_tokens * (model.depth - model.context_start) // model.depth
+    image_block = block_activations(model, tokens, shapes.text_length, c)
+    image_block += _masks(model, tokens)
     text_block = block_activations(model, shapes.text_length, 0, c)
     kept_image, kept_text = image_block, text_block
     if checkpointing:
-        kept_image, kept_text = c * model.width * shapes.tokens, c * model.width * shapes.text_length
+        kept_image, kept_text = c * model.width * tokens, c * model.width * shapes.text_length
     image_bytes = 3 * FP32 * shapes.resolution**2
     perceptual = open_samples * (
         (distance.saved_bytes if distance is not None else 0)
@@ -205,7 +217,7 @@ def activation_memory(
     )
     first_map = 64 * FP32 * shapes.resolution**2 if distance is not None else 0
     in_perceptual = perceptual + WORKING_COPIES * open_samples * first_map
-    gate_up = 8 * model.width * shapes.tokens * c
+    gate_up = 8 * model.width * longest * c
     in_block = micro_batch * ((image_block if checkpointing else 0) + WORKING_COPIES * gate_up)
     return {
         "image blocks": int(micro_batch * model.depth * kept_image),

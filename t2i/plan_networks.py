@@ -22,8 +22,9 @@ from t2i.build import build_denoiser
 from t2i.config import ObjectiveConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.diffusion.perceptual import EfficientNetLite
-from t2i.models.layers import Projector, rope_table
-from t2i.models.pixelgen import Block, muon_takes
+from t2i.models.layers import Projector, axial_rope_table, rope_table
+from t2i.models.pixelgen import Block, PixelGen, muon_takes
+from t2i.models.pixelgen_class import ClassBlock
 from t2i.models.text import resolve_model
 from t2i.train.build import STAND_IN, denoiser_training_flops
 
@@ -132,12 +133,13 @@ def trained(config: RunConfig, text_width: int, features: Frozen | None) -> Trai
         denoiser = build_denoiser(config.model, text_width, config.text.length)
         aligned = features is not None and config.objective.repa_weight > 0
         projector = Projector(config.model.width, features.width) if aligned and features else None
-    parts = {name: size(getattr(denoiser, name)) for name in ("blocks", "text_blocks")}
+    image_blocks = size(denoiser.blocks)
+    text_blocks = size(denoiser.text_blocks) if isinstance(denoiser, PixelGen) else 0
     muon = config.optimizer.name == "muon"
     return Trained(
-        image_blocks=parts["blocks"],
-        text_blocks=parts["text_blocks"],
-        rest=size(denoiser) - sum(parts.values()),
+        image_blocks=image_blocks,
+        text_blocks=text_blocks,
+        rest=size(denoiser) - image_blocks - text_blocks,
         projector=size(projector) if projector is not None else 0,
         # The projector's names have neither of the parts that Muon looks for.
         by_muon=sum(p.numel() for n, p in denoiser.named_parameters() if muon and p.ndim == 2 and muon_takes(n)),
@@ -166,13 +168,8 @@ def trained_flops(config: RunConfig, text_width: int, features: Frozen | None) -
     """Count what a training image costs in the trained networks."""
     model, side = config.model, config.data.resolution // config.model.patch_size
     with META:
-        text = torch.empty(1, config.text.length, model.width)
         image = torch.empty(1, side * side, model.width)
-        time = torch.empty(1, 1, model.width)
-        text_block, block = Block(model.width, model.heads, False), Block(model.width, model.heads, True)
-        rope = rope_table(side, side, model.width // model.heads, META)
-        refining = model.text_depth * _flops(lambda: text_block(text, time))
-        drawing = model.depth * _flops(lambda: block(image, time, rope, text))
+        refining, drawing = _blocks_flops(config, image, side)
         projecting = 0.0
         if features is not None and config.objective.repa_weight > 0:
             projector = Projector(model.width, features.width)
@@ -183,6 +180,27 @@ def trained_flops(config: RunConfig, text_width: int, features: Frozen | None) -
         projector=projecting,
         blocks=refining + drawing,
     )
+
+
+def _blocks_flops(config: RunConfig, image: Tensor, side: int) -> tuple[float, float]:
+    """FLOPs of one sample's forward through all text blocks, and through all image blocks."""
+    model, head_width = config.model, config.model.width // config.model.heads
+    given = torch.empty(1, 1, model.width)
+    if model.condition == "class":
+        class_block = ClassBlock(model.width, model.heads, 0.0)
+
+        def through(context: int) -> float:
+            tokens = torch.empty(1, context + side * side, model.width)
+            return _flops(lambda: class_block(tokens, given, axial_rope_table(side, side, head_width, context, META)))
+
+        return 0.0, model.context_start * through(0) + (model.depth - model.context_start) * through(
+            model.context_tokens
+        )
+    text = torch.empty(1, config.text.length, model.width)
+    text_block, block = Block(model.width, model.heads, False), Block(model.width, model.heads, True)
+    rope = rope_table(side, side, head_width, META)
+    refining = model.text_depth * _flops(lambda: text_block(text, given))
+    return refining, model.depth * _flops(lambda: block(image, given, rope, text))
 
 
 def _described(name: str, field: str, known: dict[str, dict[str, Any]], default_type: str | None = None) -> Any:
@@ -201,14 +219,16 @@ def _described(name: str, field: str, known: dict[str, dict[str, Any]], default_
         ) from error
 
 
-def text_encoder(config: RunConfig) -> Frozen:
-    """The language model, on one caption of `text.length` tokens.
+def text_encoder(config: RunConfig) -> Frozen | None:
+    """The language model, on one caption of `text.length` tokens; none where classes are drawn.
 
     Raises:
         UserError: what it consists of is not known here.
     """
     from transformers import AutoModel
 
+    if config.model.condition == "class":
+        return None
     described = _described(config.text.model, "text.model", _KNOWN_TEXT)
     with META, torch.no_grad():
         net = AutoModel.from_config(described).eval()

@@ -25,11 +25,14 @@ from data.shards.manifest import MANIFEST, complete, for_each_shard, open_place,
 from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, from_bytes, read_offsets, scan_shard
 from data.shards.tar import TarScan, scan_tar
 from data.store import ObjectInfo, OnFault, Store, StoreOptions
+from data.store.class_folder import ClassFolderStore
 from data.store.folder import SAMPLES_A_SHARD, FolderStore
 
 _MOST_UNINDEXED = 1000
 _MOST_VIRTUAL = 100
 """Shards of a folder of images: every process holds its files' names, and reads the files one by one."""
+_MOST_CLASS_SHARDS = 2000
+"""Of a folder of classes, whose images are read one by one, too: ImageNet makes 1,282."""
 _THREADS = 8
 _CACHE_BYTES = 32 << 20
 """Of offsets, in a process; each of a rank's lanes reads one or two shards at a time."""
@@ -159,6 +162,7 @@ def open_index(
     manifest: str | None = None,
     notice: Callable[[str], None] = print,
     options: StoreOptions = StoreOptions(),
+    classes: bool = False,
 ) -> SourceIndex:
     """Open a source by its manifest or, where it has none and is small, by indexing it here.
 
@@ -168,11 +172,16 @@ def open_index(
         manifest: path or s3:// URL of a manifest; None takes index.json at the root of the source, if it is there.
         notice: is told before anything that takes long.
         options: how to reach the manifest where it is on S3.
+        classes: it is a folder of classes (`data/store/class_folder.py`).
 
     Raises:
         DataError: there is nothing in it, or too many shards to index now, or the manifest does not fit.
         StoreError: the network or a disk failed for longer than the retries last.
     """
+    if classes:
+        if manifest is not None:
+            raise DataError(f"source {name!r}: a folder of classes has no index: leave it out")
+        return _class_folder(store, name, notice)
     if manifest is not None:
         return _listed(store, name, *open_place(manifest, options))
     if store.info(MANIFEST) is not None:
@@ -194,6 +203,28 @@ def open_index(
         )
     notice(f"source {name!r}: no {MANIFEST} at {store.url}, reading {len(infos)} shards; to do it once, {remedy}")
     return _indexed(store, name, infos)
+
+
+def _class_folder(store: Store, name: str, notice: Callable[[str], None]) -> SourceIndex:
+    notice(f"source {name!r}: listing the images in the folders of {store.url}")
+    folders = ClassFolderStore(store)
+    infos = folders.list()
+    if len(infos) > _MOST_CLASS_SHARDS:
+        raise DataError(
+            f"source {name!r}: the images below {store.url} make {len(infos):,} shards of up to {SAMPLES_A_SHARD}, and "
+            f"a folder of classes may make {_MOST_CLASS_SHARDS:,}: write them as WebDataset tars with a .cls member"
+        )
+    held = {number: folders.offsets(info.name) for number, info in enumerate(infos)}
+    return SourceIndex(
+        name,
+        folders,
+        tuple(info.name for info in infos),
+        np.array([info.size for info in infos], np.int64),
+        tuple(info.version for info in infos),
+        np.array([len(held[number]) - 1 for number in range(len(infos))], np.int64),
+        {},
+        held=held,
+    )
 
 
 def _listed(store: Store, name: str, place: Store, manifest: str) -> SourceIndex:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +27,8 @@ from data.store.base import ObjectInfo, OnFault, Store, changed, shrunk
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SAMPLES_A_SHARD = 1000
 
-_BLOCK = 512
-_END = bytes(2 * _BLOCK)
+BLOCK = 512
+END = bytes(2 * BLOCK)
 _LARGEST_FILE = 8**11 - 1
 """Bytes that eleven octal digits can tell."""
 _LONGEST_EXTENSION = 20
@@ -106,8 +106,8 @@ class FolderStore:
             at, size, file = int(shard.offsets[number]), int(shard.sizes[number]), shard.names[number]
             if at >= stop:
                 break
-            _paste(content, at - start, _header(_member(file), size))
-            data = at + _BLOCK
+            paste(content, at - start, tar_header(_member(file), size))
+            data = at + BLOCK
             first, last = max(start, data), min(stop, data + size)
             if first < last:
                 content[first - start : last - start] = self._inner.read(
@@ -163,10 +163,11 @@ def _checked(url: str, files: list[ObjectInfo]) -> list[ObjectInfo]:
 def _member(file: str) -> bytes:
     """What a file is called in its tar."""
     stem, _, extension = file.rpartition(".")
-    return _key(stem) + b"." + _bytes(extension.lower())
+    return tar_key(stem) + b"." + _bytes(extension.lower())
 
 
-def _key(stem: str) -> bytes:
+def tar_key(stem: str) -> bytes:
+    """A sample's key: the name of its files without the extension, with no dot in it and no longer than may be."""
     key = _bytes(stem.replace("%", "%25").replace(".", "%2E"))
     if len(key) <= _LONGEST_KEY:
         return key
@@ -182,13 +183,10 @@ def _bytes(name: str) -> bytes:
 
 def _shard(folder: str, name: str, files: list[ObjectInfo]) -> _Shard:
     sizes = np.array([file.size for file in files], np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(_BLOCK + -(-sizes // _BLOCK) * _BLOCK)])
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(_bytes(f"{file.name}\0{file.size}\0{file.version}\0"))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(BLOCK + -(-sizes // BLOCK) * BLOCK)])
     modified = max(file.modified for file in files)
     return _Shard(
-        ObjectInfo(folder + name, int(offsets[-1]) + len(_END), digest.hexdigest(), modified),
+        ObjectInfo(folder + name, int(offsets[-1]) + len(END), files_digest(files), modified),
         folder,
         tuple(file.name.removeprefix(folder) for file in files),
         tuple(file.version for file in files),
@@ -197,16 +195,24 @@ def _shard(folder: str, name: str, files: list[ObjectInfo]) -> _Shard:
     )
 
 
-def _header(name: bytes, size: int) -> bytes:
+def files_digest(files: Iterable[ObjectInfo], besides: bytes = b"") -> str:
+    """The version of a tar made of these files, and of other bytes."""
+    digest = hashlib.blake2b(besides, digest_size=16)
+    for file in files:
+        digest.update(_bytes(f"{file.name}\0{file.size}\0{file.version}\0"))
+    return digest.hexdigest()
+
+
+def tar_header(name: bytes, size: int) -> bytes:
     """A plain ustar header: readable by all, owned by nobody, of no time."""
     head = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2
     head += b"%011o\0" % size + b"%011o\0" % 0
-    tail = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - len(head) - 8, b"\0")
+    tail = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - len(head) - 8, b"\0")
     checksum = sum(head) + sum(tail) + 8 * ord(" ")  # its own field counts as spaces
     return head + b"%06o\0 " % checksum + tail
 
 
-def _paste(content: bytearray, at: int, piece: bytes) -> None:
+def paste(content: bytearray, at: int, piece: bytes) -> None:
     """Put a piece at byte `at`, which may lie before the content's beginning, as far as there is room."""
     first, last = max(at, 0), min(at + len(piece), len(content))
     if first < last:

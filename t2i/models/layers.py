@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -44,16 +45,18 @@ class Fp32Linear(nn.Linear):
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate) * up)`, where one matrix makes gate and up (first half: gate). No biases."""
+    """`down(silu(gate) * up)`, where one matrix makes gate and up (first half: gate)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drop: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`drop` is the dropout of the hidden values (B, N, hidden)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        hidden = F.silu(gate) * up
+        return self.down(hidden if drop is None else drop(hidden))
 
 
 class TimeEmbedding(nn.Module):
@@ -116,6 +119,26 @@ def rope_table(rows: int, columns: int, head_width: int, device: torch.device) -
     )
     angles = torch.stack([x.flatten()[:, None] * frequencies, y.flatten()[:, None] * frequencies], dim=-1)
     angles = angles.flatten(-2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+@lru_cache(maxsize=64)
+def axial_rope_table(
+    rows: int, columns: int, head_width: int, unturned: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (unturned + N, K/2) of the 2-D rotary embedding of EVA-02 (Fang et al. 2023) and JiT.
+
+    The first half of the channel pairs turns with the row, the second with the column; pair k of either turns by its
+    position 0, 1, 2, ... times 10000^(-4k/K). `unturned` tokens that are no patches come first and are not turned.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, head_width, 4, dtype=torch.float64, device="cpu") / head_width)
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64, device="cpu"),
+        torch.arange(columns, dtype=torch.float64, device="cpu"),
+        indexing="ij",
+    )
+    angles = torch.cat([y.flatten()[:, None] * frequencies, x.flatten()[:, None] * frequencies], dim=-1)
+    angles = F.pad(angles, (0, 0, unturned, 0))
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 

@@ -46,10 +46,10 @@ class Prediction(NamedTuple):
 class Attention(nn.Module):
     """Self-attention with QK-RMSNorm; with `cross`, its keys and values are joined by those of a context."""
 
-    def __init__(self, width: int, heads: int, cross: bool) -> None:
+    def __init__(self, width: int, heads: int, cross: bool, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.context_kv = nn.Linear(width, 2 * width, bias=False) if cross else None
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
@@ -134,6 +134,11 @@ class PixelGen(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
         self.head = Fp32Linear(width, patch_values)
         self.reset_parameters()
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        return [*self.text_blocks, *self.blocks]
 
     def reset_parameters(self) -> None:
         """Xavier for matrices, zero for biases, adaLN and the head; 0.02 for time and text positions."""

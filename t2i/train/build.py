@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.randomness import key
-from t2i.build import build_denoiser
+from t2i.build import Denoiser, build_denoiser
 from t2i.config import ObjectiveConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.diffusion.objective import LossWeights, Objective
@@ -22,7 +22,7 @@ from t2i.engine.fsdp import FsdpEngine
 from t2i.engine.interface import Engine
 from t2i.engine.optimizer import build_optimizer
 from t2i.models.layers import Projector
-from t2i.models.pixelgen import PixelGen, Prediction, muon_takes
+from t2i.models.pixelgen import Prediction, muon_takes
 from t2i.train.processes import World
 
 STAND_IN = "efficientnet-lite0"
@@ -31,7 +31,7 @@ STAND_IN = "efficientnet-lite0"
 class TrainingNetwork(nn.Module):
     """Everything that is trained: the denoiser and the projector of representation alignment."""
 
-    def __init__(self, denoiser: PixelGen, projector: Projector | None) -> None:
+    def __init__(self, denoiser: Denoiser, projector: Projector | None) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.projector = projector
@@ -39,11 +39,15 @@ class TrainingNetwork(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, in the order in which they run."""
-        return [*self.denoiser.text_blocks, *self.denoiser.blocks]
+        return self.denoiser.all_blocks
 
-    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Predicted image (B, 3, H, W) and projected features (B, N, width)."""
-        prediction: Prediction = self.denoiser(x_t, t, text)
+    def forward(self, x_t: Tensor, t: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Predicted image (B, 3, H, W) and projected features (B, N, width).
+
+        Args:
+            condition: the captions' states or labels and, where the denoiser has dropout, its keys.
+        """
+        prediction: Prediction = self.denoiser(x_t, t, *condition)
         projected = self.projector(prediction.features) if self.projector is not None else None
         return prediction.image, projected
 
@@ -173,7 +177,10 @@ def denoiser_training_flops(config: RunConfig, text_width: int) -> float:
     with torch.device("meta"):
         denoiser = build_denoiser(config.model, text_width, config.text.length)
         side = config.data.resolution
-        inputs = torch.empty(1, 3, side, side), torch.empty(1), torch.empty(1, config.text.length, text_width)
+        condition = torch.empty(1, config.text.length, text_width)
+        if config.model.condition == "class":
+            condition = torch.empty(1, dtype=torch.long)
+        inputs = torch.empty(1, 3, side, side), torch.empty(1)
     with FlopCounterMode(display=False) as counter:
-        denoiser(*inputs)
+        denoiser(*inputs, condition)
     return 3.0 * counter.get_total_flops()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from data.example import ImageSettings
+from data.example import Crop, ImageSettings
 from data.fixed import FixedSamples, fixed_samples
 from data.loader import Loader
 from data.shards.index import SourceIndex, check_listing, open_index
 from data.store import StoreOptions, open_store
+from data.store.class_folder import ClassFolderStore
 from data.stream import SetAside, Source
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
@@ -35,7 +36,8 @@ class StageData:
         """The validation samples, the same on every rank and for every number of ranks."""
         if not self.heldout:
             return None
-        images = ImageSettings(config.data.resolution, config.data.small_images)
+        crop: Crop = "adm" if config.data.crop == "adm" else "center"
+        images = ImageSettings(config.data.resolution, config.data.small_images, crop)
         return fixed_samples(self.heldout, config.validation.samples, images)
 
     def loader(self, config: RunConfig, stage: str, world: World, state: dict[str, Any] | None) -> Loader:
@@ -57,8 +59,8 @@ class StageData:
         )
 
 
-Opened = dict[tuple[str, str, str | None, StoreOptions], SourceIndex]
-"""Indices by name, address, manifest and options: stages that share a source open it once."""
+Opened = dict[tuple[str, str, str | None, bool, StoreOptions], SourceIndex]
+"""Indices by name, address, manifest, whether its folders are classes, and options: stages that share a source open it once."""
 
 
 def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: str | None, opened: Opened) -> Source:
@@ -69,9 +71,10 @@ def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: st
         StoreError: the network or a disk failed for longer than the retries last.
     """
     options = config.store_options(source)
-    key = (source.name, url, manifest, options)
+    key = (source.name, url, manifest, source.class_folders, options)
     if key not in opened:
-        index = opened[key] = open_index(open_store(url, options), source.name, manifest, options=options)
+        store = open_store(url, options)
+        index = opened[key] = open_index(store, source.name, manifest, options=options, classes=source.class_folders)
         if notice := check_listing(index):
             print(notice)
     return Source(opened[key], source.weight, source.rules)
@@ -83,6 +86,25 @@ def _damage(sources: list[Source]) -> list[SetAside]:
         for index in (source.index for source in sources)
         for shard, detail in sorted(index.damage.items())
     ]
+
+
+def _check_classes(source: Source, trained: list[Source], config: RunConfig) -> None:
+    """See that a folder of classes has as many as the model, and the same as the other sources.
+
+    Raises:
+        ConfigError: its numbers would mean other classes.
+    """
+    if not isinstance(source.index.store, ClassFolderStore):
+        return
+    classes, url = source.index.store.classes, source.index.store.url
+    if len(classes) != config.model.classes:
+        raise ConfigError(f"model.classes {config.model.classes}: {url} has folders for {len(classes)} classes")
+    for other in trained:
+        if isinstance(other.index.store, ClassFolderStore) and other.index.store.classes != classes:
+            raise ConfigError(
+                f"data.sources: the folders of {url} and {other.index.store.url} differ, and classes are numbered by "
+                "their folders' names: give both the same folders"
+            )
 
 
 def open_data(config: RunConfig, stage: str, opened: Opened) -> StageData:
@@ -106,6 +128,8 @@ def open_data(config: RunConfig, stage: str, opened: Opened) -> StageData:
         for source in config.data.sources
         if source.heldout is not None and validates
     ]
+    for source in (*sources, *heldout):
+        _check_classes(source, sources, config)
     data = StageData(sources, heldout, _damage([*sources, *heldout]))
     data.heldout_samples(config)  # too few are better said now than after the stages before
     return data

@@ -9,20 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.loader import Batch
-from data.randomness import key, uniform
+from data.randomness import hash_u64, key, uniform
 from t2i.config import RunConfig
 from t2i.diffusion.flow import interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Objective, Terms, band_names
 from t2i.engine.interface import Engine, StepResult
-from t2i.models.text import TextEncoder
+from t2i.models.dropout import KEY_BITS
+from t2i.models.labels import Conditioner
 from t2i.train.processes import World
 from t2i.train.schedule import learning_rate, training_times
 from t2i.train.validate import global_means
+
+PURPOSES = ("time", "noise", "caption", "dropout")
+"""What a step draws for each slot."""
 
 Veto = Callable[[float, float], str | None]
 """(mean loss of the global batch, gradient norm) to the reason why the update must not be applied, or None."""
@@ -42,8 +48,8 @@ class TrainingStep:
         config: the stage's settings.
         stage: its name.
         world: this process.
-        text: reads captions.
-        null_caption: states (L, E) that stand for no caption.
+        conditioner: reads captions.
+        null_caption: what stands for no caption: states (L, E), or a class ().
         objective: the loss.
         engine: the network that is trained.
     """
@@ -53,15 +59,15 @@ class TrainingStep:
         config: RunConfig,
         stage: str,
         world: World,
-        text: TextEncoder,
+        conditioner: Conditioner,
         null_caption: Tensor,
         objective: Objective,
         engine: Engine,
     ) -> None:
         self._config, self._world = config, world
-        self._text, self._null_caption = text, null_caption
+        self._conditioner, self._null_caption = conditioner, null_caption
         self._objective, self._engine = objective, engine
-        self._keys = {purpose: key(config.seed, stage, purpose) for purpose in ("time", "noise", "caption")}
+        self._keys = {purpose: key(config.seed, stage, purpose) for purpose in PURPOSES}
 
     def __call__(self, batch: Batch, step: int, veto: Veto) -> Trained:
         """Train on this rank's share of a global batch.
@@ -85,6 +91,13 @@ class TrainingStep:
         optimizer = self._config.optimizer
         return learning_rate(optimizer, step, self._config.train.steps, optimizer.muon_lr if muon else optimizer.lr)
 
+    def _dropout_keys(self, slots: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Keys (B,) of the samples' dropout masks; nothing where the network has no dropout."""
+        if self._config.model.dropout == 0:
+            return ()
+        keys = hash_u64(self._keys["dropout"], slots) >> np.uint64(64 - KEY_BITS)
+        return (torch.from_numpy(keys.astype(np.int64)).to(self._world.device),)
+
     def _accumulate(self, batch: Batch) -> Terms:
         """All micro-steps; the sums of this rank's loss terms."""
         config, size, device = self._config, self._config.train.batch_size, self._world.device
@@ -100,9 +113,10 @@ class TrainingStep:
             image = to_unit_range(batch.pixels[part].to(device, non_blocking=True))
             times = torch.from_numpy(t[part]).float().to(device)
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device)
-            text = self._text(batch.captions[part])
-            text[torch.from_numpy(dropped[part]).to(text.device)] = self._null_caption
-            predicted, projected = self._engine.network(interpolate(image, noise, times), times, text)
+            condition = self._conditioner(batch.captions[part])
+            condition[torch.from_numpy(dropped[part]).to(condition.device)] = self._null_caption
+            masks = self._dropout_keys(batch.slots[part])
+            predicted, projected = self._engine.network(interpolate(image, noise, times), times, condition, *masks)
             loss, part_terms = self._objective(
                 predicted,
                 projected,

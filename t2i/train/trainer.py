@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.loader import Batch, merge_states
-from t2i.build import build_text, choose_dtype
+from t2i.build import build_conditioner, choose_dtype, condition_identity
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.engine.checkpoint import CheckpointError, CheckpointWriter, Mirror, values_of
@@ -74,13 +74,13 @@ class StageTrainer:
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
         dtype = choose_dtype(config.engine.dtype, world.device)
-        self.text = build_text(config, world.device, dtype)
-        self.null_caption = self._stored_null_caption().to(world.device, dtype)
+        self.conditioner = build_conditioner(config, world.device, dtype)
+        self.null_caption = self._stored_null_caption()
         objective = build_objective(config.objective, world.device)
-        network = build_network(config, self.text.width, objective.patch_features)
+        network = build_network(config, self.conditioner.width, objective.patch_features)
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
-        pipeline = Pipeline(config, averaged, self.text, self.null_caption, world.device)
+        pipeline = Pipeline(config, averaged, self.conditioner, self.null_caption, world.device)
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
@@ -94,9 +94,10 @@ class StageTrainer:
         loader = data.loader(config, place.name, world, start.data)
         self.intake = Intake(loader, world, config, place.name, self.step, data.damage)
         self.writer = self._build_writer(attempt)
-        self.flops_per_image = denoiser_training_flops(config, self.text.width)
+        self.flops_per_image = denoiser_training_flops(config, self.conditioner.width)
         self.peak_flops = peak_flops(world.device, dtype)
-        self._train = TrainingStep(config, place.name, world, self.text, self.null_caption, objective, self.engine)
+        captions = (self.conditioner, self.null_caption)
+        self._train = TrainingStep(config, place.name, world, *captions, objective, self.engine)
 
     def _build_writer(self, attempt: str) -> CheckpointWriter:
         saving, mirror = self.config.checkpoint, None
@@ -118,28 +119,26 @@ class StageTrainer:
     # Where the stage stands
 
     def _stored_null_caption(self) -> Tensor:
-        """The null caption's states (L, E): computed once, and kept with the run and its models."""
+        """The null caption's states (L, E) or class (): computed once, and kept with the run and its models."""
         path, source = self.place.null_caption, self.config.init.source
+        fresh, made_by = self.conditioner.null_caption(), condition_identity(self.config)
         if path.exists():
             with safe_open(path, framework="pt") as file:
-                made_by, states = (file.metadata() or {}).get("text"), file.get_tensor(NULL_CAPTION)
-            if made_by != self._text_identity:
+                stored_by, states = (file.metadata() or {}).get("text"), file.get_tensor(NULL_CAPTION)
+            if stored_by != made_by:
                 raise ConfigError(
-                    f"{path} was computed with {made_by}, this run has {self._text_identity}: a run keeps its text "
-                    "section; give this one another name"
+                    f"{path} was computed with {stored_by}, this run has {made_by}: a run keeps its text "
+                    "section and its classes; give this one another name"
                 )
-            return states
+            return states.to(fresh)
         if source not in ("previous", "scratch"):
             states = read_model(Path(source), self.config.init.weights).null_caption
-            if states.shape != (self.text.length, self.text.width):
-                raise ConfigError(f"init.source {source} has another text encoder or text.length than this run")
-            return states
-        return self.text.null_caption()
-
-    @property
-    def _text_identity(self) -> str:
-        """What the states of a caption depend on."""
-        return f"text.model {self.config.text.model} at text.length {self.config.text.length}"
+            if states.shape != fresh.shape:
+                raise ConfigError(
+                    f"init.source {source} has another text encoder, text.length or model.condition than this run"
+                )
+            return states.to(fresh)
+        return fresh
 
     def _save_checkpoint(self, observer: Observer, *, may_skip: bool = False, ephemeral: bool = False) -> None:
         self.intake.flush()
@@ -182,7 +181,7 @@ class StageTrainer:
         if self.world.is_main and not self.place.null_caption.exists():
             aside = self.place.null_caption.with_suffix(".partial")
             states = self.null_caption.contiguous().cpu()
-            save_file({NULL_CAPTION: states}, aside, metadata={"text": self._text_identity})
+            save_file({NULL_CAPTION: states}, aside, metadata={"text": condition_identity(self.config)})
             aside.rename(self.place.null_caption)
         if self.step == 0:
             self._evaluate(observer)

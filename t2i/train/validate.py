@@ -50,7 +50,7 @@ class Evaluator:
             image = to_unit_range(self.heldout.pixels[index].to(device))
             times = torch.from_numpy(t[index]).float().to(device)
             x_t = interpolate(image, slot_noise(noise_key, index, image.shape[1:], device), times)
-            states = self.pipeline.text([self.heldout.captions[i] for i in index])
+            states = self.pipeline.conditioner([self.heldout.captions[i] for i in index])
             predicted = self.pipeline.denoiser(x_t, times, states).image
             losses = flow_matching_loss(predicted, image, times, config.objective.min_noise)
             terms.add("loss", losses.sum(), len(index))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t2i.build import build_denoiser, build_text
+from t2i.build import build_conditioner, build_denoiser
 from t2i.config import RunConfig, SamplingConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, validate_config
@@ -49,7 +49,7 @@ def random_weights(run: RunConfig, seed: int) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, place = config(), tmp_path_factory.mktemp("model")
-    null = build_text(run, CPU, torch.float32).null_caption()
+    null = build_conditioner(run, CPU, torch.float32).null_caption()
     raw, ema = ({**random_weights(run, seed), "projector.layers.0.weight": torch.zeros(2, 2)} for seed in (0, 1))
     write_model(place / "model", run, raw, ema, null)
     return place / "model"
@@ -111,7 +111,7 @@ def test_pictures_of_a_prompt_differ_by_number_and_seed_alone(pipeline: Pipeline
 def test_a_picture_is_the_solution_of_the_guided_equation(pipeline: Pipeline) -> None:
     """Adams' second-order steps on the grid 0, 1/5, 1/2, 1 (shift 2 of 0, 1/3, 2/3, 1), written out."""
     picture = Picture("green apple", 3)
-    states, null = pipeline.text([picture.prompt]), pipeline.null_caption[None]
+    states, null = pipeline.conditioner([picture.prompt]), pipeline.null_caption[None]
 
     def velocity(x: Tensor, t: float, scale: float) -> Tensor:
         v, v_null = ((pipeline.denoiser(x, torch.tensor([t]), s).image - x) / (1 - t) for s in (states, null))

@@ -1,0 +1,131 @@
+"""Class-conditional samples as ADM's evaluation reads them: one `.npz`, `arr_0` the images and `arr_1` the classes.
+
+- Image i is of class i modulo the number of classes, so that any 1000 in a row hold each class once, and is a function
+  of the weights, the sampler, the seed and i.
+- The images are drawn in parts of one batch, shared out over the processes. A part is a file beside the `.npz` that is
+  written aside and renamed, so what a killed job has drawn is there for the next, on any number of processes.
+- The `.npz` is put together part by part: 50,000 images of 256 px are 9.8 GB, more than a rank should hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2i.config import SamplingConfig
+from t2i.config_base import ConfigError
+from t2i.model_folder import FILES, WhichWeights
+from t2i.pipeline import Picture, Pipeline
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A set of samples in the making.
+
+    Attributes:
+        out: the `.npz`; its parts lie in the folder of the same name with `.parts`.
+        count: images.
+        classes: of the model.
+        side: pixels of an image's side.
+        sampling: how they are drawn; its batch is a part.
+    """
+
+    out: Path
+    count: int
+    classes: int
+    side: int
+    sampling: SamplingConfig
+
+    @property
+    def parts(self) -> range:
+        """Their numbers."""
+        return range(-(-self.count // self.sampling.batch_size))
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        return self.out.with_name(self.out.name + ".parts")
+
+    def indices(self, part: int) -> range:
+        """The images of a part."""
+        first = part * self.sampling.batch_size
+        return range(first, min(first + self.sampling.batch_size, self.count))
+
+    def path(self, part: int) -> Path:
+        """A part's file: its images' bytes, (n, H, W, 3)."""
+        return self.folder / f"{part:06d}.bin"
+
+    def begin(self, made_of: dict[str, Any]) -> None:
+        """Make the folder, or see that the parts that are there are of the same samples.
+
+        Args:
+            made_of: what else the images depend on, in JSON's types.
+
+        Raises:
+            ConfigError: they are not, or the folder cannot be made.
+        """
+        asked = {**made_of, "count": self.count, "sampling": self.sampling.model_dump(mode="json")}
+        note = self.folder / "samples.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {self.out}: {self.folder} cannot be made: {error.strerror}") from error
+        if not note.exists():
+            _write_aside(note, [json.dumps(asked, indent=1).encode()])
+        elif (begun := json.loads(note.read_text())) != json.loads(json.dumps(asked)):
+            differ = ", ".join(
+                sorted(name for name in begun.keys() | asked.keys() if begun.get(name) != asked.get(name))
+            )
+            raise ConfigError(f"--out {self.out}: {self.folder} holds parts of other samples ({differ}): remove it")
+
+    def draw(self, pipeline: Pipeline, mine: Iterable[int], drawn: Callable[[], None]) -> None:
+        """Draw these parts, and tell of each."""
+        for part in mine:
+            pictures = [Picture(str(i % self.classes), i // self.classes) for i in self.indices(part)]
+            images = pipeline.draw(pictures, self.sampling).permute(0, 2, 3, 1).contiguous()
+            _write_aside(self.path(part), [images.numpy().tobytes()])
+            drawn()
+
+    def assemble(self) -> None:
+        """Write the `.npz` of all parts, and remove them."""
+        labels = np.arange(self.count, dtype=np.int64) % self.classes
+        shape = (self.count, self.side, self.side, 3)
+        aside = self.out.with_name(self.out.name + ".partial")
+        # A member's date is ZipInfo's own, so that equal samples are equal files.
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in self.parts:
+                    content = self.path(part).read_bytes()
+                    assert len(content) == len(self.indices(part)) * self.side**2 * 3
+                    file.write(content)
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+                np.lib.format.write_array(file, labels)
+        os.replace(aside, self.out)
+        shutil.rmtree(self.folder)
+
+
+def weights_digest(model: Path, which: WhichWeights) -> str:
+    """A hash of a model folder's weights."""
+    with (model / FILES[which]).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _write_aside(path: Path, pieces: Iterable[bytes]) -> None:
+    aside = path.with_suffix(".partial")
+    with aside.open("wb") as file:
+        file.writelines(pieces)
+    os.replace(aside, path)

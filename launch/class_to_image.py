@@ -1,0 +1,10 @@
+"""Train a class-conditional model, every stage of its run that is not done yet.
+
+deepspeed launch/class_to_image.py --config configs/pixelgen_xl.yaml
+"""
+
+from launch.process import main
+from launch.train import train
+
+if __name__ == "__main__":
+    main(lambda: train(__doc__, only=None, default_config="configs/pixelgen_xl.yaml"))

@@ -1,0 +1,69 @@
+"""Draw class-conditional samples into an `.npz` for ADM's evaluation.
+
+    deepspeed launch/sample_classes.py --model runs/pixelgen_xl/imagenet256/model --out samples.npz
+
+50,000 images, `arr_0` uint8 (N, H, W, 3), and their classes, `arr_1`; image i is of class i modulo the number of
+classes and the same for any number of processes. A job that is killed goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+from tqdm import tqdm
+
+from evaluation.adm_npz import Samples, weights_digest
+from launch.process import joined_world, main
+from t2i.config import SamplingConfig
+from t2i.config_base import ConfigError
+from t2i.config_loading import validate_section
+from t2i.pipeline import Pipeline
+
+
+def sample_classes() -> None:
+    """Parse the command line and draw."""
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], exit_on_error=False)
+    parser.add_argument("--model", type=Path, required=True, help="model/ folder of a class-conditional run")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz")
+    parser.add_argument("--samples", type=int, default=50_000, help="how many images")
+    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
+    parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
+    try:
+        options = parser.parse_args()
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if options.samples < 1:
+        raise ConfigError(f"--samples {options.samples}: at least one image")
+    if options.out.suffix != ".npz":
+        raise ConfigError(f"--out {options.out}: the name ends in .npz")
+    with joined_world() as world:
+        pipeline = Pipeline.load(options.model, options.weights, world.device)
+        config = pipeline.config
+        if config.model.condition != "class":
+            raise ConfigError(f"--model {options.model} draws from captions: use launch/sample.py")
+        tree = {**config.sampling.model_dump(), **options.sampling}
+        settings = validate_section(SamplingConfig, tree, "--sampling")
+        samples = Samples(options.out, options.samples, config.model.classes, config.data.resolution, settings)
+        if world.from_main(options.out.exists):
+            raise ConfigError(f"--out {options.out} is there already: remove it or give another name")
+
+        def begin() -> list[int]:
+            samples.begin({"weights": weights_digest(options.model, options.weights)})
+            return [part for part in samples.parts if not samples.path(part).exists()]
+
+        missing = world.from_main(begin)
+        mine = missing[world.rank :: world.size]
+        with tqdm(total=len(mine), disable=not world.is_main, unit="batch") as bar:
+            samples.draw(pipeline, mine, lambda: bar.update() and None)
+        world.barrier()
+        world.from_main(samples.assemble)
+        if world.is_main:
+            print(f"{options.samples} images in {options.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sample_classes)

@@ -1,0 +1,59 @@
+"""Class labels as a condition: what takes the text encoder's place where a network draws classes.
+
+A sample's caption is its label in digits, "207"; the empty caption stands for no class, as it does for text.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+
+
+class Conditioner(Protocol):
+    """Turns captions into what a denoiser is told of them: `TextEncoder` or `ClassLabels`."""
+
+    width: int
+    """Width E of a caption's states; 0 where a caption is a number."""
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """(B, ...), on its device."""
+
+    def null_caption(self) -> Tensor:
+        """What stands for no caption, without the batch's axis."""
+
+
+class ClassLabels:
+    """Labels 0 ... `classes` - 1; the number `classes` is the null class."""
+
+    width = 0
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.classes = classes
+        self._device = device
+
+    def _number(self, caption: str) -> int:
+        if not caption:
+            return self.classes
+        label = int(caption) if caption.isascii() and caption.isdigit() else self.classes
+        if label >= self.classes:
+            raise UserError(
+                f"the caption {caption[:80]!r} is no class: model.condition is class and model.classes "
+                f"{self.classes}, so a caption is a number from 0 to {self.classes - 1}"
+            )
+        return label
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Labels (B,), int64.
+
+        Raises:
+            UserError: a caption is no label.
+        """
+        return torch.tensor([self._number(caption) for caption in captions], dtype=torch.long, device=self._device)
+
+    def null_caption(self) -> Tensor:
+        """The null class (), int64."""
+        return self([""])[0]
