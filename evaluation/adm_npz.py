@@ -76,7 +76,8 @@ class Samples:
         Raises:
             ConfigError: they are not, or the folder cannot be made.
         """
-        asked = {**made_of, "count": self.count, "sampling": self.sampling.model_dump(mode="json")}
+        settings = self.sampling.model_dump(mode="json")
+        asked = json.loads(json.dumps({**made_of, "count": self.count, "sampling": settings}))
         note = self.folder / "samples.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,13 +85,12 @@ class Samples:
             raise ConfigError(f"--out {self.out}: {self.folder} cannot be made: {error.strerror}") from error
         if not note.exists():
             _write_aside(note, [json.dumps(asked, indent=1).encode()])
-        elif (begun := json.loads(note.read_text())) != json.loads(json.dumps(asked)):
-            differ = ", ".join(
-                sorted(name for name in begun.keys() | asked.keys() if begun.get(name) != asked.get(name))
-            )
+        elif (begun := json.loads(note.read_text())) != asked:
+            names = sorted(begun.keys() | asked.keys())
+            differ = ", ".join(name for name in names if begun.get(name) != asked.get(name))
             raise ConfigError(f"--out {self.out}: {self.folder} holds parts of other samples ({differ}): remove it")
 
-    def draw(self, pipeline: Pipeline, mine: Iterable[int], drawn: Callable[[], None]) -> None:
+    def draw(self, pipeline: Pipeline, mine: Iterable[int], drawn: Callable[[], object]) -> None:
         """Draw these parts, and tell of each."""
         for part in mine:
             pictures = [Picture(str(i % self.classes), i // self.classes) for i in self.indices(part)]

@@ -58,7 +58,7 @@ def sample_classes() -> None:
         missing = world.from_main(begin)
         mine = missing[world.rank :: world.size]
         with tqdm(total=len(mine), disable=not world.is_main, unit="batch") as bar:
-            samples.draw(pipeline, mine, lambda: bar.update() and None)
+            samples.draw(pipeline, mine, bar.update)
         world.barrier()
         world.from_main(samples.assemble)
         if world.is_main:

@@ -119,9 +119,9 @@ class ClassPixelGen(nn.Module):
         for parameter in (*self.time.mlp.parameters(), *self.label.parameters(), self.context_position):
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
-        zeroed = [block.adaln for block in self.blocks] + [self.head_adaln, self.head]
-        for linear in zeroed:
-            nn.init.zeros_(linear.weight)
+        for name, parameter in self.named_parameters():
+            if "adaln." in name or name.startswith("head."):
+                nn.init.zeros_(parameter)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, label_B: Tensor, dropout_B: Tensor | None = None) -> Prediction:
         """Predict the clean image.

@@ -60,7 +60,8 @@ class StageData:
 
 
 Opened = dict[tuple[str, str, str | None, bool, StoreOptions], SourceIndex]
-"""Indices by name, address, manifest, whether its folders are classes, and options: stages that share a source open it once."""
+"""Indices by name, address, manifest, whether folders are classes, and options: stages that share a source open it
+once."""
 
 
 def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: str | None, opened: Opened) -> Source:
