@@ -33,7 +33,11 @@ def derive(key_B: Tensor, number: int) -> Tensor:
 
 
 def keep_mask(key_B: Tensor, tokens: int, channels: int, rate: float) -> Tensor:
-    """Which of (B, tokens, channels) are kept: each with probability 1 - `rate`, to within 2**-31."""
+    """Which of (B, tokens, channels) are kept: each with probability 1 - `rate`, to within 2**-31.
+
+    Args:
+        key_B: random or derived; plain numbers in a row would share rows of their masks.
+    """
     token = torch.arange(tokens, device=key_B.device)
     channel = torch.arange(channels, device=key_B.device)
     # Two numbers a row: of one alone, some of a step's millions of rows would be equal.

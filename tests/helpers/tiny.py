@@ -1,4 +1,4 @@
-"""A run of two short stages on a few drawn scenes, for the tests of the jobs."""
+"""A run of two short stages on a few drawn scenes, for the tests of the jobs; and one on a few classes of shapes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from data.packing import pack, shapes
+from data.randomness import key, uniform
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +44,34 @@ def tiny_config(scenes: Path, root: Path, **changes: Any) -> dict[str, Any]:
         "checkpoint": {"every": 3, "keep": 2},
         "stages": [{"name": "low"}, {"name": "high", "data": {"resolution": 24}, "train": {"steps": 10}}],
     } | changes
+
+
+def draw_classes(folder: Path, each: int = 24, size: int = 24) -> Path:
+    """Folders train and heldout of three classes, each of one shape in one colour, at several places and sizes."""
+    kinds = (("circle", "red"), ("square", "blue"), ("star", "green"))
+    for part, count, seed in (("train", each, 0), ("heldout", 4, 1)):
+        for number, (shape, color) in enumerate(kinds):
+            (folder / part / f"n0{number}").mkdir(parents=True)
+            for i in range(count):
+                u = uniform(key(seed, shape), range(3 * i, 3 * i + 3)).tolist()
+                place = (0.4 + 0.2 * u[0], 0.4 + 0.2 * u[1])
+                drawn = shapes.Object(shape, color, place, 0.4 + 0.2 * u[2], 0)
+                scene = shapes.Scene(seed, i, "colors", (), None, (drawn,))
+                Image.fromarray(shapes.draw(scene, size)).save(folder / part / f"n0{number}" / f"{i}.png")
+    return folder
+
+
+def tiny_classes(images: Path, root: Path, **changes: Any) -> dict[str, Any]:
+    """A config tree of one stage on what `draw_classes` drew."""
+    source = {"name": "shapes", "url": str(images / "train"), "heldout": str(images / "heldout")}
+    source |= {"class_folders": True, "captions": {"members": {"cls": 1}}}
+    tree = tiny_config(images, root, **changes)
+    tree["model"] = {"condition": "class", "classes": 3, "patch_size": 4, "width": 48, "depth": 4, "heads": 2} | {
+        "bottleneck": 8, "repa_layer": 1, "context_tokens": 2, "context_start": 1, "dropout": 0.2
+    }  # fmt: skip
+    tree["data"] |= {"sources": [source], "crop": "adm"}
+    tree["validation"] |= {"prompts": ["0", "1", "2", ""]}
+    return tree | {"stages": [{"name": "classes"}]}
 
 
 def write_config(path: Path, tree: dict[str, Any]) -> Path:
