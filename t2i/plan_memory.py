@@ -152,6 +152,11 @@ class Shapes:
         """Of an image."""
         return (self.resolution // self.model.patch_size) ** 2
 
+    def block_tokens(self, index: int) -> int:
+        """Of image block `index` (from 0), with those of the class once they have joined."""
+        joined = self.model.condition == "class" and index >= self.model.context_start
+        return self.tokens + (self.model.context_tokens if joined else 0)
+
 
 def ends_activations(shapes: Shapes, features: Frozen | None, fused_norms: bool = True) -> float:
     """Bytes that autograd keeps of one sample outside the blocks: text entrance, patch embedding, head, projector."""
@@ -168,9 +173,18 @@ def ends_activations(shapes: Shapes, features: Frozen | None, fused_norms: bool 
     return text + patches + head + projector + alignment
 
 
-def _masks(model: ModelConfig, tokens: int) -> float:
-    """Bytes of a block's two dropout masks, a byte a value, on average over the blocks, of which half have them."""
-    return 0.5 * tokens * model.width * (1 + 8 / 3) if model.dropout > 0 else 0.0
+def image_blocks_activations(shapes: Shapes, fused_norms: bool = True) -> float:
+    """Bytes that autograd keeps of one sample in all image blocks."""
+    model, c = shapes.model, shapes.dtype_bytes
+    if model.condition == "text":
+        return model.depth * block_activations(model, shapes.tokens, shapes.text_length, c, fused_norms)
+    found = 0.0
+    for index in range(model.depth):
+        tokens = shapes.block_tokens(index)
+        found += block_activations(model, tokens, 0, c, fused_norms)
+        if model.dropout > 0 and model.depth // 4 <= index < model.depth * 3 // 4:
+            found += tokens * model.width * (1 + 8 / 3)  # its two masks, a byte a value
+    return found
 
 
 def activation_memory(
@@ -200,16 +214,12 @@ def activation_memory(
         checkpointing: whether blocks keep their input alone.
     """
     model, c = shapes.model, shapes.dtype_bytes
-    tokens, longest = shapes.tokens, shapes.tokens
-    if model.condition == "class":  # on average over the blocks
-        longest += model.context_tokens
-        tokens += model.context_tokens * (model.depth - model.context_start) // model.depth
-    image_block = block_activations(model, tokens, shapes.text_length, c)
-    image_block += _masks(model, tokens)
+    image_blocks = kept_image = image_blocks_activations(shapes)
     text_block = block_activations(model, shapes.text_length, 0, c)
-    kept_image, kept_text = image_block, text_block
+    kept_text = text_block
     if checkpointing:
-        kept_image, kept_text = c * model.width * tokens, c * model.width * shapes.text_length
+        kept_image = c * model.width * sum(map(shapes.block_tokens, range(model.depth)))
+        kept_text = c * model.width * shapes.text_length
     image_bytes = 3 * FP32 * shapes.resolution**2
     perceptual = open_samples * (
         (distance.saved_bytes if distance is not None else 0)
@@ -217,10 +227,10 @@ def activation_memory(
     )
     first_map = 64 * FP32 * shapes.resolution**2 if distance is not None else 0
     in_perceptual = perceptual + WORKING_COPIES * open_samples * first_map
-    gate_up = 8 * model.width * longest * c
-    in_block = micro_batch * ((image_block if checkpointing else 0) + WORKING_COPIES * gate_up)
+    gate_up = 8 * model.width * shapes.block_tokens(model.depth - 1) * c
+    in_block = micro_batch * ((image_blocks / model.depth if checkpointing else 0) + WORKING_COPIES * gate_up)
     return {
-        "image blocks": int(micro_batch * model.depth * kept_image),
+        "image blocks": int(micro_batch * kept_image),
         "text blocks": int(micro_batch * model.text_depth * kept_text),
         "ends and projector": int(micro_batch * ends_activations(shapes, features if aligned else None)),
         "images": micro_batch * IMAGE_COPIES * image_bytes,

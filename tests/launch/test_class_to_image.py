@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import draw_classes, ranks_of, run, start, tiny_classes, write_config
+from tiny import draw_classes, run, start, tiny_classes, write_config
+
+from t2i.config_base import ConfigError
+from t2i.config_loading import stage_config, validate_config
+from t2i.pipeline import Picture, Pipeline
+from t2i.train.stage_data import open_data
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
 
@@ -41,10 +46,11 @@ def trained(images: Path, tmp_path_factory) -> Path:
 
 
 def test_a_run_learns_labels_and_leaves_a_model(trained: Path) -> None:
-    weights = load_file(trained / "classes" / "model" / "model.safetensors")
+    weights, average = (load_file(trained / "classes" / "model" / f"{name}.safetensors") for name in ("model", "ema"))
+    assert weights.keys() == average.keys()
     assert weights["null_caption"].shape == () and weights["null_caption"] == 3
     labels = weights["denoiser.label.weight"]
-    assert labels.shape == (4, 48)
+    assert labels.shape == (4, 48) and not torch.equal(labels, average["denoiser.label.weight"])
     found = losses(trained)
     assert found["validation", 8] < 0.9 * found["validation", 0]
     assert {path.name for path in (trained / "classes" / "samples").glob("*.png")} == {
@@ -64,15 +70,16 @@ def test_one_process_with_other_micro_batches_drops_and_learns_the_same(
         assert mine["train", step] == pytest.approx(theirs["train", step], rel=1e-4)
 
 
-def test_what_is_no_class_stops_a_run_before_it_begins(images: Path, tmp_path: Path) -> None:
-    config = str(write_config(tmp_path / "config.yaml", tiny_classes(images, tmp_path)))
-    output = run("python", "class_to_image.py", "--config", config, "--model.classes", "4", ranks=1, code=2)
-    assert "has folders for 3 classes" in output.splitlines()[-1]
+def test_folders_that_are_not_the_models_classes_are_refused(images: Path, tmp_path: Path) -> None:
+    tree = tiny_classes(images, tmp_path)
+    tree["model"]["classes"] = 4
+    with pytest.raises(ConfigError, match="has folders for 3 classes"):
+        open_data(stage_config(validate_config(tree, "here"), 0), "classes", {})
     shutil.copytree(images, tmp_path / "other")
     (tmp_path / "other" / "heldout" / "n00").rename(tmp_path / "other" / "heldout" / "n09")
-    config = str(write_config(tmp_path / "other.yaml", tiny_classes(tmp_path / "other", tmp_path)))
-    output = run("python", "class_to_image.py", "--config", config, ranks=1, code=2)
-    assert "give both the same folders" in output.splitlines()[-1]
+    config = validate_config(tiny_classes(tmp_path / "other", tmp_path), "here")
+    with pytest.raises(ConfigError, match="give both the same folders"):
+        open_data(stage_config(config, 0), "classes", {})
 
 
 @pytest.fixture(scope="module")
@@ -93,26 +100,20 @@ def test_the_npz_is_adms(samples: Path) -> None:
     assert [path.name for path in samples.parent.iterdir()] == ["one.npz"]
 
 
-def test_an_image_is_a_function_of_its_index(samples: Path, trained: Path, tmp_path: Path) -> None:
-    """As launch/sample.py draws image number i // classes of class i modulo classes."""
-    (tmp_path / "prompts.txt").write_text("0\n1\n2\n")
-    model = str(trained / "classes" / "model")
-    options = ["--prompts", str(tmp_path / "prompts.txt"), "--pictures", "4", *DRAW[2:]]
-    run("python", "sample.py", "--model", model, "--out", str(tmp_path / "out"), *options, ranks=1)
-    from PIL import Image
-
+def test_an_image_is_a_function_of_its_index(samples: Path, trained: Path) -> None:
+    """Image i is picture i // classes of class i modulo classes, drawn among whatever others."""
+    pipeline = Pipeline.load(trained / "classes" / "model", "ema", torch.device("cpu"))
+    sampling = pipeline.config.sampling.model_copy(update={"batch_size": 2, "steps": 4})
+    drawn = pipeline.draw([Picture(str(i % 3), i // 3) for i in reversed(range(COUNT))], sampling)
     with np.load(samples) as file:
-        for i, image in enumerate(file["arr_0"]):
-            png = Image.open(tmp_path / "out" / f"{i % 3:05d}_{i // 3}.png")
-            np.testing.assert_array_equal(image, np.asarray(png))
+        np.testing.assert_array_equal(file["arr_0"], drawn.flip(0).permute(0, 2, 3, 1).numpy())
 
 
 def test_killed_and_gone_on_with_on_two_processes_it_is_the_same_file(
     samples: Path, trained: Path, tmp_path: Path
 ) -> None:
     out, model = tmp_path / "two.npz", str(trained / "classes" / "model")
-    slow = [*DRAW[:2], "--sampling", '{"batch_size": 2, "steps": 4}']
-    command = ["--model", model, "--out", str(out), *slow]
+    command = ["--model", model, "--out", str(out), *DRAW]
     process = start("python", "sample_classes.py", *command, ranks=1)
     parts = tmp_path / "two.npz.parts"
     deadline = time.monotonic() + 200
@@ -128,9 +129,3 @@ def test_killed_and_gone_on_with_on_two_processes_it_is_the_same_file(
     assert {path: path.stat().st_mtime_ns for path in parts.glob("*.bin")} == kept
     run("torchrun", "sample_classes.py", *command)
     assert out.read_bytes() == samples.read_bytes() and not parts.exists()
-
-
-def test_the_average_is_not_the_raw_model(trained: Path) -> None:
-    raw, average = (load_file(trained / "classes" / "model" / f"{name}.safetensors") for name in ("model", "ema"))
-    assert not torch.equal(raw["denoiser.label.weight"], average["denoiser.label.weight"])
-    assert not ranks_of(trained.parent / "config.yaml")

@@ -1,0 +1,107 @@
+"""A step's random choices belong to slots: the same for any micro-batch and any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from data.randomness import key, uniform
+from t2i.config import RunConfig
+from t2i.config_loading import validate_config
+from t2i.diffusion.objective import LossWeights, Objective
+from t2i.engine.interface import StepResult
+from t2i.models.dropout import keep_mask
+from t2i.models.labels import ClassLabels
+from t2i.train.processes import World
+from t2i.train.step import TrainingStep
+
+CPU, SIZE, CLASSES, FIRST = torch.device("cpu"), 64, 10, 128
+SEEN = tuple[Tensor, ...]
+
+
+class Recorder:
+    """In the engine's place: keeps what its network was given, and predicts nothing."""
+
+    def __init__(self) -> None:
+        self.given: list[SEEN] = []
+
+    def network(self, *given: Tensor) -> tuple[Tensor, None]:
+        self.given.append(given)
+        return torch.zeros_like(given[0]), None
+
+    def micro_step(self, loss: Tensor) -> None:
+        assert loss.isfinite()
+
+    def step(self, *_: Any) -> StepResult:
+        return StepResult(1.0, None)
+
+
+def config(micro: int, dropout: float, caption_dropout: float) -> RunConfig:
+    model = {"condition": "class", "classes": CLASSES, "width": 16, "heads": 2, "depth": 4, "repa_layer": 1}
+    tree = {
+        "model": {**model, "patch_size": 4, "context_start": 1, "dropout": dropout},
+        "data": {"resolution": 8},
+        "objective": {"caption_dropout": caption_dropout},
+        "train": {"batch_size": SIZE, "micro_batch_size": micro},
+    }
+    return validate_config(tree, "here")
+
+
+def seen(slots: np.ndarray, micro: int, dropout: float = 0.1, caption_dropout: float = 0.5) -> SEEN:
+    """What the network is given for these slots, over all micro-batches."""
+    engine, labels = Recorder(), ClassLabels(CLASSES, CPU)
+    objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
+    stage = config(micro, dropout, caption_dropout)
+    world = World(0, 1, CPU)
+    step = TrainingStep(stage, "s", world, labels, labels.null_caption(), objective, engine)  # type: ignore[arg-type]
+    pixels = torch.from_numpy(np.stack([np.full((3, 8, 8), slot % 256, np.uint8) for slot in slots]))
+    captions = [str(slot % CLASSES) for slot in slots]
+    batch = Batch(pixels, captions, captions, slots, {}, [], 0.0)
+    step._accumulate(batch)
+    return tuple(map(torch.cat, zip(*engine.given, strict=True)))
+
+
+def test_micro_batches_and_ranks_see_the_same() -> None:
+    slots = np.arange(FIRST, FIRST + SIZE)
+    whole = seen(slots, SIZE)
+    assert len(whole) == 4
+    for micro in (1, 16):
+        assert all(torch.equal(a, b) for a, b in zip(seen(slots, micro), whole, strict=True))
+    for rank in range(4):
+        mine = slice(rank, None, 4)
+        assert all(torch.equal(a, b[mine]) for a, b in zip(seen(slots[mine], 8), whole, strict=True))
+
+
+def test_labels_are_dropped_to_the_null_class() -> None:
+    slots = np.arange(FIRST, FIRST + SIZE)
+    dropped = uniform(key(0, "s", "caption"), slots) < 0.5
+    labels = seen(slots, 16)[2]
+    assert 20 < dropped.sum() < 44
+    assert labels.tolist() == [CLASSES if gone else slot % CLASSES for slot, gone in zip(slots, dropped, strict=True)]
+    assert seen(slots, 16, caption_dropout=0.0)[2].tolist() == [slot % CLASSES for slot in slots]
+
+
+def test_every_slot_has_a_mask_of_its_own_in_every_batch() -> None:
+    keys = torch.cat([seen(np.arange(n * SIZE, (n + 1) * SIZE), 16)[3] for n in range(4)])
+    assert keys.unique().numel() == 4 * SIZE and keys.min() >= 0 and keys.max() < 2**62
+    masks = keep_mask(keys, 4, 64, 0.5).flatten(1).double()
+    agree = torch.corrcoef(masks) - torch.eye(len(masks))
+    assert agree.abs().max() < 0.5 and agree.mean().abs() < 0.01
+
+
+def test_a_network_without_dropout_is_given_no_keys() -> None:
+    assert len(seen(np.arange(SIZE), 16, dropout=0.0)) == 3
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.75])
+def test_the_share_of_dropped_labels_is_the_configs(fraction: float) -> None:
+    batches = [np.arange(n * SIZE, (n + 1) * SIZE) for n in range(16)]
+    labels = torch.cat([seen(slots, SIZE, caption_dropout=fraction)[2] for slots in batches])
+    n = 16 * SIZE
+    spread = (fraction * (1 - fraction) / n) ** 0.5
+    assert (labels == CLASSES).double().mean().item() == pytest.approx(fraction, abs=4 * spread)
