@@ -67,9 +67,10 @@ def tiny_classes(images: Path, root: Path, **changes: Any) -> dict[str, Any]:
     source |= {"class_folders": True, "captions": {"members": {"cls": 1}}}
     tree = tiny_config(images, root, **changes)
     tree["model"] = {"condition": "class", "classes": 3, "patch_size": 4, "width": 48, "depth": 4, "heads": 2} | {
-        "bottleneck": 8, "repa_layer": 1, "context_tokens": 2, "context_start": 1, "dropout": 0.2
+        "bottleneck": 8, "repa_layer": 1, "context_tokens": 2, "context_start": 1, "dropout": 0.5
     }  # fmt: skip
     tree["data"] |= {"sources": [source], "crop": "adm"}
+    tree["optimizer"] |= {"lr": 1e-2, "muon_lr": 2e-2}  # so that what is dropped tells within a few steps
     tree["validation"] |= {"prompts": ["0", "1", "2", ""]}
     return tree | {"stages": [{"name": "classes"}]}
 
