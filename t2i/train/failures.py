@@ -167,7 +167,7 @@ class Failures:
 
     def _listen(self) -> None:
         try:
-            while not self._closed:
+            while not self._closed and not self._settled.is_set():
                 self._exchange()
                 self._wake.wait(POLL_S)
                 self._wake.clear()

@@ -130,7 +130,8 @@ class Watch:
             if self._signs != seen:
                 seen, silent_s = self._signs, 0.0
             faulthandler.dump_traceback_later(self._allowed_s + TIMER_MARGIN_S, file=_STDERR)
-            if self._failures.first is None and silent_s > self._allowed_s:
+            failed = self._failures.first is not None or self._failures.leaving
+            if silent_s > self._allowed_s and not failed:
                 self._failures.post(self._hang(silent_s))
             if (first := self._failures.first) is not None:
                 self._end(first, silent_s)

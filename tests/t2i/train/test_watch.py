@@ -115,19 +115,19 @@ def test_a_rank_that_holds_the_interpreters_lock_shows_where(ends: Ends) -> None
 
 def test_an_error_on_one_rank_ends_those_in_a_collective_and_those_that_hang(ends: Ends) -> None:
     assert ends.codes["raises"] == [1, 1, 1]
-    assert ends.said("raises") == ["error on rank 1: KeyError: 'odd'\n"] * 3
+    assert all("error on rank 1: KeyError: 'odd'\n" in said for said in ends.said("raises"))
     assert ends.stacks("raises") == {}
 
 
 def test_rank_0_is_heard_before_its_store_goes_with_it(ends: Ends) -> None:
     assert ends.codes["raises_first"] == [2, 2]
-    assert ends.said("raises_first") == ["error on rank 0: lr must be positive\n"] * 2
+    assert all("error on rank 0: lr must be positive\n" in said for said in ends.said("raises_first"))
 
 
 def test_a_killed_rank_is_lost_contact_and_named(ends: Ends) -> None:
     assert ends.codes["killed"] == [75, KILLED]
     assert "error on rank 0: lost contact with another rank: " in ends.said("killed")[0]
-    assert ends.said("killed")[0].endswith("no answer from rank 1\n")
+    assert "no answer from rank 1\n" in ends.said("killed")[0]
 
 
 def test_a_killed_rank_0_is_named_by_those_in_a_collective_and_those_that_hang(ends: Ends) -> None:
