@@ -60,8 +60,9 @@ def healthy(world: World, watch: Watch) -> None:
 def suspended(world: World, watch: Watch) -> None:
     """Stopped for longer than is allowed; the script below lets it go on."""
     watch.first_step_done()
+    time.sleep(0.5)  # the watch has seen the last sign
     os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(STEP_S / 3)
+    time.sleep(0.5)
 
 
 def sleeps(world: World, watch: Watch) -> None:
