@@ -17,8 +17,7 @@ import socket
 import threading
 import time
 
-START_AGAIN = 75
-"""Exit code for "start me again": EX_TEMPFAIL of sysexits.h."""
+from t2i.exit_codes import START_AGAIN
 
 SAME_REQUEST_S = 3.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

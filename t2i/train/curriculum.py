@@ -21,21 +21,24 @@ from pathlib import Path
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import check_world_size, dump_config, stage_config
+from t2i.exit_codes import DONE
 from t2i.model_folder import check_model
 from t2i.train.build import stand_ins
+from t2i.train.failures import Failure, Failures
 from t2i.train.guard import Guard, Rollback
 from t2i.train.observe import Observer
-from t2i.train.outcome import OutcomeFile, outcome_of
+from t2i.train.outcome import OutcomeFile, code_of
 from t2i.train.places import StagePlace, stage_places
 from t2i.train.processes import LOCK, RunLock, World
 from t2i.train.report import write_report
 from t2i.train.stage_data import Opened, StageData, open_data
 from t2i.train.trainer import StageTrainer
+from t2i.train.watch import Watch, tell
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
 
 
-def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], str | None]) -> None:
+def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], str | None], failures: Failures) -> None:
     """Train a run's stages, skipping those that are done.
 
     Args:
@@ -43,6 +46,7 @@ def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], s
         world: this process.
         only: index of the one stage to train; None trains all.
         leave: why this process is asked to leave; None: it is not.
+        failures: told of what ends the run.
 
     Raises:
         UserError: a mistake, before anything is written, or another process that holds the run.
@@ -71,20 +75,28 @@ def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], s
         return attempt, [i for i in chosen if not places[i].done]
 
     attempt, pending = world.from_main(claim)
+
+    def last_words(failure: Failure) -> None:
+        outcome.write(failure.code, failure.message, failure.rank)
+        tell(failure)
+
     try:
+        watch = Watch(failures, config.limits, config.directory / "stacks", attempt, last_words)
         _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
         for index in pending:
-            _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt, leave)
+            _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt, leave, watch)
+        watch.close()
         if world.is_main:
-            names = ", ".join(places[i].name for i in chosen)
-            outcome.write("done", f"trained {names}", rank=0)
+            outcome.write(DONE, f"trained {', '.join(places[i].name for i in chosen)}", rank=0)
             if pending:
                 last = places[pending[-1]]
                 print(f"done: curves and pictures are in {write_report(config.directory)},")
                 print(f"the last pictures in {last.samples}, the model in {last.model}")
-    except Exception as error:
-        outcome.write(outcome_of(error), str(error), rank=world.rank)
+    except Exception as error:  # the watch goes on: it bounds how long leaving may take
+        failure = failures.report(error, code_of(error))
+        if world.rank in (0, failure.rank):
+            outcome.write(failure.code, failure.message, failure.rank)
         raise
     finally:
         if lock is not None:
@@ -160,11 +172,14 @@ def _train_stage(
     world: World,
     attempt: str,
     leave: Callable[[], str | None],
+    watch: Watch,
 ) -> None:
     """Train one stage, from an earlier checkpoint again whenever its guard asks for that; then report."""
     back: tuple[Guard, Rollback] | None = None
     while True:
-        trainer = StageTrainer(stage, place, data, world, attempt, back)
+        watch.start(f"the start of stage {place.name}")
+        trainer = StageTrainer(stage, place, data, world, attempt, watch, back)
+        watch.start("the first step")
         if world.is_main:
             (config.directory / "config.yaml").write_text(dump_config(config))
             _write_environment(config, stage, data, trainer, world)
@@ -174,6 +189,9 @@ def _train_stage(
             observer.event(notice)
         try:
             rollback = trainer.run(observer, leave)
+        except Exception as error:  # the others must not wait for what comes now
+            watch.failures.report(error, code_of(error))
+            raise
         finally:
             observer.close()
             trainer.close()

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from data.errors import StoreError, UserError
+from t2i.exit_codes import START_AGAIN
+from t2i.train.outcome import Departed
 from t2i.train.processes import World
 
-START_AGAIN = 75
-"""The exit code of a run that may just be started again (EX_TEMPFAIL of sysexits.h)."""
 POLL_S = 0.5
 CAUSE_S = 5.0
 """How long a consequence waits for its cause to be posted."""
@@ -142,7 +142,9 @@ class Failures:
             assert self.first is not None
             return self.first
         self.leaving = True
-        told = f"{error}" if isinstance(error, UserError | StoreError) else f"{type(error).__name__}: {error}"
+        told = (
+            f"{error}" if isinstance(error, UserError | StoreError | Departed) else f"{type(error).__name__}: {error}"
+        )
         failure = Failure(self.world.rank, code, told)
         if is_lost_contact(error):
             self._known.wait(CAUSE_S)

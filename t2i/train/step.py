@@ -6,6 +6,7 @@ the micro-batch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,6 +34,30 @@ class Trained(NamedTuple):
 
     means: dict[str, float]
     result: StepResult
+    own_s: float
+    """Seconds that this rank took for what it does without waiting for others: upload, noise and captions of the first
+    micro-batch. A slow device or host shows here; all else is as slow as the slowest rank."""
+
+
+class _Stopwatch:
+    """Seconds between two points of the work on a device, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times: list[float] = []
+
+    def press(self) -> None:
+        """The first or the second point; further ones do not count."""
+        if len(self._times) < 2:
+            if self._events:
+                self._events[len(self._times)].record()
+            self._times.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Once the work behind the second point is done."""
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._times[1] - self._times[0]
 
 
 class TrainingStep:
@@ -69,10 +94,11 @@ class TrainingStep:
         Args:
             step: steps before this one.
         """
-        terms = self._accumulate(batch)
+        own = _Stopwatch(self._world.device)
+        terms = self._accumulate(batch, own)
         means = global_means(terms, [*TERMS, *band_names("loss_fm")], self._world.device)
         result = self._engine.step(lambda muon: self._rate(step, muon), lambda norm: veto(means["loss"], norm))
-        return Trained(means, result)
+        return Trained(means, result, own.seconds())
 
     def rates(self, step: int) -> dict[str, float]:
         """Learning rates of a step, by their names in the metrics."""
@@ -85,8 +111,9 @@ class TrainingStep:
         optimizer = self._config.optimizer
         return learning_rate(optimizer, step, self._config.train.steps, optimizer.muon_lr if muon else optimizer.lr)
 
-    def _accumulate(self, batch: Batch) -> Terms:
+    def _accumulate(self, batch: Batch, own: _Stopwatch) -> Terms:
         """All micro-steps; the sums of this rank's loss terms."""
+        own.press()
         config, size, device = self._config, self._config.train.batch_size, self._world.device
         first = int(batch.slots[0]) // size * size
         all_times = training_times(config.objective, uniform(self._keys["time"], range(first, first + size)))
@@ -102,6 +129,7 @@ class TrainingStep:
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device)
             text = self._text(batch.captions[part])
             text[torch.from_numpy(dropped[part]).to(text.device)] = self._null_caption
+            own.press()
             predicted, projected = self._engine.network(interpolate(image, noise, times), times, text)
             loss, part_terms = self._objective(
                 predicted,

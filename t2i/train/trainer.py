@@ -37,10 +37,12 @@ from t2i.train.stage_data import StageData
 from t2i.train.start import mirror_of, restore
 from t2i.train.step import Trained, TrainingStep
 from t2i.train.validate import Evaluator
+from t2i.train.watch import Watch, slowest
 
 SAVE_PATIENCE_S = 30.0
 MIRROR_PATIENCE_S = 3600.0
 """At the end of a stage the mirror may still be copying its last checkpoint."""
+MIRROR_ROUND_S = 0.5
 
 
 class StageTrainer:
@@ -52,6 +54,7 @@ class StageTrainer:
         data: its sources, opened.
         world: this process.
         attempt: a word that all ranks share and no other start of the run does.
+        watch: told that this rank gets on.
         back: the guard of the trainer before, and what it asked for; None: no update was at fault.
 
     Raises:
@@ -65,11 +68,12 @@ class StageTrainer:
         data: StageData,
         world: World,
         attempt: str,
+        watch: Watch,
         back: tuple[Guard, Rollback] | None = None,
     ) -> None:
         self.config = config
         self.place = place
-        self.world = world
+        self.world, self.watch = world, watch
         self.steps = config.train.steps
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
@@ -81,7 +85,7 @@ class StageTrainer:
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
         pipeline = Pipeline(config, averaged, self.text, self.null_caption, world.device)
-        self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples)
+        self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples, watch.alive)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
         start = restore(config, place, world, self.engine, self.ema, before=back[1].first if back else None)
@@ -142,6 +146,7 @@ class StageTrainer:
         return f"text.model {self.config.text.model} at text.length {self.config.text.length}"
 
     def _save_checkpoint(self, observer: Observer, *, may_skip: bool = False, ephemeral: bool = False) -> None:
+        self.watch.alive(f"the checkpoint of step {self.step}")
         self.intake.flush()
         data = merge_states(self.world.gather(self.intake.state))
         state = {
@@ -200,6 +205,7 @@ class StageTrainer:
                 if isinstance(decision, Stop):
                     self._save_now(observer)
                     raise GuardError(f"stopped after step {self.step}, saved: {decision.reason}")
+        self.watch.alive("the last checkpoint")
         committed = self.writer.wait()
         self._tell(observer)
         if begun < self.steps != committed:
@@ -207,8 +213,17 @@ class StageTrainer:
                 f"the last checkpoint of stage {self.place.name} was not written (events.log says why): mend it and "
                 "start the run again"
             )
+        self.watch.alive("writing the model")
         self._write_model()
+        self._await_mirror()
         return None
+
+    def _await_mirror(self) -> None:
+        """Let the mirror have the stage's last checkpoint, within bounds; all ranks wait, and are seen to."""
+        deadline = time.monotonic() + MIRROR_PATIENCE_S
+        while self.world.from_main(lambda: self.writer.mirroring and time.monotonic() < deadline):
+            self.watch.alive("waiting for the mirror")
+            time.sleep(MIRROR_ROUND_S)
 
     def _advance(self, observer: Observer, leave: Callable[[], str | None]) -> Rollback | Stop | None:
         """Take the next batch, and train on it unless a rollback left it out."""
@@ -222,6 +237,7 @@ class StageTrainer:
             rates = self._train.rates(self.step)
             trained = self._train(batch, self.step, self.guard.veto)
             self.step += 1
+            self.watch.first_step_done()
             loss, result = trained.means["loss"], trained.result
             if result.vetoed is None:
                 self.ema.update()
@@ -230,6 +246,7 @@ class StageTrainer:
             decision = self.guard.record(self.step, loss, result.grad_norm, result.vetoed)
             if self.step % self.config.logging.every == 0 or self.step == self.steps:
                 numbers = self._numbers(trained, batch.wait_s, time.perf_counter() - began) | rates
+                numbers |= slowest(self.world, batch.wait_s + trained.own_s)
                 observer.write("train", self.step, numbers)
                 self._write_counters(observer)
         self._tell_guard(observer, batch)
@@ -263,8 +280,13 @@ class StageTrainer:
 
     def _next_batch(self, observer: Observer, leave: Callable[[], str | None]) -> Batch:
         """The next batch, or an end that can be resumed: saved, and the same error on every rank."""
+
+        def asked() -> str | None:
+            self.watch.alive(f"step {self.step + 1}")  # while batches are waited for, the store's patience rules
+            return leave()
+
         try:
-            return self.intake.next(self.step + 1, leave)
+            return self.intake.next(self.step + 1, asked)
         except Exception as error:
             self._save_now(observer)
             observer.event(f"stopped after step {self.step}, {'saved' if self.step else 'nothing to save'}: {error}")
@@ -336,6 +358,6 @@ class StageTrainer:
 
     def close(self) -> None:
         """Let a checkpoint under way be finished; release threads and memory."""
-        self.writer.close(MIRROR_PATIENCE_S if self.step == self.steps else SAVE_PATIENCE_S)
+        self.writer.close(SAVE_PATIENCE_S)
         self.intake.close()
         self.engine.close()

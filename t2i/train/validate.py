@@ -7,6 +7,7 @@ density, so a curve shows the model alone. Nothing here touches the training ste
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Evaluator:
     heldout: FixedSamples | None
     folder: Path
     """Where the grids go."""
+    alive: Callable[[str], None]
+    """Told what begins now."""
 
     @torch.no_grad()
     def loss(self) -> dict[str, float]:
@@ -46,6 +49,7 @@ class Evaluator:
         mine = np.arange(self.world.rank, n, self.world.size)
         terms = Terms()
         for start in range(0, len(mine), config.train.micro_batch_size):
+            self.alive("validation")
             index = mine[start : start + config.train.micro_batch_size]
             image = to_unit_range(self.heldout.pixels[index].to(device))
             times = torch.from_numpy(t[index]).float().to(device)
@@ -60,6 +64,7 @@ class Evaluator:
     def grid(self, step: int) -> None:
         """Draw the config's prompts, each rank its share, and write the grid with its description."""
         validation, sampling = self.pipeline.config.validation, self.pipeline.config.sampling
+        self.alive("drawing the sample grid")
         pictures = [Picture(prompt) for prompt in validation.prompts]
         mine = self.pipeline.draw(pictures[self.world.rank :: self.world.size], sampling)
         shares = self.world.gather(mine.numpy())

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from t2i.config_limits import LimitsConfig
-from t2i.train.failures import START_AGAIN, Failure, Failures
+from t2i.exit_codes import START_AGAIN
+from t2i.train.failures import Failure, Failures
 from t2i.train.processes import World
 
 TICK_S = 1.0
@@ -85,7 +86,7 @@ class Watch:
         attempt: str,
         last_words: Callable[[Failure], None] = tell,
     ) -> None:
-        self._failures, self._limits, self._last_words = failures, limits, last_words
+        self.failures, self._limits, self._last_words = failures, limits, last_words
         self._folder = folder
         self._file = folder / f"{attempt}_rank_{failures.world.rank:05d}.txt"
         self._closed = threading.Event()
@@ -112,7 +113,7 @@ class Watch:
 
     def _allow(self, minutes: float) -> None:
         self._allowed_s = 60 * minutes
-        if self._failures.world.size > 1:
+        if self.failures.world.size > 1:
             set_collective_timeouts(collective_timeout(minutes))
 
     def close(self) -> None:
@@ -130,28 +131,28 @@ class Watch:
             if self._signs != seen:
                 seen, silent_s = self._signs, 0.0
             faulthandler.dump_traceback_later(self._allowed_s + TIMER_MARGIN_S, file=_STDERR)
-            failed = self._failures.first is not None or self._failures.leaving
+            failed = self.failures.first is not None or self.failures.leaving
             if silent_s > self._allowed_s and not failed:
-                self._failures.post(self._hang(silent_s))
-            if (first := self._failures.first) is not None:
+                self.failures.post(self._hang(silent_s))
+            if (first := self.failures.first) is not None:
                 self._end(first, silent_s)
                 break
         faulthandler.cancel_dump_traceback_later()
 
     def _hang(self, silent_s: float) -> Failure:
         told = f"stood still for {silent_s / 60:.1f} minutes in {self._what}, itself or waiting for a rank that does"
-        return Failure(self._failures.world.rank, START_AGAIN, f"{told}; all ranks' stacks are in {self._folder}", True)
+        return Failure(self.failures.world.rank, START_AGAIN, f"{told}; all ranks' stacks are in {self._folder}", True)
 
     def _end(self, first: Failure, silent_s: float) -> None:
         """End the process, unless its main thread ends it, or closes the watch, in time."""
         if first.hang:
-            world, found = self._failures.world, stacks()
+            world, found = self.failures.world, stacks()
             head = f"rank {world.rank} of {world.size}, process {os.getpid()} on {socket.gethostname()}: "
             _bounded(lambda: self._write(f"{head}{silent_s:.0f} s in {self._what}\n\n{found}"))
-            first = self._failures.conclude()
+            first = self.failures.conclude()
         else:
-            self._failures.answer(0)
-            if self._closed.wait(GRACE_S) or (self._failures.leaving and self._closed.wait(CLEAN_UP_S)):
+            self.failures.answer(0)
+            if self._closed.wait(GRACE_S) or (self.failures.leaving and self._closed.wait(CLEAN_UP_S)):
                 return
         _bounded(lambda: self._last_words(first))
         os._exit(first.code)

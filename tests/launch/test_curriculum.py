@@ -28,6 +28,9 @@ COSTS = {
     "tflops",
     "mfu",
     "memory_gib",
+    "rank_s_max",
+    "rank_s_median",
+    "slowest_rank",
 }
 
 

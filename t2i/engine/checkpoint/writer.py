@@ -192,6 +192,11 @@ class CheckpointWriter:
         self._join()
         return self._exchange()[0].committed
 
+    @property
+    def mirroring(self) -> bool:
+        """Whether a checkpoint is on its way to this rank's mirror, or waits for it."""
+        return self._mirror is not None and bool(self._mirror.holding())
+
     def discard_after(self, step: int) -> None:
         """Take later checkpoints away, here and in the mirror: training goes another way from there. A collective."""
         self.wait()
