@@ -40,7 +40,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c '
 code=$?
 
 outcome=$(grep -os '"outcome": *"[a-z]*"' "$run/outcome.json" | cut -d '"' -f 4)
-echo "job $SLURM_JOB_ID: srun ended with $code, outcome: ${outcome:-none, so it was killed}"
+echo "job $SLURM_JOB_ID: srun ended with $code, outcome: ${outcome:-none}"
 if ((code == 0)) || [[ $outcome == "done" ]]; then
     exit 0
 elif ((code == 2)) || [[ $outcome == "failed" ]]; then
