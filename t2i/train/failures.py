@@ -142,9 +142,8 @@ class Failures:
             assert self.first is not None
             return self.first
         self.leaving = True
-        told = (
-            f"{error}" if isinstance(error, UserError | StoreError | Departed) else f"{type(error).__name__}: {error}"
-        )
+        plain = isinstance(error, UserError | StoreError | Departed)
+        told = str(error) if plain else f"{type(error).__name__}: {error}"
         failure = Failure(self.world.rank, code, told)
         if is_lost_contact(error):
             self._known.wait(CAUSE_S)

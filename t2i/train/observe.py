@@ -11,6 +11,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,29 @@ class JsonLines:
             file.write(json.dumps(line) + "\n")
 
 
+class Terminal:
+    """stderr, for as long as somebody is there to read it: a launcher that goes must not end what it started."""
+
+    def __init__(self) -> None:
+        self._gone = False
+
+    def write(self, text: str) -> None:
+        self._try(lambda: sys.stderr.write(text))
+
+    def flush(self) -> None:
+        self._try(sys.stderr.flush)
+
+    def isatty(self) -> bool:
+        return not self._gone and sys.stderr.isatty()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if not self._gone:
+            try:
+                act()
+            except OSError:  # events.log has what matters
+                self._gone = True
+
+
 class Observer:
     """Metrics, progress bar and W&B of one stage, on rank 0; on other ranks every method does nothing."""
 
@@ -92,7 +116,8 @@ class Observer:
         self.metrics.rewind(stage, step)
         self.events = config.directory / "events.log"
         total = config.train.steps
-        self._bar = tqdm(total=total, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._terminal = Terminal()
+        self._bar = tqdm(total=total, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=self._terminal)
         self._wandb = None if config.logging.wandb == "disabled" else self._start_wandb(config)
 
     def _start_wandb(self, config: RunConfig) -> Any:
@@ -118,7 +143,7 @@ class Observer:
             return
         with self.events.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}\n")
-        tqdm.write(f"{self.stage}: {text}", file=sys.stderr)
+        tqdm.write(f"{self.stage}: {text}", file=self._terminal)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics."""

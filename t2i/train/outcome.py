@@ -4,7 +4,8 @@
 
 - The file goes when the run starts. So none means that it runs, or that it was killed: start it again.
 - Resumable: the same command, started again, goes on without anybody's help. Failed: it would meet the same again.
-- The first to say something writes it: rank 0, the rank at fault, or the watch of a rank that hangs. A run that left nothing else has no outcome either.
+- The first to say something writes it: rank 0, the rank at fault, or the watch of a rank that hangs. A run that left
+  nothing else has no outcome either.
 """
 
 from __future__ import annotations

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +92,45 @@ def ranks_of(config: Path) -> list[int]:
             if str(config) in words and b"\0LOCAL_RANK=" in environment:
                 found.append(int(entry.name))
     return found
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def node_command(launcher: str, node: int, hostfile: Path, address: str, port: int) -> list[str]:
+    """The launcher's command on one of the nodes that a hostfile lists, as typed on it without ssh."""
+    lines = hostfile.read_text().splitlines()
+    if launcher == "deepspeed":
+        where = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={node}", f"--master_addr={address}"]
+        return [f"{Path(sys.executable).parent}/deepspeed", *where, f"--master_port={port}"]
+    ranks = lines[node].rpartition("=")[2]
+    where = [f"--nnodes={len(lines)}", f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}"]
+    return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={ranks}"]
+
+
+def run_commands(commands: list[list[str]], **environment: str) -> list[str]:
+    """Run commands side by side to their ends; what each printed. One that fails ends them all."""
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            start_new_session=True,
+        )
+        for command in commands
+    ]
+    try:
+        with ThreadPoolExecutor(len(processes)) as pool:
+            outputs = list(pool.map(lambda process: process.communicate(timeout=200)[0], processes))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return outputs
