@@ -6,9 +6,9 @@ A run is two short stages of the tests' tiny model, started as a user starts one
 killed (SIGKILL), started again once its lock is free, and so on to its end; a run that ends before it has had all its
 kills is followed by another. All draws are of one seed.
 
-- `constant`: --kills kills, half of them of ZeRO-1, half of FSDP2, always 2 processes. Compared with a run that nothing
-  disturbed, bit by bit: weights and average of both models, everything in the last checkpoint of both stages, and every
-  line of metrics.jsonl but for what a step cost.
+- `zero1` and `fsdp2`: half of --kills each, always 2 processes. Compared with a run that nothing disturbed, bit by bit:
+  weights and average of both models, everything in the last checkpoint of both stages, and every line of metrics.jsonl
+  but for what a step cost.
 - `changing`: a fifth as many kills; each start draws 1, 2 or 4 processes and ZeRO-1, ZeRO-3 or FSDP2, in fp32. All
   losses of the run are to lie within 1e-5 (relative) of the undisturbed ZeRO-1 run's.
 
@@ -143,10 +143,6 @@ class Run:
         found = (path for place in self.places for path in place.checkpoints.glob(".step_*"))
         return {path for path in found if SAVING.fullmatch(path.name)}
 
-    def told(self, offset: int) -> str:
-        """What events.log says from a byte on."""
-        return self.events.read_bytes()[offset:].decode() if self.events.exists() else ""
-
     def stands(self) -> Stand:
         """Where the next start is to go on."""
         for stage, place in enumerate(self.places):
@@ -191,40 +187,100 @@ def draw_aims(rng: random.Random, count: int, start_s: float, total: int) -> Ite
         yield Aim(moment, min(at, total - 2.0) if moment == "save" else at)
 
 
-def family(process: subprocess.Popen[str]) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The launchers of a run, the topmost first, and its ranks."""
-    launchers: list[psutil.Process] = []
-    ranks: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):
-        top = psutil.Process(process.pid)
-        for it in [top, *top.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):  # it has ended, which is no more to be killed
-                words = [word.endswith(SCRIPT) for word in it.cmdline()]
-                if any(words):  # a rank is a Python that runs the script, a launcher one that is told of it
-                    (ranks if any(words[1:3]) else launchers).append(it)
-    return launchers, ranks
+class Stuck(Exception):
+    """A run that neither goes on nor can be started again."""
 
 
-def strike(process: subprocess.Popen[str], rng: random.Random) -> str | None:
-    """Kill a launcher, a rank (a launcher, where there is none yet) or all; whom. None: the run has just ended."""
-    launchers, ranks = family(process)
-    if not launchers:
-        return None
-    whom = rng.choice(["launcher", "rank", "all"] if ranks else ["launcher", "all"])
-    chosen = {"launcher": launchers, "rank": ranks}
-    for victim in [rng.choice(chosen[whom])] if whom in chosen else launchers + ranks:
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
-    return whom
+class Start:
+    """One start of a run."""
 
+    def __init__(self, run: Run, engine: Engine) -> None:
+        self.run = run
+        self.name = f"{run.config.name}: {engine.name} x{engine.ranks}"
+        self._leftovers = run.saves()
+        self._offset = run.events.stat().st_size if run.events.exists() else 0
+        self._began = time.monotonic()
+        options = ["--config", str(run.config_path), *engine.options]
+        self._process = start(engine.launcher, SCRIPT, *options, ranks=engine.ranks)
+        self._output: deque[str] = deque(maxlen=40)
+        threading.Thread(target=self._output.extend, args=(self._process.stdout,), daemon=True).start()
 
-def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
-    """Wait for a condition; False: the process ended first."""
-    while not condition():
-        if process.poll() is not None:
-            return False
-        time.sleep(POLL_S)
-    return True
+    def told(self) -> str:
+        """What events.log says of this start."""
+        return self.run.events.read_bytes()[self._offset :].decode() if self.run.events.exists() else ""
+
+    def begun(self) -> bool:
+        """Whether its first step has come."""
+        return BEGUN.search(self.told()) is not None
+
+    def saving(self) -> bool:
+        """Whether there is a checkpoint of this start that is not committed."""
+        return bool(self.run.saves() - self._leftovers)
+
+    def _until(self, condition: Callable[[], bool]) -> bool:
+        """Wait for a condition; False: the run ended first."""
+        while not condition():
+            if self._process.poll() is not None:
+                return False
+            time.sleep(POLL_S)
+        return True
+
+    def _after(self, seconds: float) -> bool:
+        then = time.monotonic() + seconds
+        return self._until(lambda: time.monotonic() >= then)
+
+    def _family(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        """The launchers, the topmost first, and the ranks. It takes longer to find them than to save."""
+        launchers: list[psutil.Process] = []
+        ranks: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):  # one that has ended has no children that matter
+            top = psutil.Process(self._process.pid)
+            for it in [top, *top.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    words = [word.endswith(SCRIPT) for word in it.cmdline()]
+                    if any(words):  # a rank is a Python that runs the script, a launcher one that is told of it
+                        (ranks if any(words[1:3]) else launchers).append(it)
+        return launchers, ranks
+
+    def kill(self, aim: Aim, step_s: float, rng: random.Random) -> tuple[str, str] | None:
+        """Kill it as aimed; whom and at which moment that was. None: it ended before."""
+        ready = self._after(aim.at) if aim.moment == "start" else self._until(self.begun)
+        launchers, ranks = self._family()
+        if not ready or not launchers:
+            return None
+        whom = rng.choice(["launcher", "rank", "all"] if ranks else ["launcher", "all"])
+        victims = {"launcher": [rng.choice(launchers)], "rank": [rng.choice(ranks or launchers)]}
+        if aim.moment != "start":
+            ready = self._until(lambda: self.run.steps_trained() >= int(aim.at))
+            ready = ready and (self._until(self.saving) if aim.moment == "save" else self._after(aim.at % 1 * step_s))
+            if not ready:
+                return None
+        saving = self.saving()
+        for victim in victims.get(whom, launchers + ranks):
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+        trained = self.run.steps_trained()
+        moment = "save" if saving else "start" if not self.begun() else "end" if trained == self.run.total else "step"
+        say(f"{self.name}, {whom} killed ({moment}), {trained} steps done")
+        return whom, moment
+
+    def leave(self, killed: bool) -> float:
+        """Wait until it has ended and left the run; the seconds since its start.
+
+        Raises:
+            Stuck: it failed without being killed, or it is still there.
+        """
+        try:
+            code = self._process.wait(HANG_S if killed else 10 * HANG_S)
+        except subprocess.TimeoutExpired:
+            for left in chain(*self._family()):
+                left.kill()
+            raise Stuck(f"{self.name} does not end:\n{''.join(self._output)}") from None
+        if code != 0 and not killed:
+            raise Stuck(f"{self.name} ended with {code}:\n{''.join(self._output)}")
+        if not self.run.wait_until_free():
+            raise Stuck(f"{self.name} still holds the run:\n{''.join(self._output)}")
+        return time.monotonic() - self._began
 
 
 @dataclass
@@ -246,58 +302,6 @@ class Tally:
     @property
     def kills(self) -> int:
         return self.moments.total()
-
-
-class Stuck(Exception):
-    """A run that neither goes on nor can be started again."""
-
-
-def one_start(run: Run, engine: Engine, aim: Aim | None, step_s: float, tally: Tally) -> str:
-    """Start a run, and kill it as aimed or let it end; what events.log then says of this start.
-
-    Raises:
-        Stuck: it ended with a fault, or did not end.
-    """
-    offset = run.events.stat().st_size if run.events.exists() else 0
-    leftovers, began = run.saves(), time.monotonic()
-    process = start(engine.launcher, SCRIPT, "--config", str(run.config_path), *engine.options, ranks=engine.ranks)
-    output: deque[str] = deque(maxlen=40)
-    threading.Thread(target=output.extend, args=(process.stdout,), daemon=True).start()
-
-    def begun() -> bool:
-        return BEGUN.search(run.told(offset)) is not None
-
-    def saving() -> bool:
-        return bool(run.saves() - leftovers)
-
-    def reached(aim: Aim) -> bool:
-        if aim.moment == "start":
-            return until(process, lambda: time.monotonic() >= began + aim.at)
-        if not until(process, begun) or not until(process, lambda: run.steps_trained() >= int(aim.at)):
-            return False
-        then = time.monotonic() + aim.at % 1 * step_s
-        return until(process, saving if aim.moment == "save" else lambda: time.monotonic() >= then)
-
-    try:
-        if aim is not None and reached(aim):
-            trained = run.steps_trained()
-            moment = "save" if saving() else "start" if not begun() else "end" if trained == run.total else "step"
-            if (whom := strike(process, tally.rng)) is not None:
-                tally.whom[whom] += 1
-                tally.moments[moment] += 1
-                say(f"{run.config.name}: {engine.name} x{engine.ranks}, {whom} killed ({moment}), {trained} steps done")
-            process.wait(HANG_S)
-        elif process.wait(10 * HANG_S) != 0:
-            raise Stuck(f"{engine.name} x{engine.ranks} ended with {process.returncode}:\n{''.join(output)}")
-    except subprocess.TimeoutExpired:
-        for left in chain(*family(process)):
-            left.kill()
-        raise Stuck(f"{engine.name} x{engine.ranks}: the launcher does not end:\n{''.join(output)}") from None
-    if not run.wait_until_free():
-        raise Stuck(f"{engine.name} x{engine.ranks}: the run is still held:\n{''.join(output)}")
-    tally.seconds += time.monotonic() - began
-    tally.uncommitted += saving()
-    return run.told(offset)
 
 
 # Comparing
@@ -400,11 +404,11 @@ class Undisturbed:
 
 def undisturbed(root: Path, scenes: Path, engine: Engine) -> Undisturbed:
     """Train a run in one go."""
-    run, tally, began = Run(root, f"{engine.name}_undisturbed", scenes), Tally(random.Random()), time.time()
-    one_start(run, engine, None, 0.0, tally)
+    run, began = Run(root, f"{engine.name}_undisturbed", scenes), time.time()
+    seconds = Start(run, engine).leave(killed=False)
     steps = [line for line in run.metrics.lines() if line["kind"] == "train"]
     step_s = sum(line["step_s"] for line in steps) / len(steps)
-    found = Undisturbed(run, tally.seconds, steps[0]["time"] - began, step_s)
+    found = Undisturbed(run, seconds, steps[0]["time"] - began, step_s)
     say(f"{run.config.name}: {found.seconds:.0f} s, {found.start_s:.0f} s to the first step, {step_s:.2f} s a step")
     return found
 
@@ -417,9 +421,16 @@ def to_its_end(
     name = run.config.name
     while (at := run.stands()).stage < len(run.places):
         tally.differences += [("checkpoint", fault) for fault in at.faults]
-        told = one_start(run, tally.rng.choice(engines), next(aims, None), step_s, tally)
-        if not BEGUN.search(told):
+        begun, aim = Start(run, tally.rng.choice(engines)), next(aims, None)
+        killed = aim and begun.kill(aim, step_s, tally.rng)
+        tally.seconds += begun.leave(killed is not None)
+        if killed is not None:
+            tally.whom[killed[0]] += 1
+            tally.moments[killed[1]] += 1
+            tally.uncommitted += begun.saving()
+        if not begun.begun():
             continue
+        told = begun.told()
         origin = re.search(rf" {run.places[at.stage].name}: .*going on from step_(\d+)", told)
         tally.resumes += origin is not None
         if int(origin[1] if origin else 0) != at.step:
