@@ -2,9 +2,9 @@
 
     python tests/benchmarks/kill_soak.py [--kills 25]      # some 20 minutes on 2 cores; make soak
 
-A run is two short stages of the tests' tiny model, started as a user starts one, under `deepspeed` or `torchrun`. It is
-killed (SIGKILL), started again once its lock is free, and so on to its end; a run that ends before it has had all its
-kills is followed by another. All draws are of one seed.
+A run is two short stages of the tests' tiny model, a checkpoint every step, started as a user starts one, under
+`deepspeed` or `torchrun`. It is killed (SIGKILL), started again once its lock is free, and so on to its end; a run that
+ends before it has had all its kills is followed by another. All draws are of one seed.
 
 - `zero1` and `fsdp2`: half of --kills each, always 2 processes. Compared with a run that nothing disturbed, bit by bit:
   weights and average of both models, everything in the last checkpoint of both stages, and every line of metrics.jsonl
@@ -14,9 +14,9 @@ kills is followed by another. All draws are of one seed.
 
 Whom a kill hits is drawn: a launcher, one rank, or all processes at once. So is when: a fifth of the kills come at a
 random moment of the start, the others after a random part of the run's steps, half of them at any moment, half as soon
-as the folder of an uncommitted checkpoint is seen. `moments` counts where they fell: `start` is before the stage's
-first step, `save` while a checkpoint was under way, `end` after the last step. `uncommitted` counts the checkpoints
-that a kill left half written.
+as the folder of an uncommitted checkpoint is seen. `moments` counts where they fell: `start` is before the first
+step of the start, `save` while a checkpoint was under way, `end` after the run's last step. `uncommitted` counts the
+kills that left a checkpoint half written.
 
 Nothing records the ids of a batch, as they follow from the data state: what a loader yields from the state that a start
 resumed from, for the steps that it then trained, is compared with what a loader yields that nobody ever stopped. The
@@ -119,7 +119,7 @@ class Run:
             "train": {"steps": STEPS, "batch_size": 8, "micro_batch_size": 2},
             "validation": {"every": 10, "samples": 12, "prompts": ["a photo of a red circle"]},
             "checkpoint": {"every": 3, "keep": 2, "ephemeral_every": 1},
-            # Gradients through networks of ReLUs jump where rounding moves a unit over its kink: not to 1e-5.
+            # The stand-ins' gradients jump where rounding moves a unit over its kink, and losses part by 1e-3 then.
             "objective": {"features_network": "efficientnet-lite0", "lpips_weight": 0.0, "pdino_weight": 0.0},
             "stages": [{"name": "first"}, {"name": "second", "data": {"resolution": 24}}],
         }
@@ -455,6 +455,7 @@ def soak(
         aims = draw_aims(tally.rng, kills - tally.kills, expected.start_s, run.total)
         to_its_end(run, engines, aims, expected.step_s, stream, tally)
         tally.differences += compare(run, expected.run, exact)
+        say(f"{run.config.name}: done, {tally.kills} of {kills} kills, {len(tally.differences)} differences")
     tally.steps_repeated = tally.steps_trained - tally.runs * expected.run.total
     tally.time_lost_s = tally.seconds - tally.runs * expected.seconds
     return tally
