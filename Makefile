@@ -3,7 +3,7 @@
 # make test-s3 the store against a real S3 server: Ceph, whose Debian packages it unpacks into .cache
 # make lint    ruff and mypy
 # make bench   what is measured rather than asserted
-# make soak    training killed at 25 moments and resumed: nothing lost, nothing different (some 20 minutes)
+# make soak    training killed at 25 moments and resumed: nothing lost, nothing different
 # All need Linux, Python 3.11 or later, a C++ compiler and Python's headers; everything else comes from the
 # Python package registry, into .venv.
 

@@ -1,6 +1,6 @@
 """Training that is killed again and again, and resumed: nothing lost, nothing different.
 
-    python tests/benchmarks/kill_soak.py [--kills 25]      # some 20 minutes on 2 cores; make soak
+    python tests/benchmarks/kill_soak.py [--kills 25]      # make soak
 
 A run is two short stages of the tests' tiny model, a checkpoint every step, started as a user starts one, under
 `deepspeed` or `torchrun`. It is killed (SIGKILL), started again once its lock is free, and so on to its end; a run that
