@@ -143,8 +143,10 @@ def trained(config: RunConfig, text_width: int, features: Frozen | None) -> Trai
         text_blocks=parts["text_blocks"],
         rest=size(denoiser) - sum(parts.values()),
         projector=size(projector) if projector is not None else 0,
-        # The projector's names have neither of the parts that Muon looks for.
-        by_muon=sum(p.numel() for n, p in denoiser.named_parameters() if muon and p.ndim == 2 and muon_takes(n)),
+        # By the names in the whole network; the projector's have neither of the parts that Muon looks for.
+        by_muon=sum(
+            p.numel() for n, p in denoiser.named_parameters() if muon and p.ndim == 2 and muon_takes(f"denoiser.{n}")
+        ),
         block=size(denoiser.blocks[0]),
         small=sum(p.numel() for p in tensors if p.numel() <= PERSISTENT_NUMEL),
     )
