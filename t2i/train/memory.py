@@ -101,8 +101,8 @@ def check_memory(config: RunConfig, stage: str, found: Estimate, available: int)
         )
     if found.expected > TIGHT * available:
         return (
-            f"the memory of stage {stage} may be tight: up to {found.expected / GIB:.3g} GiB are expected, and {has}; if it does not "
-            f"suffice, {remedy(config)}"
+            f"the memory of stage {stage} may be tight: up to {found.expected / GIB:.3g} GiB are expected, and {has}; "
+            f"if that is not enough, {remedy(config)}"
         )
     return None
 
