@@ -22,6 +22,7 @@ from t2i.build import build_denoiser
 from t2i.config import ObjectiveConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.diffusion.perceptual import EfficientNetLite
+from t2i.engine.deepspeed import PERSISTENT_NUMEL
 from t2i.models.layers import Projector, rope_table
 from t2i.models.pixelgen import Block, muon_takes
 from t2i.models.text import resolve_model
@@ -57,6 +58,8 @@ class Trained:
     """Those of them that Muon takes: they have one moment, others two."""
     block: int
     """Parameters of one image block, the largest part that FSDP2 and ZeRO-3 put together at a time."""
+    small: int
+    """Those of tensors so small that ZeRO-3 leaves them whole on every rank."""
 
     @property
     def denoiser(self) -> int:
@@ -134,14 +137,18 @@ def trained(config: RunConfig, text_width: int, features: Frozen | None) -> Trai
         projector = Projector(config.model.width, features.width) if aligned and features else None
     parts = {name: size(getattr(denoiser, name)) for name in ("blocks", "text_blocks")}
     muon = config.optimizer.name == "muon"
+    tensors = [*denoiser.parameters(), *(projector.parameters() if projector is not None else ())]
     return Trained(
         image_blocks=parts["blocks"],
         text_blocks=parts["text_blocks"],
         rest=size(denoiser) - sum(parts.values()),
         projector=size(projector) if projector is not None else 0,
-        # The projector's names have neither of the parts that Muon looks for.
-        by_muon=sum(p.numel() for n, p in denoiser.named_parameters() if muon and p.ndim == 2 and muon_takes(n)),
+        # By the names in the whole network; the projector's have neither of the parts that Muon looks for.
+        by_muon=sum(
+            p.numel() for n, p in denoiser.named_parameters() if muon and p.ndim == 2 and muon_takes(f"denoiser.{n}")
+        ),
         block=size(denoiser.blocks[0]),
+        small=sum(p.numel() for p in tensors if p.numel() <= PERSISTENT_NUMEL),
     )
 
 
