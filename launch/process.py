@@ -47,6 +47,8 @@ def joined_world(patience: timedelta = timedelta(minutes=30)) -> Iterator[World]
         device = torch.device("cpu")
     # Of GPU runs the host threads decode, and each opens a team of its own: leave them a core each.
     cores = len(os.sched_getaffinity(0)) // local_size
+    if local_size == 1:  # torchrun sets it to 1 where there are several, whatever the machine has
+        cores = int(os.environ.get("OMP_NUM_THREADS", cores))
     torch.set_num_threads(1 if device.type == "cuda" else max(1, cores))
     backend = "nccl" if device.type == "cuda" else "gloo"
     with redirect_stdout(io.StringIO()):

@@ -29,6 +29,7 @@ from t2i.train.guard import Guard, Rollback
 from t2i.train.observe import Observer
 from t2i.train.outcome import OutcomeFile, code_of
 from t2i.train.places import StagePlace, stage_places
+from t2i.train.preflight import check_start
 from t2i.train.processes import LOCK, RunLock, World
 from t2i.train.report import write_report
 from t2i.train.stage_data import Opened, StageData, open_data
@@ -84,6 +85,10 @@ def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], s
         watch = Watch(failures, config.limits, config.directory / "stacks", attempt, last_words)
         _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
+        notices = check_start([(settings[i], places[i], opened[i]) for i in pending], world) if pending else []
+        if world.is_main:
+            for notice in notices:
+                print(notice)
         for index in pending:
             _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt, leave, watch)
         watch.close()

@@ -7,7 +7,6 @@ run is left.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from t2i.train.memory import remedy
 from t2i.train.observe import memory_gib
 from t2i.train.processes import World
 from t2i.train.schedule import training_times
+from t2i.train.step import TrainingStep
 
 
 def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Batch:
@@ -54,18 +54,19 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
     )
 
 
-def no_update(norm: float) -> str:
+def no_update(loss: float, grad_norm: float) -> str:
     """The veto of a dry run."""
     return "dry run"
 
 
-def dry_run(step: Callable[[], object], config: RunConfig, device: torch.device) -> str:
-    """Run one optimizer step that is vetoed and measure it.
+def dry_run(train: TrainingStep, config: RunConfig, stage: str, world: World) -> str:
+    """Run a stage's first step on noise, and veto its update. All ranks take part.
 
     Args:
-        step: trains on `made_up_batch` under the veto `no_update`.
+        train: makes the stage's steps.
         config: the stage's settings.
-        device: of this rank.
+        stage: its name.
+        world: this process.
 
     Returns:
         A sentence with its seconds and the peak of memory so far.
@@ -75,13 +76,13 @@ def dry_run(step: Callable[[], object], config: RunConfig, device: torch.device)
     """
     began = time.perf_counter()
     try:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        train(made_up_batch(config, stage, 0, world), 0, no_update)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise UserError(
             f"the stage's step does not fit into the device's memory ({reason}): {remedy(config)}"
         ) from error
     seconds = time.perf_counter() - began
-    return f"a dry step took {seconds:.1f} s and {memory_gib(device):.2f} GiB"
+    return f"a dry step took {seconds:.1f} s and {memory_gib(world.device):.2f} GiB"

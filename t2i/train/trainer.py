@@ -27,6 +27,7 @@ from t2i.engine.shards import gather_full
 from t2i.model_folder import DENOISER, NULL_CAPTION, read_model, write_model
 from t2i.pipeline import Pipeline
 from t2i.train.build import build_engine, build_network, build_objective, denoiser_training_flops
+from t2i.train.dry_run import dry_run
 from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
 from t2i.train.intake import Intake
 from t2i.train.observe import Observer, memory_gib, peak_flops
@@ -88,6 +89,8 @@ class StageTrainer:
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples, watch.alive)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
+        self._train = TrainingStep(config, place.name, world, self.text, self.null_caption, objective, self.engine)
+        self._dry_run = dry_run(self._train, config, place.name, world)
         start = restore(config, place, world, self.engine, self.ema, before=back[1].first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
         self._saved_step = self.step
@@ -100,7 +103,6 @@ class StageTrainer:
         self.writer = self._build_writer(attempt)
         self.flops_per_image = denoiser_training_flops(config, self.text.width)
         self.peak_flops = peak_flops(world.device, dtype)
-        self._train = TrainingStep(config, place.name, world, self.text, self.null_caption, objective, self.engine)
 
     def _build_writer(self, attempt: str) -> CheckpointWriter:
         saving, mirror = self.config.checkpoint, None
@@ -183,6 +185,7 @@ class StageTrainer:
             Departed: a rank was asked to leave; everything is saved.
             GuardError: too many updates were bad, and going back does not help; everything is saved.
         """
+        observer.event(self._dry_run)
         observer.event(self._origin)
         if self.world.is_main and not self.place.null_caption.exists():
             aside = self.place.null_caption.with_suffix(".partial")

@@ -16,21 +16,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from data.loader import Batch
-from data.randomness import key, uniform
 from launch.process import joined_world, quiet
 from t2i.build import build_text
 from t2i.config import RunConfig
 from t2i.config_loading import validate_config
-from t2i.diffusion.flow import interpolate, to_unit_range
-from t2i.diffusion.noise import slot_noise
-from t2i.diffusion.objective import Terms
 from t2i.engine.ema import Ema
 from t2i.train.build import build_engine, build_network, build_objective
 from t2i.train.dry_run import dry_run, made_up_batch, no_update
 from t2i.train.memory import estimate
 from t2i.train.processes import World
-from t2i.train.schedule import training_times
+from t2i.train.step import TrainingStep
 
 CPU, STAGE = torch.device("cpu"), "stage"
 ENGINES = {"zero1 bf16": {"dtype": "bf16"}, "zero1 fp32": {"dtype": "fp32"}, "fsdp": {"name": "fsdp", "dtype": "bf16"}}
@@ -57,33 +52,14 @@ class Trainer:
         network = build_network(self.config, self.text.width, self.objective.patch_features)
         self.engine = build_engine(self.config, network, self.world, self.dtype)
         self.ema = Ema(self.engine.shards, 0.9)
+        null_caption = self.text.null_caption()
+        self.train = TrainingStep(self.config, STAGE, self.world, self.text, null_caption, self.objective, self.engine)
 
-    def step(self, batch: Batch, veto) -> Terms:
-        config, size, micro = self.config, self.config.train.batch_size, self.config.train.micro_batch_size
-        t = training_times(config.objective, uniform(key(config.seed, STAGE, "time"), batch.slots))
-        side, terms = config.data.resolution // config.model.patch_size, Terms()
-        for start in range(0, len(t), micro):
-            part = slice(start, start + micro)
-            image = to_unit_range(batch.pixels[part])
-            times = torch.from_numpy(t[part]).float()
-            noise = slot_noise(key(config.seed, STAGE, "noise"), batch.slots[part], image.shape[1:], CPU)
-            text = self.text(batch.captions[part])
-            loss, part_terms = self.objective(
-                *self.engine.network(interpolate(image, noise, times), times, text),
-                image,
-                t[part],
-                grid=(side, side),
-                batch_size=size,
-                ungated=int((t >= config.objective.gate).sum()) * self.world.size,
-                micro_batches=size // micro,
-            )
-            self.engine.micro_step(loss)
-            terms.merge(part_terms)
-        result = self.engine.step(lambda muon: 1e-3, veto)
-        assert result.vetoed == veto(0.0), result
-        if result.vetoed is None:
-            self.ema.update()
-        return terms
+    def step(self, step: int) -> None:
+        batch = made_up_batch(self.config, STAGE, step, self.world)
+        trained = self.train(batch, step, lambda loss, norm: None)
+        assert trained.result.vetoed is None
+        self.ema.update()
 
     def state(self) -> dict[str, str]:
         """Everything that a step may change, hashed."""
@@ -114,28 +90,23 @@ def peak_bytes(record: profile) -> int:
     return int(np.cumsum(changes).max())
 
 
-def real_step(trainer: Trainer, step: int) -> None:
-    trainer.step(made_up_batch(trainer.config, STAGE, step, trainer.world), lambda norm: None)
-
-
 def outcome(config: RunConfig, world: World) -> dict:
     """Two steps, a dry run, two steps; and the same without the dry run."""
     trainer = Trainer(config, world)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         trainer.begin()
-        real_step(trainer, 0)
-    real_step(trainer, 1)
-    before, terms = trainer.state(), []
-    batch = made_up_batch(config, STAGE, 2, world)
-    sentence = dry_run(lambda: terms.append(trainer.step(batch, no_update)), config, CPU)
+        trainer.step(0)
+    trainer.step(1)
+    before, terms = trainer.state(), trainer.train(made_up_batch(config, STAGE, 2, world), 2, no_update).means
+    sentence = dry_run(trainer.train, config, STAGE, world)
     after = trainer.state()
     for step in (2, 3):
-        real_step(trainer, step)
+        trainer.step(step)
     end = trainer.state()
     trainer.engine.close()
     trainer.begin()
     for step in range(4):
-        real_step(trainer, step)
+        trainer.step(step)
     without = trainer.state()
     trainer.engine.close()
     found = estimate(config, world.size, trainer.dtype)
@@ -143,7 +114,7 @@ def outcome(config: RunConfig, world: World) -> dict:
         "changed": [name for name in before if before[name] != after[name]],
         "changed later": [name for name in end if end[name] != without[name]],
         "steps change": [name for name in before if before[name] != end[name]],
-        "terms": terms[0].counts,
+        "terms": terms,
         "sentence": sentence,
         "peak": trainer.frozen_bytes + peak_bytes(record),
         "least": found.least,

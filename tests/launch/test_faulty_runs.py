@@ -1,4 +1,4 @@
-"""Bad updates in whole runs: left out, gone back from, stopped at; whatever happens in between."""
+"""Faults in whole runs: bad updates left out, gone back from, stopped at; ranks that raise, hang or are killed."""
 
 from __future__ import annotations
 
@@ -110,3 +110,28 @@ def test_what_going_back_does_not_help_stops_the_run_saved(scenes: Path, tmp_pat
     assert "going on from step_00000006" in output
     assert trained(tmp_path)[-1] == 14
     assert json.loads((tmp_path / "tiny" / "outcome.json").read_text())["outcome"] == "done"
+
+
+def test_a_rank_that_raises_ends_the_others_with_its_own_words(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RAISES_AT", "3")
+    output = run("torchrun", SPOILED, "--config", str(config_of(scenes, tmp_path)), code=1)
+    assert "error on rank 1: ArithmeticError: the last rank's own words" in output  # by rank 0
+    assert "Traceback" in output and "spoiled.py" in output  # by rank 1
+    outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())
+    assert outcome["outcome"] == "failed" and outcome["rank"] == 1 and "own words" in outcome["reason"]
+
+
+def test_a_rank_that_hangs_ends_the_run_with_all_stacks_and_it_goes_on(
+    scenes: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HANGS_AT", "5")
+    options = ["--config", str(config_of(scenes, tmp_path)), "--limits.step_minutes", "0.15"]
+    output = run("deepspeed", SPOILED, *options, code=75)
+    assert "stood still for" in output
+    outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())
+    assert outcome["outcome"] == "resumable" and "stood still for" in outcome["reason"]
+    waiting, hanging = (path.read_text() for path in sorted((tmp_path / "tiny" / "stacks").iterdir()))
+    assert "spoiled.py" in hanging and "in step 5" in hanging and "all_reduce" in waiting
+    monkeypatch.delenv("HANGS_AT")
+    assert "going on from step_00000003" in run("deepspeed", SPOILED, *options)
+    assert trained(tmp_path) == list(range(1, 15))
