@@ -52,9 +52,9 @@ class Departure:
         self._listening = True
         reader, writer = socket.socketpair()
         writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)  # the thread does it: this one may be busy in a collective
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
         def read() -> None:
             with reader, writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 from launch.arguments import parse
 from launch.departure import departure
@@ -10,7 +11,7 @@ from launch.process import joined_world
 from t2i.exit_codes import FAILED, START_AGAIN
 from t2i.train.curriculum import run
 from t2i.train.failures import Failure, Failures
-from t2i.train.outcome import code_of
+from t2i.train.outcome import Departed
 from t2i.train.watch import collective_timeout
 
 DEFAULT_CONFIG = "configs/pixelgen_xxl.yaml"
@@ -30,9 +31,9 @@ def train(description: str, only: int | None) -> None:
             run(config, world, only, leave, failures)
             world.barrier()  # else rank 0's end would look like its death
         except Exception as error:
-            failure = failures.report(error, code_of(error))
-            if failure.code == FAILED and failure.rank == world.rank:
-                raise
+            failure = failures.report(error)
+            if failure.rank == world.rank and (failure.code == FAILED or isinstance(error, OSError)):
+                traceback.print_exc()
             if world.rank in (0, failure.rank):
                 print(_words(failure, error), file=sys.stderr)
             sys.exit(failure.code)
@@ -42,5 +43,6 @@ def train(description: str, only: int | None) -> None:
 
 def _words(failure: Failure, error: Exception) -> str:
     """What to say of the end; an error that all ranks met is no single rank's."""
-    said = f"error: {failure.message}" if str(error) == failure.message else str(failure)
+    kind = "left" if isinstance(error, Departed) else "error"
+    said = f"{kind}: {failure.message}" if str(error) == failure.message else str(failure)
     return f"{said}; the same command goes on from what is saved" if failure.code == START_AGAIN else said

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from data.errors import StoreError, UserError
 from t2i.exit_codes import START_AGAIN
-from t2i.train.outcome import Departed
+from t2i.train.outcome import Departed, code_of
 from t2i.train.processes import World
 
 POLL_S = 0.5
@@ -76,6 +76,7 @@ class Failures:
         self._known, self._wake, self._settled = threading.Event(), threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._posted: Failure | None = None
+        self._reported: Failure | None = None
         self._answering = self._answered = self._closed = False
         self._absent: list[int] = []
         self._listener: threading.Thread | None = None
@@ -127,37 +128,35 @@ class Failures:
         self._wake.set()
         return [] if self._settled.wait(within_s) else self._absent
 
-    def report(self, error: Exception, code: int) -> Failure:
+    def report(self, error: Exception) -> Failure:
         """Tell all ranks of an exception that ends this one; the main thread calls it before it cleans up.
 
         Args:
-            error: what this rank met.
-            code: the exit code for it. Lost contact with another rank is START_AGAIN.
+            error: what this rank met. Lost contact with another rank is START_AGAIN.
 
         Returns:
             What is to be shown, and whose exit code is to be taken: the cause, where `error` is a consequence.
             Takes some seconds if other ranks are dead. Once told, further calls change nothing.
         """
-        if self.leaving:
-            assert self.first is not None
-            return self.first
+        if self._reported is not None:
+            return self._reported
         self.leaving = True
         plain = isinstance(error, UserError | StoreError | Departed)
         told = str(error) if plain else f"{type(error).__name__}: {error}"
-        failure = Failure(self.world.rank, code, told)
+        failure = Failure(self.world.rank, code_of(error), told)
         if is_lost_contact(error):
             self._known.wait(CAUSE_S)
             failure = Failure(self.world.rank, START_AGAIN, f"lost contact with another rank: {error}")
         self.post(failure)
-        return self.conclude()
+        self._reported = self.conclude()
+        return self._reported
 
     def conclude(self) -> Failure:
         """`first`, once all ranks have taken note of it or ANSWER_S are over; it then names those that did not."""
         absent = self.answer(ANSWER_S)
         assert self.first is not None
-        if absent:
-            self.first = replace(self.first, message=f"{self.first.message}; no answer from {_ranks(absent)}")
-        return self.first
+        told = f"; no answer from {_ranks(absent)}" if absent else ""
+        return replace(self.first, message=self.first.message + told)
 
     def _find(self, failure: Failure) -> Failure:
         with self._lock:

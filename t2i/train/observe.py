@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 class JsonLines:
-    """A file of JSON lines, each of a stage and a step: metrics.jsonl and quarantine.jsonl of a run."""
+    """A file of JSON lines, each of a stage and a step: metrics.jsonl, quarantine.jsonl and skipped.jsonl of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._refused = False
 
     def lines(self) -> list[dict[str, Any]]:
         """Everything written so far; a torn last line is left out."""
@@ -77,8 +79,13 @@ class JsonLines:
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite become null."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk does not end a run
+            if not self._refused:
+                tqdm.write(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr)
+            self._refused = True
 
 
 class Terminal:
@@ -141,7 +148,7 @@ class Observer:
         """One sentence for events.log and the terminal."""
         if not self.active:
             return
-        with self.events.open("a") as file:
+        with suppress(OSError), self.events.open("a") as file:  # the terminal has it
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}\n")
         tqdm.write(f"{self.stage}: {text}", file=self._terminal)
 

@@ -87,6 +87,12 @@ def free_bytes(directory: Path) -> float:
     return usage.free if usage.total else math.inf
 
 
+def leftover_bytes(place: StagePlace) -> int:
+    """Bytes that the first save will free: of checkpoints that were never finished, or given up."""
+    files = (file for folder in place.checkpoints.glob(".step_*") for file in folder.rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def check_mirror(config: RunConfig) -> str | None:
     """Write a small object into `checkpoint.mirror`, if there is one, read it back and delete it.
 
@@ -184,6 +190,6 @@ def _check_on_main(
         except Exception as error:  # networks of any kind may be named, and only what is known can be counted
             notices.append(f"the memory of stage {place.name} is not estimated: {error}")
         else:
-            check_room(config, place, found.checkpoint, free_bytes(config.directory))
+            check_room(config, place, found.checkpoint, free_bytes(config.directory) + leftover_bytes(place))
             notices.append(check_memory(config, place.name, found, available))
     return [notice for notice in notices if notice is not None]

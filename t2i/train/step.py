@@ -47,11 +47,10 @@ class _Stopwatch:
         self._times: list[float] = []
 
     def press(self) -> None:
-        """The first or the second point; further ones do not count."""
-        if len(self._times) < 2:
-            if self._events:
-                self._events[len(self._times)].record()
-            self._times.append(time.perf_counter())
+        """The first point, then the second."""
+        if self._events:
+            self._events[len(self._times)].record()
+        self._times.append(time.perf_counter())
 
     def seconds(self) -> float:
         """Once the work behind the second point is done."""
@@ -129,7 +128,8 @@ class TrainingStep:
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device)
             text = self._text(batch.captions[part])
             text[torch.from_numpy(dropped[part]).to(text.device)] = self._null_caption
-            own.press()
+            if start == 0:
+                own.press()
             predicted, projected = self._engine.network(interpolate(image, noise, times), times, text)
             loss, part_terms = self._objective(
                 predicted,

@@ -64,9 +64,13 @@ class Evaluator:
     def grid(self, step: int) -> None:
         """Draw the config's prompts, each rank its share, and write the grid with its description."""
         validation, sampling = self.pipeline.config.validation, self.pipeline.config.sampling
-        self.alive("drawing the sample grid")
         pictures = [Picture(prompt) for prompt in validation.prompts]
-        mine = self.pipeline.draw(pictures[self.world.rank :: self.world.size], sampling)
+        own = pictures[self.world.rank :: self.world.size]
+        drawn = [self.pipeline.draw([], sampling)]
+        for start in range(0, len(own), sampling.batch_size):
+            self.alive("drawing the sample grid")
+            drawn.append(self.pipeline.draw(own[start : start + sampling.batch_size], sampling))
+        mine = torch.cat(drawn)
         shares = self.world.gather(mine.numpy())
         if not self.world.is_main:
             return

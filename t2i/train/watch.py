@@ -102,14 +102,17 @@ class Watch:
         self._signs += 1
 
     def start(self, what: str) -> None:
-        """As `alive`; from here on limits.start_minutes are allowed. Again once groups were made, and in each stage."""
+        """As `alive`, and allow limits.start_minutes. Again once an engine is built, for its groups' time-outs."""
+        self._starting = True
         self._allow(self._limits.start_minutes)
         self.alive(what)
 
-    def first_step_done(self) -> None:
-        """From here on limits.step_minutes are allowed."""
+    def step_done(self) -> None:
+        """A step is done: after the first one, limits.step_minutes are allowed."""
         self._signs += 1
-        self._allow(self._limits.step_minutes)
+        if self._starting:
+            self._starting = False
+            self._allow(self._limits.step_minutes)
 
     def _allow(self, minutes: float) -> None:
         self._allowed_s = 60 * minutes

@@ -44,7 +44,7 @@ from t2i.engine.checkpoint.retention import Retention
 from t2i.engine.checkpoint.snapshot import Snapshot
 from t2i.engine.shards import Shards
 
-COMMIT_TIMEOUT_S = 600.0
+COMMIT_TIMEOUT_S = 300.0
 GIVE_UP_S = 10.0
 """For how long rank 0 lets the others end by themselves before it removes what they wrote."""
 CLOSE_TIMEOUT_S = 30.0

@@ -142,9 +142,9 @@ def test_time_outs_of_all_groups_can_be_shortened_and_tell_of_lost_contact(ends:
 
 def test_the_first_report_of_one_rank_stands() -> None:
     with Failures(World(0, 1, torch.device("cpu"))) as failures:
-        first = failures.report(UserError("lr must be positive"), 2)
+        first = failures.report(UserError("lr must be positive"))
         assert first == failures.first == Failure(0, 2, "lr must be positive")
-        assert failures.report(KeyError("odd"), 1) == first
+        assert failures.report(KeyError("odd")) == first
         assert failures.post(Failure(0, 1, "later")) == first
 
 

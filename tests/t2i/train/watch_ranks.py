@@ -48,7 +48,7 @@ def asleep() -> None:
 def healthy(world: World, watch: Watch) -> None:
     """Each step is shorter than what is allowed, all of them together are not, and the first is longer."""
     time.sleep(1.5 * STEP_S)
-    watch.first_step_done()
+    watch.step_done()
     for step in range(2, 6):
         watch.alive(f"step {step}")
         time.sleep(STEP_S / 3)
@@ -59,7 +59,7 @@ def healthy(world: World, watch: Watch) -> None:
 
 def suspended(world: World, watch: Watch) -> None:
     """Stopped for longer than is allowed; the script below lets it go on."""
-    watch.first_step_done()
+    watch.step_done()
     time.sleep(0.5)  # the watch has seen the last sign
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(0.5)
@@ -67,7 +67,7 @@ def suspended(world: World, watch: Watch) -> None:
 
 def sleeps(world: World, watch: Watch) -> None:
     """Rank 1 hangs in Python, the others in a collective."""
-    watch.first_step_done()
+    watch.step_done()
     watch.alive("step 2")
     asleep() if world.rank == 1 else total(world)
 
@@ -80,13 +80,13 @@ def sleeps_at_start(world: World, watch: Watch) -> None:
 
 def disagree(world: World, watch: Watch) -> None:
     """Each rank waits in another collective."""
-    watch.first_step_done()
+    watch.step_done()
     dist.barrier(world.hosts) if world.rank == 1 else total(world)
 
 
 def stopped(world: World, watch: Watch) -> None:
     """Rank 1 is stopped."""
-    watch.first_step_done()
+    watch.step_done()
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     total(world)
@@ -94,7 +94,7 @@ def stopped(world: World, watch: Watch) -> None:
 
 def stopped_first(world: World, watch: Watch) -> None:
     """Rank 0 is stopped, and the store with it."""
-    watch.first_step_done()
+    watch.step_done()
     if world.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
     total(world)
@@ -102,14 +102,14 @@ def stopped_first(world: World, watch: Watch) -> None:
 
 def holds_lock(world: World, watch: Watch) -> None:
     """Rank 1 never gives the interpreter's lock back."""
-    watch.first_step_done()
+    watch.step_done()
     time.sleep(1)  # for the watch's first round
     ctypes.PyDLL(None).sleep(int(FOR_EVER_S)) if world.rank == 1 else total(world)
 
 
 def raises(world: World, watch: Watch) -> None:
     """Rank 1 fails while rank 0 is in a collective and rank 2 hangs."""
-    watch.first_step_done()
+    watch.step_done()
     if world.rank == 1:
         raise KeyError("odd")
     asleep() if world.rank == 2 else total(world)
@@ -117,7 +117,7 @@ def raises(world: World, watch: Watch) -> None:
 
 def raises_first(world: World, watch: Watch) -> None:
     """Rank 0 fails, and the store goes with it, while rank 1 hangs."""
-    watch.first_step_done()
+    watch.step_done()
     if world.rank == 0:
         raise UserError("lr must be positive")
     asleep()
@@ -202,7 +202,7 @@ def play(case: Callable[[World, Watch], None], folder: Path, rank: int, size: in
             time.sleep(1.5 * STEP_S)
             world.barrier()
         except Exception as error:
-            failure = failures.report(error, 2 if isinstance(error, UserError) else 1)
+            failure = failures.report(error)
             print(failure, file=sys.stderr)
             code = failure.code
     dist.destroy_process_group()
