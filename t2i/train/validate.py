@@ -77,6 +77,7 @@ class Evaluator:
             "rows": -(-len(pictures) // validation.columns),
             "weights": "ema",
             "solver": sampling.solver,
+            "order": sampling.order,
             "steps": sampling.steps,
             "guidance_scale": sampling.guidance_scale,
             "seed": sampling.seed,

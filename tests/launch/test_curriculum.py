@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import pack_scenes, ranks_of, run, start, tiny_config, write_config
 
@@ -53,7 +54,7 @@ def unbroken(scenes: Path, tmp_path_factory) -> Path:
 
 
 def test_a_run_writes_what_it_promises(unbroken: Path) -> None:
-    for stage, steps, side in (("low", 8, 16), ("high", 10, 24)):
+    for stage, steps, resolution in (("low", 8, 16), ("high", 10, [16, 24])):
         folder = unbroken / stage
         assert {p.name for p in (folder / "model").iterdir()} == {
             "model.safetensors",
@@ -71,7 +72,7 @@ def test_a_run_writes_what_it_promises(unbroken: Path) -> None:
         }
         trained = [line for line in metrics(unbroken) if line["stage"] == stage and line["kind"] == "train"]
         assert [line["step"] for line in trained] == list(range(1, steps + 1))
-        assert all(line["resolution"] == side and line["grad_norm"] > 0 for line in trained)
+        assert all(line["resolution"] == resolution and line["grad_norm"] > 0 for line in trained)
     environment = json.loads((unbroken / "environment.json").read_text())
     assert len(environment["stand_ins"]) == 2
     assert all("stand-in" in notice for notice in environment["stand_ins"])
@@ -224,3 +225,23 @@ def test_pictures_do_not_depend_on_processes_or_neighbours(unbroken: Path, tmp_p
     for n in range(2):
         assert (tmp_path / "b" / f"00000_{n}.png").read_bytes() == (tmp_path / "a" / f"00002_{n}.png").read_bytes()
     assert (tmp_path / "a" / "00000_0.png").read_bytes() != (tmp_path / "a" / "00000_1.png").read_bytes()
+    assert Image.open(tmp_path / "a" / "00000_0.png").size == (24, 16)  # as trained
+
+
+def test_pictures_of_a_size_and_away_from_a_prompt(unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a photo of a red circle")
+    common = ["--model", str(unbroken / "high" / "model"), "--prompts", str(tmp_path / "prompts.txt")]
+    wide, away = tmp_path / "wide", tmp_path / "away"
+    run("python", "sample.py", *common, "--out", str(wide), "--size", "8x32", ranks=1)
+    negative = ["--negative", "a photo of a blue star"]
+    run("python", "sample.py", *common, "--out", str(away), "--size", "8x32", *negative, ranks=1)
+    assert Image.open(wide / "00000_0.png").size == (32, 8)
+    assert (wide / "00000_0.png").read_bytes() != (away / "00000_0.png").read_bytes()
+    described = json.loads((away / "prompts.json").read_text())
+    assert described["size"] == [8, 32] and described["negative"] == negative[1]
+    for wrong in ("32", "8x30", "0x8", "8x"):
+        output = run("python", "sample.py", *common, "--out", str(wide), "--size", wrong, ranks=1, code=2)
+        assert f"--size {wrong}: must be height x width in pixels" in output.splitlines()[-1]
+    unguided = [*negative, "--sampling.guidance_scale", "1"]
+    output = run("python", "sample.py", *common, "--out", str(wide), *unguided, ranks=1, code=2)
+    assert "--negative does nothing at guidance_scale 1" in output.splitlines()[-1]

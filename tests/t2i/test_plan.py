@@ -238,7 +238,7 @@ def test_network_activations_are_what_autograd_keeps(dtype: torch.dtype) -> None
         assert projected is not None
         return cosine_distance(projected, target)
 
-    shapes = Shapes(model, 64, length, 64, dtype.itemsize)
+    shapes = Shapes(model, (64, 64), length, 64, dtype.itemsize)
     expected = samples * (
         model.depth * block_activations(model, shapes.tokens, length, dtype.itemsize, fused_norms=False)
         + model.text_depth * block_activations(model, length, 0, dtype.itemsize, fused_norms=False)
