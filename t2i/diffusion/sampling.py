@@ -124,7 +124,8 @@ def adams(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool],
 
 def choose_solver(name: str, order: int) -> Solver:
     """The solver of a name; `order` is that of adams."""
-    return {"euler": euler, "heun": heun, "adams": partial(adams, order=order)}[name]
+    solvers: dict[str, Solver] = {"euler": euler, "heun": heun, "adams": partial(adams, order=order)}
+    return solvers[name]
 
 
 def guided_steps(times: list[float], interval: tuple[float, float]) -> list[bool]:

@@ -28,9 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sample(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sample:
     """Run the job with a few steps; the folder of its pictures."""
-    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue star\n")
 
-    def run(*words: str) -> Path:
+    def run(*words: str, prompts: str = "a red circle\n\na blue star\n") -> Path:
+        (tmp_path / "prompts.txt").write_text(prompts)
         world = World(0, 1, torch.device("cpu"))
         monkeypatch.setattr(launch.sample, "joined_world", lambda: nullcontext(world))
         out = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -61,6 +61,15 @@ def test_by_default_pictures_have_the_training_resolution(sample: Sample) -> Non
     plain = sample()
     assert {Image.open(plain / name).size for name in pictures(plain)} == {(16, 16)}
     assert pictures(sample("--size", "16x16")) == pictures(plain)
+
+
+def test_files_are_named_by_prompt_and_number(sample: Sample) -> None:
+    both = pictures(sample("--pictures", "2"))
+    for i, prompt in enumerate(("a red circle", "a blue star")):
+        alone = pictures(sample("--pictures", "2", prompts=prompt))
+        assert alone == {f"00000_{n}.png": both[f"{i:05d}_{n}.png"] for n in range(2)}
+    first = pictures(sample("--pictures", "1"))
+    assert first == {name: both[name] for name in ("00000_0.png", "00001_0.png")}
 
 
 def test_a_negative_prompt_changes_every_picture(sample: Sample) -> None:

@@ -127,6 +127,15 @@ def test_the_null_caption_is_the_one_stored_with_the_weights(copy: Path) -> None
     assert torch.equal(original.draw([Picture("a")], SAMPLING.model_copy(update={"guidance_scale": 1.0})), unguided)
 
 
+@pytest.mark.parametrize(
+    "change", [{"solver": "euler"}, {"solver": "heun"}, {"order": 1}, {"order": 3}]
+    + [{"cfg_interval": (0.3, 1.0)}, {"guidance_rescale": 0.7}, {"steps": 4}, {"timeshift": 3.0}],
+)  # fmt: skip
+def test_every_setting_of_the_sampler_counts(pipeline: Pipeline, change: dict[str, Any]) -> None:
+    drawn = pipeline.draw([Picture("a dog")], SAMPLING)
+    assert not torch.equal(pipeline.draw([Picture("a dog")], SAMPLING.model_copy(update=change)), drawn)
+
+
 # Negative prompts, sizes, clamp
 
 
