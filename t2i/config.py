@@ -18,6 +18,7 @@ from t2i.config_data import DataConfig
 from t2i.config_guard import GuardConfig
 from t2i.config_limits import LimitsConfig
 from t2i.config_profiling import ProfilingConfig
+from t2i.config_sampling import SamplingConfig
 
 
 class ModelConfig(Section):
@@ -186,25 +187,6 @@ class InitConfig(Section):
     """Whether the optimizer's moments go on from the previous stage."""
     ema: Literal["continue", "reset"] = "continue"
     """Whether the average goes on, or starts at the stage's first weights."""
-
-
-class SamplingConfig(Section):
-    """How pictures are drawn."""
-
-    solver: Literal["euler", "heun", "adams2"] = "adams2"
-    """Integrator of the sampling equation."""
-    steps: int = Field(25, gt=0)
-    """Steps of the integrator."""
-    guidance_scale: float = Field(4.0, ge=0)
-    """Classifier-free guidance; 1 is none."""
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance applies to steps that start at low < t <= high."""
-    timeshift: float = Field(3.0, gt=0)
-    """Shift of the time grid; above 1 spends more steps at high noise."""
-    batch_size: int = Field(16, gt=0)
-    """Pictures drawn at once; every batch is filled up to it."""
-    seed: int = 0
-    """Seed of the starting noise; a picture depends on it, its prompt and its number alone."""
 
 
 class ValidationConfig(Section):

@@ -163,8 +163,9 @@ class _Stage:
 def recommend(stage: _Stage, options: list[Option]) -> Option | None:
     """The option that computes least: no checkpointing before checkpointing, then the least communication, as long as
     its micro-batch feeds the GPU; failing that, the one with the largest micro-batch. None where nothing fits."""
-    side = stage.config.data.resolution // stage.config.model.patch_size
-    wanted = min(stage.share, -(-FED_TOKENS // side**2))
+    height, width = stage.config.data.size
+    tokens = height * width // stage.config.model.patch_size**2
+    wanted = min(stage.share, -(-FED_TOKENS // tokens))
     ranked = sorted(options, key=lambda it: (it.checkpointing, (*PREFERENCE, "zero0").index(it.engine)))
     fitting = [it for it in ranked if it.micro_batch_size]
     for it in fitting:
@@ -284,7 +285,7 @@ def _data(stage: _Stage, rate: float) -> dict[str, float]:
     remote = sum(source.url.startswith("s3://") for source in data.sources)
     # A request to S3 brings neighbours that a block needs later; from a disk each sample is read when it is due.
     ahead = data.lanes // given.gpus * remote * data.shuffle_block * given.sample_bytes
-    pixels = stage.share * 3 * data.resolution**2
+    pixels = stage.share * 3 * data.size[0] * data.size[1]
     return {
         "bytes_per_s": rate * given.sample_bytes,
         "bytes_per_s_a_rank": rate * given.sample_bytes / given.gpus,

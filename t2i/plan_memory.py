@@ -147,7 +147,8 @@ class Shapes:
     """What the size of a micro-batch's activations depends on."""
 
     model: ModelConfig
-    resolution: int
+    size: tuple[int, int]
+    """Height and width of an image, in pixels."""
     text_length: int
     text_width: int
     dtype_bytes: int
@@ -155,7 +156,12 @@ class Shapes:
     @property
     def tokens(self) -> int:
         """Of an image."""
-        return (self.resolution // self.model.patch_size) ** 2
+        return self.pixels // self.model.patch_size**2
+
+    @property
+    def pixels(self) -> int:
+        """Of an image."""
+        return self.size[0] * self.size[1]
 
 
 def ends_activations(shapes: Shapes, features: Frozen | None, fused_norms: bool = True) -> float:
@@ -203,12 +209,12 @@ def activation_memory(
     kept_image, kept_text = image_block, text_block
     if checkpointing:
         kept_image, kept_text = c * model.width * shapes.tokens, c * model.width * shapes.text_length
-    image_bytes = 3 * FP32 * shapes.resolution**2
+    image_bytes = 3 * FP32 * shapes.pixels
     perceptual = open_samples * (
         (distance.saved_bytes if distance is not None else 0)
         + (features.saved_bytes if features is not None and gates_features else 0)
     )
-    first_map = 64 * FP32 * shapes.resolution**2 if distance is not None else 0
+    first_map = 64 * FP32 * shapes.pixels if distance is not None else 0
     in_perceptual = perceptual + WORKING_COPIES * open_samples * first_map
     gate_up = 8 * model.width * shapes.tokens * c
     in_block = micro_batch * ((image_block if checkpointing else 0) + WORKING_COPIES * gate_up)

@@ -171,13 +171,13 @@ class TrainedFlops:
 
 def trained_flops(config: RunConfig, text_width: int, features: Frozen | None) -> TrainedFlops:
     """Count what a training image costs in the trained networks."""
-    model, side = config.model, config.data.resolution // config.model.patch_size
+    model, (rows, columns) = config.model, _grid(config)
     with META:
         text = torch.empty(1, config.text.length, model.width)
-        image = torch.empty(1, side * side, model.width)
+        image = torch.empty(1, rows * columns, model.width)
         time = torch.empty(1, 1, model.width)
         text_block, block = Block(model.width, model.heads, False), Block(model.width, model.heads, True)
-        rope = rope_table(side, side, model.width // model.heads, META)
+        rope = rope_table(rows, columns, model.width // model.heads, META)
         refining = model.text_depth * _flops(lambda: text_block(text, time))
         drawing = model.depth * _flops(lambda: block(image, time, rope, text))
         projecting = 0.0
@@ -253,21 +253,21 @@ def image_distance(config: RunConfig) -> Frozen | None:
 
 def patch_features(config: RunConfig) -> Frozen | None:
     """DINOv2 or its stand-in on one image, resized so that its patches match the model's."""
-    objective, side = config.objective, config.data.resolution // config.model.patch_size
+    objective, grid = config.objective, _grid(config)
     if objective.pdino_weight + objective.repa_weight == 0:
         return None
     _, predicted = _images(config)
     if objective.features_network == STAND_IN:
         stand_in = _stand_in()
-        flops = _flops(lambda: stand_in.tokens(predicted, (side, side)))
-        saved = saved_bytes(lambda: stand_in.tokens(predicted, (side, side)), stand_in)
+        flops = _flops(lambda: stand_in.tokens(predicted, grid))
+        saved = saved_bytes(lambda: stand_in.tokens(predicted, grid), stand_in)
         return Frozen(STAND_IN, size(stand_in), stand_in.width, flops, saved)
     from transformers import Dinov2Model
 
     described = _described(objective.features_path, "objective.features_path", _KNOWN_FEATURES, "dinov2")
     with META:
         net = Dinov2Model(described).eval().requires_grad_(False)
-        resized = torch.empty(1, 3, side * described.patch_size, side * described.patch_size, requires_grad=True)
+        resized = torch.empty(1, 3, *(described.patch_size * side for side in grid), requires_grad=True)
         flops = _flops(lambda: net(resized))
         with _FusedAttention():
             saved = saved_bytes(lambda: net(resized), net)
@@ -275,9 +275,14 @@ def patch_features(config: RunConfig) -> Frozen | None:
 
 
 def _images(config: RunConfig) -> tuple[Tensor, Tensor]:
-    side = config.data.resolution
     with META:
-        return torch.empty(1, 3, side, side), torch.empty(1, 3, side, side, requires_grad=True)
+        return torch.empty(1, 3, *config.data.size), torch.empty(1, 3, *config.data.size, requires_grad=True)
+
+
+def _grid(config: RunConfig) -> tuple[int, int]:
+    """Rows and columns of an image's patches."""
+    height, width = config.data.size
+    return height // config.model.patch_size, width // config.model.patch_size
 
 
 def open_share(objective: ObjectiveConfig) -> float:

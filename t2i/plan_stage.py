@@ -97,7 +97,7 @@ class StageMemory:
     def activations(self, micro_batch: int, checkpointing: bool) -> Bytes:
         """Bytes at the fullest moment of a micro-step, by component."""
         config = self.config
-        shapes = Shapes(config.model, config.data.resolution, config.text.length, self.text.width, self.dtype_bytes)
+        shapes = Shapes(config.model, config.data.size, config.text.length, self.text.width, self.dtype_bytes)
         return activation_memory(
             shapes,
             micro_batch,

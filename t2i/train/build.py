@@ -172,8 +172,7 @@ def denoiser_training_flops(config: RunConfig, text_width: int) -> float:
     """FLOPs of the denoiser for one training image: three times those of its forward pass."""
     with torch.device("meta"):
         denoiser = build_denoiser(config.model, text_width, config.text.length)
-        side = config.data.resolution
-        inputs = torch.empty(1, 3, side, side), torch.empty(1), torch.empty(1, config.text.length, text_width)
+        inputs = torch.empty(1, 3, *config.data.size), torch.empty(1), torch.empty(1, config.text.length, text_width)
     with FlopCounterMode(display=False) as counter:
         denoiser(*inputs)
     return 3.0 * counter.get_total_flops()

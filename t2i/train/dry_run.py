@@ -35,14 +35,14 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
         stage: its name.
         step: steps done.
     """
-    train, side = config.train, config.data.resolution
+    train, (height, width) = config.train, config.data.size
     share = train.batch_size // world.size
     slots = np.arange(step * train.batch_size, (step + 1) * train.batch_size)
     over = training_times(config.objective, uniform(key(config.seed, stage, "time"), slots)) >= config.objective.gate
     wanted = open_samples(train.micro_batch_size, open_share(config.objective))
     seen, unseen = (slots[chosen] if chosen.any() else slots for chosen in (over, ~over))
     dealt = np.concatenate([np.resize(seen, wanted), np.resize(unseen, train.micro_batch_size - wanted)])
-    pixels = np.random.default_rng(world.rank).integers(0, 256, (share, 3, side, side), np.uint8)
+    pixels = np.random.default_rng(world.rank).integers(0, 256, (share, 3, height, width), np.uint8)
     return Batch(
         pixels=torch.from_numpy(pixels),
         captions=[""] * share,

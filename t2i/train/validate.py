@@ -67,9 +67,10 @@ class Evaluator:
         pictures = [Picture(prompt) for prompt in validation.prompts]
         own = pictures[self.world.rank :: self.world.size]
         drawn = [self.pipeline.draw([], sampling)]
-        for start in range(0, len(own), sampling.batch_size):
+        self.alive("drawing the sample grid")
+        for batch in self.pipeline.draw_batches(own, sampling):
+            drawn.append(batch)
             self.alive("drawing the sample grid")
-            drawn.append(self.pipeline.draw(own[start : start + sampling.batch_size], sampling))
         mine = torch.cat(drawn)
         shares = self.world.gather(mine.numpy())
         if not self.world.is_main:
@@ -86,6 +87,7 @@ class Evaluator:
             "rows": -(-len(pictures) // validation.columns),
             "weights": "ema",
             "solver": sampling.solver,
+            "order": sampling.order,
             "steps": sampling.steps,
             "guidance_scale": sampling.guidance_scale,
             "seed": sampling.seed,

@@ -1,4 +1,4 @@
-"""A run of two short stages on a few drawn scenes, for the tests of the jobs."""
+"""A run of two short stages, of squares and of rectangles, on a few drawn scenes, for the tests of the jobs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tiny_config(scenes: Path, root: Path, **changes: Any) -> dict[str, Any]:
         "validation": {"every": 4, "samples": 12, "prompts": ["a photo of a red circle", "a photo of a blue star"]},
         "logging": {"every": 1},
         "checkpoint": {"every": 3, "keep": 2},
-        "stages": [{"name": "low"}, {"name": "high", "data": {"resolution": 24}, "train": {"steps": 10}}],
+        "stages": [{"name": "low"}, {"name": "high", "data": {"resolution": [16, 24]}, "train": {"steps": 10}}],
     } | changes
 
 

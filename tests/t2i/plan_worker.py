@@ -68,9 +68,8 @@ class Account:
 
 
 def micro_step(engine: Engine, config: RunConfig, text_width: int, dtype: torch.dtype) -> None:
-    side = config.data.resolution
     text = torch.randn(1, config.text.length, text_width, dtype=dtype)
-    image, projected = engine.network(torch.randn(1, 3, side, side), torch.rand(1), text)
+    image, projected = engine.network(torch.randn(1, 3, *config.data.size), torch.rand(1), text)
     engine.micro_step(image.square().mean() + projected.float().square().mean())
 
 

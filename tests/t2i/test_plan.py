@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import t2i.models.pixelgen as pixelgen
 from t2i.config import ModelConfig, ObjectiveConfig, RunConfig
 from t2i.config_base import ConfigError
-from t2i.config_loading import load_config, stage_config, validate_config
+from t2i.config_loading import load_config, override, stage_config, validate_config
 from t2i.diffusion.perceptual import cosine_distance
 from t2i.gpus import find_gpu
 from t2i.models.layers import Projector, rope_table
@@ -89,6 +89,19 @@ def test_reference_flops_are_those_counted_of_the_public_code(reference, stage: 
     assert counted == pytest.approx(gmac, rel=0.01)
     assert counted["total"] == pytest.approx(sum(counted.values()) - counted["total"])
     assert reference["stages"][stage]["of_which"]["text refiner"] / 6e9 == pytest.approx(19.6, rel=0.01)
+
+
+def test_a_rectangle_costs_what_a_square_of_as_many_pixels_does() -> None:
+    config = xxl().model_copy(update={"stages": xxl().stages[:1]})
+    expected, found = (
+        plan(override(config, {"data": {"resolution": resolution}}), given())["stages"][0]
+        for resolution in (256, [128, 512])
+    )
+    assert (expected["resolution"], found["resolution"]) == (256, (128, 512))
+    assert found["flops_per_image"]["denoiser"] == expected["flops_per_image"]["denoiser"]
+    assert found["flops_per_image"]["total"] == pytest.approx(expected["flops_per_image"]["total"], rel=1e-3)
+    for name in ("activation_bytes", "data", "static_bytes"):
+        assert found[name] == expected[name]
 
 
 def test_the_gate_saves_what_it_saves(ours, reference) -> None:
@@ -252,7 +265,7 @@ def test_network_activations_are_what_autograd_keeps(dtype: torch.dtype) -> None
         assert projected is not None
         return cosine_distance(projected, target)
 
-    shapes = Shapes(model, 64, length, 64, dtype.itemsize)
+    shapes = Shapes(model, (64, 64), length, 64, dtype.itemsize)
     expected = samples * (
         model.depth * block_activations(model, shapes.tokens, length, dtype.itemsize, fused_norms=False)
         + model.text_depth * block_activations(model, length, 0, dtype.itemsize, fused_norms=False)
