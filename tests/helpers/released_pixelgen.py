@@ -1,7 +1,7 @@
 """The released text-to-image PixelGen, from its description alone: names, shapes, and a forward pass over them.
 
-It shares no line with the package: complex-number rotary embedding, unfold and fold, MAE's table in numpy.
-Images are square; block L of a list is counted from 0.
+It shares no line with the package: complex-number rotary embedding, unfold and fold, MAE's table in numpy. Images are
+square.
 """
 
 from __future__ import annotations
