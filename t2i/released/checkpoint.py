@@ -119,6 +119,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._contents: dict[str, memoryview] = {}
         try:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
@@ -154,17 +155,24 @@ class Checkpoint:
         """
         stored = self.weights[name]
         try:
-            entry = self._entries[stored.storage.key]
-            start = self._start(entry)
-            content = memoryview(self._mapping)[start : start + entry.file_size]
-            if entry.compress_type != zipfile.ZIP_STORED or zlib.crc32(content) != entry.CRC:
-                raise ValueError("its bytes are not those that were written")
+            content = self._content(stored.storage.key)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The given buffer is not writable")
                 flat = torch.frombuffer(content, dtype=stored.storage.dtype)
             return flat.as_strided(stored.size, stored.stride, stored.offset)
         except Exception as error:  # whatever is wrong with a record that anybody may have written
             raise ConfigError(f"{self.path} is damaged: {name}: {' '.join(str(error).split())}") from error
+
+    def _content(self, key: str) -> memoryview:
+        """A storage's bytes, checked once: many tensors may share one."""
+        if key not in self._contents:
+            entry = self._entries[key]
+            start = self._start(entry)
+            content = memoryview(self._mapping)[start : start + entry.file_size]
+            if entry.compress_type != zipfile.ZIP_STORED or zlib.crc32(content) != entry.CRC:
+                raise ValueError("its bytes are not those that were written")
+            self._contents[key] = content
+        return self._contents[key]
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """Where an entry's bytes begin: behind a header of 30 bytes, a name and padding, all of them its own."""

@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,17 @@ def test_a_tensor_cannot_reach_out_of_its_storage(tmp_path: Path) -> None:
         checkpoint.weights["a"] = spoilt
         with pytest.raises(ConfigError, match=r"x.ckpt is damaged: a: ."):
             checkpoint.tensor("a")
+
+
+def test_a_storage_is_checked_once_however_many_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, checked = torch.arange(12.0), list[int]()
+    file = save(tmp_path / "x.ckpt", lightning({"low": base[:5], "high": base[5:], "other": torch.ones(3)}))
+    checkpoint = Checkpoint(file)
+    crc32 = zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda content: checked.append(len(content)) or crc32(content))
+    assert torch.equal(torch.cat([checkpoint.tensor("low"), checkpoint.tensor("high")]), base)
+    assert torch.equal(checkpoint.tensor("other"), torch.ones(3))
+    assert checked == [48, 12]
 
 
 def test_changed_bytes_are_found(tmp_path: Path) -> None:
