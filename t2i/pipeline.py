@@ -34,9 +34,11 @@ class Picture:
     number: int = 0
 
 
-def starting_noise(picture: Picture, seed: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    """The noise (3, H, W) that a picture starts from."""
-    return slot_noise(key(seed, "sample", picture.prompt), [picture.number], (3, *size), device)[0]
+def starting_noise(
+    picture: Picture, seed: int, size: tuple[int, int], device: torch.device, scale: float = 1.0
+) -> Tensor:
+    """The noise (3, H, W) that a picture starts from, of standard deviation `scale`."""
+    return slot_noise(key(seed, "sample", picture.prompt), [picture.number], (3, *size), device, scale)[0]
 
 
 @dataclass
@@ -86,8 +88,9 @@ class Pipeline:
                 sampling.guidance_scale,
                 self.config.objective.min_noise,
             )
-            size = (side, side)
-            noise = torch.stack([starting_noise(picture, sampling.seed, size, self.device) for picture in filled])
+            size, scale = (side, side), self.config.objective.noise_scale
+            start = [starting_noise(picture, sampling.seed, size, self.device, scale) for picture in filled]
+            noise = torch.stack(start)
             images = SOLVERS[sampling.solver](velocity, noise, times, guided)
             drawn.append(to_pixels(images[: len(chunk)]).cpu())
         return torch.cat(drawn)

@@ -26,6 +26,7 @@ from t2i.engine.ema import Ema
 from t2i.engine.shards import gather_full
 from t2i.model_folder import DENOISER, NULL_CAPTION, read_model, write_model
 from t2i.pipeline import Pipeline
+from t2i.train.balance import build_balance
 from t2i.train.build import build_engine, build_network, build_objective, denoiser_training_flops
 from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
 from t2i.train.intake import Intake
@@ -96,7 +97,10 @@ class StageTrainer:
         self.writer = self._build_writer(attempt)
         self.flops_per_image = denoiser_training_flops(config, self.text.width)
         self.peak_flops = peak_flops(world.device, dtype)
-        self._train = TrainingStep(config, place.name, world, self.text, self.null_caption, objective, self.engine)
+        self.balance = build_balance(config, network.denoiser.head, start.balance)
+        self._train = TrainingStep(
+            config, place.name, world, self.text, self.null_caption, objective, self.engine, self.balance
+        )
 
     def _build_writer(self, attempt: str) -> CheckpointWriter:
         saving, mirror = self.config.checkpoint, None
@@ -151,6 +155,7 @@ class StageTrainer:
             "updates": self.engine.updates,
             "data": data,
             "guard": self.guard.state,
+            "balance": self.balance.state if self.balance is not None else None,
         }
         saving = self.writer.save(
             self.step,

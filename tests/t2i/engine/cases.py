@@ -7,7 +7,7 @@ some ranks' only. One step's loss is not finite on one rank, one step is vetoed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,11 +46,11 @@ class StubDistance:
 class StubFeatures:
     """In place of DINO: patches by a fixed random matrix."""
 
-    width = FEATURES
+    width, depth = FEATURES, 1
 
-    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
         matrix = torch.randn(3 * PATCH**2, FEATURES, generator=torch.Generator().manual_seed(9))
-        return patchify(image, PATCH).tanh() @ matrix
+        return [patchify(image, PATCH).tanh() @ matrix]
 
 
 OBJECTIVE = Objective(LossWeights(0.5, 0.5, 0.5, GATE, 0.05), StubDistance(), StubFeatures())  # type: ignore[arg-type]
