@@ -89,8 +89,7 @@ class Pipeline:
                 self.config.objective.min_noise,
             )
             size, scale = (side, side), self.config.objective.noise_scale
-            start = [starting_noise(picture, sampling.seed, size, self.device, scale) for picture in filled]
-            noise = torch.stack(start)
-            images = SOLVERS[sampling.solver](velocity, noise, times, guided)
+            noises = [starting_noise(picture, sampling.seed, size, self.device, scale) for picture in filled]
+            images = SOLVERS[sampling.solver](velocity, torch.stack(noises), times, guided)
             drawn.append(to_pixels(images[: len(chunk)]).cpu())
         return torch.cat(drawn)

@@ -144,8 +144,11 @@ class Objective:
             batch_size: samples in the global batch.
             ungated: samples of the global batch with t >= gate.
             micro_batches: micro-batches in the global batch, over all ranks.
-            perceptual_weight: what the perceptual terms are multiplied by, besides their weights.
+            perceptual_weight: b, what the perceptual terms are multiplied by besides their weights.
             watch: is called with the two gradients before this returns.
+
+        Returns:
+            The loss, and its terms; the term "loss" is the loss with b = 1.
         """
         part = _Part(
             Terms(),
@@ -159,14 +162,15 @@ class Objective:
         flow = self._flow(part, source, image, t)
         clean = self._clean_features(part, image, grid)
         perceptual = self._lpips(part, source, image) + self._pdino(part, source, clean, grid)
+        alignment = self._repa(part, projected, clean)
+        # As if b were 1: what is judged by its past must not move with b.
+        part.terms.add("loss", (flow + perceptual + alignment) / part.per_sample, len(t))
         loss = flow + perceptual_weight * perceptual
         if watch is not None:
             pulls = [_gradient(flow, source), _gradient(perceptual, source)]
             watch(*pulls)
             loss = with_gradient(loss, predicted, pulls[0] + perceptual_weight * pulls[1])
-        loss = loss + self._repa(part, projected, clean)
-        part.terms.add("loss", loss / part.per_sample, len(t))
-        return loss, part.terms
+        return loss + alignment, part.terms
 
     def _flow(self, part: _Part, predicted: Tensor, image: Tensor, t: Array) -> Tensor:
         flow = flow_matching_loss(predicted, image, torch.from_numpy(t).to(predicted.device), self.weights.min_noise)

@@ -238,9 +238,7 @@ def test_without_its_gate_pdino_is_there_where_all_samples_are_gated() -> None:
 
 
 @pytest.mark.parametrize(("layers", "clean"), [((1,), [1, 3]), ((3,), [3]), ((2, 1), [1, 2, 3]), ((), [3])])
-def test_pdino_is_the_mean_over_its_layers_and_alignment_has_the_last(
-    layers: tuple[int, ...], clean: list[int]
-) -> None:
+def test_pdino_is_the_mean_over_its_layers_alignment_has_the_last(layers: tuple[int, ...], clean: list[int]) -> None:
     _, terms, *_, net = whole(weights(pdino_layers=layers))
     helper, (predicted, projected, image) = StandIn(), batch()
     distances = [
@@ -270,7 +268,8 @@ def test_the_perceptual_weight_multiplies_the_perceptual_terms_alone() -> None:
     found = means(terms)
     perceptual = 0.1 * found["loss_lpips"] + 0.01 * found["loss_pdino"]
     assert loss.item() == pytest.approx(found["loss_fm"] + 7.5 * perceptual + 0.5 * found["loss_repa"], rel=1e-6)
-    assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    # In the metrics, and to the guard, a run's losses stay comparable.
+    assert found["loss"] == pytest.approx(whole(PAPER)[0].item(), rel=1e-6)
 
 
 def test_a_watcher_sees_the_gradients_of_flow_and_of_unweighted_perceptual_terms() -> None:

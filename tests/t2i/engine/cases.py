@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from t2i.diffusion.objective import LossWeights, Objective
+from t2i.diffusion.objective import LossWeights, Objective, Watch
 from t2i.engine import deepspeed
 from t2i.engine.blocks import prepare_blocks
 from t2i.engine.ema import Ema
@@ -93,7 +93,14 @@ def times(step: int) -> np.ndarray:
     return np.where(is_open, 0.7 + shift, 0.05 + shift)
 
 
-def loss_of(call: Callable[..., Any], step: int, part: Tensor, micro_batches: int) -> Tensor:
+def loss_of(
+    call: Callable[..., Any],
+    step: int,
+    part: Tensor,
+    micro_batches: int,
+    objective: Objective = OBJECTIVE,
+    watch: Watch | None = None,
+) -> Tensor:
     """The objective of some samples of a step's batch."""
     generator = torch.Generator().manual_seed(step)
     image = torch.rand(BATCH, 3, SIDE, SIDE, generator=generator) * 2 - 1
@@ -105,7 +112,7 @@ def loss_of(call: Callable[..., Any], step: int, part: Tensor, micro_batches: in
     t = torch.from_numpy(host_t).float()
     x_t = t[:, None, None, None] * image + (1 - t[:, None, None, None]) * noise
     predicted, projected = call(x_t[part], t[part], text[part])
-    loss, _ = OBJECTIVE(
+    loss, _ = objective(
         predicted,
         projected,
         image[part],
@@ -114,6 +121,7 @@ def loss_of(call: Callable[..., Any], step: int, part: Tensor, micro_batches: in
         batch_size=BATCH,
         ungated=int((host_t >= GATE).sum()),
         micro_batches=micro_batches,
+        watch=watch,
     )
     return loss
 
