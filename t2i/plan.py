@@ -149,8 +149,16 @@ class _Stage:
 
     @property
     def seen(self) -> float:
-        """Share of samples that the perceptual networks see."""
+        """Share of samples that LPIPS sees."""
         return 1.0 if self.given.reference else open_share(self.config.objective)
+
+    @property
+    def compared(self) -> float:
+        """Share of samples that P-DINO compares."""
+        objective = self.config.objective
+        if objective.pdino_weight == 0:
+            return 0.0
+        return 1.0 if objective.pdino_gate == "none" else self.seen
 
     def flops(self) -> dict[str, float]:
         """FLOPs of one training image, by component."""
@@ -161,8 +169,8 @@ class _Stage:
             parts["lpips, predicted"] = 2 * self.distance.forward_flops * self.seen
             parts["lpips, clean"] = self.distance.forward_flops * self.seen
         if self.features is not None:
-            clean = 1.0 if objective.repa_weight > 0 else self.seen
-            parts["dino, predicted"] = 2 * self.features.forward_flops * self.seen * (objective.pdino_weight > 0)
+            clean = 1.0 if objective.repa_weight > 0 else self.compared
+            parts["dino, predicted"] = 2 * self.features.forward_flops * self.compared
             parts["dino, clean"] = self.features.forward_flops * clean
         return parts
 
@@ -179,18 +187,15 @@ class _Stage:
 
     def activations(self, micro_batch: int, checkpointing: bool) -> Bytes:
         config = self.config
-        expected = micro_batch * self.seen
-        # Three deviations over the mean: among the many micro-batches of a run, some come close.
-        most = expected + 3 * sqrt(expected * (1 - self.seen))
         shapes = Shapes(config.model, config.data.resolution, config.text.length, self.text.width, self.dtype_bytes)
         return activation_memory(
             shapes,
             micro_batch,
-            min(micro_batch, round(most)),
+            _most(micro_batch, self.seen),
+            _most(micro_batch, self.compared),
             self.distance,
             self.features,
             aligned=config.objective.repa_weight > 0,
-            gates_features=config.objective.pdino_weight > 0,
             checkpointing=checkpointing,
         )
 
@@ -218,6 +223,13 @@ class _Stage:
     def images_per_s(self, checkpointing: bool) -> float:
         given = self.given
         return given.gpus * given.gpu.peak_bf16 * given.utilisation / self.executed_flops(checkpointing)
+
+
+def _most(micro_batch: int, share: float) -> int:
+    """Samples of the fullest micro-batch, of which a share is looked for: three deviations over the mean, since among
+    the many micro-batches of a run some come close."""
+    expected = micro_batch * share
+    return min(micro_batch, round(expected + 3 * sqrt(expected * (1 - share))))
 
 
 def recommend(stage: _Stage, options: list[Option]) -> Option | None:

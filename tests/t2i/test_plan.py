@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import t2i.models.pixelgen as pixelgen
 from t2i.config import ModelConfig, ObjectiveConfig, RunConfig
 from t2i.config_base import ConfigError
-from t2i.config_loading import load_config, stage_config, validate_config
+from t2i.config_loading import load_config, override, stage_config, validate_config
 from t2i.diffusion.perceptual import cosine_distance
 from t2i.gpus import find_gpu
 from t2i.models.layers import Projector, rope_table
@@ -116,6 +116,13 @@ def test_share_over_the_gate_is_that_of_the_training_times(gate: float, timeshif
 
 def test_share_over_the_gate_of_the_public_recipe() -> None:
     assert 1 - open_share(ObjectiveConfig()) == pytest.approx(0.476, abs=5e-4)
+
+
+def test_without_its_gate_pdino_compares_all_samples(ours) -> None:
+    ungated = plan(override(xxl(), {"objective": {"pdino_gate": "none"}}), given())["stages"][0]
+    masked, none = (stage["flops_per_image"] for stage in (ours["stages"][0], ungated))
+    assert {name for name in none if none[name] != masked[name]} == {"dino, predicted", "total"}
+    assert masked["dino, predicted"] == pytest.approx(ungated["over_gate"] * none["dino, predicted"])
 
 
 # Time
