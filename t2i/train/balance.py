@@ -30,13 +30,12 @@ class GradientBalance:
         config: of the stage, with `objective.balance_from_step`.
         head: the denoiser's last layer, a linear one from tokens (B, N, D) to the values of their patches. Copies of
             the network are to be made before: they would report here too.
-        state: what `state` was at the checkpoint that the stage goes on from; None at its start.
     """
 
-    def __init__(self, config: RunConfig, head: nn.Module, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: RunConfig, head: nn.Module) -> None:
         self._objective, self._patch_size = config.objective, config.model.patch_size
         self._micro_batches = config.train.batch_size // config.train.micro_batch_size
-        self.weight: float = state["weight"] if state else 1.0
+        self.weight = 1.0
         self._measuring = False
         self._tokens: Tensor | None = None  # what went into the head last
         self._sum: Tensor | None = None  # both gradients at the head's weight (2, P, D)
@@ -46,6 +45,10 @@ class GradientBalance:
     def state(self) -> dict[str, Any]:
         """A copy of everything that outlives a step."""
         return {"weight": self.weight}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` was at a checkpoint."""
+        self.weight = state["weight"]
 
     def _see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._measuring:
@@ -80,6 +83,6 @@ class GradientBalance:
             self.weight = smoothed(self.weight, ratio, self._objective.balance_smoothing)
 
 
-def build_balance(config: RunConfig, head: nn.Module, state: dict[str, Any] | None) -> GradientBalance | None:
+def build_balance(config: RunConfig, head: nn.Module) -> GradientBalance | None:
     """The stage's balancing, where its config asks for it."""
-    return GradientBalance(config, head, state) if config.objective.balance_from_step is not None else None
+    return GradientBalance(config, head) if config.objective.balance_from_step is not None else None

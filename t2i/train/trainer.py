@@ -85,22 +85,24 @@ class StageTrainer:
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
+        self.balance = build_balance(config, network.denoiser.head)
+        self._train = TrainingStep(
+            config, place.name, world, self.text, self.null_caption, objective, self.engine, self.balance
+        )
         start = restore(config, place, world, self.engine, self.ema, before=back[1].first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
         self._saved_step = self.step
         self.guard = back[0] if back else Guard(config.guard, start.guard)
         if back:
             self.guard.roll_back(back[1], start.guard)
+        if self.balance is not None and start.balance is not None:
+            self.balance.take_up(start.balance)
         self._skipped = SkippedFile(config.directory, place.name, self.guard.events) if world.is_main else None
         loader = data.loader(config, place.name, world, start.data)
         self.intake = Intake(loader, world, config, place.name, self.step, data.damage)
         self.writer = self._build_writer(attempt)
         self.flops_per_image = denoiser_training_flops(config, self.text.width)
         self.peak_flops = peak_flops(world.device, dtype)
-        self.balance = build_balance(config, network.denoiser.head, start.balance)
-        self._train = TrainingStep(
-            config, place.name, world, self.text, self.null_caption, objective, self.engine, self.balance
-        )
 
     def _build_writer(self, attempt: str) -> CheckpointWriter:
         saving, mirror = self.config.checkpoint, None

@@ -60,7 +60,10 @@ def config(**objective: Any) -> RunConfig:
 def balance_of(network: Network, micro: int = BATCH, state: dict | None = None, **objective: Any) -> GradientBalance:
     run = config(**objective)
     run.train.batch_size, run.train.micro_batch_size = BATCH, micro
-    return GradientBalance(run, network.head, state)
+    balance = GradientBalance(run, network.head)
+    if state is not None:
+        balance.take_up(state)
+    return balance
 
 
 def step(network: Network, balance: GradientBalance, number: int, micro: int, t: np.ndarray = TIMES) -> bool:
@@ -175,6 +178,6 @@ def test_it_goes_on_from_its_state() -> None:
 
 def test_it_is_off_unless_asked_for() -> None:
     network = Network()
-    assert build_balance(RunConfig(), network.head, None) is None
+    assert build_balance(RunConfig(), network.head) is None
     assert not network.head._forward_pre_hooks
-    assert build_balance(config(), network.head, None) is not None
+    assert build_balance(config(), network.head) is not None
