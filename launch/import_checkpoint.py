@@ -65,7 +65,7 @@ def import_checkpoint(file: str, /, out: str, config: str, null_attention: NullA
 def _settings(config: RunConfig, resolution: int | None, path: str) -> RunConfig:
     """Those of the config's last stage, or of the last at a resolution."""
     stages = [stage_config(config, number) for number in range(len(config.stages))] or [config]
-    fitting = [stage for stage in stages if resolution in (None, stage.data.resolution)]
+    fitting = [stage for stage in stages if resolution is None or stage.data.size == (resolution, resolution)]
     if not fitting:
         raise ConfigError(f"{path}: data.resolution should be {resolution} in one of its stages, as in the checkpoint")
     return fitting[-1]

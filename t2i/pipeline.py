@@ -37,9 +37,11 @@ class Picture:
     """What guidance leads away from; where it is off, nothing reads this."""
 
 
-def starting_noise(picture: Picture, seed: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    """The noise (3, H, W) that a picture starts from."""
-    return slot_noise(key(seed, "sample", picture.prompt), [picture.number], (3, *size), device)[0]
+def starting_noise(
+    picture: Picture, seed: int, size: tuple[int, int], device: torch.device, scale: float = 1.0
+) -> Tensor:
+    """The noise (3, H, W) that a picture starts from, of standard deviation `scale`."""
+    return slot_noise(key(seed, "sample", picture.prompt), [picture.number], (3, *size), device, scale)[0]
 
 
 def states_of_batches(
@@ -117,7 +119,8 @@ class Pipeline:
                 self.config.objective.min_noise if sampling.clamp else 0.0,
                 sampling.guidance_rescale,
             )
-            noise = [starting_noise(it, sampling.seed, (height, width), self.device) for it in filled]
+            scale = self.config.objective.noise_scale
+            noise = [starting_noise(it, sampling.seed, (height, width), self.device, scale) for it in filled]
             images = solve(velocity, torch.stack(noise), times, guided)
             yield to_pixels(images[: len(batch)]).cpu()
 

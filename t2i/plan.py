@@ -134,8 +134,8 @@ class _Stage:
             parts["lpips, predicted"] = 2 * memory.distance.forward_flops * memory.seen
             parts["lpips, clean"] = memory.distance.forward_flops * memory.seen
         if memory.features is not None:
-            clean = 1.0 if objective.repa_weight > 0 else memory.seen
-            parts["dino, predicted"] = 2 * memory.features.forward_flops * memory.seen * (objective.pdino_weight > 0)
+            clean = 1.0 if objective.repa_weight > 0 else memory.compared
+            parts["dino, predicted"] = 2 * memory.features.forward_flops * memory.compared
             parts["dino, clean"] = memory.features.forward_flops * clean
         return parts
 

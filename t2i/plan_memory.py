@@ -181,11 +181,11 @@ def activation_memory(
     shapes: Shapes,
     micro_batch: int,
     open_samples: int,
+    compared_samples: int,
     distance: Frozen | None,
     features: Frozen | None,
     *,
     aligned: bool,
-    gates_features: bool,
     checkpointing: bool,
 ) -> Bytes:
     """Bytes at the fullest moment of a micro-step, by component.
@@ -196,11 +196,11 @@ def activation_memory(
     Args:
         shapes: of the stage.
         micro_batch: samples at a time.
-        open_samples: those of them that the perceptual networks see.
+        open_samples: those of them that LPIPS sees.
+        compared_samples: those of them that P-DINO compares.
         distance: LPIPS; none where it has no weight.
         features: the network of P-DINO and alignment; none where neither has weight.
         aligned: whether alignment has weight.
-        gates_features: whether P-DINO has.
         checkpointing: whether blocks keep their input alone.
     """
     model, c = shapes.model, shapes.dtype_bytes
@@ -210,10 +210,8 @@ def activation_memory(
     if checkpointing:
         kept_image, kept_text = c * model.width * shapes.tokens, c * model.width * shapes.text_length
     image_bytes = 3 * FP32 * shapes.pixels
-    perceptual = open_samples * (
-        (distance.saved_bytes if distance is not None else 0)
-        + (features.saved_bytes if features is not None and gates_features else 0)
-    )
+    perceptual = open_samples * (distance.saved_bytes if distance is not None else 0)
+    perceptual += compared_samples * (features.saved_bytes if features is not None else 0)
     first_map = 64 * FP32 * shapes.pixels if distance is not None else 0
     in_perceptual = perceptual + WORKING_COPIES * open_samples * first_map
     gate_up = 8 * model.width * shapes.tokens * c

@@ -19,14 +19,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.build import build_denoiser
-from t2i.config import ObjectiveConfig, RunConfig
+from t2i.config import RunConfig
 from t2i.config_base import ConfigError
+from t2i.config_objective import STAND_IN, ObjectiveConfig
 from t2i.diffusion.perceptual import EfficientNetLite
 from t2i.engine.deepspeed import PERSISTENT_NUMEL
 from t2i.models.layers import Projector, rope_table
 from t2i.models.pixelgen import Block, muon_takes
 from t2i.models.text import resolve_model
-from t2i.train.build import STAND_IN, denoiser_training_flops
+from t2i.train.build import denoiser_training_flops
 
 META = torch.device("meta")
 
@@ -259,8 +260,8 @@ def patch_features(config: RunConfig) -> Frozen | None:
     _, predicted = _images(config)
     if objective.features_network == STAND_IN:
         stand_in = _stand_in()
-        flops = _flops(lambda: stand_in.tokens(predicted, grid))
-        saved = saved_bytes(lambda: stand_in.tokens(predicted, grid), stand_in)
+        flops = _flops(lambda: stand_in.tokens(predicted, grid, [1]))
+        saved = saved_bytes(lambda: stand_in.tokens(predicted, grid, [1]), stand_in)
         return Frozen(STAND_IN, size(stand_in), stand_in.width, flops, saved)
     from transformers import Dinov2Model
 

@@ -48,7 +48,7 @@ class StageMemory:
         distance: LPIPS; none where it has no weight.
         features: the network of P-DINO and alignment; none where neither has weight.
         network: what is trained.
-        seen: share of the samples that the perceptual networks see.
+        seen: share of the samples that LPIPS sees.
     """
 
     config: RunConfig
@@ -79,6 +79,14 @@ class StageMemory:
             seen=open_share(config.objective) if seen is None else seen,
         )
 
+    @property
+    def compared(self) -> float:
+        """Share of samples that P-DINO compares."""
+        objective = self.config.objective
+        if objective.pdino_weight == 0:
+            return 0.0
+        return 1.0 if objective.pdino_gate == "none" else self.seen
+
     def frozen(self) -> Bytes:
         """Bytes of the frozen networks, one stand-in may be both perceptual ones; and of captions kept, at most."""
         found = {"text encoder": self.text.parameters * self.dtype_bytes}
@@ -102,10 +110,10 @@ class StageMemory:
             shapes,
             micro_batch,
             open_samples(micro_batch, self.seen),
+            open_samples(micro_batch, self.compared),
             self.distance,
             self.features,
             aligned=config.objective.repa_weight > 0,
-            gates_features=config.objective.pdino_weight > 0,
             checkpointing=checkpointing,
         )
 

@@ -168,8 +168,8 @@ def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[st
     Raises:
         ConfigError: a weight is not of the text-to-image network.
     """
-    side = config.data.resolution // config.model.patch_size
-    table = sincos_table(side, side, config.model.width, torch.device("cpu"))[None]
+    rows, columns = (side // config.model.patch_size for side in config.data.size)
+    table = sincos_table(rows, columns, config.model.width, torch.device("cpu"))[None]
     weights: dict[str, Tensor] = {}
     for which, tensors in (("raw", raw), ("ema", ema)):
         prefix = RELEASED_DENOISER[which]

@@ -21,6 +21,7 @@ from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Objective, Terms, band_names
 from t2i.engine.interface import Engine, StepResult
 from t2i.models.text import TextEncoder
+from t2i.train.balance import GradientBalance
 from t2i.train.processes import World
 from t2i.train.schedule import learning_rate, training_times
 from t2i.train.validate import global_means
@@ -70,6 +71,7 @@ class TrainingStep:
         null_caption: states (L, E) that stand for no caption.
         objective: the loss.
         engine: the network that is trained.
+        balance: multiplies the perceptual terms; None: nothing does.
     """
 
     def __init__(
@@ -81,10 +83,11 @@ class TrainingStep:
         null_caption: Tensor,
         objective: Objective,
         engine: Engine,
+        balance: GradientBalance | None = None,
     ) -> None:
         self._config, self._world = config, world
         self._text, self._null_caption = text, null_caption
-        self._objective, self._engine = objective, engine
+        self._objective, self._engine, self._balance = objective, engine, balance
         self._keys = {purpose: key(config.seed, stage, purpose) for purpose in ("time", "noise", "caption")}
 
     def __call__(self, batch: Batch, step: int, veto: Veto) -> Trained:
@@ -94,9 +97,12 @@ class TrainingStep:
             step: steps before this one.
         """
         own = _Stopwatch(self._world.device)
-        terms = self._accumulate(batch, own)
+        terms = self._accumulate(batch, step, own)
         means = global_means(terms, [*TERMS, *band_names("loss_fm")], self._world.device)
         result = self._engine.step(lambda muon: self._rate(step, muon), lambda norm: veto(means["loss"], norm))
+        if self._balance is not None:
+            means["perceptual_weight"] = self._balance.weight
+            self._balance.finish(applied=result.vetoed is None)
         return Trained(means, result, own.seconds())
 
     def rates(self, step: int) -> dict[str, float]:
@@ -110,7 +116,7 @@ class TrainingStep:
         optimizer = self._config.optimizer
         return learning_rate(optimizer, step, self._config.train.steps, optimizer.muon_lr if muon else optimizer.lr)
 
-    def _accumulate(self, batch: Batch, own: _Stopwatch) -> Terms:
+    def _accumulate(self, batch: Batch, step: int, own: _Stopwatch) -> Terms:
         """All micro-steps; the sums of this rank's loss terms."""
         own.press()
         config, size, device = self._config, self._config.train.batch_size, self._world.device
@@ -119,13 +125,15 @@ class TrainingStep:
         ungated = int((all_times >= config.objective.gate).sum())
         t = all_times[batch.slots - first]
         dropped = uniform(self._keys["caption"], batch.slots) < config.objective.caption_dropout
-        terms = Terms()
+        balance, terms = self._balance, Terms()
+        watch = balance.begin(step) if balance is not None else None
         micro, patch = config.train.micro_batch_size, config.model.patch_size
         for start in range(0, len(batch.slots), micro):
             part = slice(start, start + micro)
             image = to_unit_range(batch.pixels[part].to(device, non_blocking=True))
             times = torch.from_numpy(t[part]).float().to(device)
-            noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device)
+            scale = config.objective.noise_scale
+            noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device, scale)
             text = self._text(batch.captions[part])
             text[torch.from_numpy(dropped[part]).to(text.device)] = self._null_caption
             if start == 0:
@@ -140,6 +148,8 @@ class TrainingStep:
                 batch_size=size,
                 ungated=ungated,
                 micro_batches=size // micro,
+                perceptual_weight=balance.weight if balance is not None else 1.0,
+                watch=watch,
             )
             self._engine.micro_step(loss)
             terms.merge(part_terms)

@@ -27,6 +27,7 @@ from t2i.engine.ema import Ema
 from t2i.engine.shards import gather_full
 from t2i.model_folder import DENOISER, NULL_CAPTION, read_model, write_model
 from t2i.pipeline import Pipeline
+from t2i.train.balance import build_balance
 from t2i.train.build import build_engine, build_network, build_objective, denoiser_training_flops
 from t2i.train.dry_run import dry_run
 from t2i.train.failures import is_lost_contact
@@ -100,7 +101,10 @@ class StageTrainer:
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples, watch.alive)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
-        self._train = TrainingStep(config, place.name, world, self.text, self.null_caption, objective, self.engine)
+        self.balance = build_balance(config, network.denoiser.head)
+        self._train = TrainingStep(
+            config, place.name, world, self.text, self.null_caption, objective, self.engine, self.balance
+        )
         self._dry_run = dry_run(self._train, config, place.name, world)
         start = restore(config, place, world, self.engine, self.ema, before=back.rollback.first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
@@ -110,6 +114,8 @@ class StageTrainer:
         self.guard = back.guard if back else Guard(config.guard, start.guard)
         if back:
             self.guard.roll_back(back.rollback, start.guard)
+        if self.balance is not None and start.balance is not None:
+            self.balance.take_up(start.balance)
         self._skipped = SkippedFile(config.directory, place.name, self.guard.events) if world.is_main else None
         loader = data.loader(config, place.name, world, start.data)
         self.intake = Intake(loader, world, config, place.name, self.step, data.damage)
@@ -175,6 +181,7 @@ class StageTrainer:
             "updates": self.engine.updates,
             "data": data,
             "guard": self.guard.state,
+            "balance": self.balance.state if self.balance is not None else None,
         }
         saving = self.writer.save(
             self.step,

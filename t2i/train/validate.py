@@ -53,7 +53,8 @@ class Evaluator:
             index = mine[start : start + config.train.micro_batch_size]
             image = to_unit_range(self.heldout.pixels[index].to(device))
             times = torch.from_numpy(t[index]).float().to(device)
-            x_t = interpolate(image, slot_noise(noise_key, index, image.shape[1:], device), times)
+            noise = slot_noise(noise_key, index, image.shape[1:], device, config.objective.noise_scale)
+            x_t = interpolate(image, noise, times)
             states = self.pipeline.text([self.heldout.captions[i] for i in index])
             predicted = self.pipeline.denoiser(x_t, times, states).image
             losses = flow_matching_loss(predicted, image, times, config.objective.min_noise)

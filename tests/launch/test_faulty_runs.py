@@ -32,7 +32,9 @@ def config_of(scenes: Path, root: Path, **changes: Any) -> Path:
         "guard": GUARD,
         "stages": [{"name": "low"}],
     }
-    return write_config(root / "config.yaml", tiny_config(scenes, root, **{**settings, **changes}))
+    tree = tiny_config(scenes, root, **{**settings, **changes})
+    tree["objective"] |= {"balance_from_step": 2, "balance_every": 2, "noise_scale": 1.5}
+    return write_config(root / "config.yaml", tree)
 
 
 def lines(root: Path, name: str) -> list[dict[str, Any]]:
@@ -88,6 +90,15 @@ def test_too_many_spikes_go_back_and_leave_the_batches_out_killed_or_not(
     monkeypatch.delenv("KILLED_AT")
     run("python", SPOILED, "--config", path, ranks=1)
     assert lines(roots[1], "skipped.jsonl") == lines(roots[0], "skipped.jsonl")
+    # Gradients are balanced by what steps 2, 4, ... from 0 measured, but for those vetoed and left out.
+    weights = [
+        {line["step"]: line["perceptual_weight"] for line in lines(root, "metrics.jsonl") if line["kind"] == "train"}
+        for root in roots
+    ]
+    steps = [*range(1, 7), *range(10, 15)]
+    assert weights[1] == weights[0] and list(weights[0]) == steps
+    in_order = list(weights[0].values())
+    assert [steps[n] for n in range(1, 11) if in_order[n] != in_order[n - 1]] == [4, 6, 12, 14]
     expected, found = (model(root) for root in roots)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

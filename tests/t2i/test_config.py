@@ -92,6 +92,25 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"model": {"depth": 4}}, ["model", "repa_layer 8", "depth (4)"]),
         ({"optimizer": {"schedule": "cosine"}}, ["optimizer", "decay_fraction 0.0", "cosine"]),
         ({"optimizer": {"decay_fraction": 0.5}}, ["optimizer", "decay_fraction 0.5", "constant"]),
+        ({"optimizer": {"schedule": "step"}}, ["optimizer", "step_down_at []", "schedule step"]),
+        ({"optimizer": {"step_down_at": [0.5]}}, ["optimizer", "step_down_at [0.5]", "schedule constant"]),
+        ({"optimizer": {"schedule": "step", "step_down_at": [0.9, 0.6]}}, ["step_down_at [0.9, 0.6]", "rise"]),
+        (
+            {"optimizer": {"schedule": "step", "step_down_at": [0.5], "decay_fraction": 0.5}},
+            ["decay_fraction 0.5", "schedule step"],
+        ),
+        ({"objective": {"noise_scale": 0}}, ["objective.noise_scale", "greater than 0", "got 0"]),
+        ({"objective": {"pdino_gate": "off"}}, ["objective.pdino_gate", "'masked' or 'none'", "got 'off'"]),
+        ({"objective": {"pdino_layers": [0]}}, ["objective.pdino_layers.0", "greater than 0"]),
+        ({"objective": {"pdino_layers": [6, 6]}}, ["objective", "pdino_layers [6, 6]", "once"]),
+        (
+            {"objective": {"pdino_layers": [12], "features_network": "efficientnet-lite0"}},
+            ["objective", "pdino_layers [12]", "must be empty", "one layer"],
+        ),
+        (
+            {"objective": {"balance_from_step": 5, "lpips_weight": 0, "pdino_weight": 0}},
+            ["objective", "balance_from_step", "lpips_weight or pdino_weight"],
+        ),
         ({"data": {"resolution": 100}}, ["data.resolution 100", "multiple", "model.patch_size (16)"]),
         ({"data": {"resolution": [96, 100]}}, ["data.resolution 96x100", "multiple", "model.patch_size (16)"]),
         ({"data": {"resolution": "large"}}, ["data.resolution", "[height, width]", "got 'large'"]),
@@ -256,6 +275,8 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     objective = config.objective
     assert (objective.time_mean, objective.time_std, objective.min_noise, objective.gate) == (-0.8, 0.8, 0.05, 0.3)
     assert (objective.lpips_weight, objective.pdino_weight, objective.caption_dropout) == (0.1, 0.01, 0.1)
+    assert (objective.pdino_gate, objective.pdino_layers, objective.repa_weight) == ("masked", [], 0.5)
+    assert (objective.timeshift, objective.noise_scale, objective.balance_from_step) == (1.0, 1.0, None)
     assert (config.optimizer.betas, config.optimizer.weight_decay, config.ema.decay) == ((0.9, 0.999), 0.0, 0.9999)
     sampling = config.sampling
     assert (sampling.solver, sampling.order, sampling.steps) == ("adams", 2, 25)

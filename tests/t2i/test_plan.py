@@ -133,6 +133,13 @@ def test_share_over_the_gate_of_the_public_recipe() -> None:
     assert 1 - open_share(ObjectiveConfig()) == pytest.approx(0.476, abs=5e-4)
 
 
+def test_without_its_gate_pdino_compares_all_samples(ours) -> None:
+    ungated = plan(override(xxl(), {"objective": {"pdino_gate": "none"}}), given())["stages"][0]
+    masked, none = (stage["flops_per_image"] for stage in (ours["stages"][0], ungated))
+    assert {name for name in none if none[name] != masked[name]} == {"dino, predicted", "total"}
+    assert masked["dino, predicted"] == pytest.approx(ungated["over_gate"] * none["dino, predicted"])
+
+
 # Time
 
 
