@@ -3,6 +3,7 @@
 # make test-s3 the store against a real S3 server: Ceph, whose Debian packages it unpacks into .cache
 # make lint    ruff and mypy
 # make bench   what is measured rather than asserted
+# make soak    training killed at 25 moments and resumed: nothing lost, nothing different
 # All need Linux, Python 3.11 or later, a C++ compiler and Python's headers; everything else comes from the
 # Python package registry, into .venv.
 
@@ -14,7 +15,7 @@ DATA := .cache/demo
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-s3 lint bench clean
+.PHONY: setup demo test test-s3 lint bench soak clean
 
 setup: $(VENV)/.installed
 
@@ -44,6 +45,9 @@ lint: setup
 
 bench: setup
 	@for script in tests/benchmarks/*.py; do echo "$$script"; python $$script; done
+
+soak: setup
+	python tests/benchmarks/kill_soak.py
 
 clean:
 	rm -rf .venv .cache runs

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -22,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2i.config import SamplingConfig
 from t2i.config_base import ConfigError
+from t2i.config_sampling import SamplingConfig
 from t2i.model_folder import FILES, WhichWeights
 from t2i.pipeline import Picture, Pipeline
 
@@ -38,14 +39,14 @@ class Samples:
         out: the `.npz`; its parts lie in the folder of the same name with `.parts`.
         count: images.
         classes: of the model.
-        side: pixels of an image's side.
+        size: height and width of an image, in pixels.
         sampling: how they are drawn; its batch is a part.
     """
 
     out: Path
     count: int
     classes: int
-    side: int
+    size: tuple[int, int]
     sampling: SamplingConfig
 
     @property
@@ -101,7 +102,7 @@ class Samples:
     def assemble(self) -> None:
         """Write the `.npz` of all parts, and remove them."""
         labels = np.arange(self.count, dtype=np.int64) % self.classes
-        shape = (self.count, self.side, self.side, 3)
+        shape = (self.count, *self.size, 3)
         aside = self.out.with_name(self.out.name + ".partial")
         # A member's date is ZipInfo's own, so that equal samples are equal files.
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -110,7 +111,7 @@ class Samples:
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in self.parts:
                     content = self.path(part).read_bytes()
-                    assert len(content) == len(self.indices(part)) * self.side**2 * 3
+                    assert len(content) == len(self.indices(part)) * math.prod(shape[1:])
                     file.write(content)
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.lib.format.write_array(file, labels)

@@ -17,8 +17,7 @@ import socket
 import threading
 import time
 
-START_AGAIN = 75
-"""Exit code for "start me again": EX_TEMPFAIL of sysexits.h."""
+from t2i.exit_codes import START_AGAIN
 
 SAME_REQUEST_S = 3.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -53,9 +52,9 @@ class Departure:
         self._listening = True
         reader, writer = socket.socketpair()
         writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)  # the thread does it: this one may be busy in a collective
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
         def read() -> None:
             with reader, writer:

@@ -181,7 +181,7 @@ def _of_config(options: Options) -> _Job:
 
 def _sizes(data: DataConfig) -> str:
     small = {"drop": "passed over", "upscale": "enlarged"}[data.small_images]
-    return f"at {data.resolution} px with smaller images {small}"
+    return f"at {data.size_text} px with smaller images {small}"
 
 
 def _stage_number(config: RunConfig, wanted: str | None) -> int:

@@ -47,7 +47,8 @@ def _launchers() -> list[tuple[int, str]]:
                 raise ProcessLookupError("the deepspeed command above the node's launcher is gone")
     except FileNotFoundError as error:
         raise ProcessLookupError("a launcher above this process is gone") from error
-    if not found and os.getppid() == 1 and "LOCAL_RANK" in os.environ:
+    # Not LOCAL_RANK: that is also set by hand, or from Slurm's, in a container where all are children of process 1.
+    if not found and os.getppid() == 1 and ("TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ):
         raise ProcessLookupError("the launcher that started this rank is gone")
     return found
 

@@ -21,17 +21,15 @@ import torch
 import torch.distributed as dist
 
 from data.errors import StoreError, UserError
-from launch.departure import START_AGAIN
-from t2i.train.outcome import Departed
+from t2i.train.outcome import code_of
 from t2i.train.processes import World
 
-BAD_INPUT = 2
 RANK_0_FIRST_S = 3.0
 
 
 @contextmanager
-def joined_world() -> Iterator[World]:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave them again."""
+def joined_world(patience: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave them again; collectives wait so long."""
     with redirect_stdout(io.StringIO()):
         import deepspeed
 
@@ -49,9 +47,10 @@ def joined_world() -> Iterator[World]:
         device = torch.device("cpu")
     # Of GPU runs the host threads decode, and each opens a team of its own: leave them a core each.
     cores = len(os.sched_getaffinity(0)) // local_size
+    if local_size == 1:  # torchrun sets it to 1 where there are several, whatever the machine has
+        cores = int(os.environ.get("OMP_NUM_THREADS", cores))
     torch.set_num_threads(1 if device.type == "cuda" else max(1, cores))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    patience = timedelta(minutes=30)
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
     hosts: Any = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
@@ -59,7 +58,10 @@ def joined_world() -> Iterator[World]:
         yield World(rank, size, device, hosts)
     finally:
         gc.collect()  # engines hold process groups in cycles; one that dies with the interpreter may abort it
-        dist.destroy_process_group()
+        try:
+            dist.destroy_process_group()
+        except dist.DistError as error:  # of a rank that is gone; what ended this one counts
+            print(f"rank {rank}: {error}", file=sys.stderr)
 
 
 def quiet(rank: int) -> None:
@@ -81,16 +83,11 @@ def main(job: Callable[[], None]) -> None:
     quiet(rank)
     try:
         job()
-    except (UserError, StoreError, Departed) as error:
-        if rank > 0 and isinstance(error, Departed):  # as rank 0 says
-            sys.exit(START_AGAIN)
+    except (UserError, StoreError) as error:
         # Rank 0 speaks, and its launcher ends the others; what it does not know of, this rank says later.
         if rank > 0:
             time.sleep(RANK_0_FIRST_S)
-        mistake = isinstance(error, UserError)
-        word = "error" if rank == 0 else f"error on rank {rank}"
-        again = "" if mistake else "; the same command goes on from what is saved"
-        print(f"{word}: {error}{again}", file=sys.stderr)
-        sys.exit(BAD_INPUT if mistake else START_AGAIN)
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+        sys.exit(code_of(error))
     except KeyboardInterrupt:
         sys.exit(130)

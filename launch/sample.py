@@ -1,6 +1,6 @@
 """Draw pictures from a trained model.
 
-    python launch/sample.py --model runs/demo/sft/model --prompts prompts.txt --out DIR
+    python launch/sample.py --model runs/demo/sft/model --prompts prompts.txt --out DIR [--size 32x48]
 
 One prompt a line; picture n of prompt i is DIR/iiiii_n.png, with DIR/prompts.json beside. Under `deepspeed` or
 `torchrun` the processes share the work; the pictures are the same for any number of them.
@@ -9,7 +9,9 @@ One prompt a line; picture n of prompt i is DIR/iiiii_n.png, with DIR/prompts.js
 from __future__ import annotations
 
 import json
+import re
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from launch.process import joined_world, main
-from t2i.config import SamplingConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import validate_section
+from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Picture, Pipeline
 
 
@@ -32,6 +34,18 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ConfigError(f"--prompts {path}: holds no prompt")
     return prompts
+
+
+def _read_size(text: str, patch: int) -> tuple[int, int]:
+    """Height and width in pixels."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(side > 0 and side % patch == 0 for side in sides):
+        raise ConfigError(
+            f"--size {text}: must be height x width in pixels, such as {4 * patch}x{6 * patch}, "
+            f"both multiples of model.patch_size ({patch})"
+        )
+    return sides
 
 
 def _make_folder(path: Path) -> None:
@@ -49,6 +63,8 @@ def sample() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
     parser.add_argument("--pictures", type=int, default=1, help="pictures a prompt")
+    parser.add_argument("--negative", default="", help="prompt that guidance leads away from, for all pictures")
+    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; by default the model's training resolution")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
     parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
     try:
@@ -62,19 +78,24 @@ def sample() -> None:
         pipeline = Pipeline.load(options.model, options.weights, world.device)
         tree = {**pipeline.config.sampling.model_dump(), **options.sampling}
         settings = validate_section(SamplingConfig, tree, "--sampling")
-        pictures = [Picture(prompt, n) for prompt in prompts for n in range(options.pictures)]
-        mine = range(world.rank, len(pictures), world.size)
+        if options.negative and settings.guidance_scale == 1.0:
+            raise ConfigError("--negative does nothing at guidance_scale 1: leave it out or raise the scale")
+        size = pipeline.config.data.size
+        if options.size is not None:
+            size = _read_size(options.size, pipeline.config.model.patch_size)
+        pictures = [Picture(prompt, n, options.negative) for prompt in prompts for n in range(options.pictures)]
+        # Neighbours, since they share prompts.
+        first, end = (rank * len(pictures) // world.size for rank in (world.rank, world.rank + 1))
         world.from_main(lambda: _make_folder(options.out))
-        for start in tqdm(range(0, len(mine), settings.batch_size), disable=not world.is_main, unit="batch"):
-            chunk = mine[start : start + settings.batch_size]
-            drawn = pipeline.draw([pictures[i] for i in chunk], settings)
-            for i, image in zip(chunk, drawn.numpy(), strict=True):
-                prompt, number = divmod(i, options.pictures)
-                Image.fromarray(image.transpose(1, 2, 0)).save(options.out / f"{prompt:05d}_{number}.png")
+        images = chain.from_iterable(pipeline.draw_batches(pictures[first:end], settings, size))
+        for i, image in enumerate(tqdm(images, total=end - first, disable=not world.is_main, unit="picture"), first):
+            prompt, number = divmod(i, options.pictures)
+            path = options.out / f"{prompt:05d}_{number}.png"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
         world.barrier()
         if world.is_main:
             described = {"model": str(options.model), "weights": options.weights, "prompts": prompts}
-            described["sampling"] = settings.model_dump()
+            described |= {"negative": options.negative, "size": size, "sampling": settings.model_dump()}
             (options.out / "prompts.json").write_text(json.dumps(described, indent=1))
             print(f"{len(pictures)} pictures in {options.out}", file=sys.stderr)
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from evaluation.adm_npz import Samples, weights_digest
 from launch.process import joined_world, main
-from t2i.config import SamplingConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import validate_section
+from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Pipeline
 
 
@@ -47,7 +47,7 @@ def sample_classes() -> None:
             raise ConfigError(f"--model {options.model} draws from captions: use launch/sample.py")
         tree = {**config.sampling.model_dump(), **options.sampling}
         settings = validate_section(SamplingConfig, tree, "--sampling")
-        samples = Samples(options.out, options.samples, config.model.classes, config.data.resolution, settings)
+        samples = Samples(options.out, options.samples, config.model.classes, config.data.size, settings)
         if world.from_main(options.out.exists):
             raise ConfigError(f"--out {options.out} is there already: remove it or give another name")
 

@@ -1,13 +1,18 @@
-"""What the training jobs share: command line, processes, curriculum."""
+"""What the training jobs share: command line, processes, curriculum, and how they end."""
 
 from __future__ import annotations
 
 import sys
+import traceback
 
 from launch.arguments import parse
 from launch.departure import departure
 from launch.process import joined_world
+from t2i.exit_codes import FAILED, START_AGAIN
 from t2i.train.curriculum import run
+from t2i.train.failures import Failure, Failures
+from t2i.train.outcome import Departed
+from t2i.train.watch import collective_timeout
 
 DEFAULT_CONFIG = "configs/pixelgen_xxl.yaml"
 
@@ -21,8 +26,23 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
         departure.listen()  # once there is something to save
         return departure.reason
 
-    with joined_world() as world:
+    with joined_world(collective_timeout(config.limits.start_minutes)) as world, Failures(world) as failures:
         try:
-            run(config, world, only, leave)
+            run(config, world, only, leave, failures)
+            world.barrier()  # else rank 0's end would look like its death
+        except Exception as error:
+            failure = failures.report(error)
+            if failure.rank == world.rank and (failure.code == FAILED or isinstance(error, OSError)):
+                traceback.print_exc()
+            if world.rank in (0, failure.rank):
+                print(_words(failure, error), file=sys.stderr)
+            sys.exit(failure.code)
         finally:
             departure.settle()
+
+
+def _words(failure: Failure, error: Exception) -> str:
+    """What to say of the end; an error that all ranks met is no single rank's."""
+    kind = "left" if isinstance(error, Departed) else "error"
+    said = f"{kind}: {failure.message}" if str(error) == failure.message else str(failure)
+    return f"{said}; the same command goes on from what is saved" if failure.code == START_AGAIN else said

@@ -63,6 +63,11 @@ def build_conditioner(config: RunConfig, device: torch.device, dtype: torch.dtyp
     """What reads captions, on its device: the frozen text encoder, or the table of class labels."""
     if config.model.condition == "class":
         return ClassLabels(config.model.classes, device)
+    return build_text(config, device, dtype)
+
+
+def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The frozen text encoder on its device."""
     return TextEncoder(config.text.model, config.text.length, dtype, config.text.cache).to(device)
 
 

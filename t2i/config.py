@@ -13,13 +13,16 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from t2i.config_base import NAME, Fraction, Section
+from t2i.config_base import NAME, Section
 from t2i.config_checkpoint import CheckpointConfig
 from t2i.config_data import DataConfig
 from t2i.config_guard import GuardConfig
 from t2i.config_limits import LimitsConfig
 from t2i.config_model import ModelConfig
+from t2i.config_objective import ObjectiveConfig
+from t2i.config_optimizer import OptimizerConfig
 from t2i.config_profiling import ProfilingConfig
+from t2i.config_sampling import SamplingConfig
 
 
 class TextConfig(Section):
@@ -31,75 +34,6 @@ class TextConfig(Section):
     """Tokens a caption is padded or cut to."""
     cache: int = Field(0, ge=0)
     """Captions whose states stay in memory on each rank; for data sets with few captions."""
-
-
-class ObjectiveConfig(Section):
-    """The loss (PixelGen eq. 6) and the distribution of t."""
-
-    time_mean: float = -0.8
-    """Mean of logit(t)."""
-    time_std: float = Field(0.8, gt=0)
-    """Standard deviation of logit(t)."""
-    timeshift: float = Field(1.0, gt=0)
-    """t becomes t / (t + (1 - t) timeshift); above 1 trains at more noise."""
-    min_noise: float = Field(0.05, gt=0, lt=1)
-    """Lower bound of 1 - t where it divides (JiT, Li and He 2025), in training and sampling."""
-    gate: float = Field(0.3, ge=0, le=1)
-    """Perceptual terms apply to samples with t at or above it (PixelGen Table 6d)."""
-    lpips_weight: float = Field(0.1, ge=0)
-    """Weight of LPIPS (Table 6a)."""
-    lpips_network: Literal["vgg16", "efficientnet-lite0"] = "vgg16"
-    """Network of LPIPS; efficientnet-lite0 is a labelled stand-in."""
-    lpips_path: Path | None = None
-    """File with torchvision's VGG16 weights; none takes them from torchvision's cache or site."""
-    pdino_weight: float = Field(0.01, ge=0)
-    """Weight of P-DINO (Table 6b)."""
-    repa_weight: float = Field(0.5, ge=0)
-    """Weight of representation alignment."""
-    features_network: Literal["dinov2", "efficientnet-lite0"] = "dinov2"
-    """Network of P-DINO and REPA; efficientnet-lite0 is a labelled stand-in."""
-    features_path: str = "facebook/dinov2-base"
-    """Hugging Face name or folder of DINOv2."""
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that a sample trains on the null caption."""
-
-
-class OptimizerConfig(Section):
-    """The optimizer, its gradient clipping and its learning-rate schedule."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
-    lr: float = Field(1e-4, gt=0)
-    """Peak learning rate of AdamW."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of AdamW's two moments."""
-    eps: float = Field(1e-8, gt=0)
-    """Added to the root of AdamW's second moment."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay, for both optimizers."""
-    muon_lr: float = Field(0.02, gt=0)
-    """Peak learning rate of Muon, whose updates have a root mean square of about 0.2."""
-    muon_momentum: float = Field(0.95, ge=0, lt=1)
-    """Momentum of Muon (Nesterov's form)."""
-    clip_grad_norm: float = Field(1.0, ge=0)
-    """Largest global gradient norm; a larger gradient is scaled down to it. 0 turns clipping off."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the decay at the end of the stage."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up from 0."""
-    decay_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of the stage, at its end, over which a linear or cosine schedule decays."""
-    final_lr_fraction: float = Field(0.0, ge=0, le=1)
-    """Where the decay ends, as a share of the peak."""
-
-    @model_validator(mode="after")
-    def _decay(self) -> OptimizerConfig:
-        if (self.schedule == "constant") != (self.decay_fraction == 0):
-            raise ValueError(
-                f"decay_fraction {self.decay_fraction} does not go with schedule {self.schedule}: "
-                "a constant schedule has 0, the others more"
-            )
-        return self
 
 
 class TrainConfig(Section):
@@ -161,25 +95,6 @@ class InitConfig(Section):
     """Whether the optimizer's moments go on from the previous stage."""
     ema: Literal["continue", "reset"] = "continue"
     """Whether the average goes on, or starts at the stage's first weights."""
-
-
-class SamplingConfig(Section):
-    """How pictures are drawn."""
-
-    solver: Literal["euler", "heun", "adams2"] = "adams2"
-    """Integrator of the sampling equation."""
-    steps: int = Field(25, gt=0)
-    """Steps of the integrator."""
-    guidance_scale: float = Field(4.0, ge=0)
-    """Classifier-free guidance; 1 is none."""
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance applies to steps that start at low < t <= high."""
-    timeshift: float = Field(3.0, gt=0)
-    """Shift of the time grid; above 1 spends more steps at high noise."""
-    batch_size: int = Field(16, gt=0)
-    """Pictures drawn at once; every batch is filled up to it."""
-    seed: int = 0
-    """Seed of the starting noise; a picture depends on it, its prompt and its number alone."""
 
 
 class ValidationConfig(Section):

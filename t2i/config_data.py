@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.example import Crop
 from data.select import Rules
@@ -96,12 +96,12 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = Field([])
     """The sources, mixed by weight."""
-    resolution: int = Field(256, gt=0)
-    """Side of the square training images, in pixels; a multiple of model.patch_size."""
+    resolution: int | tuple[int, int] = 256
+    """Pixels of the training images: the side of squares, or [height, width]; multiples of model.patch_size."""
     small_images: Literal["drop", "upscale"] = "drop"
-    """What happens to images whose shorter side is below the resolution."""
+    """What happens to images with a side below the resolution's."""
     crop: Crop = "center"
-    """Which part of an image that is not square is taken; adm: the middle, resized as ADM's reference statistics
+    """Which part of an image of another shape is taken; adm: the middle square, resized as ADM's reference statistics
     of ImageNet want it, at full decoding cost."""
     horizontal_flip: bool = False
     """Mirror every second image, at random; captions that say left or right become wrong."""
@@ -121,6 +121,30 @@ class DataConfig(Section):
     """Seconds to wait for an S3 server's next bytes."""
     retry_minutes: float = Field(StoreOptions.retry_minutes, ge=0)
     """Minutes without progress after which a failing read stops the run, saved."""
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _sides(cls, value: Any) -> Any:
+        sides = list(value) if isinstance(value, list | tuple) else [value, value]
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError("must be a side in pixels or [height, width], whole numbers above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _adm_is_square(self) -> DataConfig:
+        if self.crop == "adm" and self.size[0] != self.size[1]:
+            raise ValueError(f"crop adm makes squares: give resolution one side (it is {self.size_text})")
+        return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the training images, in pixels."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def size_text(self) -> str:
+        """The same in print: 256 for squares, 256x384 for others."""
+        return str(self.resolution) if isinstance(self.resolution, int) else "x".join(map(str, self.resolution))
 
     def store_options(self, source: SourceConfig) -> StoreOptions:
         """How to reach one of the sources."""

@@ -78,9 +78,9 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
         ConfigError: with one sentence; `where` says which file, stage or command line.
     """
     config = validate_section(RunConfig, tree, where)
-    if config.data.resolution % config.model.patch_size:
+    if any(side % config.model.patch_size for side in config.data.size):
         raise ConfigError(
-            f"{where}: data.resolution {config.data.resolution} must be a multiple of "
+            f"{where}: data.resolution {config.data.size_text} must be a multiple of "
             f"model.patch_size ({config.model.patch_size})"
         )
     for index, stage in enumerate(config.stages):

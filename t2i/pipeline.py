@@ -1,13 +1,13 @@
 """Pictures from prompts.
 
-A picture is a function of the weights, the sampler, the seed, its prompt and its number under that prompt: never of
-the prompts beside it, its place in a file or the number of processes. Batches have one fixed size (the last one is
+A picture is a function of the weights, the sampler, the seed, its size, its prompts and its number under them: never
+of the pictures beside it, its place in a file or the number of processes. Batches have one fixed size (the last one is
 filled up), since kernels may round differently for different sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from data.randomness import key
 from t2i.build import Denoiser, build_conditioner, build_denoiser, choose_dtype
-from t2i.config import RunConfig, SamplingConfig
+from t2i.config import RunConfig
 from t2i.config_base import ConfigError
+from t2i.config_sampling import SamplingConfig
 from t2i.diffusion.flow import to_pixels
 from t2i.diffusion.noise import slot_noise
-from t2i.diffusion.sampling import SOLVERS, guided_steps, guided_velocity, time_grid
+from t2i.diffusion.sampling import choose_solver, guided_steps, guided_velocity, time_grid
 from t2i.model_folder import WhichWeights, read_model
 from t2i.models.labels import Conditioner
 
@@ -31,11 +32,32 @@ class Picture:
 
     prompt: str
     number: int = 0
+    negative: str = ""
+    """What guidance leads away from; where it is off, nothing reads this."""
 
 
-def starting_noise(picture: Picture, seed: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    """The noise (3, H, W) that a picture starts from."""
-    return slot_noise(key(seed, "sample", picture.prompt), [picture.number], (3, *size), device)[0]
+def starting_noise(
+    picture: Picture, seed: int, size: tuple[int, int], device: torch.device, scale: float = 1.0
+) -> Tensor:
+    """The noise (3, H, W) that a picture starts from, of standard deviation `scale`."""
+    return slot_noise(key(seed, "sample", picture.prompt), [picture.number], (3, *size), device, scale)[0]
+
+
+def states_of_batches(
+    conditioner: Conditioner, null_caption: Tensor, batches: Sequence[Sequence[str]]
+) -> Iterator[dict[str, Tensor]]:
+    """For each batch of captions, their states (L, E) or classes () by caption; the empty one's are `null_caption`.
+
+    Every caption is encoded once, when its first batch is due, and held no longer than a later one needs it.
+    """
+    last = {caption: n for n, captions in enumerate(batches) for caption in captions}
+    held = {"": null_caption}
+    for n, captions in enumerate(batches):
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in held]
+        if missing:
+            held.update(zip(missing, conditioner(missing), strict=True))
+        yield held
+        held = {caption: states for caption, states in held.items() if not caption or last[caption] > n}
 
 
 @dataclass
@@ -69,25 +91,42 @@ class Pipeline:
         return cls(config, denoiser, conditioner, null_caption, device)
 
     @torch.no_grad()
-    def draw(self, pictures: Sequence[Picture], sampling: SamplingConfig) -> Tensor:
-        """Pictures at the resolution the model was trained at, uint8 (len(pictures), 3, H, W), on the host."""
-        side = self.config.data.resolution
+    def draw_batches(
+        self, pictures: Sequence[Picture], sampling: SamplingConfig, size: tuple[int, int] | None = None
+    ) -> Iterator[Tensor]:
+        """Pictures in their order, uint8 (b, 3, H, W) on the host, with at most `sampling.batch_size` in a batch.
+
+        Args:
+            pictures: what to draw; those that share a prompt are best neighbours, and its states are computed once.
+            sampling: how.
+            size: height and width in pixels, multiples of the patch; none takes those the model was trained at.
+        """
+        height, width = size or self.config.data.size
+        assert height % self.denoiser.patch_size == 0 and width % self.denoiser.patch_size == 0
         times = time_grid(sampling.steps, sampling.timeshift)
         guided = guided_steps(times, sampling.cfg_interval)
-        drawn = [torch.empty(0, 3, side, side, dtype=torch.uint8)]
-        for start in range(0, len(pictures), sampling.batch_size):
-            chunk = list(pictures[start : start + sampling.batch_size])
-            filled = chunk + [Picture("")] * (sampling.batch_size - len(chunk))
-            states = self.conditioner([picture.prompt for picture in filled])
+        solve = choose_solver(sampling.solver, sampling.order)
+        batches = [pictures[i : i + sampling.batch_size] for i in range(0, len(pictures), sampling.batch_size)]
+        captions = [[text for it in batch for text in (it.prompt, it.negative)] for batch in batches]
+        null_caption = self.null_caption.to(self.device, self.conditioner.dtype)
+        for batch, states in zip(batches, states_of_batches(self.conditioner, null_caption, captions), strict=True):
+            filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]
             velocity = guided_velocity(
                 lambda x, t, condition: self.denoiser(x, t, condition).image,
-                states,
-                self.null_caption.to(states).expand_as(states),
+                torch.stack([states[it.prompt] for it in filled]),
+                torch.stack([states[it.negative] for it in filled]),
                 sampling.guidance_scale,
-                self.config.objective.min_noise,
+                self.config.objective.min_noise if sampling.clamp else 0.0,
+                sampling.guidance_rescale,
             )
-            size = (side, side)
-            noise = torch.stack([starting_noise(picture, sampling.seed, size, self.device) for picture in filled])
-            images = SOLVERS[sampling.solver](velocity, noise, times, guided)
-            drawn.append(to_pixels(images[: len(chunk)]).cpu())
-        return torch.cat(drawn)
+            scale = self.config.objective.noise_scale
+            noise = [starting_noise(it, sampling.seed, (height, width), self.device, scale) for it in filled]
+            images = solve(velocity, torch.stack(noise), times, guided)
+            yield to_pixels(images[: len(batch)]).cpu()
+
+    def draw(
+        self, pictures: Sequence[Picture], sampling: SamplingConfig, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """The same in one tensor, uint8 (len(pictures), 3, H, W)."""
+        none = torch.empty(0, 3, *(size or self.config.data.size), dtype=torch.uint8)
+        return torch.cat([none, *self.draw_batches(pictures, sampling, size)])

@@ -1,7 +1,8 @@
 """What a run will need, before anything is spent: parameters, memory, FLOPs, days, bandwidth, disk.
 
-Arithmetic from the config and from networks counted on the meta device (`plan_networks.py`, `plan_memory.py`): no
-weights, no data, no GPU, a few seconds. `BASIS` says of each figure whether it is counted, derived or assumed.
+Arithmetic from the config and from networks counted on the meta device (`plan_networks.py`, `plan_memory.py`,
+`plan_stage.py`): no weights, no data, no GPU, a few seconds. `BASIS` says of each figure whether it is counted, derived
+or assumed.
 
 The FLOPs are those of our training step: the perceptual networks see the samples over the gate alone. With
 `reference`, those of the public code, whose perceptual networks see every sample; its memory is then listed as well.
@@ -10,7 +11,6 @@ The FLOPs are those of our training step: the perceptual networks see the sample
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import sqrt
 from typing import Any
 
 from data.loader import PREFETCH
@@ -25,25 +25,13 @@ from t2i.plan_memory import (
     FP32,
     Bytes,
     Engine,
-    Shapes,
-    activation_memory,
     buffers,
-    moments_bytes,
+    checkpoint_bytes,
     reference_static_memory,
-    static_memory,
     total,
 )
-from t2i.plan_networks import (
-    Frozen,
-    Trained,
-    TrainedFlops,
-    image_distance,
-    open_share,
-    patch_features,
-    text_encoder,
-    trained,
-    trained_flops,
-)
+from t2i.plan_networks import TrainedFlops, open_share, trained_flops
+from t2i.plan_stage import StageMemory
 
 USABLE = 0.9
 """Share of a device's memory that a plan may fill; the rest is for fragments and what is not foreseen."""
@@ -55,7 +43,7 @@ PREFERENCE: tuple[Engine, ...] = ("zero1", "zero2", "fsdp2", "zero3")
 BASIS = {
     "parameters": "counted: the networks, built on the meta device",
     "flops": "counted: matrix products and convolutions; a backward as two forwards, one through frozen networks",
-    "static": "derived: bytes a parameter of each engine, measured on 1 and 2 ranks; zero0 in bf16 assumed",
+    "static": "derived: bytes a parameter of each engine, measured on 1 and 2 ranks",
     "activations": "derived: what autograd keeps of each layer in eager mode, checked on small networks; an upper "
     "bound for torch.compile; a backward's working memory assumed",
     "device": f"assumed: {CONTEXT_BYTES / 2**30:g} GiB for CUDA's context and workspaces, and that {USABLE:.0%} of "
@@ -114,93 +102,43 @@ class _Stage:
     """A stage with its counted networks."""
 
     name: str
-    config: RunConfig
     given: Assumptions
-    text: Frozen | None
-    distance: Frozen | None
-    features: Frozen | None
-    network: Trained
+    memory: StageMemory
     counted: TrainedFlops
 
     @classmethod
     def of(cls, config: RunConfig, index: int, given: Assumptions) -> _Stage:
         stage = stage_config(config, index)
         check_layout(stage.train.batch_size, stage.data.lanes, given.gpus)
-        text, features = text_encoder(stage), patch_features(stage)
-        text_width = text.width if text is not None else 0
-        return cls(
-            name=config.stages[index]["name"],
-            config=stage,
-            given=given,
-            text=text,
-            distance=image_distance(stage),
-            features=features,
-            network=trained(stage, text_width, features),
-            counted=trained_flops(stage, text_width, features),
-        )
+        # auto is bf16 on every GPU of the table
+        dtype_bytes = FP32 if stage.engine.dtype == "fp32" else 2
+        memory = StageMemory.of(stage, given.gpus, dtype_bytes, seen=1.0 if given.reference else None)
+        counted = trained_flops(stage, memory.text_width, memory.features)
+        return cls(config.stages[index]["name"], given, memory, counted)
 
     @property
-    def dtype_bytes(self) -> int:
-        return FP32 if self.config.engine.dtype == "fp32" else 2  # auto is bf16 on every GPU of the table
+    def config(self) -> RunConfig:
+        return self.memory.config
 
     @property
     def share(self) -> int:
         """Samples of a global batch that a rank has."""
         return self.config.train.batch_size // self.given.gpus
 
-    @property
-    def seen(self) -> float:
-        """Share of samples that the perceptual networks see."""
-        return 1.0 if self.given.reference else open_share(self.config.objective)
-
     def flops(self) -> dict[str, float]:
         """FLOPs of one training image, by component."""
-        objective = self.config.objective
+        memory, objective = self.memory, self.config.objective
         parts = {"denoiser": self.counted.denoiser, "projector": self.counted.projector}
-        if self.text is not None:
-            parts["text encoder"] = self.text.forward_flops
-        if self.distance is not None:
-            parts["lpips, predicted"] = 2 * self.distance.forward_flops * self.seen
-            parts["lpips, clean"] = self.distance.forward_flops * self.seen
-        if self.features is not None:
-            clean = 1.0 if objective.repa_weight > 0 else self.seen
-            parts["dino, predicted"] = 2 * self.features.forward_flops * self.seen * (objective.pdino_weight > 0)
-            parts["dino, clean"] = self.features.forward_flops * clean
+        if memory.text is not None:
+            parts["text encoder"] = memory.text.forward_flops
+        if memory.distance is not None:
+            parts["lpips, predicted"] = 2 * memory.distance.forward_flops * memory.seen
+            parts["lpips, clean"] = memory.distance.forward_flops * memory.seen
+        if memory.features is not None:
+            clean = 1.0 if objective.repa_weight > 0 else memory.compared
+            parts["dino, predicted"] = 2 * memory.features.forward_flops * memory.compared
+            parts["dino, clean"] = memory.features.forward_flops * clean
         return parts
-
-    def frozen(self) -> Bytes:
-        """Bytes of the frozen networks; one stand-in may be both perceptual networks."""
-        found = {"text encoder": self.text.parameters * self.dtype_bytes} if self.text is not None else {}
-        perceptual = {net.name: net.parameters for net in (self.distance, self.features) if net is not None}
-        if perceptual:
-            found["perceptual networks"] = FP32 * sum(perceptual.values())
-        return found
-
-    def static(self, engine: Engine) -> Bytes:
-        return static_memory(engine, self.given.gpus, self.network, self.frozen(), self.dtype_bytes)
-
-    def activations(self, micro_batch: int, checkpointing: bool) -> Bytes:
-        config = self.config
-        expected = micro_batch * self.seen
-        # Three deviations over the mean: among the many micro-batches of a run, some come close.
-        most = expected + 3 * sqrt(expected * (1 - self.seen))
-        text = (config.text.length, self.text.width) if self.text is not None else (0, 0)
-        shapes = Shapes(config.model, config.data.resolution, *text, self.dtype_bytes)
-        return activation_memory(
-            shapes,
-            micro_batch,
-            min(micro_batch, round(most)),
-            self.distance,
-            self.features,
-            aligned=config.objective.repa_weight > 0,
-            gates_features=config.objective.pdino_weight > 0,
-            checkpointing=checkpointing,
-        )
-
-    def device_bytes(self, engine: Engine, micro_batch: int, checkpointing: bool) -> int:
-        """Everything on one device."""
-        moving = buffers(engine, self.network, self.dtype_bytes)
-        return CONTEXT_BYTES + total(self.static(engine)) + moving + total(self.activations(micro_batch, checkpointing))
 
     @property
     def budget(self) -> int:
@@ -210,9 +148,9 @@ class _Stage:
     def option(self, engine: Engine, checkpointing: bool) -> Option:
         """The largest micro-batch that divides a rank's share and fits."""
         sizes = [n for n in range(1, self.share + 1) if self.share % n == 0]
-        fitting = [n for n in sizes if self.device_bytes(engine, n, checkpointing) <= self.budget]
+        fitting = [n for n in sizes if self.memory.device_bytes(engine, n, checkpointing) <= self.budget]
         best = max(fitting, default=0)
-        return Option(engine, checkpointing, best, self.device_bytes(engine, max(best, 1), checkpointing))
+        return Option(engine, checkpointing, best, self.memory.device_bytes(engine, max(best, 1), checkpointing))
 
     def executed_flops(self, checkpointing: bool) -> float:
         """FLOPs of an image as computed: checkpointing runs the blocks' forward again."""
@@ -226,8 +164,9 @@ class _Stage:
 def recommend(stage: _Stage, options: list[Option]) -> Option | None:
     """The option that computes least: no checkpointing before checkpointing, then the least communication, as long as
     its micro-batch feeds the GPU; failing that, the one with the largest micro-batch. None where nothing fits."""
-    side = stage.config.data.resolution // stage.config.model.patch_size
-    wanted = min(stage.share, -(-FED_TOKENS // side**2))
+    height, width = stage.config.data.size
+    tokens = height * width // stage.config.model.patch_size**2
+    wanted = min(stage.share, -(-FED_TOKENS // tokens))
     ranked = sorted(options, key=lambda it: (it.checkpointing, (*PREFERENCE, "zero0").index(it.engine)))
     fitting = [it for it in ranked if it.micro_batch_size]
     for it in fitting:
@@ -243,7 +182,7 @@ def _advice(stage: _Stage, options: list[Option], chosen: Option | None) -> list
     if stage.share % micro:
         said.append(f"train.micro_batch_size {micro} does not divide a rank's share of the batch, {stage.share}")
     else:
-        need = stage.device_bytes("zero1", micro, False)
+        need = stage.memory.device_bytes("zero1", micro, False)
         verdict = "fits" if need <= stage.budget else "does not fit"
         said.append(
             f"train.micro_batch_size {micro} with zero1 and no checkpointing takes {need / gib:.1f} GiB: it {verdict} "
@@ -267,7 +206,7 @@ def _advice(stage: _Stage, options: list[Option], chosen: Option | None) -> list
                 f"checkpointing computes {stage.counted.blocks / whole:.0%} more: GPUs with more memory save it"
             )
     encoding = flops.get("text encoder", 0.0) / whole
-    if stage.text is None:
+    if stage.memory.text is None:
         said.append("classes cost nothing to encode")
     elif stage.config.text.cache:
         said.append(f"text.cache saves up to {encoding:.1%} of these FLOPs where captions come again soon")
@@ -282,6 +221,7 @@ def _advice(stage: _Stage, options: list[Option], chosen: Option | None) -> list
 def _stage_plan(stage: _Stage) -> dict[str, Any]:
     """One stage's plan, in plain values; bytes, seconds, FLOPs."""
     config, given = stage.config, stage.given
+    memory = stage.memory
     options = [stage.option(engine, checkpointing) for checkpointing in (False, True) for engine in ENGINES]
     chosen = recommend(stage, options)
     checkpointing = chosen.checkpointing if chosen is not None and not given.reference else False
@@ -290,24 +230,24 @@ def _stage_plan(stage: _Stage) -> dict[str, Any]:
     rate = stage.images_per_s(checkpointing)
     images = config.train.steps * config.train.batch_size
     seconds = images / rate
-    static: dict[str, Bytes] = {engine: _summed(stage.static(engine)) for engine in ENGINES}
+    static: dict[str, Bytes] = {engine: _summed(memory.static(engine)) for engine in ENGINES}
     if given.reference:
-        static["ddp"] = _summed(reference_static_memory(stage.network, stage.frozen()))
+        static["ddp"] = _summed(reference_static_memory(memory.network, memory.frozen()))
     return {
         "name": stage.name,
         "resolution": config.data.resolution,
         "steps": config.train.steps,
         "batch_size": config.train.batch_size,
         "micro_batch_size": micro,
-        "dtype": "fp32" if stage.dtype_bytes == FP32 else "bf16",
+        "dtype": "fp32" if memory.dtype_bytes == FP32 else "bf16",
         "parameters": {
-            "denoiser": stage.network.denoiser,
-            "of which image blocks": stage.network.image_blocks,
-            "of which text refiner": stage.network.text_blocks,
-            "of which embeddings and head": stage.network.rest,
-            "projector": stage.network.projector,
-            "trained": stage.network.total,
-            "frozen": {net.name: net.parameters for net in (stage.text, stage.distance, stage.features) if net},
+            "denoiser": memory.network.denoiser,
+            "of which image blocks": memory.network.image_blocks,
+            "of which text refiner": memory.network.text_blocks,
+            "of which embeddings and head": memory.network.rest,
+            "projector": memory.network.projector,
+            "trained": memory.network.total,
+            "frozen": {net.name: net.parameters for net in (memory.text, memory.distance, memory.features) if net},
         },
         "over_gate": open_share(config.objective),
         "flops_per_image": {**flops, "total": sum(flops.values())},
@@ -316,9 +256,9 @@ def _stage_plan(stage: _Stage) -> dict[str, Any]:
             "recomputed with checkpointing": stage.counted.blocks,
         },
         "static_bytes": static,
-        "engine_buffer_bytes": {engine: buffers(engine, stage.network, stage.dtype_bytes) for engine in ENGINES},
+        "engine_buffer_bytes": {engine: buffers(engine, memory.network, memory.dtype_bytes) for engine in ENGINES},
         "activation_bytes": {
-            name: _summed(stage.activations(micro, with_checkpointing))
+            name: _summed(memory.activations(micro, with_checkpointing))
             for name, with_checkpointing in (("plain", False), ("checkpointed", True))
         },
         "options": [asdict(option) for option in options],
@@ -348,7 +288,7 @@ def _data(stage: _Stage, rate: float) -> dict[str, float]:
     remote = sum(source.url.startswith("s3://") for source in data.sources)
     # A request to S3 brings neighbours that a block needs later; from a disk each sample is read when it is due.
     ahead = data.lanes // given.gpus * remote * data.shuffle_block * given.sample_bytes
-    pixels = stage.share * 3 * data.resolution**2
+    pixels = stage.share * 3 * data.size[0] * data.size[1]
     return {
         "bytes_per_s": rate * given.sample_bytes,
         "bytes_per_s_a_rank": rate * given.sample_bytes / given.gpus,
@@ -361,8 +301,8 @@ def _data(stage: _Stage, rate: float) -> dict[str, float]:
 
 def _storage(stage: _Stage) -> dict[str, float]:
     """Bytes on disk, and those of the snapshot in a rank's host memory."""
-    network, checkpoint = stage.network, stage.config.checkpoint
-    one = 2 * FP32 * network.total + moments_bytes(network)  # masters, average and moments
+    network, checkpoint = stage.memory.network, stage.config.checkpoint
+    one = checkpoint_bytes(network)
     saves = -(-stage.config.train.steps // checkpoint.every)
     return {
         "checkpoint_bytes": one,

@@ -3,14 +3,14 @@
 Static memory, bytes a parameter in bf16, measured with DeepSpeed 0.19.8 and PyTorch 2.14 on 1 and 2 ranks (W):
 
     engine  weights  gradients  masters  moments  average
-    zero0   2        4          4        8        4         assumed: DeepSpeed refuses bf16 with fp32 gradients here
+    zero0   -        4          4        8        4         fp32 weights, cast where they are used
     zero1   2        4          4/W      8/W      4/W       gradients are whole on every rank until the step
     zero2   2        4/W        4/W      8/W      4/W       and a bucket for what is being summed over ranks
-    zero3   2/W      4/W        4/W      8/W      4/W       and the weights under way, and such a bucket
+    zero3   2/W      4/W        4/W      8/W      4/W       and small weights whole, the weights under way, and a bucket
     fsdp2   -        4/W        4/W      8/W      4/W       and the weights under way; the masters are the parameters
     ddp     4        4 + 4      -        8        4         the public code: fp32, with copies of gradients in buckets
 
-In fp32 the weights take 4, and those of zero0 and fsdp2 are the masters. Muon has one moment where AdamW has two.
+In fp32 the weights of zero1 to zero3 take 4. Muon has one moment where AdamW has two.
 
 Activations are what autograd keeps of each layer in eager mode, derived from the layers' code with attention and
 RMSNorm as PyTorch's fused CUDA kernels; `torch.compile` keeps less, so they are an upper bound for it.
@@ -56,14 +56,14 @@ def static_memory(engine: Engine, ranks: int, network: Trained, frozen: Bytes, d
         frozen: bytes of the networks that are not, by name; whole on every rank.
         dtype_bytes: of a weight that the network computes with: 2 or 4.
     """
-    n, fp32 = network.total, dtype_bytes == FP32
+    n = network.total
     shared = 1 if engine == "zero0" else ranks
     weights_shared = ranks if engine in ("zero3", "fsdp2") else 1
     gradients_shared = ranks if engine in ("zero2", "zero3", "fsdp2") else 1
-    # Where fp32 weights are their own masters, they are counted as masters.
-    own_masters = engine == "fsdp2" or (engine == "zero0" and fp32)
+    own_masters = engine in ("zero0", "fsdp2")
+    whole = network.small if engine == "zero3" and ranks > 1 else 0
     return {
-        "weights": 0 if own_masters else dtype_bytes * n // weights_shared,
+        "weights": 0 if own_masters else dtype_bytes * (n // weights_shared + whole),
         "gradients": FP32 * n // gradients_shared,
         "masters": FP32 * n // shared,
         "moments": moments_bytes(network) // shared,
@@ -71,6 +71,11 @@ def static_memory(engine: Engine, ranks: int, network: Trained, frozen: Bytes, d
         **frozen,
         "sampling copy": dtype_bytes * network.denoiser,
     }
+
+
+def checkpoint_bytes(network: Trained) -> int:
+    """Of one checkpoint, all ranks' parts of it: masters, average and moments."""
+    return 2 * FP32 * network.total + moments_bytes(network)
 
 
 def moments_bytes(network: Trained) -> int:
@@ -94,14 +99,14 @@ def reference_static_memory(network: Trained, frozen: Bytes) -> Bytes:
 def buffers(engine: Engine, network: Trained, dtype_bytes: int) -> int:
     """Bytes an engine needs only while it computes, to bring weights together and gradients apart.
 
-    zero2, zero3, and zero1 in fp32: a bucket of gradients, allocated whole however small the network. zero3, fsdp2:
-    the weights of two blocks, one in use and one on its way, and of everything outside blocks; fsdp2 also the gradients
-    of one block in fp32, on one rank too.
+    zero0 in bf16: the weights as they are cast, which autograd keeps. zero2, zero3, and zero1 in fp32: a bucket of
+    gradients, allocated whole however small the network. zero3, fsdp2: the weights of two blocks, one in use and one on
+    its way, and of everything outside blocks; fsdp2 also the gradients of one block in fp32, on one rank too.
     """
     under_way = (2 * network.block + network.rest + network.projector) * dtype_bytes
     bucket = FP32 * BUCKET
     return {
-        "zero0": 0,
+        "zero0": 0 if dtype_bytes == FP32 else dtype_bytes * network.total,
         "zero1": bucket if dtype_bytes == FP32 else 0,
         "zero2": bucket,
         "zero3": bucket + under_way,
@@ -142,7 +147,8 @@ class Shapes:
     """What the size of a micro-batch's activations depends on."""
 
     model: ModelConfig
-    resolution: int
+    size: tuple[int, int]
+    """Height and width of an image, in pixels."""
     text_length: int
     text_width: int
     dtype_bytes: int
@@ -150,7 +156,12 @@ class Shapes:
     @property
     def tokens(self) -> int:
         """Of an image."""
-        return (self.resolution // self.model.patch_size) ** 2
+        return self.pixels // self.model.patch_size**2
+
+    @property
+    def pixels(self) -> int:
+        """Of an image."""
+        return self.size[0] * self.size[1]
 
     def block_tokens(self, index: int) -> int:
         """Of image block `index` (from 0), with those of the class once they have joined."""
@@ -191,11 +202,11 @@ def activation_memory(
     shapes: Shapes,
     micro_batch: int,
     open_samples: int,
+    compared_samples: int,
     distance: Frozen | None,
     features: Frozen | None,
     *,
     aligned: bool,
-    gates_features: bool,
     checkpointing: bool,
 ) -> Bytes:
     """Bytes at the fullest moment of a micro-step, by component.
@@ -206,11 +217,11 @@ def activation_memory(
     Args:
         shapes: of the stage.
         micro_batch: samples at a time.
-        open_samples: those of them that the perceptual networks see.
+        open_samples: those of them that LPIPS sees.
+        compared_samples: those of them that P-DINO compares.
         distance: LPIPS; none where it has no weight.
         features: the network of P-DINO and alignment; none where neither has weight.
         aligned: whether alignment has weight.
-        gates_features: whether P-DINO has.
         checkpointing: whether blocks keep their input alone.
     """
     model, c = shapes.model, shapes.dtype_bytes
@@ -220,12 +231,10 @@ def activation_memory(
     if checkpointing:
         kept_image = c * model.width * sum(map(shapes.block_tokens, range(model.depth)))
         kept_text = c * model.width * shapes.text_length
-    image_bytes = 3 * FP32 * shapes.resolution**2
-    perceptual = open_samples * (
-        (distance.saved_bytes if distance is not None else 0)
-        + (features.saved_bytes if features is not None and gates_features else 0)
-    )
-    first_map = 64 * FP32 * shapes.resolution**2 if distance is not None else 0
+    image_bytes = 3 * FP32 * shapes.pixels
+    perceptual = open_samples * (distance.saved_bytes if distance is not None else 0)
+    perceptual += compared_samples * (features.saved_bytes if features is not None else 0)
+    first_map = 64 * FP32 * shapes.pixels if distance is not None else 0
     in_perceptual = perceptual + WORKING_COPIES * open_samples * first_map
     gate_up = 8 * model.width * shapes.block_tokens(model.depth - 1) * c
     in_block = micro_batch * ((image_blocks / model.depth if checkpointing else 0) + WORKING_COPIES * gate_up)

@@ -19,14 +19,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.build import build_denoiser
-from t2i.config import ObjectiveConfig, RunConfig
+from t2i.config import RunConfig
 from t2i.config_base import ConfigError
+from t2i.config_objective import STAND_IN, ObjectiveConfig
 from t2i.diffusion.perceptual import EfficientNetLite
+from t2i.engine.deepspeed import PERSISTENT_NUMEL
 from t2i.models.layers import Projector, axial_rope_table, rope_table
 from t2i.models.pixelgen import Block, PixelGen, muon_takes
 from t2i.models.pixelgen_class import ClassBlock
 from t2i.models.text import resolve_model
-from t2i.train.build import STAND_IN, denoiser_training_flops
+from t2i.train.build import denoiser_training_flops
 
 META = torch.device("meta")
 
@@ -58,6 +60,8 @@ class Trained:
     """Those of them that Muon takes: they have one moment, others two."""
     block: int
     """Parameters of one image block, the largest part that FSDP2 and ZeRO-3 put together at a time."""
+    small: int
+    """Those of tensors so small that ZeRO-3 leaves them whole on every rank."""
 
     @property
     def denoiser(self) -> int:
@@ -136,14 +140,18 @@ def trained(config: RunConfig, text_width: int, features: Frozen | None) -> Trai
     image_blocks = size(denoiser.blocks)
     text_blocks = size(denoiser.text_blocks) if isinstance(denoiser, PixelGen) else 0
     muon = config.optimizer.name == "muon"
+    tensors = [*denoiser.parameters(), *(projector.parameters() if projector is not None else ())]
     return Trained(
         image_blocks=image_blocks,
         text_blocks=text_blocks,
         rest=size(denoiser) - image_blocks - text_blocks,
         projector=size(projector) if projector is not None else 0,
-        # The projector's names have neither of the parts that Muon looks for.
-        by_muon=sum(p.numel() for n, p in denoiser.named_parameters() if muon and p.ndim == 2 and muon_takes(n)),
+        # By the names in the whole network; the projector's have neither of the parts that Muon looks for.
+        by_muon=sum(
+            p.numel() for n, p in denoiser.named_parameters() if muon and p.ndim == 2 and muon_takes(f"denoiser.{n}")
+        ),
         block=size(denoiser.blocks[0]),
+        small=sum(p.numel() for p in tensors if p.numel() <= PERSISTENT_NUMEL),
     )
 
 
@@ -166,10 +174,10 @@ class TrainedFlops:
 
 def trained_flops(config: RunConfig, text_width: int, features: Frozen | None) -> TrainedFlops:
     """Count what a training image costs in the trained networks."""
-    model, side = config.model, config.data.resolution // config.model.patch_size
+    model, (rows, columns) = config.model, _grid(config)
     with META:
-        image = torch.empty(1, side * side, model.width)
-        refining, drawing = _blocks_flops(config, image, side)
+        image = torch.empty(1, rows * columns, model.width)
+        refining, drawing = _blocks_flops(config, image)
         projecting = 0.0
         if features is not None and config.objective.repa_weight > 0:
             projector = Projector(model.width, features.width)
@@ -182,23 +190,24 @@ def trained_flops(config: RunConfig, text_width: int, features: Frozen | None) -
     )
 
 
-def _blocks_flops(config: RunConfig, image: Tensor, side: int) -> tuple[float, float]:
+def _blocks_flops(config: RunConfig, image: Tensor) -> tuple[float, float]:
     """FLOPs of one sample's forward through all text blocks, and through all image blocks."""
-    model, head_width = config.model, config.model.width // config.model.heads
+    model, grid = config.model, _grid(config)
+    head_width = model.width // model.heads
     given = torch.empty(1, 1, model.width)
     if model.condition == "class":
         class_block = ClassBlock(model.width, model.heads, 0.0)
 
         def through(context: int) -> float:
-            tokens = torch.empty(1, context + side * side, model.width)
-            return _flops(lambda: class_block(tokens, given, axial_rope_table(side, side, head_width, context, META)))
+            tokens = torch.empty(1, context + image.shape[1], model.width)
+            return _flops(lambda: class_block(tokens, given, axial_rope_table(*grid, head_width, context, META)))
 
         return 0.0, model.context_start * through(0) + (model.depth - model.context_start) * through(
             model.context_tokens
         )
     text = torch.empty(1, config.text.length, model.width)
     text_block, block = Block(model.width, model.heads, False), Block(model.width, model.heads, True)
-    rope = rope_table(side, side, head_width, META)
+    rope = rope_table(*grid, head_width, META)
     refining = model.text_depth * _flops(lambda: text_block(text, given))
     return refining, model.depth * _flops(lambda: block(image, given, rope, text))
 
@@ -266,21 +275,21 @@ def image_distance(config: RunConfig) -> Frozen | None:
 
 def patch_features(config: RunConfig) -> Frozen | None:
     """DINOv2 or its stand-in on one image, resized so that its patches match the model's."""
-    objective, side = config.objective, config.data.resolution // config.model.patch_size
+    objective, grid = config.objective, _grid(config)
     if objective.pdino_weight + objective.repa_weight == 0:
         return None
     _, predicted = _images(config)
     if objective.features_network == STAND_IN:
         stand_in = _stand_in()
-        flops = _flops(lambda: stand_in.tokens(predicted, (side, side)))
-        saved = saved_bytes(lambda: stand_in.tokens(predicted, (side, side)), stand_in)
+        flops = _flops(lambda: stand_in.tokens(predicted, grid, [1]))
+        saved = saved_bytes(lambda: stand_in.tokens(predicted, grid, [1]), stand_in)
         return Frozen(STAND_IN, size(stand_in), stand_in.width, flops, saved)
     from transformers import Dinov2Model
 
     described = _described(objective.features_path, "objective.features_path", _KNOWN_FEATURES, "dinov2")
     with META:
         net = Dinov2Model(described).eval().requires_grad_(False)
-        resized = torch.empty(1, 3, side * described.patch_size, side * described.patch_size, requires_grad=True)
+        resized = torch.empty(1, 3, *(described.patch_size * side for side in grid), requires_grad=True)
         flops = _flops(lambda: net(resized))
         with _FusedAttention():
             saved = saved_bytes(lambda: net(resized), net)
@@ -288,9 +297,14 @@ def patch_features(config: RunConfig) -> Frozen | None:
 
 
 def _images(config: RunConfig) -> tuple[Tensor, Tensor]:
-    side = config.data.resolution
     with META:
-        return torch.empty(1, 3, side, side), torch.empty(1, 3, side, side, requires_grad=True)
+        return torch.empty(1, 3, *config.data.size), torch.empty(1, 3, *config.data.size, requires_grad=True)
+
+
+def _grid(config: RunConfig) -> tuple[int, int]:
+    """Rows and columns of an image's patches."""
+    height, width = config.data.size
+    return height // config.model.patch_size, width // config.model.patch_size
 
 
 def open_share(objective: ObjectiveConfig) -> float:

@@ -1,6 +1,6 @@
 """The loss of one micro-batch: flow matching + gated perceptual terms + representation alignment.
 
-`L = L_FM + 0.1 L_LPIPS + 0.01 L_P-DINO + w L_REPA` (PixelGen eq. 6), one scalar for one backward.
+`L = L_FM + b (0.1 L_LPIPS + 0.01 L_P-DINO) + w L_REPA` (PixelGen eq. 6, where b = 1), one scalar for one backward.
 
 - Every mean is over the *global* batch. Flow matching and alignment average over all samples, the perceptual
   terms over the un-gated ones (t at or above the gate), whose global number is known from the slots. The engine
@@ -8,15 +8,19 @@
   `sum_i l_i / N_global * micro_batches`.
 - The perceptual networks see un-gated samples only; the clean image's patch features serve both P-DINO and REPA.
 - No term of a gated sample reaches its gradient. Gating selects samples; it never changes a collective.
+- Where the gradients of L_FM and of the perceptual terms are wanted apart, for b (gradient balancing), they are formed
+  at the predicted image and their sum goes on from there: still one backward through each network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from t2i.diffusion.flow import Array, flow_matching_loss
@@ -24,6 +28,10 @@ from t2i.diffusion.perceptual import ImageDistance, PatchFeatures, cosine_distan
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 TERMS = ("loss", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa")
+
+
+Watch = Callable[[Tensor, Tensor], None]
+"""Is given the gradients of L_FM and of the perceptual terms (b = 1) at the predicted image, (b, 3, H, W) each."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,10 @@ class LossWeights:
     repa: float
     gate: float
     min_noise: float
+    pdino_gated: bool = True
+    """Whether P-DINO heeds the gate; the mean is over all samples where it does not."""
+    pdino_layers: tuple[int, ...] = ()
+    """Layers of the feature network, from 1, that P-DINO is the mean over; none: the last. REPA has the last always."""
 
 
 @dataclass
@@ -69,13 +81,30 @@ def add_bands(terms: Terms, term: str, losses: Tensor, t: Array) -> None:
             terms.add(name, losses.detach()[index].sum(), len(index))
 
 
+def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
+    """The scalar `value` as a function of `at` that has this gradient there."""
+    return value.detach() + ((at - at.detach()) * gradient).sum()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch as its terms see it: which samples a term applies to, and what one sample counts."""
+
+    terms: Terms
+    everyone: NDArray[np.intp]
+    open_gate: NDArray[np.intp]
+    per_sample: float
+    per_ungated: float
+
+
 class Objective:
     """The loss of PixelGen for an x-predicting denoiser.
 
     Args:
         weights: of the terms.
         image_distance: LPIPS or a stand-in; needed where `weights.lpips` > 0.
-        patch_features: DINOv2 or a stand-in; needed where `weights.pdino` or `weights.repa` > 0.
+        patch_features: DINOv2 or a stand-in; needed where `weights.pdino` or `weights.repa` > 0. It has the layers that
+            `weights` names.
     """
 
     def __init__(
@@ -86,6 +115,9 @@ class Objective:
         self.weights = weights
         self.image_distance = image_distance
         self.patch_features = patch_features
+        self._last = patch_features.depth if patch_features is not None else 0
+        self._layers = weights.pdino_layers or (self._last,)
+        assert max(self._layers) <= self._last or weights.pdino == 0
 
     def __call__(
         self,
@@ -98,6 +130,8 @@ class Objective:
         batch_size: int,
         ungated: int,
         micro_batches: int,
+        perceptual_weight: float = 1.0,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, Terms]:
         """Loss of one micro-batch.
 
@@ -110,41 +144,87 @@ class Objective:
             batch_size: samples in the global batch.
             ungated: samples of the global batch with t >= gate.
             micro_batches: micro-batches in the global batch, over all ranks.
+            perceptual_weight: b, what the perceptual terms are multiplied by besides their weights.
+            watch: is called with the two gradients before this returns.
+
+        Returns:
+            The loss, and its terms; the term "loss" is the loss with b = 1.
         """
-        w = self.weights
-        terms = Terms()
-        per_sample = micro_batches / batch_size
-        per_ungated = micro_batches / max(ungated, 1)
-        open_gate = np.flatnonzero(t >= w.gate)
-        times = torch.from_numpy(t).to(predicted.device)
+        part = _Part(
+            Terms(),
+            everyone=np.arange(len(t)),
+            open_gate=np.flatnonzero(t >= self.weights.gate),
+            per_sample=micro_batches / batch_size,
+            per_ungated=micro_batches / max(ungated, 1),
+        )
+        # Watched, the terms depend on a copy of the image, and what they pull at it with is handed on.
+        source = predicted if watch is None else predicted.detach().requires_grad_()
+        flow = self._flow(part, source, image, t)
+        clean = self._clean_features(part, image, grid)
+        perceptual = self._lpips(part, source, image) + self._pdino(part, source, clean, grid)
+        alignment = self._repa(part, projected, clean)
+        # As if b were 1: what is judged by its past must not move with b.
+        part.terms.add("loss", (flow + perceptual + alignment) / part.per_sample, len(t))
+        loss = flow + perceptual_weight * perceptual
+        if watch is not None:
+            pulls = [_gradient(flow, source), _gradient(perceptual, source)]
+            watch(*pulls)
+            loss = with_gradient(loss, predicted, pulls[0] + perceptual_weight * pulls[1])
+        return loss + alignment, part.terms
 
-        flow = flow_matching_loss(predicted, image, times, w.min_noise)
-        loss = flow.sum() * per_sample
-        terms.add("loss_fm", flow.sum(), len(t))
-        add_bands(terms, "loss_fm", flow, t)
+    def _flow(self, part: _Part, predicted: Tensor, image: Tensor, t: Array) -> Tensor:
+        flow = flow_matching_loss(predicted, image, torch.from_numpy(t).to(predicted.device), self.weights.min_noise)
+        part.terms.add("loss_fm", flow.sum(), len(t))
+        add_bands(part.terms, "loss_fm", flow, t)
+        return flow.sum() * part.per_sample
 
-        if w.lpips > 0 and len(open_gate) > 0:
-            assert self.image_distance is not None
-            distance = self.image_distance.distance(predicted[open_gate], image[open_gate]).sum()
-            loss = loss + w.lpips * distance * per_ungated
-            terms.add("loss_lpips", distance, len(open_gate))
+    def _lpips(self, part: _Part, predicted: Tensor, image: Tensor) -> Tensor:
+        if self.weights.lpips == 0 or len(part.open_gate) == 0:
+            return predicted.new_zeros(())
+        assert self.image_distance is not None
+        distance = self.image_distance.distance(predicted[part.open_gate], image[part.open_gate]).sum()
+        part.terms.add("loss_lpips", distance, len(part.open_gate))
+        return self.weights.lpips * distance * part.per_ungated
 
-        # Alignment needs the features of every clean image, P-DINO those of un-gated ones.
-        described = np.arange(len(t)) if w.repa > 0 else open_gate if w.pdino > 0 else open_gate[:0]
-        if len(described) > 0:
-            assert self.patch_features is not None
-            with torch.no_grad():
-                target = self.patch_features.tokens(image[described], grid)
-            if w.pdino > 0 and len(open_gate) > 0:
-                tokens = self.patch_features.tokens(predicted[open_gate], grid)
-                distance = cosine_distance(tokens, target[np.searchsorted(described, open_gate)]).sum()
-                loss = loss + w.pdino * distance * per_ungated
-                terms.add("loss_pdino", distance, len(open_gate))
-            if w.repa > 0:
-                assert projected is not None
-                alignment = cosine_distance(projected, target).sum()
-                loss = loss + w.repa * alignment * per_sample
-                terms.add("loss_repa", alignment, len(t))
+    def _compared(self, part: _Part) -> NDArray[np.intp]:
+        """The samples of P-DINO."""
+        if self.weights.pdino == 0:
+            return part.everyone[:0]
+        return part.open_gate if self.weights.pdino_gated else part.everyone
 
-        terms.add("loss", loss / per_sample, len(t))
-        return loss, terms
+    def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
+        """Features of the clean images by layer; alignment needs those of all, P-DINO those that it compares."""
+        described = part.everyone if self.weights.repa > 0 else self._compared(part)
+        if len(described) == 0:
+            return {}
+        assert self.patch_features is not None
+        layers = {*(self._layers if self.weights.pdino > 0 else ()), *([self._last] if self.weights.repa > 0 else ())}
+        with torch.no_grad():
+            found = self.patch_features.tokens(image[described], grid, sorted(layers))
+        return dict(zip(sorted(layers), found, strict=True))
+
+    def _pdino(self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
+        compared = self._compared(part)
+        if len(compared) == 0:
+            return predicted.new_zeros(())
+        assert self.patch_features is not None
+        rows = compared if self.weights.repa > 0 else np.arange(len(compared))
+        tokens = self.patch_features.tokens(predicted[compared], grid, self._layers)
+        by_layer = [cosine_distance(a, clean[n][rows]) for n, a in zip(self._layers, tokens, strict=True)]
+        distance = torch.stack(by_layer).mean(0).sum()
+        part.terms.add("loss_pdino", distance, len(compared))
+        per = part.per_ungated if self.weights.pdino_gated else part.per_sample
+        return self.weights.pdino * distance * per
+
+    def _repa(self, part: _Part, projected: Tensor | None, clean: dict[int, Tensor]) -> Tensor | float:
+        if self.weights.repa == 0:
+            return 0.0
+        assert projected is not None
+        alignment = cosine_distance(projected, clean[self._last]).sum()
+        part.terms.add("loss_repa", alignment, len(part.everyone))
+        return self.weights.repa * alignment * part.per_sample
+
+
+def _gradient(loss: Tensor, at: Tensor) -> Tensor:
+    """Of a loss that may not depend on `at`, as where all samples are gated."""
+    return torch.autograd.grad(loss, at)[0] if loss.requires_grad else torch.zeros_like(at)

@@ -1,7 +1,8 @@
 """Distances between images in the feature space of frozen networks.
 
 - `Lpips`: LPIPS on VGG16 (Zhang et al., 2018; PixelGen eq. 7), the `lpips` package's own arithmetic.
-- `Dinov2`: patch tokens of DINOv2 (PixelGen eq. 8), resized so that its patches match the model's one to one.
+- `Dinov2`: patch tokens of DINOv2 (PixelGen eq. 8) at any of its layers; the image is resized so that its patches match
+  the model's one to one.
 - `EfficientNetLite`: ImageNet features of EfficientNet-Lite0 from the package registry: a labelled stand-in
   for both where their weights cannot be had.
 
@@ -11,6 +12,7 @@ last (about half the time of channels first on a CPU), and kept out of the engin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,9 +35,11 @@ class PatchFeatures(Protocol):
     """Features of image patches."""
 
     width: int
+    depth: int
+    """Number of the last layer; the first is 1."""
 
-    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, 3, H, W) -> (B, rows * columns, width), row-major, differentiable in `image`."""
+    def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
+        """(B, 3, H, W) -> (B, rows * columns, width) a layer, in the order asked for; row-major, differentiable."""
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -75,9 +79,11 @@ class Lpips(nn.Module):
 
 
 class Dinov2(nn.Module):
-    """Patch tokens of the last layer of DINOv2, after its final norm.
+    """Patch tokens of DINOv2 after any of its layers, each through the final norm, as DINOv2's own code hands them out.
 
-    The image is resized (bicubic, no antialias) so that DINOv2's 14-pixel patches form exactly `grid`.
+    The image is resized (bicubic, no antialias) so that DINOv2's 14-pixel patches form exactly `grid`: to 14/16 of its
+    size for a model of 16-pixel patches. Position embeddings are resized by transformers, to the size of `grid`; the
+    public PixelGen runs Facebook's code, which adds 0.1 patches to that size before it takes the scale.
 
     Args:
         name: a Hugging Face name or a local folder, e.g. `facebook/dinov2-base`.
@@ -89,13 +95,19 @@ class Dinov2(nn.Module):
 
         self.net = Dinov2Model.from_pretrained(name)
         self.width = int(self.net.config.hidden_size)
+        self.depth = int(self.net.config.num_hidden_layers)
         self.patch = int(self.net.config.patch_size)  # type: ignore[arg-type]
         self.eval().requires_grad_(False)
 
-    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
         size = (grid[0] * self.patch, grid[1] * self.patch)
         resized = F.interpolate(_imagenet_normalise(image), size, mode="bicubic", antialias=False)
-        return self.net(resized).last_hidden_state[:, 1:]
+        x, found = self.net.embeddings(resized), {}
+        for number, layer in enumerate(self.net.encoder.layer[: max(layers)], start=1):
+            x = layer(x)
+            if number in layers:
+                found[number] = self.net.layernorm(x)[:, 1:]
+        return [found[number] for number in layers]
 
 
 class EfficientNetLite(nn.Module):
@@ -117,7 +129,7 @@ class EfficientNetLite(nn.Module):
         net.eval()
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
         self.blocks = nn.ModuleList(net._blocks[: self.LAYERS[-1] + 1])
-        self.width = 40
+        self.width, self.depth = 40, 1
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def _features(self, image: Tensor) -> list[Tensor]:
@@ -138,6 +150,7 @@ class EfficientNetLite(nn.Module):
             total = total + error.flatten(1).mean(1)
         return total
 
-    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
+        assert list(layers) == [1], "the stand-in has one layer"
         resized = F.interpolate(image.float(), (grid[0] * 8, grid[1] * 8), mode="bilinear")
-        return self._features(resized)[-1].flatten(2).transpose(1, 2)
+        return [self._features(resized)[-1].flatten(2).transpose(1, 2)]

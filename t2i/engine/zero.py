@@ -36,6 +36,12 @@ class ZeroState(Protocol):
         """Take up masters that were written to."""
 
 
+def _first_ranks(norm: Tensor) -> float:
+    """Rank 0's norm of a gradient that all ranks have whole; another host may add in another order."""
+    dist.broadcast(norm, src=0)
+    return float(norm)
+
+
 class _Cast(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -67,7 +73,9 @@ class Stage0:
         return [Piece(name, p.shape, 0, p, 0, p.numel(), primary) for name, p in self._parameters.items()]
 
     def grad_norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None]))
+        return _first_ranks(
+            torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+        )
 
     def refresh(self) -> None:
         """The weights are the masters."""
@@ -111,7 +119,7 @@ class Bf16Stage1(Stage1And2):
         return self._zero.fp32_groups_flat_partition, self._zero.bf16_groups
 
     def grad_norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm(self._zero.fp32_groups_gradients_flat))
+        return _first_ranks(torch.nn.utils.get_total_norm(self._zero.fp32_groups_gradients_flat))
 
 
 class Stage3:

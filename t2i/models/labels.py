@@ -18,6 +18,8 @@ class Conditioner(Protocol):
 
     width: int
     """Width E of a caption's states; 0 where a caption is a number."""
+    dtype: torch.dtype
+    """Of what it returns."""
 
     def __call__(self, captions: list[str]) -> Tensor:
         """(B, ...), on its device."""
@@ -30,6 +32,7 @@ class ClassLabels:
     """Labels 0 ... `classes` - 1; the number `classes` is the null class."""
 
     width = 0
+    dtype = torch.long
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self.classes = classes
@@ -52,7 +55,7 @@ class ClassLabels:
         Raises:
             UserError: a caption is no label.
         """
-        return torch.tensor([self._number(caption) for caption in captions], dtype=torch.long, device=self._device)
+        return torch.tensor([self._number(caption) for caption in captions], dtype=self.dtype, device=self._device)
 
     def null_caption(self) -> Tensor:
         """The null class (), int64."""

@@ -67,6 +67,7 @@ class TextEncoder(nn.Module):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.width: int = self.net.config.hidden_size
+        self.dtype = dtype
         self.length = length
         self._cache_size = cache
         self._cache: OrderedDict[str, Tensor] = OrderedDict()

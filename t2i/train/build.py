@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.randomness import key
 from t2i.build import Denoiser, build_denoiser
-from t2i.config import ObjectiveConfig, RunConfig
+from t2i.config import RunConfig
 from t2i.config_base import ConfigError
+from t2i.config_objective import STAND_IN, ObjectiveConfig
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, ImageDistance, Lpips, PatchFeatures
 from t2i.engine.blocks import prepare_blocks
@@ -24,8 +25,6 @@ from t2i.engine.optimizer import build_optimizer
 from t2i.models.layers import Projector
 from t2i.models.pixelgen import Prediction, muon_takes
 from t2i.train.processes import World
-
-STAND_IN = "efficientnet-lite0"
 
 
 class TrainingNetwork(nn.Module):
@@ -104,6 +103,8 @@ def build_objective(config: ObjectiveConfig, device: torch.device) -> Objective:
         repa=config.repa_weight,
         gate=config.gate,
         min_noise=config.min_noise,
+        pdino_gated=config.pdino_gate == "masked",
+        pdino_layers=tuple(config.pdino_layers),
     )
     return Objective(weights, distance, features)
 
@@ -120,12 +121,17 @@ def _load_lpips(path: Path | None, device: torch.device) -> Lpips:
 
 def _load_dino(config: ObjectiveConfig, device: torch.device) -> Dinov2:
     try:
-        return Dinov2(config.features_path).to(device)
+        net = Dinov2(config.features_path).to(device)
     except OSError as error:
         raise ConfigError(
             f"objective.features_path {config.features_path!r} cannot be loaded: give a folder with "
             "DINOv2, or set objective.features_network to efficientnet-lite0, a labelled stand-in"
         ) from error
+    if max(config.pdino_layers, default=1) > net.depth:
+        raise ConfigError(
+            f"objective.pdino_layers {config.pdino_layers}: {config.features_path} has layers 1 to {net.depth}"
+        )
+    return net
 
 
 def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtype: torch.dtype) -> Engine:
@@ -176,11 +182,10 @@ def denoiser_training_flops(config: RunConfig, text_width: int) -> float:
     """FLOPs of the denoiser for one training image: three times those of its forward pass."""
     with torch.device("meta"):
         denoiser = build_denoiser(config.model, text_width, config.text.length)
-        side = config.data.resolution
         condition = torch.empty(1, config.text.length, text_width)
         if config.model.condition == "class":
             condition = torch.empty(1, dtype=torch.long)
-        inputs = torch.empty(1, 3, side, side), torch.empty(1)
+        inputs = torch.empty(1, 3, *config.data.size), torch.empty(1)
     with FlopCounterMode(display=False) as counter:
         denoiser(*inputs, condition)
     return 3.0 * counter.get_total_flops()

@@ -13,29 +13,37 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import check_world_size, dump_config, stage_config
+from t2i.exit_codes import DONE
 from t2i.model_folder import check_model
 from t2i.train.build import stand_ins
-from t2i.train.guard import Guard, Rollback
+from t2i.train.failures import Failure, Failures
 from t2i.train.observe import Observer
-from t2i.train.outcome import OutcomeFile, outcome_of
+from t2i.train.outcome import OutcomeFile, is_done
 from t2i.train.places import StagePlace, stage_places
+from t2i.train.preflight import check_start
 from t2i.train.processes import LOCK, RunLock, World
 from t2i.train.report import write_report
 from t2i.train.stage_data import Opened, StageData, open_data
-from t2i.train.trainer import StageTrainer
+from t2i.train.trainer import Back, StageTrainer
+from t2i.train.watch import Watch, tell
 
+_SHARED_PATIENCE_S = 30.0
+"""A network file system may show a file so late."""
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
 
 
-def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], str | None]) -> None:
+def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], str | None], failures: Failures) -> None:
     """Train a run's stages, skipping those that are done.
 
     Args:
@@ -43,6 +51,7 @@ def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], s
         world: this process.
         only: index of the one stage to train; None trains all.
         leave: why this process is asked to leave; None: it is not.
+        failures: told of what ends the run.
 
     Raises:
         UserError: a mistake, before anything is written, or another process that holds the run.
@@ -56,35 +65,51 @@ def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], s
     for index in chosen:
         check_world_size(settings[index], world.size, f"stage {places[index].name}")
     _check_starts(settings, places)
-    if world.from_main(lambda: all(places[i].done for i in chosen)):
+    if world.from_main(lambda: all(places[i].done for i in chosen) and is_done(config.directory)):
         _say_done(config, [places[i] for i in chosen], world)
         return
     lock: RunLock | None = None
-    outcome = OutcomeFile(config.directory)
+    attempt = world.from_main(lambda: uuid.uuid4().hex[:8])
+    outcome = OutcomeFile(config.directory, attempt)
 
-    def claim() -> tuple[str, list[int]]:
+    def claim() -> list[int]:
         nonlocal lock
-        attempt = uuid.uuid4().hex[:8]
         lock = RunLock(config.directory, attempt)
         outcome.clear()
         # Who held the run until now may have finished it.
-        return attempt, [i for i in chosen if not places[i].done]
+        return [i for i in chosen if not places[i].done]
 
-    attempt, pending = world.from_main(claim)
+    pending = world.from_main(claim)
+
+    def last_words(failure: Failure) -> None:
+        outcome.write(failure.code, failure.message, failure.rank)
+        tell(failure)
+
+    def end(error: Exception) -> None:
+        """Tell all ranks, and say what became of the run, before anything is cleaned up: a launcher may not wait."""
+        failure = failures.report(error)
+        if world.rank in (0, failure.rank):
+            outcome.write(failure.code, failure.message, failure.rank)
+
     try:
+        watch = Watch(failures, config.limits, config.directory / "stacks", attempt, last_words)
         _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
-        for index in pending:
-            _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt, leave)
+        notices = check_start([(settings[i], places[i], opened[i]) for i in pending], world) if pending else []
         if world.is_main:
-            names = ", ".join(places[i].name for i in chosen)
-            outcome.write("done", f"trained {names}", rank=0)
+            for notice in notices:
+                print(notice)
+        for index in pending:
+            _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt, leave, watch, end)
+        watch.close()
+        if world.is_main:
+            outcome.write(DONE, f"trained {', '.join(places[i].name for i in chosen)}", rank=0)
             if pending:
                 last = places[pending[-1]]
                 print(f"done: curves and pictures are in {write_report(config.directory)},")
                 print(f"the last pictures in {last.samples}, the model in {last.model}")
-    except Exception as error:
-        outcome.write(outcome_of(error), str(error), rank=world.rank)
+    except Exception as error:  # the watch goes on: it bounds how long leaving may take
+        end(error)
         raise
     finally:
         if lock is not None:
@@ -125,13 +150,19 @@ def _check_starts(settings: dict[int, RunConfig], places: list[StagePlace]) -> N
 
 
 def _check_shared(directory: Path, attempt: str, world: World) -> None:
-    """See that every rank sees the run's folder.
+    """See that every rank sees the run's folder, though perhaps not at once.
 
     Raises:
         ConfigError: naming a rank that does not.
     """
-    path = directory / LOCK
-    sees = world.gather(path.exists() and attempt in path.read_text())
+    path, deadline = directory / LOCK, time.monotonic() + _SHARED_PATIENCE_S
+
+    def seen() -> bool:
+        return path.exists() and attempt in path.read_text()
+
+    while not seen() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    sees = world.gather(seen())
     if not all(sees):
         raise ConfigError(f"root {directory.parent} is not shared: rank {sees.index(False)} does not see {directory}")
 
@@ -160,26 +191,33 @@ def _train_stage(
     world: World,
     attempt: str,
     leave: Callable[[], str | None],
+    watch: Watch,
+    end: Callable[[Exception], None],
 ) -> None:
     """Train one stage, from an earlier checkpoint again whenever its guard asks for that; then report."""
-    back: tuple[Guard, Rollback] | None = None
+    back: Back | None = None
+    starts = 0
     while True:
-        trainer = StageTrainer(stage, place, data, world, attempt, back)
-        if world.is_main:
-            (config.directory / "config.yaml").write_text(dump_config(config))
-            _write_environment(config, stage, data, trainer, world)
-        observer = Observer(stage, place.name, trainer.step, active=world.is_main)
-        damage = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage]
-        for notice in [*stand_ins(stage.objective), *damage] if back is None else []:
-            observer.event(notice)
+        watch.start(f"the start of stage {place.name}")
+        trainer = StageTrainer(stage, place, data, world, f"{attempt}.{starts}", watch, back)
         try:
-            rollback = trainer.run(observer, leave)
+            watch.start("the first step")
+            if world.is_main:
+                (config.directory / "config.yaml").write_text(dump_config(config))
+                _write_environment(config, stage, data, trainer, world)
+            notices = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage] if back is None else []
+            with closing(Observer(stage, place.name, trainer.step, active=world.is_main)) as observer:
+                for notice in [*stand_ins(stage.objective), *notices]:
+                    observer.event(notice)
+                back = trainer.run(observer, leave)
+        except Exception as error:
+            end(error)
+            raise
         finally:
-            observer.close()
             trainer.close()
-        if rollback is None:
+        if back is None:
             break
-        back = trainer.guard, rollback
+        starts += 1
         del trainer
         gc.collect()  # an engine is full of cycles, and holds the stage's memory
     gc.collect()
@@ -201,7 +239,10 @@ def _write_environment(
 ) -> None:
     """environment.json: versions, machine, stand-ins, and the data's licences, of all stages so far."""
     path = config.directory / "environment.json"
-    before = json.loads(path.read_text()) if path.exists() else {"stand_ins": [], "data": []}
+    before: dict[str, Any] = {"stand_ins": [], "data": []}
+    if path.exists():
+        with suppress(ValueError):  # torn by a disk that was full
+            before = json.loads(path.read_text())
     known = {entry["name"]: entry for entry in before["data"]}
     for source, opened in zip(stage.data.sources, data.sources, strict=True):
         known[source.name] = {
@@ -220,4 +261,6 @@ def _write_environment(
         "data": list(known.values()),
         "git": _commit(),
     }
-    path.write_text(json.dumps(environment, indent=1))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(environment, indent=1))
+    partial.rename(path)

@@ -237,7 +237,7 @@ class SkippedFile:
         self._stage = stage
         lines = self._file.lines()
         kept = [line for line in lines if line["stage"] != stage or line["event"] <= events]
-        if len(kept) < len(lines):
+        if self._file.path.exists():  # a torn last line goes, too
             partial = directory / ".skipped.jsonl.partial"
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             partial.rename(self._file.path)

@@ -11,6 +11,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 class JsonLines:
-    """A file of JSON lines, each of a stage and a step: metrics.jsonl and quarantine.jsonl of a run."""
+    """A file of JSON lines, each of a stage and a step: metrics.jsonl, quarantine.jsonl and skipped.jsonl of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._refused = False
 
     def lines(self) -> list[dict[str, Any]]:
         """Everything written so far; a torn last line is left out."""
@@ -76,8 +79,36 @@ class JsonLines:
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite become null."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk does not end a run
+            if not self._refused:
+                tqdm.write(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr)
+            self._refused = True
+
+
+class Terminal:
+    """stderr, for as long as somebody is there to read it: a launcher that goes must not end what it started."""
+
+    def __init__(self) -> None:
+        self._gone = False
+
+    def write(self, text: str) -> None:
+        self._try(lambda: sys.stderr.write(text))
+
+    def flush(self) -> None:
+        self._try(sys.stderr.flush)
+
+    def isatty(self) -> bool:
+        return not self._gone and sys.stderr.isatty()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if not self._gone:
+            try:
+                act()
+            except OSError:  # events.log has what matters
+                self._gone = True
 
 
 class Observer:
@@ -92,7 +123,8 @@ class Observer:
         self.metrics.rewind(stage, step)
         self.events = config.directory / "events.log"
         total = config.train.steps
-        self._bar = tqdm(total=total, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._terminal = Terminal()
+        self._bar = tqdm(total=total, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=self._terminal)
         self._wandb = None if config.logging.wandb == "disabled" else self._start_wandb(config)
 
     def _start_wandb(self, config: RunConfig) -> Any:
@@ -116,9 +148,9 @@ class Observer:
         """One sentence for events.log and the terminal."""
         if not self.active:
             return
-        with self.events.open("a") as file:
+        with suppress(OSError), self.events.open("a") as file:  # the terminal has it
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}\n")
-        tqdm.write(f"{self.stage}: {text}", file=sys.stderr)
+        tqdm.write(f"{self.stage}: {text}", file=self._terminal)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics."""

@@ -120,6 +120,7 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()} ({word})")
         self._file.flush()
+        os.fsync(self._file.fileno())  # else a network file system may keep it from the other ranks' machines
 
     def release(self) -> None:
         """Let another process have the run. Folders that were made for the lock and hold nothing else go again."""

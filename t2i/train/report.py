@@ -274,6 +274,11 @@ def _curves(run: Run) -> str:
     return html + (_absent(f"Not recorded in this run so far: {missing}.") if missing else "")
 
 
+def _sides(resolution: int | list[int]) -> str:
+    """As `data.resolution` has it: one side of squares, or height and width."""
+    return "×".join(map(str, resolution)) if isinstance(resolution, list) else str(resolution)
+
+
 def _stage_table(run: Run) -> str:
     if not run.stages:
         return _absent("No stage has trained a step yet.")
@@ -285,7 +290,7 @@ def _stage_table(run: Run) -> str:
             {
                 "Stage": stage.name,
                 "Steps": f"{_number(last['step'])} / {_number(last['total_steps'])}",
-                "Resolution": f"{last['resolution']} px",
+                "Resolution": f"{_sides(last['resolution'])} px",
                 "Batch": _number(last["batch_size"]),
                 "Images": _number(stage.images),
                 "First val. loss": first_loss,

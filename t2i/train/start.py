@@ -32,6 +32,8 @@ class Start:
     """The loader's state; None: the stage's first batch."""
     guard: dict[str, Any] | None = None
     """The guard's state; None: no step has been judged."""
+    balance: dict[str, Any] | None = None
+    """The state of gradient balancing; None: it starts anew, or there is none."""
 
 
 _JUDGED_BY = ("data", "objective", "optimizer", "train")
@@ -70,7 +72,7 @@ def restore(
         guard = state["guard"]
         if any(name.startswith(_JUDGED_BY) for name in changed):
             guard = {**guard, "losses": [], "log_norms": []}
-        return Start(origin, state["step"], state["skipped_updates"], state["data"], guard)
+        return Start(origin, state["step"], state["skipped_updates"], state["data"], guard, state["balance"])
     if faults:
         raise CheckpointError(
             f"no checkpoint in {place.checkpoints} can be used: {'; '.join(faults)}; remove them to start "

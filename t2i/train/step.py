@@ -6,6 +6,7 @@ the micro-batch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from t2i.diffusion.objective import TERMS, Objective, Terms, band_names
 from t2i.engine.interface import Engine, StepResult
 from t2i.models.dropout import KEY_BITS
 from t2i.models.labels import Conditioner
+from t2i.train.balance import GradientBalance
 from t2i.train.processes import World
 from t2i.train.schedule import learning_rate, training_times
 from t2i.train.validate import global_means
@@ -39,6 +41,29 @@ class Trained(NamedTuple):
 
     means: dict[str, float]
     result: StepResult
+    own_s: float
+    """Seconds that this rank took for what it does without waiting for others: upload, noise and captions of the first
+    micro-batch. A slow device or host shows here; all else is as slow as the slowest rank."""
+
+
+class _Stopwatch:
+    """Seconds between two points of the work on a device, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times: list[float] = []
+
+    def press(self) -> None:
+        """The first point, then the second."""
+        if self._events:
+            self._events[len(self._times)].record()
+        self._times.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Once the work behind the second point is done."""
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._times[1] - self._times[0]
 
 
 class TrainingStep:
@@ -52,6 +77,7 @@ class TrainingStep:
         null_caption: what stands for no caption: states (L, E), or a class ().
         objective: the loss.
         engine: the network that is trained.
+        balance: multiplies the perceptual terms; None: nothing does.
     """
 
     def __init__(
@@ -63,10 +89,11 @@ class TrainingStep:
         null_caption: Tensor,
         objective: Objective,
         engine: Engine,
+        balance: GradientBalance | None = None,
     ) -> None:
         self._config, self._world = config, world
         self._conditioner, self._null_caption = conditioner, null_caption
-        self._objective, self._engine = objective, engine
+        self._objective, self._engine, self._balance = objective, engine, balance
         self._keys = {purpose: key(config.seed, stage, purpose) for purpose in PURPOSES}
 
     def __call__(self, batch: Batch, step: int, veto: Veto) -> Trained:
@@ -75,10 +102,14 @@ class TrainingStep:
         Args:
             step: steps before this one.
         """
-        terms = self._accumulate(batch)
+        own = _Stopwatch(self._world.device)
+        terms = self._accumulate(batch, step, own)
         means = global_means(terms, [*TERMS, *band_names("loss_fm")], self._world.device)
         result = self._engine.step(lambda muon: self._rate(step, muon), lambda norm: veto(means["loss"], norm))
-        return Trained(means, result)
+        if self._balance is not None:
+            means["perceptual_weight"] = self._balance.weight
+            self._balance.finish(applied=result.vetoed is None)
+        return Trained(means, result, own.seconds())
 
     def rates(self, step: int) -> dict[str, float]:
         """Learning rates of a step, by their names in the metrics."""
@@ -98,24 +129,29 @@ class TrainingStep:
         keys = hash_u64(self._keys["dropout"], slots) >> np.uint64(64 - KEY_BITS)
         return (torch.from_numpy(keys.astype(np.int64)).to(self._world.device),)
 
-    def _accumulate(self, batch: Batch) -> Terms:
+    def _accumulate(self, batch: Batch, step: int, own: _Stopwatch) -> Terms:
         """All micro-steps; the sums of this rank's loss terms."""
+        own.press()
         config, size, device = self._config, self._config.train.batch_size, self._world.device
         first = int(batch.slots[0]) // size * size
         all_times = training_times(config.objective, uniform(self._keys["time"], range(first, first + size)))
         ungated = int((all_times >= config.objective.gate).sum())
         t = all_times[batch.slots - first]
         dropped = uniform(self._keys["caption"], batch.slots) < config.objective.caption_dropout
-        terms = Terms()
+        balance, terms = self._balance, Terms()
+        watch = balance.begin(step) if balance is not None else None
         micro, patch = config.train.micro_batch_size, config.model.patch_size
         for start in range(0, len(batch.slots), micro):
             part = slice(start, start + micro)
             image = to_unit_range(batch.pixels[part].to(device, non_blocking=True))
             times = torch.from_numpy(t[part]).float().to(device)
-            noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device)
+            scale = config.objective.noise_scale
+            noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device, scale)
             condition = self._conditioner(batch.captions[part])
             condition[torch.from_numpy(dropped[part]).to(condition.device)] = self._null_caption
             masks = self._dropout_keys(batch.slots[part])
+            if start == 0:
+                own.press()
             predicted, projected = self._engine.network(interpolate(image, noise, times), times, condition, *masks)
             loss, part_terms = self._objective(
                 predicted,
@@ -126,6 +162,8 @@ class TrainingStep:
                 batch_size=size,
                 ungated=ungated,
                 micro_batches=size // micro,
+                perceptual_weight=balance.weight if balance is not None else 1.0,
+                watch=watch,
             )
             self._engine.micro_step(loss)
             terms.merge(part_terms)

@@ -10,23 +10,27 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.errors import StoreError
 from data.loader import Batch, merge_states
 from t2i.build import build_conditioner, choose_dtype, condition_identity
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.engine.checkpoint import CheckpointError, CheckpointWriter, Mirror, values_of
+from t2i.engine.checkpoint import CheckpointError, CheckpointWriter, Mirror, newest_anywhere, sync, values_of
 from t2i.engine.ema import Ema
 from t2i.engine.shards import gather_full
 from t2i.model_folder import DENOISER, NULL_CAPTION, read_model, write_model
 from t2i.pipeline import Pipeline
+from t2i.train.balance import build_balance
 from t2i.train.build import build_engine, build_network, build_objective, denoiser_training_flops
+from t2i.train.dry_run import dry_run
+from t2i.train.failures import is_lost_contact
 from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
 from t2i.train.intake import Intake
 from t2i.train.observe import Observer, memory_gib, peak_flops
@@ -37,10 +41,21 @@ from t2i.train.stage_data import StageData
 from t2i.train.start import mirror_of, restore
 from t2i.train.step import Trained, TrainingStep
 from t2i.train.validate import Evaluator
+from t2i.train.watch import Watch, slowest
 
 SAVE_PATIENCE_S = 30.0
 MIRROR_PATIENCE_S = 3600.0
 """At the end of a stage the mirror may still be copying its last checkpoint."""
+MIRROR_ROUND_S = 0.5
+
+
+class Back(NamedTuple):
+    """What a trainer that goes back to an earlier checkpoint leaves to the next one."""
+
+    guard: Guard
+    rollback: Rollback
+    mirror: Mirror | None
+    """May still be busy with what was."""
 
 
 class StageTrainer:
@@ -52,7 +67,8 @@ class StageTrainer:
         data: its sources, opened.
         world: this process.
         attempt: a word that all ranks share and no other start of the run does.
-        back: the guard of the trainer before, and what it asked for; None: no update was at fault.
+        watch: told that this rank gets on.
+        back: what the trainer before left, if its guard asked to go back.
 
     Raises:
         UserError: the stage cannot start from what is there.
@@ -65,11 +81,12 @@ class StageTrainer:
         data: StageData,
         world: World,
         attempt: str,
-        back: tuple[Guard, Rollback] | None = None,
+        watch: Watch,
+        back: Back | None = None,
     ) -> None:
         self.config = config
         self.place = place
-        self.world = world
+        self.world, self.watch = world, watch
         self.steps = config.train.steps
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
@@ -81,28 +98,39 @@ class StageTrainer:
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
         pipeline = Pipeline(config, averaged, self.conditioner, self.null_caption, world.device)
-        self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples)
+        self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples, watch.alive)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = Ema(self.engine.shards, config.ema.decay)
-        start = restore(config, place, world, self.engine, self.ema, before=back[1].first if back else None)
+        self.balance = build_balance(config, network.denoiser.head)
+        self._train = TrainingStep(
+            config, place.name, world, self.conditioner, self.null_caption, objective, self.engine, self.balance
+        )
+        self._dry_run = dry_run(self._train, config, place.name, world)
+        start = restore(config, place, world, self.engine, self.ema, before=back.rollback.first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
-        self._saved_step = self.step
-        self.guard = back[0] if back else Guard(config.guard, start.guard)
+        self._begun_step = -1  # of the last checkpoint begun
+        # What was loaded need not be saved, but for a guard that knows more by now.
+        self._loaded_step = self.step if back is None else -1
+        self.guard = back.guard if back else Guard(config.guard, start.guard)
         if back:
-            self.guard.roll_back(back[1], start.guard)
+            self.guard.roll_back(back.rollback, start.guard)
+        if self.balance is not None and start.balance is not None:
+            self.balance.take_up(start.balance)
         self._skipped = SkippedFile(config.directory, place.name, self.guard.events) if world.is_main else None
         loader = data.loader(config, place.name, world, start.data)
         self.intake = Intake(loader, world, config, place.name, self.step, data.damage)
+        self.mirror = back.mirror if back else self._build_mirror()
         self.writer = self._build_writer(attempt)
         self.flops_per_image = denoiser_training_flops(config, self.conditioner.width)
         self.peak_flops = peak_flops(world.device, dtype)
-        captions = (self.conditioner, self.null_caption)
-        self._train = TrainingStep(config, place.name, world, *captions, objective, self.engine)
+
+    def _build_mirror(self) -> Mirror | None:
+        saving = self.config.checkpoint
+        store = mirror_of(self.config, self.place) if self.world.is_main else None
+        return Mirror(store, keep=saving.keep, keep_every=saving.keep_every) if store is not None else None
 
     def _build_writer(self, attempt: str) -> CheckpointWriter:
-        saving, mirror = self.config.checkpoint, None
-        if self.world.is_main and (store := mirror_of(self.config, self.place)) is not None:
-            mirror = Mirror(store, keep=saving.keep, keep_every=saving.keep_every)
+        saving = self.config.checkpoint
         writer = CheckpointWriter(
             self.place.checkpoints,
             rank=self.world.rank,
@@ -110,7 +138,7 @@ class StageTrainer:
             attempt=attempt,
             keep=saving.keep,
             keep_every=saving.keep_every,
-            mirror=mirror,
+            mirror=self.mirror,
             gather=self.world.gather,
         )
         writer.reserve(self.engine.shards, self.ema.values)
@@ -141,6 +169,7 @@ class StageTrainer:
         return fresh
 
     def _save_checkpoint(self, observer: Observer, *, may_skip: bool = False, ephemeral: bool = False) -> None:
+        self.watch.alive(f"the checkpoint of step {self.step}")
         self.intake.flush()
         data = merge_states(self.world.gather(self.intake.state))
         state = {
@@ -150,6 +179,7 @@ class StageTrainer:
             "updates": self.engine.updates,
             "data": data,
             "guard": self.guard.state,
+            "balance": self.balance.state if self.balance is not None else None,
         }
         saving = self.writer.save(
             self.step,
@@ -161,13 +191,13 @@ class StageTrainer:
             needed_before=self.guard.needed_before(self.step),
         )
         if saving.begun:
-            self._saved_step = self.step
+            self._begun_step = self.step
         costs = {"stall_s": saving.stall_s, "skipped_checkpoints": self.writer.skipped}
         observer.write("checkpoint", self.step, costs)
 
     # The loop
 
-    def run(self, observer: Observer, leave: Callable[[], str | None]) -> Rollback | None:
+    def run(self, observer: Observer, leave: Callable[[], str | None]) -> Back | None:
         """Train to the end of the stage and write its model, or to where the guard wants to go back.
 
         Args:
@@ -177,11 +207,13 @@ class StageTrainer:
             Departed: a rank was asked to leave; everything is saved.
             GuardError: too many updates were bad, and going back does not help; everything is saved.
         """
+        observer.event(self._dry_run)
         observer.event(self._origin)
         if self.world.is_main and not self.place.null_caption.exists():
             aside = self.place.null_caption.with_suffix(".partial")
             states = self.null_caption.contiguous().cpu()
             save_file({NULL_CAPTION: states}, aside, metadata={"text": condition_identity(self.config)})
+            sync(aside)
             aside.rename(self.place.null_caption)
         if self.step == 0:
             self._evaluate(observer)
@@ -191,14 +223,19 @@ class StageTrainer:
                 with profiler.step(self.step + 1):
                     decision = self._advance(observer, leave)
                 if isinstance(decision, Rollback):
+                    decision = self._leads_back(decision)
+                if isinstance(decision, Rollback):
+                    self.watch.alive("going back")
                     self.writer.discard_after(decision.first - 1)
-                    return decision
+                    self._tell(observer)
+                    return Back(self.guard, decision, self.mirror)
                 if self._due(self.config.validation.every):
                     self._evaluate(observer)
                 self._save_when_due(observer)
                 if isinstance(decision, Stop):
-                    self._save_now(observer)
-                    raise GuardError(f"stopped after step {self.step}, saved: {decision.reason}")
+                    saved = self._save_now(observer)
+                    raise GuardError(f"stopped after step {self.step}, {saved}: {decision.reason}")
+        self.watch.alive("the last checkpoint")
         committed = self.writer.wait()
         self._tell(observer)
         if begun < self.steps != committed:
@@ -206,8 +243,34 @@ class StageTrainer:
                 f"the last checkpoint of stage {self.place.name} was not written (events.log says why): mend it and "
                 "start the run again"
             )
+        self.watch.alive("writing the model")
         self._write_model()
+        self._await_mirror(leave)
         return None
+
+    def _await_mirror(self, leave: Callable[[], str | None]) -> None:
+        """Let the mirror have the stage's last checkpoint, within bounds; all ranks wait, and are seen to."""
+        deadline = time.monotonic() + MIRROR_PATIENCE_S
+        while True:
+            waits = self.writer.mirroring and time.monotonic() < deadline
+            waiting, leaving = self.world.sum([waits, leave() is not None])
+            if leaving or not waiting:
+                return
+            self.watch.alive("waiting for the mirror")
+            time.sleep(MIRROR_ROUND_S)
+
+    def _leads_back(self, rollback: Rollback) -> Rollback | Stop:
+        """See that there is a checkpoint to go back to, or the stage's start, before later ones are given up."""
+        saving = self.config.checkpoint
+        if rollback.first <= (saving.ephemeral_every or saving.every):
+            return rollback
+        store = mirror_of(self.config, self.place) if self.world.is_main else None
+        try:
+            found, _ = self.world.from_main(lambda: newest_anywhere(self.place.checkpoints, store, rollback.first))
+        except (CheckpointError, StoreError):
+            found = None
+        lost = f"{rollback.reason}, but no good checkpoint from before step {rollback.first} is left"
+        return rollback if found is not None else Stop(lost)
 
     def _advance(self, observer: Observer, leave: Callable[[], str | None]) -> Rollback | Stop | None:
         """Take the next batch, and train on it unless a rollback left it out."""
@@ -218,9 +281,9 @@ class StageTrainer:
         if self.guard.skip(self.step + 1):
             self.step += 1
         else:
-            rates = self._train.rates(self.step)
             trained = self._train(batch, self.step, self.guard.veto)
             self.step += 1
+            self.watch.step_done()
             loss, result = trained.means["loss"], trained.result
             if result.vetoed is None:
                 self.ema.update()
@@ -228,7 +291,8 @@ class StageTrainer:
                 self.skipped_updates += 1
             decision = self.guard.record(self.step, loss, result.grad_norm, result.vetoed)
             if self.step % self.config.logging.every == 0 or self.step == self.steps:
-                numbers = self._numbers(trained, batch.wait_s, time.perf_counter() - began) | rates
+                numbers = self._numbers(trained, batch.wait_s, time.perf_counter() - began)
+                numbers |= self._train.rates(self.step - 1) | slowest(self.world, batch.wait_s + trained.own_s)
                 observer.write("train", self.step, numbers)
                 self._write_counters(observer)
         self._tell_guard(observer, batch)
@@ -262,19 +326,36 @@ class StageTrainer:
 
     def _next_batch(self, observer: Observer, leave: Callable[[], str | None]) -> Batch:
         """The next batch, or an end that can be resumed: saved, and the same error on every rank."""
+        what = f"step {self.step + 1}"
+        self.watch.alive(what)
+        patience = time.monotonic() + 60 * self.config.data.retry_minutes
+
+        def reason_to_leave() -> str | None:
+            if time.monotonic() < patience:  # a store's patience counts, a read that never returns does not
+                self.watch.alive(what)
+            return leave()
+
         try:
-            return self.intake.next(self.step + 1, leave)
+            return self.intake.next(self.step + 1, reason_to_leave)
         except Exception as error:
-            self._save_now(observer)
-            observer.event(f"stopped after step {self.step}, {'saved' if self.step else 'nothing to save'}: {error}")
+            saved = "not saved" if is_lost_contact(error) else self._save_now(observer)
+            observer.event(f"stopped after step {self.step}, {saved}: {error}")
             raise
 
-    def _save_now(self, observer: Observer) -> None:
-        """A checkpoint of where the stage stands, there when this returns."""
-        if self.step != self._saved_step:
-            self._save_checkpoint(observer)
-        self.writer.wait()
-        self._tell(observer)
+    def _save_now(self, observer: Observer) -> str:
+        """See that a checkpoint of where the stage stands is there when this returns; say in words whether it is."""
+        if self.step == self._loaded_step:
+            return "saved" if self.step else "nothing to save"
+        for _ in range(2):
+            if self._begun_step != self.step:
+                self._save_checkpoint(observer)
+            self.watch.alive(f"the checkpoint of step {self.step}")
+            committed = self.writer.wait()
+            self._tell(observer)
+            if committed == self.step:
+                return "saved"
+            self._begun_step = -1  # a fault that may have passed
+        return "NOT saved (events.log says why)"
 
     def _due(self, every: int) -> bool:
         """The one rule for what happens every so many steps: then, and at the end of the stage."""
@@ -335,6 +416,6 @@ class StageTrainer:
 
     def close(self) -> None:
         """Let a checkpoint under way be finished; release threads and memory."""
-        self.writer.close(MIRROR_PATIENCE_S if self.step == self.steps else SAVE_PATIENCE_S)
+        self.writer.close(SAVE_PATIENCE_S)
         self.intake.close()
         self.engine.close()

@@ -7,6 +7,7 @@ density, so a curve shows the model alone. Nothing here touches the training ste
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Evaluator:
     heldout: FixedSamples | None
     folder: Path
     """Where the grids go."""
+    alive: Callable[[str], None]
+    """Told what begins now."""
 
     @torch.no_grad()
     def loss(self) -> dict[str, float]:
@@ -46,10 +49,12 @@ class Evaluator:
         mine = np.arange(self.world.rank, n, self.world.size)
         terms = Terms()
         for start in range(0, len(mine), config.train.micro_batch_size):
+            self.alive("validation")
             index = mine[start : start + config.train.micro_batch_size]
             image = to_unit_range(self.heldout.pixels[index].to(device))
             times = torch.from_numpy(t[index]).float().to(device)
-            x_t = interpolate(image, slot_noise(noise_key, index, image.shape[1:], device), times)
+            noise = slot_noise(noise_key, index, image.shape[1:], device, config.objective.noise_scale)
+            x_t = interpolate(image, noise, times)
             states = self.pipeline.conditioner([self.heldout.captions[i] for i in index])
             predicted = self.pipeline.denoiser(x_t, times, states).image
             losses = flow_matching_loss(predicted, image, times, config.objective.min_noise)
@@ -61,7 +66,13 @@ class Evaluator:
         """Draw the config's prompts, each rank its share, and write the grid with its description."""
         validation, sampling = self.pipeline.config.validation, self.pipeline.config.sampling
         pictures = [Picture(prompt) for prompt in validation.prompts]
-        mine = self.pipeline.draw(pictures[self.world.rank :: self.world.size], sampling)
+        own = pictures[self.world.rank :: self.world.size]
+        drawn = [self.pipeline.draw([], sampling)]
+        self.alive("drawing the sample grid")
+        for batch in self.pipeline.draw_batches(own, sampling):
+            drawn.append(batch)
+            self.alive("drawing the sample grid")
+        mine = torch.cat(drawn)
         shares = self.world.gather(mine.numpy())
         if not self.world.is_main:
             return
@@ -77,6 +88,7 @@ class Evaluator:
             "rows": -(-len(pictures) // validation.columns),
             "weights": "ema",
             "solver": sampling.solver,
+            "order": sampling.order,
             "steps": sampling.steps,
             "guidance_scale": sampling.guidance_scale,
             "seed": sampling.seed,

@@ -59,8 +59,8 @@ class Training:
         self.parameters = sum(p.numel() for p in network.parameters())
         self.engine = build_engine(config, network, world, self.dtype)
         self.ema = Ema(self.engine.shards, 0.99)
-        samples, side = config.train.batch_size // world.size, config.data.resolution
-        self.image = torch.randn(samples, 3, side, side, dtype=self.dtype)
+        samples = config.train.batch_size // world.size
+        self.image = torch.randn(samples, 3, *config.data.size, dtype=self.dtype)
         self.text = torch.randn(samples, config.text.length, TEXT_WIDTH, dtype=self.dtype)
 
     def step(self) -> None:

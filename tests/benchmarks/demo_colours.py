@@ -41,7 +41,7 @@ def measure() -> None:
     asked = [name for name, _ in pairs]
     scenes = [shapes.scene(0, shapes.HELDOUT_START + i) for i in range(2000)]
     single = [scene for scene in scenes if scene.task == "colors"]
-    side = pipeline.config.data.resolution
+    side, _ = pipeline.config.data.size
     possible = [colour(shapes.draw(scene, side)) == scene.objects[0].color for scene in single]
     right = [a == b for a, b in zip(drawn, asked, strict=True)]
     shuffled = [a == b for a, b in zip(drawn, np.random.default_rng(0).permutation(asked), strict=True)]

@@ -1,10 +1,14 @@
-"""A run of two short stages on a few drawn scenes, for the tests of the jobs; and one on a few classes of shapes."""
+"""A run of two short stages, of squares and of rectangles, on a few drawn scenes, for the tests of the jobs; and one on
+a few classes of shapes."""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,7 @@ def tiny_config(scenes: Path, root: Path, **changes: Any) -> dict[str, Any]:
         "validation": {"every": 4, "samples": 12, "prompts": ["a photo of a red circle", "a photo of a blue star"]},
         "logging": {"every": 1},
         "checkpoint": {"every": 3, "keep": 2},
-        "stages": [{"name": "low"}, {"name": "high", "data": {"resolution": 24}, "train": {"steps": 10}}],
+        "stages": [{"name": "low"}, {"name": "high", "data": {"resolution": [16, 24]}, "train": {"steps": 10}}],
     } | changes
 
 
@@ -120,3 +124,45 @@ def ranks_of(config: Path) -> list[int]:
             if str(config) in words and b"\0LOCAL_RANK=" in environment:
                 found.append(int(entry.name))
     return found
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def node_command(launcher: str, node: int, hostfile: Path, address: str, port: int) -> list[str]:
+    """The launcher's command on one of the nodes that a hostfile lists, as typed on it without ssh."""
+    lines = hostfile.read_text().splitlines()
+    if launcher == "deepspeed":
+        where = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={node}", f"--master_addr={address}"]
+        return [f"{Path(sys.executable).parent}/deepspeed", *where, f"--master_port={port}"]
+    ranks = lines[node].rpartition("=")[2]
+    where = [f"--nnodes={len(lines)}", f"--node-rank={node}", f"--master-addr={address}", f"--master-port={port}"]
+    return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={ranks}"]
+
+
+def run_commands(commands: list[list[str]], **environment: str) -> list[str]:
+    """Run commands side by side to their ends; what each printed. One that fails ends them all."""
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            start_new_session=True,
+        )
+        for command in commands
+    ]
+    try:
+        with ThreadPoolExecutor(len(processes)) as pool:
+            outputs = list(pool.map(lambda process: process.communicate(timeout=200)[0], processes))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return outputs

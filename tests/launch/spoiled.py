@@ -1,5 +1,5 @@
 """Trains a run's first stage with gradients spoiled at chosen steps: FAULTS is {"step, from 1": factor}; on the last
-rank alone. KILLED_AT is the step, from 1, at which it is killed.
+rank alone. KILLED_AT, RAISES_AT and HANGS_AT are steps, from 1, at which the last rank does that.
 
 python tests/launch/spoiled.py --config X
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from typing import Any
 
 from launch.process import main
@@ -16,23 +17,31 @@ from launch.train import train
 from t2i.diffusion.objective import Objective
 from t2i.train.step import TrainingStep
 
-FAULTS = {int(step): float(factor) for step, factor in json.loads(os.environ["FAULTS"]).items()}
+FAULTS = {int(step): float(factor) for step, factor in json.loads(os.environ.get("FAULTS", "{}")).items()}
+SPOILS = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 now = 0
 make_step, loss_of = TrainingStep.__call__, Objective.__call__
+
+
+def at(fault: str) -> int:
+    return int(os.environ.get(f"{fault}_AT", 0))
 
 
 def step_noted(self: TrainingStep, batch: Any, step: int, veto: Any) -> Any:
     global now
     now = step + 1
-    if now == int(os.environ.get("KILLED_AT", 0)):
+    if SPOILS and now == at("KILLED"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if SPOILS and now == at("RAISES"):
+        raise ArithmeticError("the last rank's own words")
+    if SPOILS and now == at("HANGS"):
+        time.sleep(3600)
     return make_step(self, batch, step, veto)
 
 
 def loss_spoiled(self: Objective, *args: Any, **kwargs: Any) -> Any:
     loss, terms = loss_of(self, *args, **kwargs)
-    spoils = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    return (loss * FAULTS.get(now, 1.0) if spoils else loss), terms
+    return (loss * FAULTS.get(now, 1.0) if SPOILS else loss), terms
 
 
 TrainingStep.__call__ = step_noted  # type: ignore[method-assign]

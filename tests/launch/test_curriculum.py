@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import pack_scenes, ranks_of, run, start, tiny_config, write_config
 
@@ -28,6 +29,9 @@ COSTS = {
     "tflops",
     "mfu",
     "memory_gib",
+    "rank_s_max",
+    "rank_s_median",
+    "slowest_rank",
 }
 
 
@@ -53,7 +57,7 @@ def unbroken(scenes: Path, tmp_path_factory) -> Path:
 
 
 def test_a_run_writes_what_it_promises(unbroken: Path) -> None:
-    for stage, steps, side in (("low", 8, 16), ("high", 10, 24)):
+    for stage, steps, resolution in (("low", 8, 16), ("high", 10, [16, 24])):
         folder = unbroken / stage
         assert {p.name for p in (folder / "model").iterdir()} == {
             "model.safetensors",
@@ -71,7 +75,7 @@ def test_a_run_writes_what_it_promises(unbroken: Path) -> None:
         }
         trained = [line for line in metrics(unbroken) if line["stage"] == stage and line["kind"] == "train"]
         assert [line["step"] for line in trained] == list(range(1, steps + 1))
-        assert all(line["resolution"] == side and line["grad_norm"] > 0 for line in trained)
+        assert all(line["resolution"] == resolution and line["grad_norm"] > 0 for line in trained)
     environment = json.loads((unbroken / "environment.json").read_text())
     assert len(environment["stand_ins"]) == 2
     assert all("stand-in" in notice for notice in environment["stand_ins"])
@@ -109,7 +113,11 @@ def test_killed_in_the_second_stage_it_goes_on_as_if_nothing_had_happened(unbrok
     assert not (tmp_path / "tiny" / "high" / "model").exists()
     output = run("deepspeed", "curriculum.py", "--config", str(config))
     assert "going on from step_" in output
-    assert metrics(tmp_path / "tiny") == metrics(unbroken)
+    # Ranks whose launcher is gone save at the step they are in: one line more, wherever that was.
+    found, expected = (
+        [line for line in metrics(run) if line["kind"] != "checkpoint"] for run in (tmp_path / "tiny", unbroken)
+    )
+    assert found == expected
     for file in ("model.safetensors", "ema.safetensors"):
         resumed, expected = (load_file(r / "high" / "model" / file) for r in (tmp_path / "tiny", unbroken))
         assert all(torch.equal(resumed[name], expected[name]) for name in expected)
@@ -224,3 +232,4 @@ def test_pictures_do_not_depend_on_processes_or_neighbours(unbroken: Path, tmp_p
     for n in range(2):
         assert (tmp_path / "b" / f"00000_{n}.png").read_bytes() == (tmp_path / "a" / f"00002_{n}.png").read_bytes()
     assert (tmp_path / "a" / "00000_0.png").read_bytes() != (tmp_path / "a" / "00000_1.png").read_bytes()
+    assert Image.open(tmp_path / "a" / "00000_0.png").size == (24, 16)  # as trained

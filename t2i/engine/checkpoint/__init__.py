@@ -20,6 +20,7 @@ from t2i.engine.checkpoint.format import (
     moments_of,
     newest,
     step_of,
+    sync,
     values_of,
 )
 from t2i.engine.checkpoint.mirror import Mirror, newest_anywhere, open_mirror
@@ -37,5 +38,6 @@ __all__ = [
     "newest_anywhere",
     "open_mirror",
     "step_of",
+    "sync",
     "values_of",
 ]

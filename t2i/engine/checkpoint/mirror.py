@@ -202,6 +202,7 @@ def newest_anywhere(
 
     Raises:
         CheckpointError: there is nothing in `folder` and the mirror cannot be read, or the disk is full.
+        StoreError: there is nothing in `folder`, and the mirror does not answer.
     """
     path, faults = newest(folder, before)
     if store is None:
@@ -215,6 +216,8 @@ def newest_anywhere(
             except (CheckpointError, DataError) as error:
                 faults.append(f"mirror: {error}")
     except _FAULTS as error:
+        if path is None and isinstance(error, StoreError):  # it may pass
+            raise
         if path is None:
             raise CheckpointError(
                 f"{folder} holds no good checkpoint and checkpoint.mirror cannot be used: {error}; set it to null "

@@ -44,7 +44,7 @@ from t2i.engine.checkpoint.retention import Retention
 from t2i.engine.checkpoint.snapshot import Snapshot
 from t2i.engine.shards import Shards
 
-COMMIT_TIMEOUT_S = 600.0
+COMMIT_TIMEOUT_S = 300.0
 GIVE_UP_S = 10.0
 """For how long rank 0 lets the others end by themselves before it removes what they wrote."""
 CLOSE_TIMEOUT_S = 30.0
@@ -191,6 +191,11 @@ class CheckpointWriter:
         """
         self._join()
         return self._exchange()[0].committed
+
+    @property
+    def mirroring(self) -> bool:
+        """Whether a checkpoint is on its way to this rank's mirror, or waits for it."""
+        return self._mirror is not None and bool(self._mirror.holding())
 
     def discard_after(self, step: int) -> None:
         """Take later checkpoints away, here and in the mirror: training goes another way from there. A collective."""

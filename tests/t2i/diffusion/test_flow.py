@@ -65,6 +65,14 @@ def test_loss_is_the_mean_squared_error_of_the_velocities() -> None:
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_a_samples_loss_is_the_mean_over_its_pixels_whatever_its_shape() -> None:
+    error = torch.randn(2, 3, 8, 8)
+    for height, width in ((4, 16), (16, 4)):
+        reshaped = error.reshape(2, 3, height, width)
+        loss = flow.flow_matching_loss(reshaped, torch.zeros_like(reshaped), torch.zeros(2), MIN_NOISE)
+        torch.testing.assert_close(loss, error.square().mean(dim=(1, 2, 3)))
+
+
 def test_weights_of_an_error_in_the_image() -> None:
     t = torch.tensor([0.0, 0.5, 0.9, 0.95, 1.0])
     loss = flow.flow_matching_loss(torch.ones(5, 3, 2, 2), torch.zeros(5, 3, 2, 2), t, MIN_NOISE)

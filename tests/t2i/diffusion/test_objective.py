@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +22,7 @@ UNGATED = [1, 3, 6, 7]
 class StandIn(nn.Module):
     """A random convolution that plays both frozen networks and notes the images it is given."""
 
-    width = WIDTH
+    width, depth = WIDTH, 3
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,15 +30,20 @@ class StandIn(nn.Module):
         self.conv = nn.Conv2d(3, WIDTH, 4, stride=4).requires_grad_(False)
         self.compared: list[tuple[Tensor, Tensor]] = []
         self.described: list[Tensor] = []
+        self.layers: list[list[int]] = []
 
     def distance(self, predicted: Tensor, image: Tensor) -> Tensor:
         self.compared.append((predicted, image))
         return (self.conv(predicted) - self.conv(image)).square().flatten(1).mean(1)
 
-    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
         assert grid == GRID
         self.described.append(image)
-        return self.conv(image).flatten(2).transpose(1, 2)
+        self.layers.append(list(layers))
+        return [self.layer(image, number) for number in layers]
+
+    def layer(self, image: Tensor, number: int = depth) -> Tensor:
+        return (number * self.conv(image)).sin().flatten(2).transpose(1, 2)
 
 
 def batch(size: int = len(TIMES)) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,16 +54,17 @@ def batch(size: int = len(TIMES)) -> tuple[Tensor, Tensor, Tensor]:
     return predicted.requires_grad_(), projected.requires_grad_(), torch.randn(shape)
 
 
-def weights(**changes: float) -> LossWeights:
+def weights(**changes: Any) -> LossWeights:
     return LossWeights(**{**vars(PAPER), **changes})
 
 
-def whole(weights_: LossWeights, t: np.ndarray = TIMES) -> tuple[Tensor, Terms, Tensor, Tensor, StandIn]:
+def whole(
+    weights_: LossWeights, t: np.ndarray = TIMES, **balance: Any
+) -> tuple[Tensor, Terms, Tensor, Tensor, StandIn]:
     """The loss of the whole batch in one piece; its gradients are on the leaves."""
     net, (predicted, projected, image) = StandIn(), batch(len(t))
-    loss, terms = Objective(weights_, net, net)(
-        predicted, projected, image, t, grid=GRID, batch_size=len(t), ungated=int((t >= 0.3).sum()), micro_batches=1
-    )
+    sizes = {"batch_size": len(t), "ungated": int((t >= 0.3).sum()), "micro_batches": 1}
+    loss, terms = Objective(weights_, net, net)(predicted, projected, image, t, grid=GRID, **sizes, **balance)
     loss.backward()
     return loss, terms, predicted.grad, projected.grad, net
 
@@ -71,11 +80,11 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def test_loss_is_the_weighted_sum_of_its_terms_over_the_right_samples() -> None:
     loss, terms, *_ = whole(PAPER)
     net, (predicted, projected, image) = StandIn(), batch()
-    clean = net.tokens(image, GRID)
+    clean = net.layer(image)
     expected = {
         "loss_fm": flow_matching_loss(predicted, image, torch.from_numpy(TIMES), 0.05).mean(),
         "loss_lpips": net.distance(predicted[UNGATED], image[UNGATED]).mean(),
-        "loss_pdino": cosine(net.tokens(predicted[UNGATED], GRID), clean[UNGATED]).mean(),
+        "loss_pdino": cosine(net.layer(predicted[UNGATED]), clean[UNGATED]).mean(),
         "loss_repa": cosine(projected, clean).mean(),
     }
     found = means(terms)
@@ -200,6 +209,83 @@ def test_no_gradient_flows_into_targets() -> None:
     flow = flow_matching_loss(predicted, image, torch.from_numpy(TIMES), 0.05).mean()
     # Of all terms only the flow's plain arithmetic knows the clean image.
     torch.testing.assert_close(*torch.autograd.grad(loss, image), *torch.autograd.grad(flow, image))
+
+
+# P-DINO's gate and layers
+
+
+def test_without_its_gate_pdino_is_the_mean_over_all_samples() -> None:
+    """What the released code's mask comes to; LPIPS keeps its gate."""
+    loss, terms, gradient, _, net = whole(weights(pdino_gated=False, lpips=0.2))
+    helper, (predicted, _, image) = StandIn(), batch()
+    distances = cosine(helper.layer(predicted), helper.layer(image))
+    assert means(terms)["loss_pdino"] == pytest.approx(distances.mean().item(), rel=1e-5)
+    assert terms.counts["loss_pdino"] == 8 and terms.counts["loss_lpips"] == 4
+    found = means(terms)
+    total = found["loss_fm"] + 0.2 * found["loss_lpips"] + 0.01 * found["loss_pdino"] + 0.5 * found["loss_repa"]
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    _, _, without, _, _ = whole(weights(pdino=0.0, lpips=0.2))
+    (alone,) = torch.autograd.grad(0.01 * distances.mean(), predicted)
+    torch.testing.assert_close(gradient - without, alone, atol=1e-7, rtol=1e-3)
+    assert [len(image) for image in net.described] == [8, 8]
+    *_, net = whole(weights(pdino_gated=False, repa=0.0))
+    assert [len(image) for image in net.described] == [8, 8]
+
+
+def test_without_its_gate_pdino_is_there_where_all_samples_are_gated() -> None:
+    _, terms, _, _, net = whole(weights(pdino_gated=False), np.array([0.01, 0.1, 0.2, 0.29]))
+    assert terms.counts["loss_pdino"] == 4 and net.compared == []
+
+
+@pytest.mark.parametrize(("layers", "clean"), [((1,), [1, 3]), ((3,), [3]), ((2, 1), [1, 2, 3]), ((), [3])])
+def test_pdino_is_the_mean_over_its_layers_alignment_has_the_last(layers: tuple[int, ...], clean: list[int]) -> None:
+    _, terms, *_, net = whole(weights(pdino_layers=layers))
+    helper, (predicted, projected, image) = StandIn(), batch()
+    distances = [
+        cosine(helper.layer(predicted[UNGATED], n), helper.layer(image[UNGATED], n)).mean() for n in layers or (3,)
+    ]
+    assert means(terms)["loss_pdino"] == pytest.approx(torch.stack(distances).mean().item(), rel=1e-5)
+    assert means(terms)["loss_repa"] == pytest.approx(cosine(projected, helper.layer(image)).mean().item(), rel=1e-5)
+    assert net.layers == [clean, list(layers or (3,))]
+
+
+# Gradient balancing
+
+
+@pytest.mark.parametrize("t", [TIMES, np.array([0.01, 0.1])])
+@pytest.mark.parametrize("balance", [1.0, 0.0, 7.5])
+def test_watching_changes_neither_loss_nor_gradients(balance: float, t: np.ndarray) -> None:
+    plain = whole(PAPER, t, perceptual_weight=balance)
+    watched = whole(PAPER, t, perceptual_weight=balance, watch=lambda *_: None)
+    assert watched[0].item() == pytest.approx(plain[0].item(), rel=1e-6)
+    assert means(watched[1]) == pytest.approx(means(plain[1]), rel=1e-6)
+    for a, b in zip(watched[2:4], plain[2:4], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-5)
+
+
+def test_the_perceptual_weight_multiplies_the_perceptual_terms_alone() -> None:
+    loss, terms, *_ = whole(PAPER, perceptual_weight=7.5)
+    found = means(terms)
+    perceptual = 0.1 * found["loss_lpips"] + 0.01 * found["loss_pdino"]
+    assert loss.item() == pytest.approx(found["loss_fm"] + 7.5 * perceptual + 0.5 * found["loss_repa"], rel=1e-6)
+    # In the metrics, and to the guard, a run's losses stay comparable.
+    assert found["loss"] == pytest.approx(whole(PAPER)[0].item(), rel=1e-6)
+
+
+def test_a_watcher_sees_the_gradients_of_flow_and_of_unweighted_perceptual_terms() -> None:
+    seen: list[Tensor] = []
+    whole(PAPER, perceptual_weight=7.5, watch=lambda *pulls: seen.extend(pulls))
+    _, _, flow, _, _ = whole(weights(lpips=0.0, pdino=0.0))
+    _, _, both, _, _ = whole(PAPER)
+    torch.testing.assert_close(seen[0], flow)
+    torch.testing.assert_close(seen[1], both - flow, atol=1e-7, rtol=1e-4)
+    assert seen[1][UNGATED].abs().amax(dim=(1, 2, 3)).min() > 1e-6
+    seen.clear()
+    whole(PAPER, np.array([0.01, 0.1]), watch=lambda *pulls: seen.extend(pulls))
+    assert not seen[1].any()
+
+
+# Bands of t
 
 
 def test_bands_split_the_flow_loss() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import vgg16_weights
 from torch import Tensor
 
 from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, Lpips, cosine_distance
@@ -66,7 +67,7 @@ def test_efficientnet_distance(lite: EfficientNetLite) -> None:
 @pytest.mark.parametrize("side", [32, 48])
 def test_efficientnet_tokens_form_the_grid(lite: EfficientNetLite, grid: tuple[int, int], side: int) -> None:
     image = images(side, side)[0].requires_grad_()
-    tokens = lite.tokens(image, grid)
+    tokens = lite.tokens(image, grid, [1])[0]
     assert tokens.shape == (2, grid[0] * grid[1], lite.width)
     assert torch.autograd.grad(tokens.square().sum(), image)[0].abs().sum() > 0
 
@@ -75,7 +76,7 @@ def test_efficientnet_tokens_are_row_major_and_local(lite: EfficientNetLite) -> 
     image = images(64, 64, batch=1)[0]
     changed = image.clone()
     changed[:, :, :8, 56:] += 1.0
-    moved = (lite.tokens(changed, (8, 8)) - lite.tokens(image, (8, 8))).abs().sum(-1)[0]
+    moved = (lite.tokens(changed, (8, 8), [1])[0] - lite.tokens(image, (8, 8), [1])[0]).abs().sum(-1)[0]
     assert moved.argmax() == 7 and moved[56] < 1e-3 * moved[7]
 
 
@@ -93,7 +94,7 @@ def test_efficientnet_features_are_the_packages_own(lite: EfficientNetLite) -> N
         x = F.relu6(package._bn0(package._conv_stem(x)))
         for block in package._blocks[:5]:
             x = block(x)
-    torch.testing.assert_close(lite.tokens(image, (8, 8)), x.flatten(2).mT, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lite.tokens(image, (8, 8), [1])[0], x.flatten(2).mT, atol=1e-4, rtol=1e-4)
 
 
 # LPIPS
@@ -173,6 +174,35 @@ def test_lpips_gradient_is_finite_where_no_channel_is_active(vgg16: Path, tmp_pa
     assert predicted.grad.isfinite().all() and predicted.grad.abs().max() > 0
 
 
+@pytest.fixture(scope="module")
+def imagenet_vgg16() -> Path:
+    try:
+        return vgg16_weights.fetch()
+    except vgg16_weights.Unavailable as missing:
+        pytest.skip(str(missing))
+
+
+def test_lpips_with_imagenet_weights_equals_the_package(imagenet_vgg16: Path) -> None:
+    import lpips
+
+    package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    weights = torch.load(imagenet_vgg16, weights_only=True)
+    # torchvision's IMAGENET1K_V1: these are ImageNet's weights, the right way round.
+    torch.testing.assert_close(
+        weights["features.0.weight"][0, 0, 0], torch.tensor([-0.5537, 0.1427, 0.5290]), atol=5e-5, rtol=0
+    )
+    layers = {name: weights[f"features.{name.split('.', 1)[1]}"] for name in package.net.state_dict()}
+    package.net.load_state_dict(layers)
+    net, image = Lpips(imagenet_vgg16), images(64, 64, batch=3)[0]
+    noisy = image + 0.3 * torch.randn_like(image)
+    rows = torch.stack([image.roll(8, -1), noisy, image * 1.5])  # beyond [-1, 1] too: nothing is clamped
+    with torch.no_grad():
+        expected = torch.stack([package(row, image).flatten() for row in rows])
+    found = torch.stack([net.distance(row, image) for row in rows])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert expected.min() > 0.01 and expected.max() < 2
+
+
 # DINOv2
 
 
@@ -197,7 +227,7 @@ def test_dinov2_patch_tokens(dino_folder: Path, grid: tuple[int, int], height: i
     net = Dinov2(str(dino_folder))
     assert net.width == 24 and not net.training and not any(p.requires_grad for p in net.parameters())
     image = images(height, width)[0].requires_grad_()
-    tokens = net.tokens(image, grid)
+    (tokens,) = net.tokens(image, grid, [2])
     assert tokens.shape == (2, grid[0] * grid[1], 24)
     assert torch.autograd.grad(tokens[0].square().sum(), image)[0][0].abs().max() > 0
 
@@ -211,7 +241,29 @@ def test_dinov2_patch_tokens(dino_folder: Path, grid: tuple[int, int], height: i
     torch.testing.assert_close(tokens, states[:, 1:], atol=1e-4, rtol=1e-4)
 
 
-def test_dinov2_tokens_are_layer_normed(dino_folder: Path) -> None:
-    tokens = Dinov2(str(dino_folder)).tokens(images()[0], (2, 2))
-    torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(tokens.std(-1, correction=0), torch.ones(2, 4), atol=1e-3, rtol=0)
+@pytest.mark.parametrize("layers", [[1], [2], [2, 1], [1, 2]])
+def test_dinov2_layers_are_those_of_the_librarys_backbone(dino_folder: Path, layers: list[int]) -> None:
+    """Its feature maps go through the final norm, as those of DINOv2's own code do."""
+    from transformers import Dinov2Backbone
+
+    net, image = Dinov2(str(dino_folder)), images(28, 42)[0]
+    backbone = Dinov2Backbone.from_pretrained(dino_folder, out_indices=sorted(layers)).eval()
+    assert net.depth == 2 and backbone.config.apply_layernorm
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        maps = backbone(((image + 1) / 2 - mean[:, None, None]) / std[:, None, None]).feature_maps
+    expected = dict(zip(sorted(layers), maps, strict=True))
+    found = net.tokens(image, (2, 3), layers)
+    assert len(found) == len(layers)
+    for layer, tokens in zip(layers, found, strict=True):
+        torch.testing.assert_close(tokens, expected[layer].flatten(2).mT, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 6), atol=1e-5, rtol=0)
+        torch.testing.assert_close(tokens.std(-1, correction=0), torch.ones(2, 6), atol=1e-3, rtol=0)
+
+
+def test_dinov2_stops_after_the_last_layer_asked_for(dino_folder: Path) -> None:
+    net, ran = Dinov2(str(dino_folder)), []
+    for number, layer in enumerate(net.net.encoder.layer, start=1):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    net.tokens(images()[0], (2, 2), [1])
+    assert ran == [1]

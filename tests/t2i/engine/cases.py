@@ -7,7 +7,7 @@ some ranks' only. One step's loss is not finite on one rank, one step is vetoed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from t2i.diffusion.objective import LossWeights, Objective
+from t2i.diffusion.objective import LossWeights, Objective, Watch
 from t2i.engine import deepspeed
 from t2i.engine.blocks import prepare_blocks
 from t2i.engine.ema import Ema
@@ -46,11 +46,11 @@ class StubDistance:
 class StubFeatures:
     """In place of DINO: patches by a fixed random matrix."""
 
-    width = FEATURES
+    width, depth = FEATURES, 1
 
-    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
         matrix = torch.randn(3 * PATCH**2, FEATURES, generator=torch.Generator().manual_seed(9))
-        return patchify(image, PATCH).tanh() @ matrix
+        return [patchify(image, PATCH).tanh() @ matrix]
 
 
 OBJECTIVE = Objective(LossWeights(0.5, 0.5, 0.5, GATE, 0.05), StubDistance(), StubFeatures())  # type: ignore[arg-type]
@@ -93,7 +93,14 @@ def times(step: int) -> np.ndarray:
     return np.where(is_open, 0.7 + shift, 0.05 + shift)
 
 
-def loss_of(call: Callable[..., Any], step: int, part: Tensor, micro_batches: int) -> Tensor:
+def loss_of(
+    call: Callable[..., Any],
+    step: int,
+    part: Tensor,
+    micro_batches: int,
+    objective: Objective = OBJECTIVE,
+    watch: Watch | None = None,
+) -> Tensor:
     """The objective of some samples of a step's batch."""
     generator = torch.Generator().manual_seed(step)
     image = torch.rand(BATCH, 3, SIDE, SIDE, generator=generator) * 2 - 1
@@ -105,7 +112,7 @@ def loss_of(call: Callable[..., Any], step: int, part: Tensor, micro_batches: in
     t = torch.from_numpy(host_t).float()
     x_t = t[:, None, None, None] * image + (1 - t[:, None, None, None]) * noise
     predicted, projected = call(x_t[part], t[part], text[part])
-    loss, _ = OBJECTIVE(
+    loss, _ = objective(
         predicted,
         projected,
         image[part],
@@ -114,6 +121,7 @@ def loss_of(call: Callable[..., Any], step: int, part: Tensor, micro_batches: in
         batch_size=BATCH,
         ungated=int((host_t >= GATE).sum()),
         micro_batches=micro_batches,
+        watch=watch,
     )
     return loss
 

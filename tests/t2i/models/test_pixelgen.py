@@ -267,6 +267,27 @@ def test_rope_positions_span_both_ends_and_grow_with_the_grid() -> None:
     assert rope_table(32, 32, 64, CPU)[1][31, -2].item() == pytest.approx(math.sin(32 * 10000 ** (-60 / 64)))
 
 
+def test_position_tables_are_made_once_for_a_grid_and_equal_the_references_on_squares() -> None:
+    for rows, columns in ((4, 4), (2, 8), (8, 2)):
+        assert sincos_table(rows, columns, 16, CPU) is sincos_table(rows, columns, 16, CPU)
+        assert rope_table(rows, columns, 16, CPU) is rope_table(rows, columns, 16, CPU)
+        np.testing.assert_array_equal(
+            sincos_table(rows, columns, 16, CPU).numpy(), mae_table(rows, columns, 16).astype(np.float32)
+        )
+    # As many patches, other places.
+    assert not torch.equal(sincos_table(2, 8, 16, CPU), sincos_table(8, 2, 16, CPU))
+    assert not torch.equal(rope_table(2, 8, 16, CPU)[0], rope_table(8, 2, 16, CPU)[0])
+    # The public code's fp32: angles of up to 32 are off by a few of its last bits.
+    positions = torch.linspace(0, 32, 32)
+    y, x = torch.meshgrid(positions, positions, indexing="ij")
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, 64, 4).float() / 64)
+    turns = torch.polar(
+        torch.ones(1), torch.stack([torch.outer(v.flatten(), frequencies) for v in (x, y)], -1).flatten(1)
+    )
+    cos, sin = rope_table(32, 32, 64, CPU)
+    torch.testing.assert_close(torch.complex(cos, sin), turns, atol=5e-6, rtol=0)
+
+
 def test_patchify_is_unfold_and_has_an_inverse() -> None:
     x = torch.randn(2, 3, 8, 12)
     assert torch.equal(patchify(x, 4), F.unfold(x, 4, stride=4).transpose(1, 2))

@@ -87,7 +87,9 @@ def rich(tmp_path: Path) -> Path:
     records = [train("stage1", s) for s in range(1, 41)]
     records += [validation("stage1", 20, 0.8125), validation("stage1", 40, 0.7125)]
     records.sort(key=lambda record: record["step"])
-    records += [train("sft", s, time=1e9 + 40 + s, batch_size=8, grad_norm=None) for s in range(1, 11)]
+    records += [
+        train("sft", s, time=1e9 + 40 + s, batch_size=8, resolution=[64, 96], grad_norm=None) for s in range(1, 11)
+    ]
     records += [validation("sft", 10, 0.6375) | {"time": 1e9 + 50}]
     counters = {"samples": 80, "too_small": 1234, "<i>reason": 1}
     records += [{"kind": "counters", "stage": "sft", "step": 10, "time": 1e9 + 50, **counters}]
@@ -143,6 +145,7 @@ def test_numbers(rich: Path) -> None:
     assert "samples<" not in page.section("passed-over")  # those used
     assert "3,755" in page.section("data")
     assert "10 / 40" in page.section("stages")
+    assert "64 px" in page.section("stages") and "64×96 px" in page.section("stages")
     assert "<td class=n>0.8125</td><td class=n>0.7125</td>" in page.section("stages")
 
 

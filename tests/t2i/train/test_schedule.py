@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from t2i.config import OptimizerConfig
+from t2i.config_optimizer import OptimizerConfig
 from t2i.train.schedule import learning_rate
 
 STEPS, PEAK = 100, 3e-4
@@ -50,6 +50,14 @@ def test_decay_ends_at_zero_and_never_goes_below() -> None:
         config = OptimizerConfig.model_validate({"schedule": schedule, "decay_fraction": 0.5})
         assert learning_rate(config, 99, STEPS, PEAK) > 0
         assert learning_rate(config, 100, STEPS, PEAK) == learning_rate(config, 150, STEPS, PEAK) == 0.0
+
+
+def test_steps_down_at_shares_of_the_stage() -> None:
+    found = rates(schedule="step", step_down_at=[0.6, 0.9], step_down_factor=0.5)
+    assert found == [1.0] * 60 + [0.5] * 30 + [0.25] * 11
+    assert rates(schedule="step", step_down_at=[0.6])[60] == pytest.approx(0.1)
+    warm = rates(schedule="step", step_down_at=[0.05], step_down_factor=0.5, warmup_steps=10)
+    assert warm[4:6] == pytest.approx([0.5, 0.3]) and warm[10] == 0.5
 
 
 def test_warm_up_and_decay_multiply() -> None:

@@ -1,4 +1,4 @@
-"""Bad updates in whole runs: left out, gone back from, stopped at; whatever happens in between."""
+"""Faults in whole runs: bad updates left out, gone back from, stopped at; ranks that raise, hang or are killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def config_of(scenes: Path, root: Path, **changes: Any) -> Path:
         "guard": GUARD,
         "stages": [{"name": "low"}],
     }
-    return write_config(root / "config.yaml", tiny_config(scenes, root, **{**settings, **changes}))
+    tree = tiny_config(scenes, root, **{**settings, **changes})
+    tree["objective"] |= {"balance_from_step": 2, "balance_every": 2, "noise_scale": 1.5}
+    return write_config(root / "config.yaml", tree)
 
 
 def lines(root: Path, name: str) -> list[dict[str, Any]]:
@@ -88,6 +90,15 @@ def test_too_many_spikes_go_back_and_leave_the_batches_out_killed_or_not(
     monkeypatch.delenv("KILLED_AT")
     run("python", SPOILED, "--config", path, ranks=1)
     assert lines(roots[1], "skipped.jsonl") == lines(roots[0], "skipped.jsonl")
+    # Gradients are balanced by what steps 2, 4, ... from 0 measured, but for those vetoed and left out.
+    weights = [
+        {line["step"]: line["perceptual_weight"] for line in lines(root, "metrics.jsonl") if line["kind"] == "train"}
+        for root in roots
+    ]
+    steps = [*range(1, 7), *range(10, 15)]
+    assert weights[1] == weights[0] and list(weights[0]) == steps
+    in_order = list(weights[0].values())
+    assert [steps[n] for n in range(1, 11) if in_order[n] != in_order[n - 1]] == [4, 6, 12, 14]
     expected, found = (model(root) for root in roots)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -110,3 +121,28 @@ def test_what_going_back_does_not_help_stops_the_run_saved(scenes: Path, tmp_pat
     assert "going on from step_00000006" in output
     assert trained(tmp_path)[-1] == 14
     assert json.loads((tmp_path / "tiny" / "outcome.json").read_text())["outcome"] == "done"
+
+
+def test_a_rank_that_raises_ends_the_others_with_its_own_words(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RAISES_AT", "3")
+    output = run("torchrun", SPOILED, "--config", str(config_of(scenes, tmp_path)), code=1)
+    assert "error on rank 1: ArithmeticError: the last rank's own words" in output  # by rank 0
+    assert "Traceback" in output and "spoiled.py" in output  # by rank 1
+    outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())
+    assert outcome["outcome"] == "failed" and outcome["rank"] == 1 and "own words" in outcome["reason"]
+
+
+def test_a_rank_that_hangs_ends_the_run_with_all_stacks_and_it_goes_on(
+    scenes: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HANGS_AT", "5")
+    options = ["--config", str(config_of(scenes, tmp_path)), "--limits.step_minutes", "0.15"]
+    output = run("deepspeed", SPOILED, *options, code=75)
+    assert "stood still for" in output
+    outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())
+    assert outcome["outcome"] == "resumable" and "stood still for" in outcome["reason"]
+    waiting, hanging = (path.read_text() for path in sorted((tmp_path / "tiny" / "stacks").iterdir()))
+    assert "spoiled.py" in hanging and "in step 5" in hanging and "all_reduce" in waiting
+    monkeypatch.delenv("HANGS_AT")
+    assert "going on from step_00000003" in run("deepspeed", SPOILED, *options)
+    assert trained(tmp_path) == list(range(1, 15))

@@ -1,0 +1,53 @@
+"""Write a model folder as a checkpoint in the layout of the public PixelGen code, for text to image.
+
+    python launch/export.py runs/pixelgen_xxl/sft512/model --out pixelgen.ckpt
+
+It holds weights, average and projector, and neither an optimizer nor the null caption, for which that layout has no
+place: good to draw from there, and to import again, not to go on training with.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from launch.command import run
+from t2i.config_base import ConfigError
+from t2i.engine.checkpoint.format import sync
+from t2i.model_folder import read_model
+from t2i.released.convert import export_weights
+
+
+def export(model: str, /, out: str) -> None:
+    """Write a model folder as a checkpoint in the layout of the public PixelGen code.
+
+    Args:
+        model: Folder of a trained model.
+        out: The .ckpt file to write.
+    """
+    file, folder = Path(out), Path(model)
+    if file.exists():
+        raise ConfigError(f"out is {out}: it should not exist yet")
+    raw, ema = read_model(folder, "raw"), read_model(folder, "ema")
+    checkpoint = export_weights(raw.config, raw.tensors, ema.tensors)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, partial)
+        sync(partial)
+        partial.rename(file)
+        sync(file.parent)
+    except OSError as error:
+        raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
+    print(f"{out}: {len(checkpoint['state_dict'])} tensors")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    return run((export,), args, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

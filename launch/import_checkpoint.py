@@ -1,0 +1,88 @@
+"""Turn a released PixelGen checkpoint for text to image into a model folder, to draw from or to train on.
+
+    python launch/import_checkpoint.py PixelGen_XXL_T2I.ckpt --config configs/pixelgen_xxl.yaml --out models/xxl
+    python launch/sample.py --model models/xxl --prompts prompts.txt --out pictures
+    deepspeed launch/stage3.py --init.source models/xxl
+
+Nothing in the file is run. The folder's import.json says what became of every key. The null caption is not in the file:
+it is computed by the config's text encoder, and stored; if guided pictures look washed out, try --null_attention zero.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from launch.command import run
+from launch.process import quiet
+from t2i.build import build_text, choose_dtype
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
+from t2i.config_loading import load_config, stage_config
+from t2i.engine.checkpoint.format import commit, write_durably
+from t2i.model_folder import write_model
+from t2i.released.checkpoint import Checkpoint
+from t2i.released.convert import Imported, import_weights, trained_resolution
+from t2i.released.null_caption import NullAttention, null_caption
+
+
+def import_checkpoint(file: str, /, out: str, config: str, null_attention: NullAttention = "mean") -> None:
+    """Turn a released PixelGen checkpoint into a model folder.
+
+    Args:
+        file: The .ckpt file.
+        out: The folder to make.
+        config: YAML file of a run with the checkpoint's model and text encoder; the folder gets the settings of its
+            last stage at the checkpoint's resolution.
+        null_attention: What attention returned for the empty caption when the checkpoint was trained.
+    """
+    folder = Path(out)
+    if folder.exists():
+        raise ConfigError(f"out is {out}: it should not exist yet")
+    run_config, checkpoint = load_config(Path(config)), Checkpoint(Path(file))
+    settings = _settings(run_config, trained_resolution(checkpoint, run_config.model.patch_size), config)
+    device = torch.device("cpu")
+    encoder = build_text(settings, device, choose_dtype(settings.engine.dtype, device))
+    imported = import_weights(checkpoint, settings, encoder.width)
+    imported.report.notes.append(f"null_caption: computed by {settings.text.model}, null_attention {null_attention}")
+    null = null_caption(encoder, null_attention)
+    aside = folder.with_name(f".{folder.name}.importing")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write_model(aside, settings, imported.raw, imported.ema, null)
+        write_durably(aside / "import.json", json.dumps(asdict(imported.report), indent=1))
+        commit(aside, folder)
+    except OSError as error:
+        raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
+    print(_summary(folder, imported))
+
+
+def _settings(config: RunConfig, resolution: int | None, path: str) -> RunConfig:
+    """Those of the config's last stage, or of the last at a resolution."""
+    stages = [stage_config(config, number) for number in range(len(config.stages))] or [config]
+    fitting = [stage for stage in stages if resolution is None or stage.data.size == (resolution, resolution)]
+    if not fitting:
+        raise ConfigError(f"{path}: data.resolution should be {resolution} in one of its stages, as in the checkpoint")
+    return fitting[-1]
+
+
+def _summary(folder: Path, imported: Imported) -> str:
+    report = imported.report
+    count = sum(tensor.numel() for name, tensor in imported.ema.items() if name.startswith("denoiser."))
+    keys = f"{len(report.used)} keys used, {len(report.recomputed)} recomputed, {len(report.left)} left"
+    return "\n".join([f"{folder}: {count:,} parameters; {keys}: see import.json", *report.notes])
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    quiet(rank=0)
+    return run((import_checkpoint,), args, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

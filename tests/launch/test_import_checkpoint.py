@@ -1,0 +1,126 @@
+"""The two commands: a checkpoint becomes a folder that draws, and a folder the same checkpoint again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from released_pixelgen import Sizes, lightning, random_weights
+from tiny_qwen import save_qwen
+from torch import Tensor
+
+import launch.export
+import launch.import_checkpoint
+from t2i.config import SamplingConfig
+from t2i.model_folder import read_model
+from t2i.pipeline import Picture, Pipeline
+
+SIZES = Sizes(hidden=48, blocks=2, heads=2, text_width=20, text_length=7, text_blocks=1, bottleneck=8, patch=4, grid=5,
+              features=11)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return random_weights(SIZES)
+
+
+@pytest.fixture
+def place(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
+    """A folder with x.ckpt, trained at 20 px, and c.yaml."""
+    torch.save(lightning(weights), tmp_path / "x.ckpt")
+    model = {"patch_size": 4, "width": 48, "depth": 2, "heads": 2, "text_depth": 1, "bottleneck": 8, "repa_layer": 1}
+    tree: dict[str, Any] = {
+        "model": model,
+        "text": {"model": str(save_qwen(tmp_path / "qwen")), "length": 7},
+        "data": {"resolution": 16},
+        "engine": {"dtype": "fp32"},
+        "stages": [
+            {"name": "low"},
+            {"name": "middle", "data": {"resolution": 20}, "sampling": {"steps": 7}},
+            {"name": "late", "data": {"resolution": 20}, "sampling": {"steps": 2}},
+            {"name": "high", "data": {"resolution": 32}},
+        ],
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+def importing(place: Path, *options: str, file: str = "x.ckpt") -> int:
+    words = [str(place / file), "--config", str(place / "c.yaml"), "--out", str(place / "model")]
+    return launch.import_checkpoint.main([*words, *options])
+
+
+@pytest.fixture
+def refused(place: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def attempt(*options: str, file: str = "x.ckpt") -> str:
+        assert importing(place, *options, file=file) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert said.startswith("error: ")
+        assert not [path for path in place.iterdir() if "import" in path.name]
+        return said
+
+    return attempt
+
+
+def test_a_checkpoint_becomes_a_folder_that_draws(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert importing(place) == 0
+    said = capsys.readouterr().out
+    assert "102 keys used, 2 recomputed, 6 left: see import.json" in said and "null_attention mean" in said
+    assert sorted(path.name for path in place.iterdir()) == ["c.yaml", "model", "qwen", "x.ckpt"]
+    report = json.loads((place / "model" / "import.json").read_text())
+    assert report["used"]["ema_denoiser.blocks.0.attn.kv_y.weight"] == "denoiser.blocks.0.attn.context_kv.weight"
+    raw, ema = (Pipeline.load(place / "model", which, torch.device("cpu")) for which in ("raw", "ema"))
+    assert raw.config.data.resolution == 20 and raw.config.sampling.steps == 2  # of the last stage at 20 px
+    assert torch.equal(raw.null_caption, raw.conditioner.null_caption())
+    assert torch.equal(raw.null_caption, ema.null_caption)
+    settings = SamplingConfig(steps=2, batch_size=1)
+    pictures = [pipeline.draw([Picture("a red circle")], settings) for pipeline in (raw, ema)]
+    assert pictures[0].shape == (1, 3, 20, 20) and not torch.equal(*pictures)
+
+
+def test_the_folder_becomes_the_same_checkpoint(place: Path, weights: dict[str, Tensor]) -> None:
+    assert importing(place) == 0
+    assert launch.export.main([str(place / "model"), "--out", str(place / "deep" / "y.ckpt")]) == 0
+    assert [path.name for path in (place / "deep").iterdir()] == ["y.ckpt"]
+    exported = torch.load(place / "deep" / "y.ckpt", weights_only=True)
+    assert exported.keys() == {"epoch", "global_step", "pytorch-lightning_version", "state_dict"}
+    assert exported["state_dict"].keys() == weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(
+            exported["state_dict"][name], value, atol=1e-6 if name.endswith(".pos_embed") else 0, rtol=0
+        )
+
+
+def test_the_other_null_caption(place: Path) -> None:
+    assert importing(place, "--null_attention", "zero") == 0
+    stored = read_model(place / "model", "raw").null_caption
+    computed = Pipeline.load(place / "model", "raw", torch.device("cpu")).conditioner.null_caption()
+    assert (stored - computed).abs().max() > 0.1
+
+
+def test_refusals(place: Path, refused: Callable[..., str], weights: dict[str, Tensor]) -> None:
+    assert "absent.ckpt cannot be read" in refused(file="absent.ckpt")
+    assert "c.yaml is no checkpoint" in refused(file="c.yaml")
+    other = {name: value[:, :9] if name.endswith(".pos_embed") else value for name, value in weights.items()}
+    torch.save(lightning(other), place / "other.ckpt")
+    assert "data.resolution should be 12 in one of its stages" in refused(file="other.ckpt")
+    (place / "file").touch()
+    assert "it cannot be written: Not a directory" in refused("--out", str(place / "file" / "model"))
+    tree = yaml.safe_load((place / "c.yaml").read_text())
+    tree["model"]["depth"] = 3
+    (place / "c.yaml").write_text(yaml.safe_dump(tree))
+    assert "it lacks denoiser.blocks.2.adaLN_modulation.0.bias and 11 more" in refused()
+    (place / "model").mkdir()
+    assert "model: it should not exist yet" in refused()
+
+
+def test_export_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.export.main([str(place), "--out", str(place / "y.ckpt")]) == 2
+    assert "is not a model folder" in capsys.readouterr().err
+    assert launch.export.main([str(place), "--out", str(place / "x.ckpt")]) == 2
+    assert "it should not exist yet" in capsys.readouterr().err
