@@ -2,7 +2,7 @@
 # make test    the tests, at most 20 minutes on 2 cores
 # make test-s3 the store against a real S3 server: Ceph, whose Debian packages it unpacks into .cache
 # make lint    ruff and mypy
-# make bench   what is measured rather than asserted
+# make bench   what is measured rather than asserted, but for the soak
 # make soak    training killed at 25 moments and resumed: nothing lost, nothing different
 # All need Linux, Python 3.11 or later, a C++ compiler and Python's headers; everything else comes from the
 # Python package registry, into .venv.
@@ -44,7 +44,7 @@ lint: setup
 	mypy
 
 bench: setup
-	@for script in tests/benchmarks/*.py; do echo "$$script"; python $$script; done
+	@for script in $(filter-out %/kill_soak.py,$(wildcard tests/benchmarks/*.py)); do echo "$$script"; python $$script; done
 
 soak: setup
 	python tests/benchmarks/kill_soak.py

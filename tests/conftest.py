@@ -41,6 +41,14 @@ def launch() -> Launcher:
     return Launcher()
 
 
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packed scenes, for `tiny_config`; who changes it copies it first."""
+    from tiny import pack_scenes  # imports the packer, which most tests do without
+
+    return pack_scenes(tmp_path_factory.mktemp("scenes"))
+
+
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """The server's URL; its credentials are in boto3's environment variables meanwhile."""

@@ -3,6 +3,7 @@ a few classes of shapes."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,11 @@ from data.packing import pack, shapes
 from data.randomness import key, uniform
 
 ROOT = Path(__file__).parents[2]
+SPOILED = str(ROOT / "tests" / "launch" / "spoiled.py")
+"""A job whose ranks can be told to go wrong."""
+COSTS = {"stall_s", "skipped_checkpoints", "time", "step_s", "data_wait_s", "images_per_s", "tflops", "mfu"}
+COSTS |= {"memory_gib", "rank_s_max", "rank_s_median", "slowest_rank"}
+"""Of the metrics, those that say what a step cost: no two runs have them alike."""
 
 
 def pack_scenes(folder: Path, size: int = 24) -> Path:
@@ -85,22 +91,33 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """Lines of the metrics of a run in this folder, without what a step cost."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in COSTS} for line in lines]
+
+
+def open_process(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, as a shell would; its stderr goes where its stdout does."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,
+    )
+
+
 def start(launcher: str, script: str, *arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
-    """Start a job under a launcher, in a session of its own, as a shell would."""
-    port = 29500 + os.getpid() % 1000
+    """Start a job under a launcher."""
+    port = free_port()
     commands = {
         "deepspeed": [f"{Path(sys.executable).parent}/deepspeed", f"--num_gpus={ranks}", f"--master_port={port}"],
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"],
         "python": [sys.executable],
     }
-    return subprocess.Popen(
-        [*commands[launcher], str(ROOT / "launch" / script), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    return open_process([*commands[launcher], str(ROOT / "launch" / script), *arguments])
 
 
 def run(launcher: str, script: str, *arguments: str, ranks: int = 2, code: int = 0) -> str:
@@ -146,17 +163,7 @@ def node_command(launcher: str, node: int, hostfile: Path, address: str, port: i
 
 def run_commands(commands: list[list[str]], **environment: str) -> list[str]:
     """Run commands side by side to their ends; what each printed. One that fails ends them all."""
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            start_new_session=True,
-        )
-        for command in commands
-    ]
+    processes = [open_process(command, **environment) for command in commands]
     try:
         with ThreadPoolExecutor(len(processes)) as pool:
             outputs = list(pool.map(lambda process: process.communicate(timeout=200)[0], processes))

@@ -1,5 +1,6 @@
 """Trains a run's first stage with gradients spoiled at chosen steps: FAULTS is {"step, from 1": factor}; on the last
-rank alone. KILLED_AT, RAISES_AT and HANGS_AT are steps, from 1, at which the last rank does that.
+rank alone. KILLED_AT, RAISES_AT and HANGS_AT are steps, from 1, at which the last rank does that; LATE_AT is the one in
+which its clock goes a day on.
 
 python tests/launch/spoiled.py --config X
 """
@@ -10,6 +11,8 @@ import json
 import os
 import signal
 import time
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 from launch.process import main
@@ -36,6 +39,9 @@ def step_noted(self: TrainingStep, batch: Any, step: int, veto: Any) -> Any:
         raise ArithmeticError("the last rank's own words")
     if SPOILS and now == at("HANGS"):
         time.sleep(3600)
+    if SPOILS and now == at("LATE"):
+        clock = import_module("launch.departure")  # the package has its `departure` under this name
+        clock.time = SimpleNamespace(monotonic=lambda: time.monotonic() + 86_400)
     return make_step(self, batch, step, veto)
 
 

