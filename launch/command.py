@@ -19,8 +19,8 @@ from docstring_parser import parse
 from jsonargparse import ArgumentError, ArgumentParser
 
 from data.errors import StoreError, UserError
+from t2i.exit_codes import BAD_INPUT
 
-BAD_INPUT = 2
 Job = Callable[..., None]
 
 

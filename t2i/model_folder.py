@@ -54,7 +54,10 @@ def write_model(
     for which, tensors in (("raw", raw), ("ema", ema)):
         whole = {**tensors, NULL_CAPTION: null_caption}
         save_file({name: tensor.contiguous().cpu() for name, tensor in whole.items()}, aside / FILES[which])
-    (aside / "config.yaml").write_text(dump_config(config))
+    settings = aside / "config.yaml"
+    settings.write_text(dump_config(config))
+    for name in FILES.values():  # safetensors lets nobody else read what it writes
+        (aside / name).chmod(settings.stat().st_mode)
     for path in (*aside.iterdir(), aside):
         sync(path)
     aside.rename(folder)

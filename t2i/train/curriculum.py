@@ -199,7 +199,7 @@ def _train_stage(
     starts = 0
     while True:
         watch.start(f"the start of stage {place.name}")
-        trainer = StageTrainer(stage, place, data, world, f"{attempt}.{starts}", watch, back)
+        trainer = StageTrainer(stage, place, data, world, f"{attempt}-{starts}", watch, back)
         try:
             watch.start("the first step")
             if world.is_main:

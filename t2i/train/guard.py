@@ -1,6 +1,6 @@
 """Which updates are not applied, and what follows when there are too many.
 
-- Every rank is told the same numbers and decides alike: nothing here talks, waits for a device or reads a clock.
+- Every rank is told the same numbers and decides alike: a `Guard` talks to nobody, waits for no device, reads no clock.
 - A value is measured against the median and the median absolute deviation of the values that were applied before.
   What was not applied, or is not finite, never counts: one NaN is one lost step, a spike does not hide the next.
 - Medians follow a trend, and the deviation grows with it, so a loss or norm that falls or rises steadily is no spike.

@@ -1,4 +1,4 @@
-"""Where a run keeps what: the layout of `runs/<name>/`, in one place."""
+"""Where a stage keeps what."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ STEPS = 20
 """Of each stage."""
 LAST = f"step_{STEPS:08d}"
 HANG_S = 120.0
-SAVING = re.compile(r"\.step_\d+\.[0-9a-f]{8}\.\d+")  # what a checkpoint is called until it is committed
+SAVING = re.compile(r"\.step_\d+\.[0-9a-f]{8}-\d+\.\d+")  # what a checkpoint is called until it is committed
 
 
 @dataclass(frozen=True)
