@@ -54,6 +54,9 @@ class EngineConfig(Section):
     """deepspeed: ZeRO. fsdp: PyTorch's FSDP2, which works block by block."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """Of deepspeed, what is shared out over ranks: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too."""
+    offload: bool = False
+    """Of deepspeed at zero_stage 3, with AdamW: keep gradients, masters, moments and average in host memory, and update
+    there: slow, for GPUs that are too small."""
     reshard_after_forward: bool = True
     """Of fsdp: drop a block's gathered weights after its forward pass, and gather them again for the backward pass;
     false keeps them in between: less traffic, more memory."""
@@ -69,11 +72,13 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _fits_engine(self) -> EngineConfig:
-        fields = {"deepspeed": ("reshard_after_forward", "replicas"), "fsdp": ("zero_stage",)}[self.name]
+        fields = {"deepspeed": ("reshard_after_forward", "replicas"), "fsdp": ("zero_stage", "offload")}[self.name]
         for field in fields:
             value, default = getattr(self, field), type(self).model_fields[field].default
             if value != default:
                 raise ValueError(f"{field} {value} does nothing under name {self.name}: leave it at {default}")
+        if self.offload and self.zero_stage != 3:
+            raise ValueError(f"offload goes with zero_stage 3, not {self.zero_stage}")
         return self
 
 

@@ -42,6 +42,8 @@ class DeepSpeedEngine:
         zero_stage: 0 shards nothing over ranks, 1 the optimizer, 2 gradients too, 3 weights too.
         device: of this rank.
         dtype: of weights and arithmetic: bf16 or fp32.
+        offload: at zero_stage 3, hold gradients, masters and moments in host memory. At 1 and 2 DeepSpeed keeps what a
+            vetoed step accumulated in bf16.
         micro_batch_size: samples a micro-step.
         accumulation: micro-steps an optimizer step.
         clip_grad_norm: largest global gradient norm; 0 is none.
@@ -55,10 +57,12 @@ class DeepSpeedEngine:
         zero_stage: int,
         device: torch.device,
         dtype: torch.dtype,
+        offload: bool,
         micro_batch_size: int,
         accumulation: int,
         clip_grad_norm: float,
     ) -> None:
+        assert zero_stage == 3 or not offload
         initial = {name: p.detach().float().flatten().clone() for name, p in module.named_parameters()}
         self._optimizer = optimizer
         bf16 = dtype == torch.bfloat16
@@ -73,6 +77,7 @@ class DeepSpeedEngine:
                 "reduce_bucket_size": BUCKET_NUMEL,  # a buffer of so many fp32 numbers; the default takes 2 GB
                 "allgather_bucket_size": BUCKET_NUMEL,
                 "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+                "offload_optimizer": {"device": "cpu" if offload else "none", "pin_memory": device.type == "cuda"},
             },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

@@ -73,7 +73,10 @@ def _gather_bucket(shards: Shards, slices: Mapping[str, Tensor], names: list[str
         return
     sizes = [shards[name].shape.numel() for name in names]
     # Every element has exactly one rank that speaks for it, so a sum over zeros is exact.
-    flat = torch.zeros(sum(sizes), device=slices[names[0]].device)
+    device = slices[names[0]].device
+    if dist.is_initialized() and dist.get_backend() == "nccl":  # which knows nothing of what lies in host memory
+        device = torch.device("cuda", torch.cuda.current_device())
+    flat = torch.zeros(sum(sizes), device=device)
     for name, part in zip(names, flat.split(sizes), strict=True):
         if shards[name].primary:
             part[shards[name].start : shards[name].stop] = slices[name]

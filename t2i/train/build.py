@@ -143,6 +143,8 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
     engine, train = config.engine, config.train
     if world.size % engine.replicas:
         raise ConfigError(f"engine.replicas {engine.replicas} must divide the number of ranks, {world.size}")
+    if engine.offload and config.optimizer.name == "muon":
+        raise ConfigError("engine.offload goes with optimizer.name adamw: Muon's matrices meet on the GPUs")
     prepare_blocks(network, compiled=engine.compile, checkpointed=engine.checkpoint_blocks)
     optimizer = build_optimizer(
         network,
@@ -170,6 +172,7 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
         network,
         optimizer,
         zero_stage=engine.zero_stage,
+        offload=engine.offload,
         device=world.device,
         dtype=dtype,
         micro_batch_size=train.micro_batch_size,

@@ -51,6 +51,7 @@ def estimate(config: RunConfig, ranks: int, dtype: torch.dtype) -> Estimate:
     memory = StageMemory.of(config, max(1, ranks // engine.replicas), dtype.itemsize)
     name = engine_of(engine)
     static = memory.static(name)
+    away = sum(static.pop(part) for part in ("masters", "moments", "average")) if engine.offload else 0
     # A compiled block may keep less than an eager one.
     kept = memory.activations(micro, engine.checkpoint_blocks or engine.compile)
     # Activations go as gradients come.
@@ -58,7 +59,7 @@ def estimate(config: RunConfig, ranks: int, dtype: torch.dtype) -> Estimate:
     static.pop(CAPTION_CACHE, None)  # there may not be as many captions
     return Estimate(
         least=total(static) + passing,
-        expected=memory.device_bytes(name, micro, engine.checkpoint_blocks),
+        expected=memory.device_bytes(name, micro, engine.checkpoint_blocks) - away,
         checkpoint=checkpoint_bytes(memory.network),
     )
 
@@ -69,6 +70,8 @@ def remedy(config: RunConfig) -> str:
     ways = []
     if engine.name == "deepspeed" and engine.zero_stage < 3:
         ways.append(f"raise engine.zero_stage ({engine.zero_stage}) or set engine.name to fsdp")
+    if engine.name == "deepspeed" and engine.zero_stage == 3 and not engine.offload:
+        ways.append("set engine.offload")
     if engine.replicas > 1:
         ways.append(f"lower engine.replicas ({engine.replicas})")
     if train.micro_batch_size > 1:

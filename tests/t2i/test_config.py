@@ -76,6 +76,7 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"train": "long"}, ["train", "'long'"]),
         ({"engine": {"dtype": "fp16"}}, ["engine.dtype", "'bf16'", "'fp32'", "got 'fp16'"]),
         ({"engine": {"zero_stage": 4}}, ["engine.zero_stage", "got 4"]),
+        ({"engine": {"offload": True}}, ["engine", "offload", "zero_stage 3, not 1"]),
         ({"engine": {"name": "fsdp", "zero_stage": 3}}, ["engine", "zero_stage 3", "name fsdp", "leave it at 1"]),
         ({"engine": {"replicas": 2}}, ["engine", "replicas 2", "name deepspeed", "leave it at 1"]),
         ({"sampling": {"solver": "rk4"}}, ["sampling.solver", "'adams'", "got 'rk4'"]),

@@ -190,9 +190,10 @@ class Case:
     reshard: bool = True
     replicas: int = 1
     persistent: int = 100_000
+    offload: bool = False
 
     def __str__(self) -> str:
-        flags = [name for name in ("muon", "checkpointed", "compiled") if getattr(self, name)]
+        flags = [name for name in ("muon", "checkpointed", "compiled", "offload") if getattr(self, name)]
         flags += [] if self.reshard else ["no reshard"]
         flags += [] if self.replicas == 1 else [f"{self.replicas} replicas"]
         flags += [] if self.clip else ["no clipping"]
@@ -219,7 +220,12 @@ def build(case: Case) -> Engine:
     deepspeed.PERSISTENT_NUMEL = case.persistent
     micro = BATCH // dist.get_world_size() // case.accumulation
     return deepspeed.DeepSpeedEngine(
-        module, optimizer, zero_stage=int(case.engine[-1]), micro_batch_size=micro, **common
+        module,
+        optimizer,
+        zero_stage=int(case.engine[-1]),
+        offload=case.offload,
+        micro_batch_size=micro,
+        **common,
     )
 
 

@@ -53,6 +53,7 @@ def matrix(world_size: int) -> list[Case]:
         cases += [Case(engine, muon=True), Case(engine, clip=0), Case(engine, checkpointed=True)]
     cases += [Case(e, bf16, 2, checkpointed=True, persistent=0) for e in ("zero0", "zero3", "fsdp")]
     cases += [Case("zero3", fp32, 2, muon=True, persistent=0)]
+    cases += [Case("zero3", offload=True), Case("zero3", bf16, 2, offload=True)]
     cases += [Case("fsdp", reshard=False), Case("fsdp", bf16, 2, replicas=2)]
     return cases
 
@@ -174,7 +175,7 @@ def resume(folder: Path, other: Path | None, world) -> list[dict]:
     cases = [Case(engine, muon=True) for engine in ENGINES]
     if world.size == 2:
         cases += [Case(engine, torch.bfloat16, 2) for engine in ENGINES]
-        cases += [Case("fsdp", muon=True, replicas=2)]
+        cases += [Case("fsdp", muon=True, replicas=2), Case("zero3", torch.bfloat16, 2, offload=True)]
     for case in cases:
         unbroken = save_and_go_on(case, folder / str(case), world)
         again = go_on(case, folder / str(case))
