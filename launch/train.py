@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from contextlib import ExitStack
 
 from launch.arguments import parse
 from launch.departure import departure
@@ -26,9 +27,10 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
         departure.listen()  # once there is something to save
         return departure.reason
 
-    with joined_world(collective_timeout(config.limits.start_minutes)) as world, Failures(world) as failures:
+    patience = collective_timeout(config.limits.start_minutes)
+    with ExitStack() as at_exit, joined_world(patience) as world, Failures(world) as failures:
         try:
-            run(config, world, only, leave, failures)
+            run(config, world, only, leave, failures, at_exit)
             world.barrier()  # else rank 0's end would look like its death
         except Exception as error:
             failure = failures.report(error)

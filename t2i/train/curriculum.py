@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,14 @@ _SHARED_PATIENCE_S = 30.0
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
 
 
-def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], str | None], failures: Failures) -> None:
+def run(
+    config: RunConfig,
+    world: World,
+    only: int | None,
+    leave: Callable[[], str | None],
+    failures: Failures,
+    at_exit: ExitStack,
+) -> None:
     """Train a run's stages, skipping those that are done.
 
     Args:
@@ -52,6 +59,7 @@ def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], s
         only: index of the one stage to train; None trains all.
         leave: why this process is asked to leave; None: it is not.
         failures: told of what ends the run.
+        at_exit: closed when the ranks have parted; the watch goes on until then, and bounds how long that may take.
 
     Raises:
         UserError: a mistake, before anything is written, or another process that holds the run.
@@ -93,6 +101,7 @@ def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], s
 
     try:
         watch = Watch(failures, config.limits, config.directory / "stacks", attempt, last_words)
+        at_exit.callback(watch.close)
         _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
         notices = check_start([(settings[i], places[i], opened[i]) for i in pending], world) if pending else []
@@ -101,14 +110,13 @@ def run(config: RunConfig, world: World, only: int | None, leave: Callable[[], s
                 print(notice)
         for index in pending:
             _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt, leave, watch, end)
-        watch.close()
         if world.is_main:
             outcome.write(DONE, f"trained {', '.join(places[i].name for i in chosen)}", rank=0)
             if pending:
                 last = places[pending[-1]]
                 print(f"done: curves and pictures are in {write_report(config.directory)},")
                 print(f"the last pictures in {last.samples}, the model in {last.model}")
-    except Exception as error:  # the watch goes on: it bounds how long leaving may take
+    except Exception as error:
         end(error)
         raise
     finally:
