@@ -35,6 +35,19 @@ class Launcher:
         return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.fixture(autouse=True)
+def launchers_variables() -> Iterator[None]:
+    """A job that runs inside a test sets what a launcher would have; what the test starts after it is not its child."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in kept.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture(scope="session")
 def launch() -> Launcher:
     """`launch(script, world_size, *arguments)` returns what the script's rank 0 printed."""

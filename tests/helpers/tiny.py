@@ -129,16 +129,15 @@ def run(launcher: str, script: str, *arguments: str, ranks: int = 2, code: int =
 
 
 def ranks_of(config: Path) -> list[int]:
-    """Processes that train a config as ranks of a launcher."""
+    """Processes that train a config as ranks: Pythons that run a script, where a launcher is told of one."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 words = (entry / "cmdline").read_bytes().decode().split("\0")
-                environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if str(config) in words and b"\0LOCAL_RANK=" in environment:
+            if str(config) in words and any(word.endswith(".py") for word in words[1:3]):
                 found.append(int(entry.name))
     return found
 

@@ -52,18 +52,22 @@ def outcome(root: Path) -> dict[str, Any]:
 def code_of_leaving(launcher: str, root: Path, config: Path, whom: str, number: int) -> int | None:
     """Start a run, signal its launcher, its ranks or all of them, and wait for all of them; the launcher's code."""
     process = start(launcher, "stage1.py", "--config", str(config))
-    wait_until_it_trains(process, root)
-    ranks = ranks_of(config)
-    assert len(ranks) == 2
-    if whom == "all":  # as Ctrl-C in a shell
-        os.killpg(process.pid, number)
-    for pid in [process.pid] if whom == "launcher" else ranks if whom == "ranks" else ():
-        os.kill(pid, number)
-    process.communicate(timeout=200)
-    deadline = time.monotonic() + 60
-    while ranks_of(config):
-        assert time.monotonic() < deadline, "ranks outlived their launcher"
-        time.sleep(0.05)
+    try:
+        wait_until_it_trains(process, root)
+        ranks = ranks_of(config)
+        assert len(ranks) == 2
+        if whom == "all":  # as Ctrl-C in a shell
+            os.killpg(process.pid, number)
+        for pid in [process.pid] if whom == "launcher" else ranks if whom == "ranks" else ():
+            os.kill(pid, number)
+        process.communicate(timeout=200)
+        deadline = time.monotonic() + 60
+        while ranks_of(config):
+            assert time.monotonic() < deadline, "ranks outlived their launcher"
+            time.sleep(0.05)
+    finally:  # a run of ten thousand steps must not outlive its test
+        for pid in [*ranks_of(config), *([process.pid] if process.poll() is None else [])]:
+            os.kill(pid, signal.SIGKILL)
     return process.returncode
 
 
