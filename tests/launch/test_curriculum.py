@@ -125,13 +125,17 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(unbroken: 
     shutil.copytree(unbroken, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "high" / "model")  # so that the stage is not done
     before = {
-        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name not in ("run.lock", "outcome.json")
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name not in ("run.lock", "outcome.json")
     }
     options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path), "--model.width", "24"]
     output = run("python", "stage2.py", *options, ranks=1, code=2)
     assert "is of another model" in output.splitlines()[-1]
     after = {
-        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name not in ("run.lock", "outcome.json")
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name not in ("run.lock", "outcome.json")
     }
     assert after == before
 
