@@ -20,7 +20,8 @@ from data.packing.rows import ahead, fingerprint, left_out, sample_key
 from data.shards.index import SourceIndex, index_source
 from data.shards.tar import parse_sample
 from data.store import Store
-from data.store.folder import IMAGE_EXTENSIONS, FolderStore
+from data.store.folder import FolderStore
+from data.store.virtual import IMAGE_EXTENSIONS
 
 _LONGEST_NAME = 100
 """Bytes of a member's name in a plain tar header."""

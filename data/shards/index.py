@@ -26,7 +26,8 @@ from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, from_bytes, read_o
 from data.shards.tar import TarScan, scan_tar
 from data.store import ObjectInfo, OnFault, Store, StoreOptions
 from data.store.class_folder import ClassFolderStore
-from data.store.folder import SAMPLES_A_SHARD, FolderStore
+from data.store.folder import FolderStore
+from data.store.virtual import SAMPLES_A_SHARD
 
 _MOST_UNINDEXED = 1000
 _MOST_VIRTUAL = 100

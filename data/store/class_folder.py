@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.randomness import key, permutation
-from data.store.base import ObjectInfo, OnFault, Store, changed, shrunk
-from data.store.folder import (
+from data.store.base import ObjectInfo, Store
+from data.store.virtual import (
     BLOCK,
-    END,
     IMAGE_EXTENSIONS,
     SAMPLES_A_SHARD,
-    files_digest,
-    paste,
+    VirtualTars,
+    piece_offsets,
     tar_header,
+    tar_info,
     tar_key,
 )
 
@@ -54,8 +54,18 @@ class _Shard:
     labels: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
+    def file(self, number: int) -> str:
+        return self.names[number]
 
-class ClassFolderStore:
+    def head(self, number: int) -> bytes:
+        """The label as a member, and the image's header."""
+        stem, _, extension = self.names[number].rpartition(".")
+        key, label = tar_key(stem), b"%d" % self.labels[number]
+        member = tar_header(key + b"." + LABEL.encode(), len(label)) + label.ljust(BLOCK, b"\0")
+        return member + tar_header(key + b"." + extension.lower().encode(), int(self.sizes[number]))
+
+
+class ClassFolderStore(VirtualTars[_Shard]):
     """The virtual tars "00000.tar", ... of a store whose folders are classes.
 
     Args:
@@ -66,73 +76,19 @@ class ClassFolderStore:
         StoreError: the network failed for longer than the retries last.
     """
 
-    readahead = 0
-
     def __init__(self, inner: Store) -> None:
-        self.url = inner.url
-        self._inner = inner
         images = [info for info in inner.list() if _is_image(info.name)]
         if stray := next((info.name for info in images if "/" not in info.name), None):
-            raise DataError(f"{self.url}/{stray} lies in no folder: put it into its class's")
+            raise DataError(f"{inner.url}/{stray} lies in no folder: put it into its class's")
         if not images:
-            raise DataError(f"{self.url} holds no folder with an image (jpg, jpeg, png or webp)")
+            raise DataError(f"{inner.url} holds no folder with an image (jpg, jpeg, png or webp)")
         self.classes = tuple(sorted({_class(info.name) for info in images}))
         """The folders' names; a class's number is its place among them."""
-        self._shards = {shard.info.name: shard for shard in _shards(images, self.classes)}
-
-    def list(self, suffix: str = "") -> list[ObjectInfo]:
-        """List the virtual tars, sorted by name."""
-        return [shard.info for name, shard in sorted(self._shards.items()) if name.endswith(suffix)]
+        super().__init__(inner, _shards(images, self.classes), "a folder of classes")
 
     def offsets(self, name: str) -> NDArray[np.int64]:
         """The first byte of each sample of a virtual tar, then the end of the last."""
-        return self._shards[name].offsets
-
-    def info(self, name: str) -> ObjectInfo | None:
-        """Look a virtual tar up."""
-        shard = self._shards.get(name)
-        return shard.info if shard else None
-
-    def read(
-        self,
-        name: str,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        version: str | None = None,
-        on_fault: OnFault = None,
-    ) -> bytes | bytearray:
-        """Read bytes [start, stop) of a virtual tar, as `Store.read` does.
-
-        Raises:
-            DataError: there is no such tar, it ends before `stop`, or one of its files is gone or changed.
-            StoreError: the network or a disk failed for longer than the retries last.
-        """
-        shard = self._shards.get(name)
-        if shard is None:
-            raise DataError(f"{self.url}/{name} does not exist: the source is a folder of classes, read as tars")
-        if version is not None and version != shard.info.version:
-            raise changed(self.url, name)
-        stop = shard.info.size if stop is None else stop
-        if stop > shard.info.size:
-            raise shrunk(self.url, name, stop)
-        content = bytearray(max(0, stop - start))
-        for number in range(int(np.searchsorted(shard.offsets, start, "right")) - 1, len(shard.names)):
-            at, size, file = int(shard.offsets[number]), int(shard.sizes[number]), shard.names[number]
-            if at >= stop:
-                break
-            stem, _, extension = file.rpartition(".")
-            sample = tar_key(stem)
-            label = b"%d" % shard.labels[number]
-            head = tar_header(sample + b"." + LABEL.encode(), len(label)) + label.ljust(BLOCK, b"\0")
-            paste(content, at - start, head + tar_header(sample + b"." + extension.lower().encode(), size))
-            data = at + _LABEL_BYTES + BLOCK
-            first, last = max(start, data), min(stop, data + size)
-            if first < last:
-                content[first - start : last - start] = self._inner.read(
-                    file, first - data, last - data, version=shard.versions[number], on_fault=on_fault
-                )
-        return content
+        return self._tars[name].offsets
 
 
 def _is_image(name: str) -> bool:
@@ -150,14 +106,8 @@ def _shards(images: list[ObjectInfo], classes: tuple[str, ...]) -> Iterator[_Sha
     for number, first in enumerate(range(0, len(images), SAMPLES_A_SHARD)):
         files = tuple(images[i] for i in order[first : first + SAMPLES_A_SHARD])
         sizes = np.array([file.size for file in files], np.int64)
-        whole = _LABEL_BYTES + BLOCK + -(-sizes // BLOCK) * BLOCK
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(whole)])
+        offsets = piece_offsets(_LABEL_BYTES + BLOCK, sizes)
         labels = np.array([numbers[_class(file.name)] for file in files], np.int64)
-        info = ObjectInfo(
-            f"{number:05d}.tar",
-            int(offsets[-1]) + len(END),
-            files_digest(files, b"".join(b"%d," % label for label in labels)),
-            max(file.modified for file in files),
-        )
+        info = tar_info(f"{number:05d}.tar", offsets, files, b"".join(b"%d," % label for label in labels))
         names, versions = (tuple(getattr(file, part) for file in files) for part in ("name", "version"))
         yield _Shard(info, names, versions, sizes, labels, offsets)

@@ -23,6 +23,7 @@ from t2i.exit_codes import BAD_INPUT, DONE, FAILED, START_AGAIN
 from t2i.train.processes import LOCK, RunInUseError
 
 Outcome = Literal["done", "resumable", "failed"]
+_OUTCOMES: dict[int, Outcome] = {DONE: "done", START_AGAIN: "resumable"}
 
 
 class Departed(Exception):
@@ -38,7 +39,7 @@ def code_of(error: Exception) -> int:
 
 def outcome_of(code: int) -> Outcome:
     """What an exit code says of a run."""
-    return {DONE: "done", START_AGAIN: "resumable"}.get(code, "failed")  # type: ignore[return-value]
+    return _OUTCOMES.get(code, "failed")
 
 
 class OutcomeFile:

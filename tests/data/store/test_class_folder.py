@@ -16,7 +16,7 @@ from data.shards.index import open_index
 from data.shards.tar import parse_sample, scan_tar
 from data.store import open_store
 from data.store.class_folder import ClassFolderStore
-from data.store.folder import SAMPLES_A_SHARD
+from data.store.virtual import SAMPLES_A_SHARD
 
 CLASSES = {"n02": 3, "n01": 700, "n10": 600}
 

@@ -1,0 +1,54 @@
+"""The null caption's states: computed once in a run, and kept with the run and its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from t2i.build import condition_identity
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
+from t2i.engine.checkpoint import sync
+from t2i.model_folder import NULL_CAPTION, read_model
+from t2i.models.labels import Conditioner
+from t2i.train.places import StagePlace
+
+
+def find_null_caption(config: RunConfig, place: StagePlace, conditioner: Conditioner) -> Tensor:
+    """The states (L, E) or class () of the run, else of the model that the stage starts from, else computed.
+
+    Raises:
+        ConfigError: the run's or the model's were made with another text encoder or other classes.
+    """
+    path, source = place.null_caption, config.init.source
+    fresh, made_by = conditioner.null_caption(), condition_identity(config)
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            stored_by, states = (file.metadata() or {}).get("text"), file.get_tensor(NULL_CAPTION)
+        if stored_by != made_by:
+            raise ConfigError(
+                f"{path} was computed with {stored_by}, this run has {made_by}: a run keeps its text "
+                "section and its classes; give this one another name"
+            )
+        return states.to(fresh)
+    if source not in ("previous", "scratch"):
+        states = read_model(Path(source), config.init.weights).null_caption
+        if states.shape != fresh.shape:
+            raise ConfigError(
+                f"init.source {source} has another text encoder, text.length or model.condition than this run"
+            )
+        return states.to(fresh)
+    return fresh
+
+
+def store_null_caption(config: RunConfig, place: StagePlace, states: Tensor) -> None:
+    """Keep it with the run, unless it is there. On rank 0."""
+    if place.null_caption.exists():
+        return
+    aside = place.null_caption.with_suffix(".partial")
+    save_file({NULL_CAPTION: states.contiguous().cpu()}, aside, metadata={"text": condition_identity(config)})
+    sync(aside)
+    aside.rename(place.null_caption)
