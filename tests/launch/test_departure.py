@@ -101,6 +101,9 @@ def test_a_dead_launcher_asks_once_and_the_clock_asks_too() -> None:
     with process(code) as child:
         assert line(child) == "limits.wall_clock_minutes 0.01 are over"
         assert line(child) == "here"  # it is leaving anyway
+        child.send_signal(signal.SIGTERM)  # the scheduler's first word is not a second one
+        time.sleep(0.3)
+        assert child.poll() is None
 
 
 def test_before_it_listens_a_signal_ends_it() -> None:

@@ -401,6 +401,15 @@ def test_lines_have_the_ids_and_those_of_an_abandoned_end_are_taken_back(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]
 
 
+def test_a_line_that_a_kill_tore_does_not_swallow_the_next(tmp_path: Path) -> None:
+    stop = {"event": 1, "kind": "stop"}
+    SkippedFile(tmp_path, "low", 0).write([stop], [])
+    with (tmp_path / "skipped.jsonl").open("a") as file:
+        file.write('{"stage": "low", "ev')
+    SkippedFile(tmp_path, "low", 1).write([stop | {"event": 2}], [])
+    assert [line["event"] for line in JsonLines(tmp_path / "skipped.jsonl").lines()] == [1, 2]
+
+
 def test_the_ids_of_all_ranks_come_in_the_order_of_the_slots() -> None:
     def batch(slots: list[int]) -> Any:
         return SimpleNamespace(slots=np.array(slots), ids=[f"id{slot}" for slot in slots])

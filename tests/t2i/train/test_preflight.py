@@ -29,7 +29,15 @@ from t2i.train import preflight
 from t2i.train.dry_run import dry_run, made_up_batch
 from t2i.train.memory import Estimate, check_memory, device_bytes, estimate, remedy
 from t2i.train.places import stage_places
-from t2i.train.preflight import check_mirror, check_reach, check_room, check_start, check_writable, free_bytes
+from t2i.train.preflight import (
+    check_mirror,
+    check_reach,
+    check_room,
+    check_start,
+    check_writable,
+    free_bytes,
+    leftover_bytes,
+)
 from t2i.train.processes import World
 from t2i.train.schedule import training_times
 from t2i.train.stage_data import open_data
@@ -93,6 +101,15 @@ def test_room_is_needed_for_the_checkpoints_that_come(tmp_path, steps: int, pres
     if needed:
         with pytest.raises(UserError, match=rf"root {tmp_path}: .* need {needed} GiB \(checkpoint.keep 2"):
             check_room(config, place, GIB, needed * GIB - 1)
+
+
+def test_what_a_killed_save_left_counts_as_room(tmp_path) -> None:
+    place = stage_places(plain(root=tmp_path, stages=[{"name": "only"}]))[0]
+    assert leftover_bytes(place) == 0
+    for name in (".step_00000030.0123abcd-0.3", ".step_00000020.dropped", "step_00000010"):
+        (place.checkpoints / name).mkdir(parents=True)
+        (place.checkpoints / name / "rank_00000.safetensors").write_bytes(bytes(1000))
+    assert leftover_bytes(place) == 2000  # the first save of the next start removes them
 
 
 def test_a_file_system_that_does_not_say_how_large_it_is_has_room(tmp_path, monkeypatch) -> None:
