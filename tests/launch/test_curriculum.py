@@ -50,6 +50,11 @@ def test_a_run_writes_what_it_promises(unbroken: Path) -> None:
         trained = [line for line in metrics(unbroken) if line["stage"] == stage and line["kind"] == "train"]
         assert [line["step"] for line in trained] == list(range(1, steps + 1))
         assert all(line["resolution"] == resolution and line["grad_norm"] > 0 for line in trained)
+    costs = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    costs = [line for line in costs if line["kind"] == "train"]
+    assert all(line["slowest_rank"] in (0, 1) and line["rank_s_max"] >= line["rank_s_median"] > 0 for line in costs)
+    assert (unbroken / "events.log").read_text().count("a dry step took") == 2  # one a stage
+    assert json.loads((unbroken / "outcome.json").read_text())["outcome"] == "done"
     environment = json.loads((unbroken / "environment.json").read_text())
     assert len(environment["stand_ins"]) == 2
     assert all("stand-in" in notice for notice in environment["stand_ins"])
@@ -178,7 +183,10 @@ def test_other_engines_and_numbers_of_processes_compute_the_same(
     unbroken: Path, scenes: Path, tmp_path: Path, launcher: str, ranks: int, engine: dict[str, Any]
 ) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_config(scenes, tmp_path, engine={"dtype": "fp32", **engine}))
-    run(launcher, "stage1.py", "--config", str(config), ranks=ranks)
+    looks = ["--profiling.trace_step", "3", "--profiling.trace_steps", "2"]
+    run(launcher, "stage1.py", "--config", str(config), *looks, ranks=ranks)
+    traces = sorted(path.name for path in (tmp_path / "tiny" / "low" / "profile").iterdir())
+    assert traces == [f"trace_00000003-00000004_rank_{rank:05d}.json.gz" for rank in range(ranks)]
     expected = {(line["kind"], line["step"]): line for line in metrics(unbroken) if line["stage"] == "low"}
     found = {(line["kind"], line["step"]): line for line in metrics(tmp_path / "tiny")}
     assert found.keys() == expected.keys()
