@@ -232,7 +232,7 @@ def _stage_plan(stage: _Stage) -> dict[str, Any]:
     seconds = images / rate
     static: dict[str, Bytes] = {engine: _summed(memory.static(engine)) for engine in ENGINES}
     if given.reference:
-        static["ddp"] = _summed(reference_static_memory(memory.network, memory.frozen()))
+        static["ddp"] = _summed(reference_static_memory(memory.network, memory.frozen(perceptual_bytes=FP32)))
     return {
         "name": stage.name,
         "resolution": config.data.resolution,

@@ -22,7 +22,7 @@ from t2i.build import build_denoiser
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_objective import STAND_IN, ObjectiveConfig
-from t2i.diffusion.perceptual import EfficientNetLite
+from t2i.diffusion.perceptual import EfficientNetLite, Lpips
 from t2i.engine.deepspeed import PERSISTENT_NUMEL
 from t2i.models.layers import Projector, axial_rope_table, rope_table
 from t2i.models.pixelgen import Block, PixelGen, muon_takes
@@ -253,8 +253,8 @@ def _stand_in() -> EfficientNetLite:
         raise ConfigError(f"objective: the stand-in {STAND_IN} comes with the extra 'demo': {error}") from error
 
 
-def image_distance(config: RunConfig) -> Frozen | None:
-    """LPIPS or its stand-in on one image at full resolution: FLOPs of the predicted image's half."""
+def image_distance(config: RunConfig, dtype: torch.dtype) -> Frozen | None:
+    """LPIPS, VGG16 in `dtype`, or its stand-in on one image at full resolution: FLOPs of the predicted image's half."""
     if config.objective.lpips_weight == 0:
         return None
     image, predicted = _images(config)
@@ -266,15 +266,13 @@ def image_distance(config: RunConfig) -> Frozen | None:
     import lpips
 
     with META:
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
-    net = net.to(META).eval().requires_grad_(False)
-    # The five layers that weigh the maps are a millionth of it.
-    flops = _flops(lambda: net(predicted, image)) / 2
-    return Frozen("LPIPS, VGG16", size(net), 0, flops, saved_bytes(lambda: net(predicted, image), net))
+        net = Lpips(lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False), dtype).to(META)
+    flops = _flops(lambda: net.distance(predicted, image)) / 2
+    return Frozen("LPIPS, VGG16", size(net), 0, flops, saved_bytes(lambda: net.distance(predicted, image), net))
 
 
-def patch_features(config: RunConfig) -> Frozen | None:
-    """DINOv2 or its stand-in on one image, resized so that its patches match the model's."""
+def patch_features(config: RunConfig, dtype: torch.dtype) -> Frozen | None:
+    """DINOv2 in `dtype`, or its stand-in, on one image, resized so that its patches match the model's."""
     objective, grid = config.objective, _grid(config)
     if objective.pdino_weight + objective.repa_weight == 0:
         return None
@@ -288,8 +286,9 @@ def patch_features(config: RunConfig) -> Frozen | None:
 
     described = _described(objective.features_path, "objective.features_path", _KNOWN_FEATURES, "dinov2")
     with META:
-        net = Dinov2Model(described).eval().requires_grad_(False)
-        resized = torch.empty(1, 3, *(described.patch_size * side for side in grid), requires_grad=True)
+        net = Dinov2Model(described).eval().requires_grad_(False).to(dtype)
+        sides = [described.patch_size * side for side in grid]
+        resized = torch.empty(1, 3, *sides, dtype=dtype, requires_grad=True)
         flops = _flops(lambda: net(resized))
         with _FusedAttention():
             saved = saved_bytes(lambda: net(resized), net)

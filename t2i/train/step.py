@@ -25,9 +25,10 @@ from t2i.engine.interface import Engine, StepResult
 from t2i.models.dropout import KEY_BITS
 from t2i.models.labels import Conditioner
 from t2i.train.balance import GradientBalance
+from t2i.train.means import GlobalMeans
 from t2i.train.processes import World
 from t2i.train.schedule import learning_rate, training_times
-from t2i.train.validate import global_means
+from t2i.upload import upload
 
 PURPOSES = ("time", "noise", "caption", "dropout")
 """What a step draws for each slot."""
@@ -104,8 +105,9 @@ class TrainingStep:
         """
         own = _Stopwatch(self._world.device)
         terms = self._accumulate(batch, step, own)
-        means = global_means(terms, [*TERMS, *band_names("loss_fm")], self._world.device)
-        result = self._engine.step(lambda muon: self._rate(step, muon), lambda norm: veto(means["loss"], norm))
+        pending = GlobalMeans(terms, [*TERMS, *band_names("loss_fm")], self._world.device)
+        result = self._engine.step(lambda muon: self._rate(step, muon), lambda norm: veto(pending.read()["loss"], norm))
+        means = pending.read()
         if self._balance is not None:
             means["perceptual_weight"] = self._balance.weight
             self._balance.finish(applied=result.vetoed is None)
@@ -127,7 +129,7 @@ class TrainingStep:
         if self._config.model.dropout == 0:
             return ()
         keys = hash_u64(self._keys["dropout"], slots) >> np.uint64(64 - KEY_BITS)
-        return (torch.from_numpy(keys.astype(np.int64)).to(self._world.device),)
+        return (upload(keys.astype(np.int64), self._world.device),)
 
     def _accumulate(self, batch: Batch, step: int, own: _Stopwatch) -> Terms:
         """All micro-steps; the sums of this rank's loss terms."""
@@ -144,7 +146,7 @@ class TrainingStep:
         for start in range(0, len(batch.slots), micro):
             part = slice(start, start + micro)
             image = to_unit_range(batch.pixels[part].to(device, non_blocking=True))
-            times = torch.from_numpy(t[part]).float().to(device)
+            times = upload(t[part].astype(np.float32), device)
             scale = config.objective.noise_scale
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device, scale)
             condition = self._conditioner(batch.captions[part])

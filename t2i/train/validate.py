@@ -20,8 +20,8 @@ from data.randomness import key, permutation
 from t2i.diffusion.flow import flow_matching_loss, interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import Terms, add_bands, band_names
-from t2i.engine.shards import all_reduce_sum
 from t2i.pipeline import Picture, Pipeline
+from t2i.train.means import GlobalMeans
 from t2i.train.processes import World
 from t2i.train.schedule import training_times
 
@@ -60,7 +60,7 @@ class Evaluator:
             losses = flow_matching_loss(predicted, image, times, config.objective.min_noise)
             terms.add("loss", losses.sum(), len(index))
             add_bands(terms, "loss", losses, t[index])
-        return global_means(terms, ["loss", *band_names("loss")], device)
+        return GlobalMeans(terms, ["loss", *band_names("loss")], device).read()
 
     def grid(self, step: int) -> None:
         """Draw the config's prompts, each rank its share, and write the grid with its description."""
@@ -103,17 +103,3 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
     cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
     cells[:count] = images.transpose(0, 2, 3, 1)
     return cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, -1, 3)
-
-
-def global_means(terms: Terms, names: list[str], device: torch.device) -> dict[str, float]:
-    """Means over all ranks' samples of the named terms, by one sum over ranks; terms without a sample are left out.
-
-    The names are given, since a rank whose samples are all gated has no perceptual term.
-    """
-    table = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-    for column, name in enumerate(names):
-        if name in terms.sums:
-            table[0, column] = terms.sums[name]
-            table[1, column] = terms.counts[name]
-    sums, counts = all_reduce_sum(table).tolist()
-    return {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c > 0}

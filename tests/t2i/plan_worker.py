@@ -119,7 +119,7 @@ def main() -> None:
         torch.set_num_threads(1)
         for name, dtype in DTYPES.items():
             config, account = validate_config(tree, "test"), Account()
-            text, objective = build_text(config, CPU, dtype), build_objective(config.objective, CPU)
+            text, objective = build_text(config, CPU, dtype), build_objective(config.objective, CPU, dtype)
             assert objective.patch_features is not None
             frozen = outside(config, text, objective, account)
             for engine in ENGINES:

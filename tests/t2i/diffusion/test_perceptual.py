@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 import vgg16_weights
 from torch import Tensor
 
-from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, Lpips, cosine_distance
+from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, Lpips, compile_for_any_batch, cosine_distance, load_lpips
 
 
 def images(height: int = 32, width: int = 32, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -118,7 +121,7 @@ def vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lpips_net(vgg16: Path) -> Lpips:
-    return Lpips(vgg16)
+    return load_lpips(vgg16)
 
 
 def test_lpips_equals_the_package_on_the_same_weights(lpips_net: Lpips, vgg16: Path) -> None:
@@ -170,7 +173,7 @@ def test_lpips_gradient_is_finite_where_no_channel_is_active(vgg16: Path, tmp_pa
     torch.save(weights, tmp_path / "dead.pth")
     predicted, image = images()
     predicted.requires_grad_()
-    Lpips(tmp_path / "dead.pth").distance(predicted, image).sum().backward()
+    load_lpips(tmp_path / "dead.pth").distance(predicted, image).sum().backward()
     assert predicted.grad.isfinite().all() and predicted.grad.abs().max() > 0
 
 
@@ -193,7 +196,7 @@ def test_lpips_with_imagenet_weights_equals_the_package(imagenet_vgg16: Path) ->
     )
     layers = {name: weights[f"features.{name.split('.', 1)[1]}"] for name in package.net.state_dict()}
     package.net.load_state_dict(layers)
-    net, image = Lpips(imagenet_vgg16), images(64, 64, batch=3)[0]
+    net, image = load_lpips(imagenet_vgg16), images(64, 64, batch=3)[0]
     noisy = image + 0.3 * torch.randn_like(image)
     rows = torch.stack([image.roll(8, -1), noisy, image * 1.5])  # beyond [-1, 1] too: nothing is clamped
     with torch.no_grad():
@@ -267,3 +270,44 @@ def test_dinov2_stops_after_the_last_layer_asked_for(dino_folder: Path) -> None:
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
     net.tokens(images()[0], (2, 2), [1])
     assert ran == [1]
+
+
+# Of both
+
+
+def test_weights_in_bf16_come_close_to_fp32(vgg16: Path, dino_folder: Path) -> None:
+    predicted, image = images(64, 64)
+    exact, rough = (load_lpips(vgg16, dtype).distance(predicted, image) for dtype in (torch.float32, torch.bfloat16))
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0)
+    assert not torch.equal(rough, exact)
+    a, b = (Dinov2(str(dino_folder), dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rough = (
+        cosine_distance(net.tokens(predicted, (2, 2), [2])[0], net.tokens(image, (2, 2), [2])[0]) for net in (a, b)
+    )
+    assert rough.dtype == torch.float32 and next(b.net.parameters()).dtype == torch.bfloat16
+    torch.testing.assert_close(rough, exact, rtol=0, atol=0.02)
+
+
+def test_compiled_networks_take_any_number_of_samples_in_few_graphs(
+    vgg16: Path, dino_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    for load in (lambda: load_lpips(vgg16), lambda: Dinov2(str(dino_folder))):
+        plain, compiled = load(), load()
+        compile_for_any_batch(compiled)
+        graphs.clear()
+        for batch in (4, 3, 2, 6, 5):
+            predicted, image = images(batch=batch)
+            found, expected = (
+                net.distance(predicted, image) if isinstance(net, Lpips) else net.tokens(predicted, (2, 2), [2])[0]
+                for net in (compiled, plain)
+            )
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert len(graphs) == 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.loader import Batch
 from data.randomness import key, uniform
@@ -17,6 +18,7 @@ from t2i.diffusion.objective import LossWeights, Objective
 from t2i.engine.interface import StepResult
 from t2i.models.dropout import keep_mask
 from t2i.models.labels import ClassLabels
+from t2i.train.means import GlobalMeans
 from t2i.train.processes import World
 from t2i.train.step import TrainingStep
 
@@ -39,6 +41,19 @@ class Recorder:
 
     def step(self, *_: Any) -> StepResult:
         return StepResult(1.0, None)
+
+
+class Eyes:
+    """In the frozen networks' place."""
+
+    width, depth, seen = 4, 1, 0
+
+    def distance(self, predicted: Tensor, image: Tensor) -> Tensor:
+        self.seen += len(predicted)
+        return (predicted - image).square().mean((1, 2, 3))
+
+    def tokens(self, image: Tensor, grid: tuple[int, int], layers: Any) -> list[Tensor]:
+        return [image.flatten(2).mT for _ in layers]
 
 
 def config(micro: int, dropout: float, caption_dropout: float) -> RunConfig:
@@ -105,3 +120,45 @@ def test_the_share_of_dropped_labels_is_the_configs(fraction: float) -> None:
     n = 16 * SIZE
     spread = (fraction * (1 - fraction) / n) ** 0.5
     assert (labels == CLASSES).double().mean().item() == pytest.approx(fraction, abs=4 * spread)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what would make a host wait for its device: a number read from it, or a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm is the one point of a step where the host waits."""
+    order: list[str] = []
+    read = GlobalMeans.read
+    monkeypatch.setattr(GlobalMeans, "read", lambda self: [order.append("loss"), read(self)][1])
+
+    class Engine(Recorder):
+        def step(self, lr: Any, veto: Any) -> StepResult:
+            order.append("norm")
+            return StepResult(1.0, veto(1.0))
+
+    labels, reads = ClassLabels(CLASSES, CPU), _Reads()
+    net = Eyes()
+    objective = Objective(LossWeights(0.1, 0.01, 0, 0.3, 0.05), net, net)
+    stage = config(16, 0.1, 0.5)
+    step = TrainingStep(stage, "s", World(0, 1, CPU), labels, labels.null_caption(), objective, Engine())  # type: ignore[arg-type]
+    slots = np.arange(SIZE)
+    captions = [str(slot % CLASSES) for slot in slots]
+    batch = Batch(torch.zeros(SIZE, 3, 8, 8, dtype=torch.uint8), captions, captions, slots, {}, [], 0.0)
+    with reads:
+        step(batch, 0, lambda loss, norm: None)
+    assert order[:2] == ["norm", "loss"] and net.seen > 0
+    assert reads.found == []
+    with reads:
+        float(torch.ones(()) + 1)
+        torch.zeros(2)[torch.ones(2).bool()]
+    assert len(reads.found) == 2

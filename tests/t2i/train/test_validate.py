@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from t2i.diffusion.objective import Terms
-from t2i.train.validate import global_means, tile
+from t2i.train.means import GlobalMeans
+from t2i.train.validate import tile
 
 
 def test_tiles_are_row_by_row_and_the_rest_is_white() -> None:
@@ -20,4 +21,4 @@ def test_means_are_over_samples_and_empty_terms_are_left_out() -> None:
     terms = Terms()
     terms.add("a", torch.tensor(6.0), 2)
     terms.add("a", torch.tensor(0.0), 1)
-    assert global_means(terms, ["a", "b"], torch.device("cpu")) == {"a": 2.0}
+    assert GlobalMeans(terms, ["a", "b"], torch.device("cpu")).read() == {"a": 2.0}
