@@ -92,9 +92,19 @@ class StageMemory:
             return 0.0
         return 1.0 if objective.pdino_gate == "none" else self.seen
 
+    @property
+    def text_bytes(self) -> int:
+        """Of the text encoder; none where classes are drawn."""
+        return self.text.parameters * self.dtype_bytes if self.text is not None else 0
+
+    @property
+    def released(self) -> int:
+        """Bytes of the text encoder where it is let go before the first micro-step, else none."""
+        return self.text_bytes if self.config.text.release else 0
+
     def frozen(self) -> Bytes:
         """Bytes of the frozen networks, one stand-in may be both perceptual ones; and of captions kept, at most."""
-        found = {"text encoder": self.text.parameters * self.dtype_bytes} if self.text is not None else {}
+        found = {"text encoder": self.text_bytes} if self.text is not None and not self.released else {}
         perceptual = {net.name: net.parameters for net in (self.distance, self.features) if net is not None}
         if perceptual:
             found["perceptual networks"] = FP32 * sum(perceptual.values())
@@ -125,5 +135,5 @@ class StageMemory:
 
     def device_bytes(self, engine: Engine, micro_batch: int, checkpointing: bool) -> int:
         """Everything on one device."""
-        moving = buffers(engine, self.network, self.dtype_bytes)
-        return CONTEXT_BYTES + total(self.static(engine)) + moving + total(self.activations(micro_batch, checkpointing))
+        moving = buffers(engine, self.network, self.dtype_bytes) + total(self.activations(micro_batch, checkpointing))
+        return CONTEXT_BYTES + total(self.static(engine)) + max(moving, self.released)

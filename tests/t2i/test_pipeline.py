@@ -20,6 +20,7 @@ from t2i.config_loading import dump_config, validate_config
 from t2i.config_sampling import SamplingConfig
 from t2i.diffusion.flow import to_pixels
 from t2i.model_folder import DENOISER, NULL_CAPTION, check_model, read_model, write_model
+from t2i.models.labels import stack_conditions
 from t2i.models.text import TextEncoder
 from t2i.pipeline import Picture, Pipeline, starting_noise, states_of_batches
 
@@ -89,7 +90,7 @@ def test_pictures_of_a_prompt_differ_by_number_and_seed_alone(pipeline: Pipeline
 def test_a_picture_is_the_solution_of_the_guided_equation(pipeline: Pipeline) -> None:
     """Adams' second-order steps on the grid 0, 1/5, 1/2, 1 (shift 2 of 0, 1/3, 2/3, 1), written out."""
     picture = Picture("green apple", 3)
-    states, null = pipeline.conditioner([picture.prompt]), pipeline.null_caption[None]
+    states, null = stack_conditions(pipeline.conditioner([picture.prompt])), pipeline.null_caption[None]
 
     def velocity(x: Tensor, t: float, scale: float) -> Tensor:
         v, v_null = ((pipeline.denoiser(x, torch.tensor([t]), s).image - x) / (1 - t) for s in (states, null))
@@ -169,7 +170,7 @@ def test_a_negative_prompt_takes_the_null_captions_place(
     pipeline: Pipeline = request.getfixturevalue(of)
     sampling = SamplingConfig(solver="euler", steps=2, timeshift=3.0, guidance_scale=3.0, batch_size=2, seed=5)
     picture = Picture(prompt, 1, negative=negative)
-    states, away = pipeline.conditioner([prompt]), pipeline.conditioner([negative])
+    states, away = (stack_conditions(pipeline.conditioner([text])) for text in (prompt, negative))
     x = starting_noise(picture, 5, (16, 16), CPU)[None]
     x = x + 0.25 * (pipeline.denoiser(x, torch.tensor([0.0]), states).image - x)
     v, v_away = ((pipeline.denoiser(x, torch.tensor([0.25]), s).image - x) / 0.75 for s in (states, away))
@@ -269,9 +270,9 @@ class CountingText:
     def __init__(self) -> None:
         self.encoded: Counter[str] = Counter()
 
-    def __call__(self, captions: list[str]) -> Tensor:
+    def __call__(self, captions: list[str]) -> list[Tensor]:
         self.encoded.update(captions)
-        return torch.stack([torch.full((2, 3), float(ord(caption[0]))) for caption in captions])
+        return [torch.full((2, 3), float(ord(caption[0]))) for caption in captions]
 
 
 def test_a_caption_is_encoded_once_and_held_as_long_as_it_is_needed() -> None:
