@@ -68,7 +68,7 @@ class TextEncoder(nn.Module):
         release: hold the weights only while there are captions to encode.
 
     Raises:
-        UserError: the weights or the tokeniser cannot be loaded; under `release`, from the first caption on.
+        UserError: the weights or the tokeniser cannot be loaded.
     """
 
     def __init__(
@@ -81,13 +81,12 @@ class TextEncoder(nn.Module):
         release: bool = False,
     ) -> None:
         super().__init__()
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self._name = name
         self.tokenizer = _load(AutoTokenizer, name)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.width: int = _load(AutoConfig, name).hidden_size
         self.dtype = dtype
         self.length = length
         self._masks = padding == "mask"
@@ -95,12 +94,14 @@ class TextEncoder(nn.Module):
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._place: Tensor
         self.register_buffer("_place", torch.empty(0), persistent=False)  # where the model belongs, loaded or not
-        self.net: nn.Module | None = None if release else self._load_net()
+        net = self._load_net()
+        self.width: int = net.config.hidden_size
+        self.net: nn.Module | None = None if release else net
 
-    def _load_net(self) -> nn.Module:
+    def _load_net(self, **options: Any) -> Any:
         from transformers import AutoModel
 
-        net: nn.Module = _load(AutoModel, self._name, dtype=self.dtype)
+        net = _load(AutoModel, self._name, dtype=self.dtype, **options)
         return net.eval().requires_grad_(False).to(self._place.device)
 
     @contextmanager
@@ -109,7 +110,7 @@ class TextEncoder(nn.Module):
         if self.net is not None:
             yield self.net
             return
-        self.net = self._load_net()
+        self.net = self._load_net(local_files_only=True)  # once found, no hub is asked again
         try:
             yield self.net
         finally:
