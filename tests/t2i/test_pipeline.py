@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_model import config, write_random_model
+from random_model import config, random_weights, write_random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -223,6 +223,52 @@ def test_without_the_clamp_the_last_step_ends_at_the_image_predicted_there(pipel
     (end, predicted), (short, aimed_at) = ends
     assert (end - predicted[0].int()).abs().max() <= 1
     assert (short - aimed_at[0].int()).abs().max() > 1
+
+
+@pytest.mark.parametrize("change", [{"release": True}, {"cache": 2}])
+def test_how_the_text_encoder_keeps_memory_free_changes_no_picture(copy: Path, change: dict[str, Any]) -> None:
+    pictures = [Picture(prompt, negative=PROMPTS[0]) for prompt in PROMPTS[1:]]
+    expected = Pipeline.load(copy, "ema", CPU).draw(pictures, SAMPLING)
+    tree = config().model_dump()
+    tree["text"] |= change
+    (copy / "config.yaml").write_text(dump_config(validate_config(tree, "test")))
+    assert torch.equal(Pipeline.load(copy, "ema", CPU).draw(pictures, SAMPLING), expected)
+
+
+# Masked pads: prompts and what guidance leads away from differ in length
+
+
+@pytest.fixture(scope="module")
+def masking(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    tree = config().model_dump()
+    tree["text"]["length"] = 40
+    tree["model"]["text_padding"] = "mask"
+    run = validate_config(tree, "test")
+    weights = random_weights(run, 0)
+    place = tmp_path_factory.mktemp("masking") / "model"
+    write_model(place, run, weights, weights, build_conditioner(run, CPU, torch.float32).null_caption())
+    return Pipeline.load(place, "ema", CPU)
+
+
+LONG = "two blue squares left of three yellow stars " * 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("prompt", "negative"), [("a dog", ""), (LONG, ""), ("a dog", LONG), (LONG, "a dog")])
+def test_guidance_between_captions_of_different_lengths(masking: Pipeline, prompt: str, negative: str) -> None:
+    """One guided step from t = 1/4 on, after an unguided one, written out; each caption is given at its own length."""
+    sampling = SamplingConfig(solver="euler", steps=2, timeshift=3.0, guidance_scale=3.0, batch_size=3, seed=5)
+    picture = Picture(prompt, 1, negative=negative)
+    states, away = (masking.conditioner([text])[0][None] for text in (prompt, negative))
+    assert (states.shape[1], away.shape[1]) == tuple(40 if text == LONG else 32 for text in (prompt, negative))
+    x = starting_noise(picture, 5, (16, 16), CPU)[None]
+    x = x + 0.25 * (masking.denoiser(x, torch.tensor([0.0]), states).image - x)
+    v, v_away = ((masking.denoiser(x, torch.tensor([0.25]), s).image - x) / 0.75 for s in (states, away))
+    expected = to_pixels(x + 0.75 * (v_away + 3 * (v - v_away)))[0].int()
+    drawn = masking.draw([picture], sampling)
+    assert (drawn[0].int() - expected).abs().max() <= 1 and drawn.float().std() > 20
+    beside = [Picture(text, negative=other) for text in ("a", LONG) for other in ("", LONG)]
+    assert torch.equal(masking.draw([*beside, picture], sampling)[-1], drawn[0])
 
 
 # What is computed

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from data.errors import UserError
 from t2i.models.labels import stack_conditions
 from t2i.models.text import ENCODE_BATCH, TextEncoder
 
@@ -186,6 +190,42 @@ def test_a_wrong_name_is_a_mistake_in_text_model(name: str, tmp_path: Path, monk
 def test_a_folder_without_a_model_is_a_mistake_in_text_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^text\.model '"):
         TextEncoder(str(tmp_path), LENGTH)
+
+
+# Releasing the model
+
+
+def test_a_released_model_gives_the_same_states_and_is_gone_in_between(qwen: Path) -> None:
+    kept = TextEncoder(str(qwen), LENGTH, torch.float32)
+    encoder = TextEncoder(str(qwen), LENGTH, torch.float32, release=True)
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    load = encoder._load_net
+
+    def note(**options: Any) -> torch.nn.Module:
+        net = load(**options)
+        loaded.append(weakref.ref(net))
+        return net
+
+    encoder._load_net = note  # type: ignore[method-assign]
+    for captions in (CAPTIONS, CAPTIONS[::-1], [""]):
+        assert encoder.net is None and not list(encoder.parameters())
+        assert torch.equal(stacked(encoder, captions), stacked(kept, captions))
+        assert loaded[-1]() is None
+    assert len(loaded) == 3 and encoder([]) == [] and encoder.width == kept.width
+    with encoder.loaded() as net:
+        assert torch.equal(encoder.null_caption(), kept.null_caption()) and encoder.net is net
+    assert len(loaded) == 4 and encoder.net is None
+
+
+def test_a_released_model_is_loaded_for_captions_that_are_not_in_the_cache_alone(qwen: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen, tmp_path / "qwen3"))
+    encoder = TextEncoder(str(folder), LENGTH, torch.float32, cache=10, release=True)
+    states = encoder(CAPTIONS)
+    shutil.rmtree(folder)
+    assert torch.equal(stacked(encoder, CAPTIONS[::-1]), stack_conditions(states[::-1]))
+    with pytest.raises(UserError, match=r"^text\.model '.*' cannot be loaded"):
+        encoder([*CAPTIONS, "another"])
+    assert encoder.net is None
 
 
 def test_the_cache_holds_a_captions_states_and_no_more(minilm: str) -> None:
