@@ -56,6 +56,7 @@ def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> De
         patch_size=config.patch_size,
         bottleneck=config.bottleneck,
         repa_layer=config.repa_layer,
+        text_padding=config.text_padding,
     )
 
 
@@ -68,11 +69,15 @@ def build_conditioner(config: RunConfig, device: torch.device, dtype: torch.dtyp
 
 def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """The frozen text encoder on its device."""
-    return TextEncoder(config.text.model, config.text.length, dtype, config.text.cache).to(device)
+    text = config.text
+    return TextEncoder(
+        text.model, text.length, dtype, text.cache, padding=config.model.text_padding, release=text.release
+    ).to(device)
 
 
 def condition_identity(config: RunConfig) -> str:
     """What a caption's condition depends on, and with it the stored null caption."""
     if config.model.condition == "class":
         return f"model.classes {config.model.classes}"
-    return f"text.model {config.text.model} at text.length {config.text.length}"
+    padding = " under model.text_padding mask" if config.model.text_padding == "mask" else ""
+    return f"text.model {config.text.model} at text.length {config.text.length}{padding}"

@@ -34,6 +34,9 @@ class TextConfig(Section):
     """Tokens a caption is padded or cut to."""
     cache: int = Field(0, ge=0)
     """Captions whose states stay in memory on each rank; for data sets with few captions."""
+    release: bool = False
+    """Load the language model for the captions of each step and let it go after: for machines whose memory does not
+    hold it beside the denoiser; costs its loading time a step."""
 
 
 class TrainConfig(Section):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from t2i.config_base import Section
 
-_ONLY = {"class": ("text_depth",), "text": ("classes", "context_tokens", "context_start", "dropout")}
+_ONLY = {"class": ("text_depth", "text_padding"), "text": ("classes", "context_tokens", "context_start", "dropout")}
 """Fields that do nothing under a condition."""
 
 
@@ -27,6 +27,9 @@ class ModelConfig(Section):
     """Attention heads; width / heads is a multiple of 4."""
     text_depth: int = Field(4, ge=0)
     """Of condition text: trainable blocks that refine the frozen text states."""
+    text_padding: Literal["attend", "mask"] = "attend"
+    """Of condition text: attend encodes a caption's pads and attends to them, as the public PixelGen does; mask leaves
+    them out, and computes no more of them than rounds the longest caption up to a multiple of 32 tokens."""
     bottleneck: int = Field(256, ge=0)
     """Width between the two matrices of the patch embedding; 0, of condition class alone: one matrix."""
     repa_layer: int = Field(8, gt=0)

@@ -23,7 +23,7 @@ from t2i.diffusion.flow import to_pixels
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.sampling import choose_solver, guided_steps, guided_velocity, time_grid
 from t2i.model_folder import WhichWeights, read_model
-from t2i.models.labels import Conditioner
+from t2i.models.labels import Conditioner, stack_conditions
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ class Pipeline:
             filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]
             velocity = guided_velocity(
                 lambda x, t, condition: self.denoiser(x, t, condition).image,
-                torch.stack([states[it.prompt] for it in filled]),
-                torch.stack([states[it.negative] for it in filled]),
+                # At full length: what is drawn beside a picture must not decide in what shape it is computed.
+                stack_conditions([states[it.prompt] for it in filled], self.config.text.length),
+                stack_conditions([states[it.negative] for it in filled], self.config.text.length),
                 sampling.guidance_scale,
                 self.config.objective.min_noise if sampling.clamp else 0.0,
                 sampling.guidance_rescale,

@@ -96,6 +96,16 @@ class StageMemory:
             return 0.0
         return 1.0 if objective.pdino_gate == "none" else self.seen
 
+    @property
+    def text_bytes(self) -> int:
+        """Of the text encoder; none where classes are drawn."""
+        return self.text.parameters * self.dtype_bytes if self.text is not None else 0
+
+    @property
+    def released(self) -> int:
+        """Bytes of the text encoder where it is let go before the first micro-step, else none."""
+        return self.text_bytes if self.config.text.release else 0
+
     def frozen(self, perceptual_bytes: int | None = None) -> Bytes:
         """Bytes of the frozen networks, one stand-in may be both perceptual ones; and of captions kept, at most.
 
@@ -103,7 +113,7 @@ class StageMemory:
             perceptual_bytes: of a weight of VGG16 and DINOv2; None: as of the others. A stand-in's are fp32.
         """
         each = perceptual_bytes or self.dtype_bytes
-        found = {"text encoder": self.text.parameters * self.dtype_bytes} if self.text is not None else {}
+        found = {"text encoder": self.text_bytes} if self.text is not None and not self.released else {}
         perceptual = {
             net.name: net.parameters * (FP32 if net.name == STAND_IN else each)
             for net in (self.distance, self.features)
@@ -138,5 +148,5 @@ class StageMemory:
 
     def device_bytes(self, engine: Engine, micro_batch: int, checkpointing: bool) -> int:
         """Everything on one device."""
-        moving = buffers(engine, self.network, self.dtype_bytes)
-        return CONTEXT_BYTES + total(self.static(engine)) + moving + total(self.activations(micro_batch, checkpointing))
+        moving = buffers(engine, self.network, self.dtype_bytes) + total(self.activations(micro_batch, checkpointing))
+        return CONTEXT_BYTES + total(self.static(engine)) + max(moving, self.released)

@@ -5,10 +5,13 @@ A sample's caption is its label in digits, "207"; the empty caption stands for n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.errors import UserError
 
@@ -21,11 +24,24 @@ class Conditioner(Protocol):
     dtype: torch.dtype
     """Of what it returns."""
 
-    def __call__(self, captions: list[str]) -> Tensor:
-        """(B, ...), on its device."""
+    def __call__(self, captions: list[str]) -> list[Tensor]:
+        """Each caption's states (L, E), whose lengths may differ, or class (), on its device; not to be written to."""
 
     def null_caption(self) -> Tensor:
-        """What stands for no caption, without the batch's axis."""
+        """What stands for no caption: states or a class."""
+
+
+def stack_conditions(conditions: Sequence[Tensor], length: int = 0) -> Tensor:
+    """Captions' states as one tensor (B, L, E), or their classes (B,).
+
+    Args:
+        conditions: as a conditioner gives them.
+        length: the least L; it is that of the longest states. Shorter ones are filled up with zeros.
+    """
+    if conditions[0].ndim == 0:
+        return torch.stack(list(conditions))
+    states = pad_sequence(list(conditions), batch_first=True)
+    return F.pad(states, (0, 0, 0, max(0, length - states.shape[1])))
 
 
 class ClassLabels:
@@ -49,13 +65,14 @@ class ClassLabels:
             )
         return label
 
-    def __call__(self, captions: list[str]) -> Tensor:
-        """Labels (B,), int64.
+    def __call__(self, captions: list[str]) -> list[Tensor]:
+        """Labels (), int64.
 
         Raises:
             UserError: a caption is no label.
         """
-        return torch.tensor([self._number(caption) for caption in captions], dtype=self.dtype, device=self._device)
+        labels = torch.tensor([self._number(caption) for caption in captions], dtype=self.dtype)
+        return list(labels.to(self._device, non_blocking=True))
 
     def null_caption(self) -> Tensor:
         """The null class (), int64."""

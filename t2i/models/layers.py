@@ -3,8 +3,8 @@
 Shape suffixes: B batch, N image tokens, L text tokens, M keys, H heads, K head width, D model width.
 
 - Rotary embedding in real arithmetic: complex tensors keep a compiler from fusing it.
-- Attention is flash-attn on CUDA where it is installed, PyTorch's fused kernel otherwise, and three plain
-  operations on a CPU, whose fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py).
+- Attention is flash-attn on CUDA where it is installed and nothing is masked, PyTorch's fused kernel otherwise, and
+  three plain operations on a CPU, whose fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py).
 - Norms and the rotation are computed in fp32 and cast back.
 """
 
@@ -84,14 +84,23 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def attention(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor) -> Tensor:
-    """Softmax attention without a mask, scaled by 1/sqrt(K). Returns (B, H, N, K)."""
+def attention(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+    """Softmax attention, scaled by 1/sqrt(K). Returns (B, H, N, K).
+
+    Args:
+        mask_BM: bool, true for the keys that take part, at least one a sample; the share of others is exactly 0. None:
+            all do.
+    """
+    mask_B11M = mask_BM[:, None, None] if mask_BM is not None else None
     if q_BHNK.is_cuda:
-        if flash_attn_func is not None and q_BHNK.dtype in (torch.float16, torch.bfloat16):
+        # flash-attn takes no mask of keys.
+        if mask_BM is None and flash_attn_func is not None and q_BHNK.dtype in (torch.float16, torch.bfloat16):
             heads_last = (x.transpose(1, 2) for x in (q_BHNK, k_BHMK, v_BHMK))
             return flash_attn_func(*heads_last).transpose(1, 2)
-        return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK)
+        return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask_B11M)
     scores = q_BHNK @ k_BHMK.transpose(-1, -2) * q_BHNK.shape[-1] ** -0.5
+    if mask_B11M is not None:
+        scores = scores.masked_fill(~mask_B11M, -math.inf)
     # The largest score is subtracted for range alone: it cancels, so its gradient is zero.
     weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
     # Dividing after the product keeps the compiler from turning this back into the slow fused kernel.

@@ -3,6 +3,8 @@
 Design, as measured in the public model (and counted in tests):
 - Patches enter through a bottleneck (768 -> 256 -> D for patch 16) plus a fixed sin-cos position table.
 - The frozen language model's states are refined by trainable, time-modulated blocks of self-attention.
+- A caption's pads are attended to, as in the public model, or masked: then they are zero in the states, which alone
+  say where they are, and there may be any number of them.
 - Image blocks attend from image queries to image keys and text keys at once; each block projects the
   refined text with its own matrix, and the image never writes back to the text.
 - adaLN is driven by time alone; QK-RMSNorm; SwiGLU of hidden width 4 D; 2-D rotary embedding on the image.
@@ -14,7 +16,7 @@ Shape suffixes: B batch, C channels, N image tokens, L text tokens, D width, E w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +61,14 @@ class Attention(nn.Module):
         """(B, N, parts D) -> parts tensors (B, H, N, K)."""
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """`mask` (B, M), bool: keys that take part, the context's last; None: all."""
         q, k, v = self._heads(self.qkv(x), 3)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -69,7 +78,7 @@ class Attention(nn.Module):
             context_k, context_v = self._heads(self.context_kv(context), 2)
             k = torch.cat([k, self.k_norm(context_k)], dim=2)
             v = torch.cat([v, context_v], dim=2)
-        return self.out(attention(q, k, v).transpose(1, 2).flatten(-2))
+        return self.out(attention(q, k, v, mask).transpose(1, 2).flatten(-2))
 
 
 class Block(nn.Module):
@@ -89,9 +98,10 @@ class Block(nn.Module):
         time_B1D: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         context: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(time_B1D).chunk(6, dim=-1)
-        x_BND = x_BND + gate1 * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope, context)
+        x_BND = x_BND + gate1 * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope, context, mask)
         return x_BND + gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
 
 
@@ -104,6 +114,10 @@ class PixelGen(nn.Module):
     """The denoiser of PixelGen for text to image (paper section 3, configuration of Table 7).
 
     Any image whose sides are multiples of `patch_size`; the position tables are computed for its grid.
+
+    Args:
+        text_length: tokens of a caption's states, or under mask the most of them.
+        text_padding: attend reads a caption's pads like its tokens; mask leaves out the rows of states that are zero.
     """
 
     def __init__(
@@ -118,9 +132,11 @@ class PixelGen(nn.Module):
         patch_size: int,
         bottleneck: int,
         repa_layer: int,
+        text_padding: Literal["attend", "mask"] = "attend",
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.masks_text = text_padding == "mask"
         self.head_width = width // heads
         self.repa_layer = repa_layer
         patch_values = 3 * patch_size**2
@@ -161,7 +177,8 @@ class PixelGen(nn.Module):
         Args:
             x_BCHW: the noisy image `t x + (1 - t) noise`.
             t_B: times in [0, 1]; 0 is noise, 1 the image.
-            text_BLE: states of the frozen language model, padded to `text_length` tokens, pads included.
+            text_BLE: states of the frozen language model, padded to `text_length` tokens, pads included; under mask,
+                zeros in the pads' place, and at most `text_length` of all.
         """
         # Each parameter is read by the module that owns it: elsewhere it may be a shard (ZeRO-3, FSDP2).
         dtype = self.text_position.dtype
@@ -169,16 +186,22 @@ class PixelGen(nn.Module):
         grid = (height // self.patch_size, width // self.patch_size)
         time_B1D = F.silu(self.time(t_B, dtype))[:, None]
 
-        text = self.text_norm(self.text_in(text_BLE.to(dtype))) + self.text_position
+        position: Tensor = self.text_position
+        text_mask: Tensor | None = None
+        if self.masks_text:
+            position, text_mask = position[:, : text_BLE.shape[1]], (text_BLE != 0).any(-1)
+        text = self.text_norm(self.text_in(text_BLE.to(dtype))) + position
         for block in self.text_blocks:
-            text = block(text, time_B1D)
+            text = block(text, time_B1D, mask=text_mask)
 
         x = self.patch_up(self.patch_down(patchify(x_BCHW, self.patch_size).to(dtype)))
         x = x + sincos_table(*grid, x.shape[-1], x.device).to(dtype)
         rope = rope_table(*grid, self.head_width, x.device)
+        # Of the joined keys, the image's take part in any case.
+        mask = F.pad(text_mask, (x.shape[1], 0), value=True) if text_mask is not None else None
         features = x
         for index, block in enumerate(self.blocks, start=1):
-            x = block(x, time_B1D, rope, text)
+            x = block(x, time_B1D, rope, text, mask)
             if index == self.repa_layer:
                 features = x
 

@@ -1,18 +1,23 @@
 """The frozen language model that reads captions.
 
-- Any Hugging Face text model; its last hidden states (after the final norm) of a caption padded on the right to
-  a fixed number of tokens, without a prompt template. The denoiser sees the states of the pads too.
-- The null caption of guidance and caption dropout is the empty caption. Where a tokeniser makes no token of it,
-  its pads are encoded under an all-ones mask: what a fully masked row gives is a library's choice.
-- Captions are encoded in batches of one fixed size, so that a caption's states do not depend on its
-  neighbours, and may be cached: a small data set repeats its captions.
+- Any Hugging Face text model; its last hidden states (after the final norm) of a caption padded on the right, without
+  a prompt template.
+- Under padding attend a caption is padded to a fixed number of tokens; the denoiser sees the states of the pads too.
+- Under padding mask a caption is padded to a multiple of 32 tokens, and the states of the pads are zero.
+- The null caption of guidance and caption dropout is the empty caption. Where a tokeniser makes no token of it, a pad
+  is its token, under attend all pads are: what a fully masked row gives is a library's choice.
+- Captions are encoded in batches of one fixed size, so that a caption's states do not depend on its neighbours, and may
+  be cached: a small data set repeats its captions.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +25,8 @@ from torch import Tensor, nn
 from data.errors import UserError
 
 ENCODE_BATCH = 16
+LENGTH_STEP = 32
+"""Under padding mask, lengths are multiples of it: few shapes for a compiler."""
 
 
 def resolve_model(name: str) -> str:
@@ -40,64 +47,126 @@ def resolve_model(name: str) -> str:
     return str(path)
 
 
+def _load(auto: Any, name: str, **options: Any) -> Any:
+    """What one of transformers' Auto classes makes of a model's name."""
+    try:
+        return auto.from_pretrained(resolve_model(name), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"text.model {name!r} cannot be loaded: {reason}") from error
+
+
 class TextEncoder(nn.Module):
     """A frozen text model with its tokeniser.
 
     Args:
         name: see `resolve_model`.
-        length: tokens a caption is padded or cut to.
+        length: tokens a caption is padded or cut to; under mask, the most it may have.
         dtype: of the weights and of the states.
         cache: captions whose states are kept in memory (the latest used); 0 keeps none.
+        padding: whether pads are encoded, too.
+        release: hold the weights only while there are captions to encode.
 
     Raises:
         UserError: the weights or the tokeniser cannot be loaded.
     """
 
-    def __init__(self, name: str, length: int, dtype: torch.dtype = torch.bfloat16, cache: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        length: int,
+        dtype: torch.dtype = torch.bfloat16,
+        cache: int = 0,
+        padding: Literal["attend", "mask"] = "attend",
+        release: bool = False,
+    ) -> None:
         super().__init__()
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        path = resolve_model(name)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
-            self.net = AutoModel.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"text.model {name!r} cannot be loaded: {reason}") from error
+        self._name = name
+        self.tokenizer = _load(AutoTokenizer, name)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.width: int = self.net.config.hidden_size
         self.dtype = dtype
         self.length = length
+        self._masks = padding == "mask"
         self._cache_size = cache
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self.eval().requires_grad_(False)
+        self._place: Tensor
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # where the model belongs, loaded or not
+        net = self._load_net()
+        self.width: int = net.config.hidden_size
+        self.net: nn.Module | None = None if release else net
+
+    def _load_net(self, **options: Any) -> Any:
+        from transformers import AutoModel
+
+        net = _load(AutoModel, self._name, dtype=self.dtype, **options)
+        return net.eval().requires_grad_(False).to(self._place.device)
+
+    @contextmanager
+    def loaded(self) -> Iterator[nn.Module]:
+        """The language model: under `release` loaded now, unless it is, and let go at the end."""
+        if self.net is not None:
+            yield self.net
+            return
+        self.net = self._load_net(local_files_only=True)  # once found, no hub is asked again
+        try:
+            yield self.net
+        finally:
+            self.net = None
+
+    def _tokens(self, captions: list[str]) -> list[list[int]]:
+        """Each caption's own tokens, one at least."""
+        pads = [self.tokenizer.pad_token_id] * (1 if self._masks else self.length)
+        found = self.tokenizer(captions, truncation=True, max_length=self.length)["input_ids"]
+        return [own or pads for own in found]
+
+    def _alike(self, captions: list[str]) -> Iterator[tuple[int, list[str], list[list[int]]]]:
+        """Captions that may be encoded together: how many tokens a row has, and they with their tokens.
+
+        Under mask those without pads are apart: where nothing is masked, transformers takes another kernel.
+        """
+        groups: dict[tuple[int, bool], list[tuple[str, list[int]]]] = defaultdict(list)
+        for caption, own in zip(captions, self._tokens(captions), strict=True):
+            row = min(-(-len(own) // LENGTH_STEP) * LENGTH_STEP, self.length) if self._masks else self.length
+            groups[row, self._masks and len(own) == row].append((caption, own))
+        for (row, _), group in groups.items():
+            for start in range(0, len(group), ENCODE_BATCH):
+                texts, tokens = zip(*group[start : start + ENCODE_BATCH], strict=True)
+                yield row, list(texts), list(tokens)
 
     @torch.no_grad()
-    def _encode_batch(self, captions: list[str]) -> Tensor:
-        filled = captions + [""] * (ENCODE_BATCH - len(captions))
-        tokens = self.tokenizer(
-            filled, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        ).to(self.net.device)
-        mask = tokens["attention_mask"]
-        mask[mask.sum(1) == 0] = 1
-        states = self.net(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
-        return states[: len(captions)]
+    def _encode_batch(self, net: nn.Module, row: int, tokens: list[list[int]]) -> Tensor:
+        """States (B, row, width) of at most ENCODE_BATCH captions."""
+        filled = tokens + tokens[:1] * (ENCODE_BATCH - len(tokens))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([own + [pad] * (row - len(own)) for own in filled])
+        mask = torch.tensor([[1] * len(own) + [0] * (row - len(own)) for own in filled])
+        ids, mask = (it.to(self._place.device, non_blocking=True) for it in (ids, mask))
+        states = net(input_ids=ids, attention_mask=mask).last_hidden_state
+        if self._masks:
+            states = states.masked_fill(mask[..., None] == 0, 0)
+        return states[: len(tokens)]
 
-    def forward(self, captions: list[str]) -> Tensor:
-        """States (B, length, width) of the captions, on the encoder's device."""
+    def forward(self, captions: list[str]) -> list[Tensor]:
+        """Each caption's states (L, width), on the encoder's device; they are the cache's, not to be written to.
+
+        L is `length`; under mask, the caption's own tokens rounded up to a multiple of LENGTH_STEP, at most `length`.
+        """
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
-        for start in range(0, len(missing), ENCODE_BATCH):
-            chunk = missing[start : start + ENCODE_BATCH]
-            for caption, states in zip(chunk, self._encode_batch(chunk), strict=True):
-                self._cache[caption] = states.clone()
+        if missing:
+            with self.loaded() as net:
+                for row, texts, tokens in self._alike(missing):
+                    for caption, states in zip(texts, self._encode_batch(net, row, tokens), strict=True):
+                        self._cache[caption] = states.clone()
         for caption in captions:
             self._cache.move_to_end(caption)
-        batch = torch.stack([self._cache[caption] for caption in captions])
+        found = [self._cache[caption] for caption in captions]
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        return batch
+        return found
 
     def null_caption(self) -> Tensor:
-        """States (length, width) of the empty caption."""
+        """States (L, width) of the empty caption."""
         return self([""])[0]

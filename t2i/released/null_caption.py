@@ -29,18 +29,19 @@ def null_caption(encoder: TextEncoder, attention: NullAttention) -> Tensor:
     if attention == "mean":
         # All pads are one token, and their values alike: any weights over them give the mean.
         return encoder.null_caption()
-    outputs = [module for name, module in encoder.net.named_modules() if name.endswith("self_attn.o_proj")]
-    if not outputs or encoder.tokenizer("")["input_ids"]:
-        raise ConfigError(
-            "null_attention zero: it should be mean for this text.model, which is no decoder of Qwen's kind or makes "
-            "tokens of an empty caption"
-        )
-    hooks = [module.register_forward_pre_hook(_nothing) for module in outputs]
-    try:
-        return encoder.null_caption()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with encoder.loaded() as net:
+        outputs = [module for name, module in net.named_modules() if name.endswith("self_attn.o_proj")]
+        if not outputs or encoder.tokenizer("")["input_ids"]:
+            raise ConfigError(
+                "null_attention zero: it should be mean for this text.model, which is no decoder of Qwen's kind or "
+                "makes tokens of an empty caption"
+            )
+        hooks = [module.register_forward_pre_hook(_nothing) for module in outputs]
+        try:
+            return encoder.null_caption()
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _nothing(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -202,7 +202,7 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
 
 
 def denoiser_training_flops(config: RunConfig, text_width: int) -> float:
-    """FLOPs of the denoiser for one training image: three times those of its forward pass."""
+    """FLOPs of the denoiser for one training image: three times those of its forward pass, at the full text length."""
     with torch.device("meta"):
         denoiser = build_denoiser(config.model, text_width, config.text.length)
         condition = torch.empty(1, config.text.length, text_width)

@@ -28,6 +28,7 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
     """A rank's share of a batch of noise in the stage's full shape, for the step that comes.
 
     Its slots are of that step, dealt out so that in each micro-batch as many samples are over the gate as will ever be.
+    Its caption is longer than any that is not cut.
     Deterministic; no generator is touched.
 
     Args:
@@ -45,7 +46,7 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
     pixels = np.random.default_rng(world.rank).integers(0, 256, (share, 3, height, width), np.uint8)
     return Batch(
         pixels=torch.from_numpy(pixels),
-        captions=[""] * share,
+        captions=["" if config.model.condition == "class" else "a " * config.text.length] * share,
         ids=[f"made up/{number}" for number in range(share)],
         slots=np.resize(dealt, share),
         state={},

@@ -54,8 +54,8 @@ def estimate(config: RunConfig, ranks: int, dtype: torch.dtype) -> Estimate:
     away = sum(static.pop(part) for part in ("masters", "moments", "average")) if engine.offload else 0
     # A compiled block may keep less than an eager one.
     kept = memory.activations(micro, engine.checkpoint_blocks or engine.compile)
-    # Activations go as gradients come.
-    passing = max(static.pop("gradients"), kept["image blocks"] + kept["text blocks"])
+    # Activations go as gradients come, and a text encoder that is released is gone before either.
+    passing = max(static.pop("gradients"), kept["image blocks"] + kept["text blocks"], memory.released)
     static.pop(CAPTION_CACHE, None)  # there may not be as many captions
     return Estimate(
         least=total(static) + passing,

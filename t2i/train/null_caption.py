@@ -35,12 +35,13 @@ def find_null_caption(config: RunConfig, place: StagePlace, conditioner: Conditi
             )
         return states.to(fresh)
     if source not in ("previous", "scratch"):
-        states = read_model(Path(source), config.init.weights).null_caption
-        if states.shape != fresh.shape:
+        saved = read_model(Path(source), config.init.weights)
+        if saved.config.model.text_padding != config.model.text_padding or saved.null_caption.shape != fresh.shape:
             raise ConfigError(
-                f"init.source {source} has another text encoder, text.length or model.condition than this run"
+                f"init.source {source} has another text encoder, text.length, model.text_padding or model.condition "
+                "than this run"
             )
-        return states.to(fresh)
+        return saved.null_caption.to(fresh)
     return fresh
 
 

@@ -23,7 +23,7 @@ from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Objective, Terms, band_names
 from t2i.engine.interface import Engine, StepResult
 from t2i.models.dropout import KEY_BITS
-from t2i.models.labels import Conditioner
+from t2i.models.labels import Conditioner, stack_conditions
 from t2i.train.balance import GradientBalance
 from t2i.train.means import GlobalMeans
 from t2i.train.processes import World
@@ -43,8 +43,8 @@ class Trained(NamedTuple):
     means: dict[str, float]
     result: StepResult
     own_s: float
-    """Seconds that this rank took for what it does without waiting for others: upload, noise and captions of the first
-    micro-batch. A slow device or host shows here; all else is as slow as the slowest rank."""
+    """Seconds that this rank took for what it does without waiting for others: the captions of its share, upload and
+    noise of the first micro-batch. A slow device or host shows here; all else is as slow as the slowest rank."""
 
 
 class _Stopwatch:
@@ -124,6 +124,17 @@ class TrainingStep:
         optimizer = self._config.optimizer
         return learning_rate(optimizer, step, self._config.train.steps, optimizer.muon_lr if muon else optimizer.lr)
 
+    def _conditions(self, batch: Batch) -> list[Tensor]:
+        """Conditions of this rank's share of a batch, the null caption where caption dropout takes one.
+
+        The rest are encoded in one call, each caption once, and stay for the step: at most share x L x E values. Who is
+        dropped is known on the host, so that nothing waits for the device.
+        """
+        dropped = uniform(self._keys["caption"], batch.slots) < self._config.objective.caption_dropout
+        kept = [caption for caption, gone in zip(batch.captions, dropped, strict=True) if not gone]
+        encoded = iter(self._conditioner(kept))
+        return [self._null_caption if gone else next(encoded) for gone in dropped]
+
     def _dropout_keys(self, slots: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Keys (B,) of the samples' dropout masks; nothing where the network has no dropout."""
         if self._config.model.dropout == 0:
@@ -134,12 +145,12 @@ class TrainingStep:
     def _accumulate(self, batch: Batch, step: int, own: _Stopwatch) -> Terms:
         """All micro-steps; the sums of this rank's loss terms."""
         own.press()
+        conditions = self._conditions(batch)
         config, size, device = self._config, self._config.train.batch_size, self._world.device
         first = int(batch.slots[0]) // size * size
         all_times = training_times(config.objective, uniform(self._keys["time"], range(first, first + size)))
         ungated = int((all_times >= config.objective.gate).sum())
         t = all_times[batch.slots - first]
-        dropped = uniform(self._keys["caption"], batch.slots) < config.objective.caption_dropout
         balance, terms = self._balance, Terms()
         watch = balance.begin(step) if balance is not None else None
         micro, patch = config.train.micro_batch_size, config.model.patch_size
@@ -149,8 +160,7 @@ class TrainingStep:
             times = upload(t[part].astype(np.float32), device)
             scale = config.objective.noise_scale
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device, scale)
-            condition = self._conditioner(batch.captions[part])
-            condition[torch.from_numpy(dropped[part]).to(condition.device)] = self._null_caption
+            condition = stack_conditions(conditions[part])
             masks = self._dropout_keys(batch.slots[part])
             if start == 0:
                 own.press()

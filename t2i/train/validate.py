@@ -20,6 +20,7 @@ from data.randomness import key, permutation
 from t2i.diffusion.flow import flow_matching_loss, interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import Terms, add_bands, band_names
+from t2i.models.labels import stack_conditions
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.means import GlobalMeans
 from t2i.train.processes import World
@@ -48,6 +49,7 @@ class Evaluator:
         t = training_times(config.objective, (permutation(noise_key, n) + 0.5) / n)
         mine = np.arange(self.world.rank, n, self.world.size)
         terms = Terms()
+        conditions = self.pipeline.conditioner([self.heldout.captions[i] for i in mine])
         for start in range(0, len(mine), config.train.micro_batch_size):
             self.alive("validation")
             index = mine[start : start + config.train.micro_batch_size]
@@ -55,8 +57,8 @@ class Evaluator:
             times = torch.from_numpy(t[index]).float().to(device)
             noise = slot_noise(noise_key, index, image.shape[1:], device, config.objective.noise_scale)
             x_t = interpolate(image, noise, times)
-            states = self.pipeline.conditioner([self.heldout.captions[i] for i in index])
-            predicted = self.pipeline.denoiser(x_t, times, states).image
+            condition = stack_conditions(conditions[start : start + len(index)])
+            predicted = self.pipeline.denoiser(x_t, times, condition).image
             losses = flow_matching_loss(predicted, image, times, config.objective.min_noise)
             terms.add("loss", losses.sum(), len(index))
             add_bands(terms, "loss", losses, t[index])

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ({"classes": 10}, "classes 10 does nothing under condition text"),
         ({"bottleneck": 0}, "bottleneck 0 is for condition class"),
         ({"condition": "class", "text_depth": 2}, "text_depth 2 does nothing under condition class"),
+        ({"condition": "class", "text_padding": "mask"}, "text_padding mask does nothing under condition class"),
         ({"condition": "class", "context_start": 16}, "context_start 16 must be below depth (16)"),
         ({"condition": "label"}, "model.condition"),
     ],

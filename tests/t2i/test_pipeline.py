@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_model import config, write_random_model
+from random_model import config, random_weights, write_random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from t2i.config_loading import dump_config, validate_config
 from t2i.config_sampling import SamplingConfig
 from t2i.diffusion.flow import to_pixels
 from t2i.model_folder import DENOISER, NULL_CAPTION, check_model, read_model, write_model
+from t2i.models.labels import stack_conditions
 from t2i.models.text import TextEncoder
 from t2i.pipeline import Picture, Pipeline, starting_noise, states_of_batches
 
@@ -89,7 +90,7 @@ def test_pictures_of_a_prompt_differ_by_number_and_seed_alone(pipeline: Pipeline
 def test_a_picture_is_the_solution_of_the_guided_equation(pipeline: Pipeline) -> None:
     """Adams' second-order steps on the grid 0, 1/5, 1/2, 1 (shift 2 of 0, 1/3, 2/3, 1), written out."""
     picture = Picture("green apple", 3)
-    states, null = pipeline.conditioner([picture.prompt]), pipeline.null_caption[None]
+    states, null = stack_conditions(pipeline.conditioner([picture.prompt])), pipeline.null_caption[None]
 
     def velocity(x: Tensor, t: float, scale: float) -> Tensor:
         v, v_null = ((pipeline.denoiser(x, torch.tensor([t]), s).image - x) / (1 - t) for s in (states, null))
@@ -169,7 +170,7 @@ def test_a_negative_prompt_takes_the_null_captions_place(
     pipeline: Pipeline = request.getfixturevalue(of)
     sampling = SamplingConfig(solver="euler", steps=2, timeshift=3.0, guidance_scale=3.0, batch_size=2, seed=5)
     picture = Picture(prompt, 1, negative=negative)
-    states, away = pipeline.conditioner([prompt]), pipeline.conditioner([negative])
+    states, away = (stack_conditions(pipeline.conditioner([text])) for text in (prompt, negative))
     x = starting_noise(picture, 5, (16, 16), CPU)[None]
     x = x + 0.25 * (pipeline.denoiser(x, torch.tensor([0.0]), states).image - x)
     v, v_away = ((pipeline.denoiser(x, torch.tensor([0.25]), s).image - x) / 0.75 for s in (states, away))
@@ -224,6 +225,52 @@ def test_without_the_clamp_the_last_step_ends_at_the_image_predicted_there(pipel
     assert (short - aimed_at[0].int()).abs().max() > 1
 
 
+@pytest.mark.parametrize("change", [{"release": True}, {"cache": 2}])
+def test_how_the_text_encoder_keeps_memory_free_changes_no_picture(copy: Path, change: dict[str, Any]) -> None:
+    pictures = [Picture(prompt, negative=PROMPTS[0]) for prompt in PROMPTS[1:]]
+    expected = Pipeline.load(copy, "ema", CPU).draw(pictures, SAMPLING)
+    tree = config().model_dump()
+    tree["text"] |= change
+    (copy / "config.yaml").write_text(dump_config(validate_config(tree, "test")))
+    assert torch.equal(Pipeline.load(copy, "ema", CPU).draw(pictures, SAMPLING), expected)
+
+
+# Masked pads: prompts and what guidance leads away from differ in length
+
+
+@pytest.fixture(scope="module")
+def masking(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    tree = config().model_dump()
+    tree["text"]["length"] = 40
+    tree["model"]["text_padding"] = "mask"
+    run = validate_config(tree, "test")
+    weights = random_weights(run, 0)
+    place = tmp_path_factory.mktemp("masking") / "model"
+    write_model(place, run, weights, weights, build_conditioner(run, CPU, torch.float32).null_caption())
+    return Pipeline.load(place, "ema", CPU)
+
+
+LONG = "two blue squares left of three yellow stars " * 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("prompt", "negative"), [("a dog", ""), (LONG, ""), ("a dog", LONG), (LONG, "a dog")])
+def test_guidance_between_captions_of_different_lengths(masking: Pipeline, prompt: str, negative: str) -> None:
+    """One guided step from t = 1/4 on, after an unguided one, written out; each caption is given at its own length."""
+    sampling = SamplingConfig(solver="euler", steps=2, timeshift=3.0, guidance_scale=3.0, batch_size=3, seed=5)
+    picture = Picture(prompt, 1, negative=negative)
+    states, away = (masking.conditioner([text])[0][None] for text in (prompt, negative))
+    assert (states.shape[1], away.shape[1]) == tuple(40 if text == LONG else 32 for text in (prompt, negative))
+    x = starting_noise(picture, 5, (16, 16), CPU)[None]
+    x = x + 0.25 * (masking.denoiser(x, torch.tensor([0.0]), states).image - x)
+    v, v_away = ((masking.denoiser(x, torch.tensor([0.25]), s).image - x) / 0.75 for s in (states, away))
+    expected = to_pixels(x + 0.75 * (v_away + 3 * (v - v_away)))[0].int()
+    drawn = masking.draw([picture], sampling)
+    assert (drawn[0].int() - expected).abs().max() <= 1 and drawn.float().std() > 20
+    beside = [Picture(text, negative=other) for text in ("a", LONG) for other in ("", LONG)]
+    assert torch.equal(masking.draw([*beside, picture], sampling)[-1], drawn[0])
+
+
 # What is computed
 
 
@@ -269,9 +316,9 @@ class CountingText:
     def __init__(self) -> None:
         self.encoded: Counter[str] = Counter()
 
-    def __call__(self, captions: list[str]) -> Tensor:
+    def __call__(self, captions: list[str]) -> list[Tensor]:
         self.encoded.update(captions)
-        return torch.stack([torch.full((2, 3), float(ord(caption[0]))) for caption in captions])
+        return [torch.full((2, 3), float(ord(caption[0]))) for caption in captions]
 
 
 def test_a_caption_is_encoded_once_and_held_as_long_as_it_is_needed() -> None:

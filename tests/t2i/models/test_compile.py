@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
+import pytest
 import torch
 
 from t2i.build import build_denoiser
@@ -14,14 +16,18 @@ def outcome(network: torch.nn.Module, side: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(side)
     image = torch.randn(2, 3, side, side, generator=generator)
     text = torch.randn(2, 6, 16, generator=generator)
+    text[1, 2:] = 0  # pads, if they are masked
     network.zero_grad()
     predicted = network(image, torch.tensor([0.2, 0.7]), text).image
     (predicted * torch.randn(predicted.shape, generator=generator)).sum().backward()
     return [predicted.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
 
 
-def test_compiled_blocks_agree_with_eager_ones() -> None:
-    config = ModelConfig(width=32, depth=2, heads=2, text_depth=1, patch_size=4, bottleneck=8, repa_layer=1)
+@pytest.mark.parametrize("text_padding", ["attend", "mask"])
+def test_compiled_blocks_agree_with_eager_ones(text_padding: Literal["attend", "mask"]) -> None:
+    config = ModelConfig(
+        width=32, depth=2, heads=2, text_depth=1, patch_size=4, bottleneck=8, repa_layer=1, text_padding=text_padding
+    )
     torch.manual_seed(0)
     eager = build_denoiser(config, text_width=16, text_length=6)
     for parameter in eager.parameters():

@@ -236,6 +236,21 @@ def test_attention_equals_the_fused_kernel(keys: int) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5)
 
 
+def test_masked_keys_have_no_share_in_attention() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, requires_grad=True) for n in (7, 9, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    out = attention(q, k, v, mask)
+    for n, keys in enumerate((9, 4)):
+        expected = F.scaled_dot_product_attention(q[n], k[n, :, :keys], v[n, :, :keys])
+        torch.testing.assert_close(out[n], expected, atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad((out * torch.arange(1.0, 17.0)).sum(), (k, v))
+    assert all(not g[1, :, 4:].any() and (g[1, :, :4] != 0).all() and (g[0] != 0).all() for g in gradients)
+    with torch.no_grad():
+        k[1, :, 4:], v[1, :, 4:] = 100.0, -100.0
+    assert torch.equal(attention(q, k, v, mask), out)
+
+
 def test_attention_survives_scores_beyond_the_range_of_exp() -> None:
     q = torch.full((1, 1, 2, 16), 30.0)
     k = torch.cat([q, -q], dim=2)

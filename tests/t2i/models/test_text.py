@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from data.errors import UserError
+from t2i.models.labels import stack_conditions
 from t2i.models.text import ENCODE_BATCH, TextEncoder
 
 CAPTIONS = ["a photo of a red circle", "green apple", "", "a", "two blue squares left of three yellow stars", "dog"]
@@ -46,12 +51,16 @@ def encoder(minilm: str) -> TextEncoder:
     return TextEncoder(minilm, LENGTH, torch.float32)
 
 
+def stacked(encoder: TextEncoder, captions: list[str]) -> torch.Tensor:
+    return stack_conditions(encoder(captions))
+
+
 def test_states_do_not_depend_on_neighbours_or_order(encoder: TextEncoder) -> None:
-    alone = torch.cat([encoder([caption]) for caption in CAPTIONS])
-    assert torch.equal(encoder(CAPTIONS), alone)
-    assert torch.equal(encoder(CAPTIONS[::-1]), alone.flip(0))
+    alone = torch.cat([stacked(encoder, [caption]) for caption in CAPTIONS])
+    assert torch.equal(stacked(encoder, CAPTIONS), alone)
+    assert torch.equal(stacked(encoder, CAPTIONS[::-1]), alone.flip(0))
     crowd = [f"filler {n}" for n in range(ENCODE_BATCH + 3)] + CAPTIONS + CAPTIONS
-    assert torch.equal(encoder(crowd)[-2 * len(CAPTIONS) :], torch.cat([alone, alone]))
+    assert torch.equal(stacked(encoder, crowd)[-2 * len(CAPTIONS) :], torch.cat([alone, alone]))
     assert len(torch.unique(alone.flatten(1), dim=0)) == len(CAPTIONS)
 
 
@@ -69,34 +78,34 @@ def test_states_are_the_models_own(encoder: TextEncoder) -> None:
     words = encoder.tokenizer(CAPTIONS[0], padding="max_length", max_length=LENGTH, return_tensors="pt")
     with torch.no_grad():
         expected = encoder.net(**words).last_hidden_state
-    torch.testing.assert_close(encoder(CAPTIONS[:1]), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stacked(encoder, CAPTIONS[:1]), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_cached_states_are_equal_to_fresh_ones(minilm: str, encoder: TextEncoder, size: int) -> None:
     cached, calls = TextEncoder(minilm, LENGTH, torch.float32, cache=size), []
     cached.net.register_forward_hook(lambda *_: calls.append(1))
-    fresh = encoder(CAPTIONS)
+    fresh = stacked(encoder, CAPTIONS)
     order = [0, 3, 0, 5, 2, 1, 4, 4, 0]
     for _ in range(2):
-        assert torch.equal(cached([CAPTIONS[i] for i in order]), fresh[order])
-        assert torch.equal(cached([CAPTIONS[2]]), fresh[2:3])
+        assert torch.equal(stacked(cached, [CAPTIONS[i] for i in order]), fresh[order])
+        assert torch.equal(stacked(cached, [CAPTIONS[2]]), fresh[2:3])
     assert len(calls) == {1: 4, 3: 4, 100: 1}[size]
 
 
-def test_changing_states_in_place_leaves_the_cache_alone(minilm: str) -> None:
+def test_changing_stacked_states_in_place_leaves_the_cache_alone(minilm: str) -> None:
     cached = TextEncoder(minilm, LENGTH, torch.float32, cache=10)
-    first = cached(CAPTIONS[:2])
+    first = stacked(cached, CAPTIONS[:2])
     kept = first.clone()
     first.zero_()
-    assert torch.equal(cached(CAPTIONS[:2]), kept)
+    assert torch.equal(stacked(cached, CAPTIONS[:2]), kept)
 
 
 def test_captions_are_padded_and_cut_to_the_length(encoder: TextEncoder, minilm: str) -> None:
     long = " ".join(["apple"] * 50)
-    assert encoder(["a", long]).shape == (2, LENGTH, encoder.width) == (2, LENGTH, 384)
-    assert torch.equal(encoder([long]), encoder([long + " and a dog"]))
-    assert TextEncoder(minilm, 24, torch.bfloat16)(["a"]).shape == (1, 24, 384)
+    assert [states.shape for states in encoder(["a", long])] == [(LENGTH, encoder.width)] * 2 == [(LENGTH, 384)] * 2
+    assert torch.equal(*encoder([long]), *encoder([long + " and a dog"]))
+    assert TextEncoder(minilm, 24, torch.bfloat16)(["a"])[0].shape == (24, 384)
 
 
 def test_null_caption_is_the_empty_caption(encoder: TextEncoder) -> None:
@@ -107,9 +116,9 @@ def test_null_caption_is_the_empty_caption(encoder: TextEncoder) -> None:
 def test_frozen_in_eval_mode_and_of_the_type_asked_for(minilm: str) -> None:
     encoder = TextEncoder(minilm, LENGTH)
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.net.training
-    states = encoder(["a dog"])
+    (states,) = encoder(["a dog"])
     assert states.dtype == torch.bfloat16 and not states.requires_grad
-    assert torch.equal(states, encoder(["a dog"]))
+    assert torch.equal(states, *encoder(["a dog"]))
 
 
 # A tokeniser that makes no token of the empty caption
@@ -150,7 +159,7 @@ def test_real_captions_keep_their_mask_and_are_padded_on_the_right(qwen: Path) -
     with torch.no_grad():
         expected = encoder.net(input_ids=ids, attention_mask=mask).last_hidden_state
         unpadded = encoder.net(input_ids=ids[:, :3]).last_hidden_state
-    states = encoder(["a red circle"])
+    states = stacked(encoder, ["a red circle"])
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(states[:, :3], unpadded, atol=1e-5, rtol=1e-5)
 
@@ -181,6 +190,42 @@ def test_a_wrong_name_is_a_mistake_in_text_model(name: str, tmp_path: Path, monk
 def test_a_folder_without_a_model_is_a_mistake_in_text_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^text\.model '"):
         TextEncoder(str(tmp_path), LENGTH)
+
+
+# Releasing the model
+
+
+def test_a_released_model_gives_the_same_states_and_is_gone_in_between(qwen: Path) -> None:
+    kept = TextEncoder(str(qwen), LENGTH, torch.float32)
+    encoder = TextEncoder(str(qwen), LENGTH, torch.float32, release=True)
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    load = encoder._load_net
+
+    def note(**options: Any) -> torch.nn.Module:
+        net = load(**options)
+        loaded.append(weakref.ref(net))
+        return net
+
+    encoder._load_net = note  # type: ignore[method-assign]
+    for captions in (CAPTIONS, CAPTIONS[::-1], [""]):
+        assert encoder.net is None and not list(encoder.parameters())
+        assert torch.equal(stacked(encoder, captions), stacked(kept, captions))
+        assert loaded[-1]() is None
+    assert len(loaded) == 3 and encoder([]) == [] and encoder.width == kept.width
+    with encoder.loaded() as net:
+        assert torch.equal(encoder.null_caption(), kept.null_caption()) and encoder.net is net
+    assert len(loaded) == 4 and encoder.net is None
+
+
+def test_a_released_model_is_loaded_for_captions_that_are_not_in_the_cache_alone(qwen: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen, tmp_path / "qwen3"))
+    encoder = TextEncoder(str(folder), LENGTH, torch.float32, cache=10, release=True)
+    states = encoder(CAPTIONS)
+    shutil.rmtree(folder)
+    assert torch.equal(stacked(encoder, CAPTIONS[::-1]), stack_conditions(states[::-1]))
+    with pytest.raises(UserError, match=r"^text\.model '.*' cannot be loaded"):
+        encoder([*CAPTIONS, "another"])
+    assert encoder.net is None
 
 
 def test_the_cache_holds_a_captions_states_and_no_more(minilm: str) -> None:

@@ -23,8 +23,9 @@ from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import load_config, stage_config, validate_config
 from t2i.engine.checkpoint.format import MANIFEST, folder_name
+from t2i.plan_memory import CONTEXT_BYTES, total
 from t2i.plan_networks import open_share
-from t2i.plan_stage import open_samples
+from t2i.plan_stage import StageMemory, open_samples
 from t2i.train import preflight
 from t2i.train.dry_run import dry_run, made_up_batch
 from t2i.train.memory import Estimate, check_memory, device_bytes, estimate, remedy
@@ -239,6 +240,18 @@ def test_sharing_and_checkpointing_take_less() -> None:
     assert least(ranks=16).least < usual.least and least(checkpoint_blocks=True).least < usual.least
     assert least(name="fsdp", replicas=2) == least(ranks=4, name="fsdp")
     assert least(compile=True).least < usual.least  # what a compiler keeps is not known
+
+
+def test_a_released_text_encoder_is_not_there_beside_the_activations() -> None:
+    config = load_config(Path("configs/demo.yaml"))
+    released = config.model_copy(update={"text": config.text.model_copy(update={"release": True})})
+    kept, let_go = (estimate(stage_config(it, 0), 1, torch.bfloat16) for it in (config, released))
+    weights = 2 * 22_713_216  # all-MiniLM-L6-v2's
+    assert kept.least - let_go.least == kept.expected - let_go.expected == weights
+    tree = stage_config(released, 0).model_dump()
+    tree["data"] |= {"resolution": 8}
+    small = StageMemory.of(validate_config(tree, "test"), 1, 2)  # its activations take less than the text encoder
+    assert small.device_bytes("zero1", 1, True) == CONTEXT_BYTES + total(small.static("zero1")) + weights
 
 
 def test_a_hosts_memory_is_shared_by_its_ranks() -> None:

@@ -18,6 +18,7 @@ from t2i.diffusion.objective import LossWeights, Objective
 from t2i.engine.interface import StepResult
 from t2i.models.dropout import keep_mask
 from t2i.models.labels import ClassLabels
+from t2i.models.pixelgen import PixelGen
 from t2i.train.means import GlobalMeans
 from t2i.train.processes import World
 from t2i.train.step import TrainingStep
@@ -111,6 +112,97 @@ def test_every_slot_has_a_mask_of_its_own_in_every_batch() -> None:
 
 def test_a_network_without_dropout_is_given_no_keys() -> None:
     assert len(seen(np.arange(SIZE), 16, dropout=0.0)) == 3
+
+
+# Captions
+
+
+class Words:
+    """In place of a text encoder: a caption "7 3" has 3 tokens, padded to a multiple of 4, or to 12."""
+
+    width, dtype = 5, torch.float32
+
+    def __init__(self, uncut: bool) -> None:
+        self.uncut = uncut
+        self.calls: list[list[str]] = []
+
+    def __call__(self, captions: list[str]) -> list[Tensor]:
+        self.calls.append(captions)
+        return [self.states(*map(int, caption.split())) for caption in captions]
+
+    def states(self, kind: int, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(kind)
+        states = torch.zeros(12 if self.uncut else -(-tokens // 4) * 4, self.width)
+        states[:tokens] = torch.randn(tokens, self.width, generator=generator)
+        return states
+
+
+class Gradients(Recorder):
+    """In the engine's place: a network with its gradients, and what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.denoiser = PixelGen(
+            width=16, depth=2, heads=2, text_width=5, text_length=12, text_depth=1, patch_size=4, bottleneck=4,
+            repa_layer=1, text_padding="mask",
+        )  # fmt: skip
+        for parameter in self.denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+
+    def network(self, *given: Tensor) -> tuple[Tensor, None]:
+        self.given.append(given)
+        return self.denoiser(*given).image, None  # type: ignore[return-value]
+
+    def micro_step(self, loss: Tensor) -> None:
+        (loss / (SIZE // len(self.given[-1][0]))).backward()
+
+
+def taught(micro: int, uncut: bool = False, caption_dropout: float = 0.5) -> tuple[float, Gradients, Words]:
+    """The loss of a step on captions of 1 to 11 tokens, its engine and what read its captions."""
+    engine, words = Gradients(), Words(uncut)
+    model = {"width": 16, "heads": 2, "depth": 2, "repa_layer": 1, "patch_size": 4, "text_padding": "mask"}
+    tree = {
+        "model": model,
+        "data": {"resolution": 8},
+        "objective": {"caption_dropout": caption_dropout},
+        "train": {"batch_size": SIZE, "micro_batch_size": micro},
+    }
+    objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
+    world, null = World(0, 1, CPU), words.states(99, 1)
+    step = TrainingStep(validate_config(tree, "here"), "s", world, words, null, objective, engine)  # type: ignore[arg-type]
+    pixels = torch.randint(256, (SIZE, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    captions = [f"{n % 7} {1 + n * 11 // SIZE}" for n in range(SIZE)]
+    trained = step(Batch(pixels, captions, captions, np.arange(SIZE), {}, [], 0.0), 0, lambda loss, norm: None)
+    return trained.means["loss"], engine, words
+
+
+@pytest.mark.parametrize("caption_dropout", [0.0, 0.5, 1.0])
+def test_captions_are_read_in_one_call_and_dropped_ones_never(caption_dropout: float) -> None:
+    _, engine, words = taught(8, caption_dropout=caption_dropout)
+    dropped = uniform(key(0, "s", "caption"), range(SIZE)) < caption_dropout
+    captions = [f"{n % 7} {1 + n * 11 // SIZE}" for n in range(SIZE)]
+    assert words.calls == [[caption for caption, gone in zip(captions, dropped, strict=True) if not gone]]
+    given = [states for micro_batch in engine.given for states in micro_batch[2]]
+    for caption, gone, found in zip(captions, dropped, given, strict=True):
+        expected = words.states(99, 1) if gone else words.states(*map(int, caption.split()))
+        assert torch.equal(found[: len(expected)], expected) and not found[len(expected) :].any()
+
+
+def test_a_micro_batch_has_the_length_of_its_longest_caption() -> None:
+    _, engine, _ = taught(8, caption_dropout=0.0)
+    assert [len(given[2][0]) for given in engine.given] == [4, 4, 4, 8, 8, 12, 12, 12]
+
+
+def test_neither_the_micro_batch_nor_the_cut_changes_loss_and_gradients() -> None:
+    loss, engine, _ = taught(SIZE, uncut=True)
+    gradients = {name: p.grad for name, p in engine.denoiser.named_parameters()}
+    for micro in (1, 8):
+        other, cut, _ = taught(micro)
+        assert other == pytest.approx(loss, rel=1e-5)
+        for name, parameter in cut.denoiser.named_parameters():
+            assert gradients[name] is not None and gradients[name].abs().max() > 0
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.75])
