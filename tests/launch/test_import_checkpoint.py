@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from released_pixelgen import Sizes, lightning, random_weights
+from released_pixelgen import Sizes, denoiser_shapes, lightning, random_weights
 from tiny_qwen import save_qwen
 from torch import Tensor
 
@@ -26,7 +26,7 @@ SIZES = Sizes(hidden=48, blocks=2, heads=2, text_width=20, text_length=7, text_b
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return random_weights(SIZES)
+    return random_weights(denoiser_shapes(SIZES), SIZES.features)
 
 
 @pytest.fixture
