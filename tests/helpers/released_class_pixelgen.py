@@ -1,7 +1,7 @@
-"""The released class-to-image PixelGen, from its description alone: names, shapes, and a forward pass over them.
+"""The released class-to-image PixelGen written anew: names, shapes, and a forward pass over them.
 
-It shares no line with the package: convolutions for the patches, complex-number rotary embedding, PyTorch's fused
-attention, the image filled in pixel by pixel of a patch. Images are square; nothing is dropped.
+It shares no line with the package or the public code: convolutions for the patches, complex-number rotary embedding,
+PyTorch's fused attention, the image filled in pixel by pixel of a patch. Images are square; nothing is dropped.
 """
 
 from __future__ import annotations
