@@ -1,6 +1,7 @@
 """Train a class-conditional model, every stage of its run that is not done yet.
 
 deepspeed launch/class_to_image.py --config configs/pixelgen_xl.yaml
+deepspeed launch/class_to_image.py --config configs/baselines/jit_repa.yaml     # a row of the paper's Table 5
 """
 
 from launch.process import main

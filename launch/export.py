@@ -1,6 +1,7 @@
-"""Write a model folder as a checkpoint in the layout of the public PixelGen code, for text to image.
+"""Write a model folder as a checkpoint in the layout of the public PixelGen code.
 
     python launch/export.py runs/pixelgen_xxl/sft512/model --out pixelgen.ckpt
+    python launch/export.py runs/pixelgen_xl/imagenet256/model --out pixelgen_xl.ckpt
 
 It holds weights, average and projector, and neither an optimizer nor the null caption, for which that layout has no
 place: good to draw from there, and to import again, not to go on training with.

@@ -1,11 +1,15 @@
-"""Turn a released PixelGen checkpoint for text to image into a model folder, to draw from or to train on.
+"""Turn a released PixelGen checkpoint into a model folder, to draw from or to train on.
 
     python launch/import_checkpoint.py PixelGen_XXL_T2I.ckpt --config configs/pixelgen_xxl.yaml --out models/xxl
     python launch/sample.py --model models/xxl --prompts prompts.txt --out pictures
     deepspeed launch/stage3.py --init.source models/xxl
 
-Nothing in the file is run. The folder's import.json says what became of every key. The null caption is not in the file:
-it is computed by the config's text encoder, and stored; if guided pictures look washed out, try --null_attention zero.
+    python launch/import_checkpoint.py PixelGen_XL_160ep.ckpt --config configs/pixelgen_xl.yaml --out models/xl
+    deepspeed launch/sample_classes.py --model models/xl --out samples.npz
+
+Nothing in the file is run. The folder's import.json says what became of every key. The null caption of text to image is
+not in the file: it is computed by the config's text encoder, and stored; if guided pictures look washed out, try
+--null_attention zero. The null class is in the file.
 """
 
 from __future__ import annotations
@@ -17,17 +21,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from launch.command import run
 from launch.process import quiet
-from t2i.build import build_text, choose_dtype
+from t2i.build import build_conditioner, choose_dtype
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import load_config, stage_config
 from t2i.engine.checkpoint.format import commit, write_durably
 from t2i.model_folder import write_model
+from t2i.models.labels import Conditioner
+from t2i.models.text import TextEncoder
 from t2i.released.checkpoint import Checkpoint
-from t2i.released.convert import Imported, import_weights, trained_resolution
+from t2i.released.convert import Imported, Report, import_weights, trained_resolution
+from t2i.released.network import check_condition
 from t2i.released.null_caption import NullAttention, null_caption
 
 
@@ -37,20 +45,21 @@ def import_checkpoint(file: str, /, out: str, config: str, null_attention: NullA
     Args:
         file: The .ckpt file.
         out: The folder to make.
-        config: YAML file of a run with the checkpoint's model and text encoder; the folder gets the settings of its
-            last stage at the checkpoint's resolution.
-        null_attention: What attention returned for the empty caption when the checkpoint was trained.
+        config: YAML file of a run with the checkpoint's model and, for text to image, its text encoder; the folder gets
+            the settings of its last stage at the checkpoint's resolution.
+        null_attention: For text to image, what attention returned for the empty caption when the checkpoint was
+            trained.
     """
     folder = Path(out)
     if folder.exists():
         raise ConfigError(f"out is {out}: it should not exist yet")
     run_config, checkpoint = load_config(Path(config)), Checkpoint(Path(file))
+    check_condition(checkpoint, run_config.model)  # before a text encoder is loaded
     settings = _settings(run_config, trained_resolution(checkpoint, run_config.model.patch_size), config)
     device = torch.device("cpu")
-    encoder = build_text(settings, device, choose_dtype(settings.engine.dtype, device))
-    imported = import_weights(checkpoint, settings, encoder.width)
-    imported.report.notes.append(f"null_caption: computed by {settings.text.model}, null_attention {null_attention}")
-    null = null_caption(encoder, null_attention)
+    conditioner = build_conditioner(settings, device, choose_dtype(settings.engine.dtype, device))
+    imported = import_weights(checkpoint, settings, conditioner.width)
+    null = _null_caption(conditioner, null_attention, settings, imported.report)
     aside = folder.with_name(f".{folder.name}.importing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -60,6 +69,16 @@ def import_checkpoint(file: str, /, out: str, config: str, null_attention: NullA
     except OSError as error:
         raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
     print(_summary(folder, imported))
+
+
+def _null_caption(conditioner: Conditioner, attention: NullAttention, settings: RunConfig, report: Report) -> Tensor:
+    """States of the empty caption, or the class that stands for none."""
+    if isinstance(conditioner, TextEncoder):
+        report.notes.append(f"null_caption: computed by {settings.text.model}, null_attention {attention}")
+        return null_caption(conditioner, attention)
+    if attention != "mean":
+        raise ConfigError(f"null_attention {attention} does nothing for class to image: leave it at mean")
+    return conditioner.null_caption()
 
 
 def _settings(config: RunConfig, resolution: int | None, path: str) -> RunConfig:

@@ -1,7 +1,8 @@
 """The typed tree of a run: one YAML file, strict, every field documented.
 
 A run is a list of stages. The sections below hold the settings that stages share; a stage names what differs.
-What counts, from weakest to strongest: the defaults here, the file's sections, the stage, the command line.
+What counts, from weakest to strongest: the defaults here, the file's sections, the stage, the command line. A file
+with `base: other.yaml`, a path seen from itself, changes what that one says; lists, `stages` among them, are replaced.
 `t2i/config_loading.py` reads, checks and merges them; `t2i/config_data.py` is the part about data,
 `t2i/config_model.py` that about the network.
 """

@@ -140,20 +140,36 @@ def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> li
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read a YAML file.
+    """Read a YAML file, and below it those that its `base` names.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, or its settings are wrong.
+        ConfigError: a file is missing, is no YAML mapping, leads back to itself, or its settings are wrong.
     """
+    return validate_config(_read(path, ()), where=str(path))
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The tree of a file, entered into that of its base; `above` are the files on the way to it."""
+    if path.resolve() in above:
+        raise ConfigError(f"config {path}: base: it should not lead back to a file that begins with it")
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror}") from error
+        of = f", the base of {above[-1]}" if above else ""
+        raise ConfigError(f"config {path}{of}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: must be a mapping of sections")
-    return validate_config(tree, where=str(path))
+    if "base" not in tree:
+        return tree
+    name = tree.pop("base")
+    if not isinstance(name, str):
+        raise ConfigError(f"config {path}: base: must be the path of a config, seen from this file (got {name!r})")
+    base = path.parent / name
+    below = _read(base, (*above, path.resolve()))
+    validate_config(below, where=str(base))  # so that its mistakes are not said to be of this file
+    return merge(below, tree)
 
 
 def dump_config(config: RunConfig) -> str:

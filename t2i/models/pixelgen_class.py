@@ -93,7 +93,7 @@ class ClassPixelGen(nn.Module):
         self.repa_layer = repa_layer
         patch_values = 3 * patch_size**2
         self.patch_down = nn.Linear(patch_values, bottleneck, bias=False) if bottleneck else None
-        self.patch_up = nn.Linear(bottleneck or patch_values, width, bias=bottleneck > 0)
+        self.patch_up = nn.Linear(bottleneck or patch_values, width)
         self.time = TimeEmbedding(width, max_period=10000.0)
         self.label = nn.Embedding(classes + 1, width)
         self.context_position = nn.Parameter(torch.empty(1, context_tokens, width))

@@ -9,23 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from t2i.build import build_denoiser
-from t2i.config import RunConfig
+from t2i.config import ModelConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.model_folder import DENOISER, PROJECTOR
 from t2i.models.layers import Projector, sincos_table
 from t2i.released.checkpoint import Checkpoint
+from t2i.released.layout import from_released, released_size, to_released
+from t2i.released.names import POSITIONS, RELEASED_DENOISER, RELEASED_PROJECTOR, denoiser_table, released_names
 from t2i.released.names import PROJECTOR as PROJECTOR_NAMES
-from t2i.released.names import TEXT_TO_IMAGE, released_names
+from t2i.released.network import network_name
 
-RELEASED_DENOISER = {"raw": "denoiser.", "ema": "ema_denoiser."}
-RELEASED_PROJECTOR = "diffusion_trainer.proj.0."
-POSITIONS = "pos_embed"
 # The average of a constant drifts by rounding, up to half a unit in the last place / (1 - decay), which is 3e-4 near 1,
 # and bf16 is off by 2e-3. Another table would differ by about 1.
 _POSITION_TOLERANCE = 5e-3
@@ -65,12 +64,29 @@ def trained_resolution(checkpoint: Checkpoint, patch_size: int) -> int | None:
     return None
 
 
+class _Part(NamedTuple):
+    """A network in a model folder and in a checkpoint: the prefixes of its names, and the table between them."""
+
+    ours: str
+    released: str
+    table: Mapping[str, str]
+
+
+def _denoiser(which: str, model: ModelConfig) -> _Part:
+    return _Part(DENOISER, RELEASED_DENOISER[which], denoiser_table(model))
+
+
+_PROJECTOR = _Part(PROJECTOR, RELEASED_PROJECTOR, PROJECTOR_NAMES)
+
+
 def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -> Imported:
-    """The weights of a released text-to-image checkpoint under our names.
+    """The weights of a released checkpoint under our names.
+
+    What no weight tells is taken from the config: where the class's tokens join, and what training drops.
 
     Args:
         config: of a run whose `model` and `text` are the checkpoint's.
-        text_width: of the text encoder's states.
+        text_width: of the text encoder's states; nothing to a network that draws classes.
 
     Raises:
         ConfigError: the checkpoint is damaged, or of another network.
@@ -80,8 +96,7 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
     report, found = Report(), dict[str, dict[str, Tensor]]()
     for which, prefix in RELEASED_DENOISER.items():
         if any(name.startswith(prefix) for name in checkpoint.weights):
-            names = released_names(TEXT_TO_IMAGE, denoiser.state_dict())
-            found[which] = _take(checkpoint, prefix, names, denoiser, DENOISER, report)
+            found[which] = _take(checkpoint, _denoiser(which, config.model), denoiser, config.model, report)
             _compare_positions(checkpoint, prefix + POSITIONS, config.model.width, report)
     if not found:
         prefixes = " or ".join(RELEASED_DENOISER.values())
@@ -89,34 +104,32 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
     for which, other in (("raw", "ema"), ("ema", "raw")):
         if which not in found:
             report.notes.append(f"{which}: the checkpoint has only the {other} weights, which stand in for them")
-    projector = _projector(checkpoint, config.model.width, report)
+    projector = _projector(checkpoint, config.model, report)
     _note_what_is_left(checkpoint, report)
     raw, ema = (found.get(which) or found[other] for which, other in (("raw", "ema"), ("ema", "raw")))
     return Imported({**raw, **projector}, {**ema, **projector}, report)
 
 
 def _take(
-    checkpoint: Checkpoint, prefix: str, names: dict[str, str], network: torch.nn.Module, ours: str, report: Report
+    checkpoint: Checkpoint, part: _Part, network: torch.nn.Module, model: ModelConfig, report: Report
 ) -> dict[str, Tensor]:
-    """A network's tensors; all of them, in the shapes that it has, and none besides."""
-    expected = {name: list(value.shape) for name, value in network.state_dict().items()}
-    present = {name.removeprefix(prefix) for name in checkpoint.weights if name.startswith(prefix)}
+    """A network's tensors; all of them, in the shapes that the checkpoint should give them, and none besides."""
+    ours = network.state_dict()
+    names = released_names(part.table, ours)
+    present = {name.removeprefix(part.released) for name in checkpoint.weights if name.startswith(part.released)}
+    another = f"{checkpoint.path}, {network_name(checkpoint)}, is of another network than the config's model"
     for problem, wrong in (("lacks", names.keys() - present), ("has", present - names.keys() - {POSITIONS})):
         if wrong:
-            raise ConfigError(
-                f"{checkpoint.path} is of another network than the config's model: it {problem} {prefix}{min(wrong)}"
-                + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-            )
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise ConfigError(f"{another}: it {problem} {part.released}{min(wrong)}{more}")
     taken = {}
     for released, name in names.items():
-        size = list(checkpoint.weights[prefix + released].size)
-        if size != expected[name]:
-            raise ConfigError(
-                f"{checkpoint.path} is of another network than the config's model: {prefix}{released} is {size}, "
-                f"by the config {expected[name]}"
-            )
-        taken[ours + name] = checkpoint.tensor(prefix + released).float()
-        report.used[prefix + released] = ours + name
+        size = list(checkpoint.weights[part.released + released].size)
+        expected = released_size(name, ours[name].shape, model)
+        if size != expected:
+            raise ConfigError(f"{another}: {part.released}{released} is {size}, by the config {expected}")
+        taken[part.ours + name] = from_released(name, checkpoint.tensor(part.released + released).float(), model)
+        report.used[part.released + released] = part.ours + name
     return taken
 
 
@@ -138,15 +151,14 @@ def _compare_positions(checkpoint: Checkpoint, name: str, width: int, report: Re
     report.recomputed[name] = f"a table for {side} x {side} patches; computed for any grid, it differs by {difference}"
 
 
-def _projector(checkpoint: Checkpoint, width: int, report: Report) -> dict[str, Tensor]:
+def _projector(checkpoint: Checkpoint, model: ModelConfig, report: Report) -> dict[str, Tensor]:
     last = checkpoint.weights.get(f"{RELEASED_PROJECTOR}4.bias")
     if last is None:
         report.notes.append("projector: the checkpoint has none; training with alignment would start a fresh one")
         return {}
     with torch.device("meta"):
-        projector = Projector(width, last.size[0])
-    names = released_names(PROJECTOR_NAMES, projector.state_dict())
-    return _take(checkpoint, RELEASED_PROJECTOR, names, projector, PROJECTOR, report)
+        projector = Projector(model.width, last.size[0])
+    return _take(checkpoint, _PROJECTOR, projector, model, report)
 
 
 def _note_what_is_left(checkpoint: Checkpoint, report: Report) -> None:
@@ -166,23 +178,25 @@ def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[st
         config, raw, ema: of a model folder, the weights under their names there.
 
     Raises:
-        ConfigError: a weight is not of the text-to-image network.
+        ConfigError: a weight is not of the config's network.
     """
     rows, columns = (side // config.model.patch_size for side in config.data.size)
     table = sincos_table(rows, columns, config.model.width, torch.device("cpu"))[None]
     weights: dict[str, Tensor] = {}
     for which, tensors in (("raw", raw), ("ema", ema)):
-        prefix = RELEASED_DENOISER[which]
-        weights[prefix + POSITIONS] = table
-        weights |= _renamed(tensors, DENOISER, prefix, TEXT_TO_IMAGE)
-    weights |= _renamed(raw, PROJECTOR, RELEASED_PROJECTOR, PROJECTOR_NAMES)
+        weights[RELEASED_DENOISER[which] + POSITIONS] = table
+        weights |= _renamed(tensors, _denoiser(which, config.model), config.model)
+    weights |= _renamed(raw, _PROJECTOR, config.model)
     return {"epoch": 0, "global_step": 0, "pytorch-lightning_version": _LIGHTNING, "state_dict": weights}
 
 
-def _renamed(tensors: Mapping[str, Tensor], ours: str, theirs: str, table: Mapping[str, str]) -> dict[str, Tensor]:
-    own = [name.removeprefix(ours) for name in tensors if name.startswith(ours)]
+def _renamed(tensors: Mapping[str, Tensor], part: _Part, model: ModelConfig) -> dict[str, Tensor]:
+    own = [name.removeprefix(part.ours) for name in tensors if name.startswith(part.ours)]
     try:
-        names = released_names(table, own)
+        names = released_names(part.table, own)
     except KeyError as error:
-        raise ConfigError(f"the released layout has no name for {ours}{error.args[0]}") from error
-    return {theirs + released: tensors[ours + name] for released, name in names.items()}
+        raise ConfigError(f"the released layout has no name for {part.ours}{error.args[0]}") from error
+    return {
+        part.released + released: to_released(name, tensors[part.ours + name], model)
+        for released, name in names.items()
+    }

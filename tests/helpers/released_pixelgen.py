@@ -76,11 +76,16 @@ def denoiser_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def projector_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
-    """Every key of the projector."""
-    widths = {0: s.hidden, 2: s.hidden, 4: s.features}
-    weights = {f"{n}.weight": (width, s.hidden) for n, width in widths.items()}
-    return weights | {f"{n}.bias": (width,) for n, width in widths.items()}
+def every_shape(denoiser: dict[str, tuple[int, ...]], features: int) -> dict[str, tuple[int, ...]]:
+    """Every key of a state dict: of the denoiser, its average, and the projector, which ends in `features`."""
+    hidden = denoiser["pos_embed"][2]
+    shapes = {f"{prefix}{name}": size for prefix in ("denoiser.", "ema_denoiser.") for name, size in denoiser.items()}
+    for n, width in {0: hidden, 2: hidden, 4: features}.items():
+        shapes |= {
+            f"diffusion_trainer.proj.0.{n}.weight": (width, hidden),
+            f"diffusion_trainer.proj.0.{n}.bias": (width,),
+        }
+    return shapes
 
 
 def lightning(weights: dict[str, Tensor], **more: Any) -> dict[str, Any]:
@@ -100,19 +105,19 @@ def lightning(weights: dict[str, Tensor], **more: Any) -> dict[str, Any]:
     }
 
 
-def random_weights(s: Sizes, seed: int = 0) -> dict[str, Tensor]:
+def random_weights(denoiser: dict[str, tuple[int, ...]], features: int) -> dict[str, Tensor]:
     """A whole state dict, random and of a size at which every part matters; raw and averaged weights differ."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
-    def random(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator) * (0.3 if len(shape) == 1 else 0.8 / math.sqrt(shape[-1]))
+    def random(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith(".pos_embed"):
+            return position_table(math.isqrt(shape[1]), shape[2])[None]
+        values = torch.randn(shape, generator=generator)
+        if len(shape) in (2, 4):
+            return values * 0.8 / math.sqrt(math.prod(shape[1:]))
+        return 0.3 * values + (1.0 if "norm" in name else 0.0)
 
-    parts = {"denoiser.": denoiser_shapes(s), "ema_denoiser.": denoiser_shapes(s)}
-    parts["diffusion_trainer.proj.0."] = projector_shapes(s)
-    weights = {prefix + name: random(shape) for prefix, shapes in parts.items() for name, shape in shapes.items()}
-    for prefix in ("denoiser.", "ema_denoiser."):
-        weights[prefix + "pos_embed"] = position_table(s.grid, s.hidden)[None]
-    return weights
+    return {name: random(name, shape) for name, shape in every_shape(denoiser, features).items()}
 
 
 def position_table(grid: int, width: int) -> Tensor:

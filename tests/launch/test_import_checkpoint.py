@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from released_pixelgen import Sizes, lightning, random_weights
+from released_cases import CASES
+from released_pixelgen import Sizes, denoiser_shapes, lightning, random_weights
 from tiny_qwen import save_qwen
 from torch import Tensor
 
 import launch.export
 import launch.import_checkpoint
 from t2i.config import SamplingConfig
+from t2i.config_loading import dump_config
 from t2i.model_folder import read_model
 from t2i.pipeline import Picture, Pipeline
 
@@ -26,7 +28,7 @@ SIZES = Sizes(hidden=48, blocks=2, heads=2, text_width=20, text_length=7, text_b
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return random_weights(SIZES)
+    return random_weights(denoiser_shapes(SIZES), SIZES.features)
 
 
 @pytest.fixture
@@ -124,3 +126,42 @@ def test_export_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is not a model folder" in capsys.readouterr().err
     assert launch.export.main([str(place), "--out", str(place / "x.ckpt")]) == 2
     assert "it should not exist yet" in capsys.readouterr().err
+
+
+@pytest.fixture
+def class_place(place: Path) -> Path:
+    """The folder with x.ckpt and c.yaml for class to image."""
+    case = CASES["XL"]
+    torch.save(lightning(random_weights(case.shapes, 11)), place / "x.ckpt")
+    (place / "c.yaml").write_text(dump_config(case.run))
+    return place
+
+
+def test_a_checkpoint_for_classes_draws_and_becomes_itself_again(class_place: Path) -> None:
+    assert importing(class_place) == 0
+    report = json.loads((class_place / "model" / "import.json").read_text())
+    assert report["used"]["ema_denoiser.y_embedder.embedding_table.weight"] == "denoiser.label.weight"
+    assert report["notes"] == []
+    raw, ema = (Pipeline.load(class_place / "model", which, torch.device("cpu")) for which in ("raw", "ema"))
+    assert raw.null_caption == ema.null_caption == 5
+    settings = SamplingConfig(steps=2, batch_size=2)
+    pictures = [pipeline.draw([Picture("0"), Picture("4")], settings) for pipeline in (raw, ema)]
+    assert pictures[0].shape == (2, 3, 20, 20) and not torch.equal(*pictures)
+    assert launch.export.main([str(class_place / "model"), "--out", str(class_place / "y.ckpt")]) == 0
+    written, read = (torch.load(class_place / f"{name}.ckpt")["state_dict"] for name in ("y", "x"))
+    assert written.keys() == read.keys()
+    for name, value in read.items():
+        atol = 1e-6 if name.endswith(".pos_embed") else 0
+        torch.testing.assert_close(written[name], value, atol=atol, rtol=0)
+
+
+def test_an_option_of_captions_is_refused_for_classes(class_place: Path, refused: Callable[..., str]) -> None:
+    assert "null_attention zero does nothing for class to image" in refused("--null_attention", "zero")
+
+
+def test_another_task_is_refused_before_a_text_encoder_is_loaded(
+    class_place: Path, refused: Callable[..., str]
+) -> None:
+    (class_place / "c.yaml").write_text("text: {model: absent}")
+    assert "x.ckpt is PixelGen for class to image, 4 blocks of width 48: " in (said := refused())
+    assert said.endswith("the config's model.condition should be class, not text")

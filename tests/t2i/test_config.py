@@ -15,7 +15,7 @@ from t2i.config_base import ConfigError, Section
 from t2i.config_loading import check_world_size, dump_config, load_config, merge, stage_config, validate_config
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(ROOT.glob("configs/*.yaml"))
+SHIPPED = sorted(ROOT.glob("configs/**/*.yaml"))
 
 
 def sections(root: type[Section] = RunConfig) -> list[type[Section]]:

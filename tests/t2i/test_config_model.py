@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from t2i.config_base import ConfigError
-from t2i.config_loading import check_world_size, load_config, stage_config, validate_config
+from t2i.config_loading import changes, check_world_size, load_config, stage_config, validate_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -37,7 +37,7 @@ def test_adms_crop_is_square() -> None:
         validate_config({"data": {"crop": "adm", "resolution": [32, 64]}}, "here")
 
 
-@pytest.mark.parametrize("name", ["pixelgen_l", "pixelgen_xl"])
+@pytest.mark.parametrize("name", ["pixelgen_l", "pixelgen_xl", "baselines/jit_repa"])
 def test_the_papers_recipe_for_classes(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     for index in range(len(config.stages)):
@@ -53,10 +53,38 @@ def test_xl_trains_160_epochs() -> None:
     assert train.steps * train.batch_size / 1_281_167 == pytest.approx(160, abs=0.2)
 
 
-def test_table_5_adds_one_term_at_a_time_and_each_row_begins_anew() -> None:
+def test_xl_balances_gradients_after_80_epochs() -> None:
+    """Appendix A.2 and the public code: from epoch 80 of 160, every 50 steps, four fifths of the old weight kept."""
+    config = load_config(CONFIGS / "pixelgen_xl.yaml")
+    assert len(config.stages) == 1  # the step is one of the stage
+    objective = stage_config(config, 0).objective
+    assert (objective.balance_from_step, objective.balance_every) == (config.train.steps // 2, 50)
+    assert (objective.balance_smoothing, objective.balance_max) == (0.8, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "differs"),
+    [
+        ("jit_repa", {"objective.lpips_weight": 0.0, "objective.pdino_weight": 0.0}),
+        ("lpips", {"objective.pdino_weight": 0.0, "objective.gate": 0.0}),
+        ("pdino", {"objective.gate": 0.0}),
+    ],
+)
+def test_the_rows_of_table_5_differ_in_their_terms_alone(row: str, differs: dict[str, float]) -> None:
+    whole, less = (load_config(CONFIGS / name) for name in ("pixelgen_l.yaml", f"baselines/{row}.yaml"))
+    assert less.name == f"pixelgen_l_{row}"
+    stages = [stage_config(config, 0) for config in (whole, less)]
+    assert sorted([*differs, "name"]) == changes(*(stage.model_dump() for stage in stages))
+    for field, value in differs.items():
+        section, _, name = field.partition(".")
+        assert getattr(getattr(less, section), name) == value
+
+
+def test_the_last_row_of_table_5_is_pixelgen_l() -> None:
     config = load_config(CONFIGS / "pixelgen_l.yaml")
-    rows = [stage_config(config, index) for index in range(4)]
-    terms = [(row.objective.lpips_weight, row.objective.pdino_weight, row.objective.gate) for row in rows]
-    assert terms == [(0.0, 0.0, 0.0), (0.1, 0.0, 0.0), (0.1, 0.01, 0.0), (0.1, 0.01, 0.3)]
-    assert all(row.objective.repa_weight == 0.5 and row.init.source == "scratch" for row in rows)
-    assert all(row.train.steps == 200_000 for row in rows)
+    assert len(config.stages) == 1 and config.train.steps == 200_000
+    objective = config.objective
+    assert (objective.lpips_weight, objective.pdino_weight, objective.repa_weight) == (0.1, 0.01, 0.5)
+    assert (objective.gate, objective.balance_from_step) == (0.3, None)
+    sampling = config.sampling
+    assert (sampling.solver, sampling.steps, sampling.guidance_scale, sampling.timeshift) == ("euler", 50, 1.0, 1.0)

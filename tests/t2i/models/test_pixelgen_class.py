@@ -163,7 +163,7 @@ def test_features_are_the_image_tokens_after_block_number_repa_layer(layer: int)
 
 SIZES = {
     "L": ({"width": 1024, "depth": 24, "heads": 16, "bottleneck": 128}, 459_139_808),
-    "XL": ({"width": 1152, "depth": 28, "heads": 16, "bottleneck": 0, "dropout": 0.1}, 676_992_960),
+    "XL": ({"width": 1152, "depth": 28, "heads": 16, "bottleneck": 0, "dropout": 0.1}, 676_994_112),
 }
 
 

@@ -1,49 +1,27 @@
-"""Released weights in our network: every key and shape of XXL, the same numbers, and the way back."""
+"""Released weights in our networks: every key and shape of XXL, XL and L, the same numbers, and the way back."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from released_pixelgen import (
-    Sizes,
-    denoiser_shapes,
-    forward,
-    lightning,
-    position_table,
-    project,
-    projector_shapes,
-    random_weights,
-)
+from released_cases import CASES, TINY, XL, XXL, Case, L, config, stored
+from released_class_pixelgen import class_denoiser_shapes
+from released_pixelgen import denoiser_shapes, every_shape, position_table, project, random_weights
 from torch import Tensor
 
 from t2i.build import build_denoiser
-from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.config_loading import load_config, stage_config, validate_config
+from t2i.config_loading import load_config, stage_config
 from t2i.models.layers import Projector
 from t2i.released.checkpoint import Checkpoint
 from t2i.released.convert import Imported, export_weights, import_weights, trained_resolution
-from t2i.released.names import TEXT_TO_IMAGE, released_names
 
 ROOT = Path(__file__).parents[3]
-XXL = Sizes(1536, 16, 24, 2048, 128, 4, 256, 16, 32, 768)
-TINY = Sizes(hidden=48, blocks=3, heads=3, text_width=20, text_length=7, text_blocks=2, bottleneck=10, patch=4, grid=5,
-             features=11)  # fmt: skip
-
-
-def config(**model: int) -> RunConfig:
-    sizes = {"patch_size": 4, "width": 48, "depth": 3, "heads": 3, "text_depth": 2, "bottleneck": 10, "repa_layer": 2}
-    return validate_config(
-        {"model": {**sizes, **model}, "text": {"length": 7}, "data": {"resolution": 20}}, where="the test"
-    )
-
-
-def stored(path: Path, weights: dict[str, Tensor], **more: Any) -> Checkpoint:
-    torch.save(lightning(weights, **more), path)
-    return Checkpoint(path)
+PROJECTOR = "diffusion_trainer.proj.0."
 
 
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -52,7 +30,7 @@ def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return random_weights(TINY)
+    return random_weights(denoiser_shapes(TINY), TINY.features)
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +38,31 @@ def imported(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactor
     return import_weights(stored(tmp_path_factory.mktemp("x") / "x.ckpt", weights), config(), TINY.text_width)
 
 
-@pytest.mark.parametrize(("grid", "parameters"), [(16, 1_122_132_736), (32, 1_123_312_384)])
-def test_every_key_and_shape_of_xxl_has_its_place(tmp_path: Path, grid: int, parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "shapes", "stage", "resolution", "parameters"),
+    [
+        ("pixelgen_xxl", denoiser_shapes(replace(XXL, grid=16)), 0, 256, 1_122_132_736),
+        ("pixelgen_xxl", denoiser_shapes(XXL), 2, 512, 1_123_312_384),
+        ("pixelgen_xl", class_denoiser_shapes(XL), 0, 256, 676_994_112),
+        ("pixelgen_l", class_denoiser_shapes(L), 0, 256, 459_139_808),
+    ],
+)
+def test_every_key_and_shape_has_its_place(
+    tmp_path: Path, name: str, shapes: dict[str, tuple[int, ...]], stage: int, resolution: int, parameters: int
+) -> None:
     """A whole checkpoint in a small file: each tensor is one number, repeated."""
-    sizes = Sizes(**{**XXL.__dict__, "grid": grid})
-    shapes = denoiser_shapes(sizes)
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
-    every = {f"{prefix}{name}": shape for prefix in ("denoiser.", "ema_denoiser.") for name, shape in shapes.items()}
-    every |= {f"diffusion_trainer.proj.0.{name}": shape for name, shape in projector_shapes(sizes).items()}
+    every, width = every_shape(shapes, 768), shapes["pos_embed"][2]
     numbers = {name: torch.tensor([float(n)]).expand(shape) for n, (name, shape) in enumerate(every.items())}
     whole = dict(numbers)
-    whole["denoiser.pos_embed"] = whole["ema_denoiser.pos_embed"] = position_table(grid, sizes.hidden)[None]
-    checkpoint = stored(tmp_path / "xxl.ckpt", whole)
-    run = stage_config(load_config(ROOT / "configs/pixelgen_xxl.yaml"), 0 if grid == 16 else 2)
-    assert trained_resolution(checkpoint, run.model.patch_size) == run.data.resolution == 16 * grid
+    whole["denoiser.pos_embed"] = whole["ema_denoiser.pos_embed"] = position_table(resolution // 16, width)[None]
+    checkpoint = stored(tmp_path / "x.ckpt", whole)
+    run = stage_config(load_config(ROOT / f"configs/{name}.yaml"), stage)
+    assert trained_resolution(checkpoint, run.model.patch_size) == run.data.resolution == resolution
     result = import_weights(checkpoint, run, 2048)
     with torch.device("meta"):
         ours = build_denoiser(run.model, 2048, run.text.length).state_dict()
-        ours_projector = Projector(1536, 768).state_dict()
+        ours_projector = Projector(width, 768).state_dict()
     expected = {f"denoiser.{name}": value.shape for name, value in ours.items()}
     expected |= {f"projector.{name}": value.shape for name, value in ours_projector.items()}
     for tensors in (result.raw, result.ema):
@@ -98,43 +83,48 @@ def _compare(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("which", ["raw", "ema"])
-def test_output_features_and_gradients_are_the_references(
-    weights: dict[str, Tensor], imported: Imported, which: str
-) -> None:
-    run = config()
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_output_features_and_gradients_are_the_references(case: Case, which: str, tmp_path: Path) -> None:
+    run, weights = case.run, random_weights(case.shapes, 11)
+    imported = import_weights(stored(tmp_path / "x.ckpt", weights), run, case.text_width)
     prefix, tensors = ("denoiser.", imported.raw) if which == "raw" else ("ema_denoiser.", imported.ema)
-    network, projector = build_denoiser(run.model, TINY.text_width, TINY.text_length), Projector(48, 11)
+    network, projector = build_denoiser(run.model, case.text_width, run.text.length), Projector(48, 11)
     network.load_state_dict(part(tensors, "denoiser."))
     projector.load_state_dict(part(tensors, "projector."))
-    theirs = {name: value.clone().requires_grad_() for name, value in part(weights, prefix).items()}
-    projecting = {name: v.clone().requires_grad_() for name, v in part(weights, "diffusion_trainer.proj.0.").items()}
-    names = released_names(TEXT_TO_IMAGE, network.state_dict())
+    learned = [name for name in weights if name.startswith((prefix, PROJECTOR)) and not name.endswith("pos_embed")]
+    theirs = {name: weights[name].clone().requires_grad_(name in learned) for name in weights}
 
     torch.manual_seed(3)
-    given = torch.randn(2, 3, 20, 20), torch.tensor([0.15, 0.8]), torch.randn(2, 7, 20)
+    given, condition = (torch.randn(2, 3, 20, 20), torch.tensor([0.15, 0.8])), case.condition()
     cotangents = torch.randn(2, 3, 20, 20), torch.randn(2, 25, 11)
     ours_in, theirs_in = ([value.clone().requires_grad_() for value in given] for _ in range(2))
-    prediction = network(*ours_in)
-    image, features = forward(theirs, TINY, *theirs_in, align_layer=run.model.repa_layer)
+    prediction = network(*ours_in, condition)
+    image, features = case.forward(part(theirs, prefix), *theirs_in, condition, align_layer=run.model.repa_layer)
     ours_out = prediction.image, projector(prediction.features)
-    theirs_out = image, project(projecting, features)
+    theirs_out = image, project(part(theirs, PROJECTOR), features)
     assert image.std() > 0.3 and features.std() > 0.3
     _compare((*ours_out, prediction.features), (*theirs_out, features))
 
-    parameters = dict(network.named_parameters())
-    ours_wanted = [*ours_in, *(parameters[name] for name in names.values()), *projector.parameters()]
-    of_projector = (projecting[f"{n}.{kind}"] for n in (0, 2, 4) for kind in ("weight", "bias"))
-    theirs_wanted = [*theirs_in, *(theirs[name] for name in names), *of_projector]
+    parameters = {f"denoiser.{name}": value for name, value in network.named_parameters()}
+    parameters |= {f"projector.{name}": value for name, value in projector.named_parameters()}
     ours_gradients, theirs_gradients = (
         torch.autograd.grad(sum((o * c).mean() for o, c in zip(out, cotangents, strict=True)), wanted)
-        for out, wanted in ((ours_out, ours_wanted), (theirs_out, theirs_wanted))
+        for out, wanted in (
+            (ours_out, [*ours_in, *parameters.values()]),
+            (theirs_out, [*theirs_in, *(theirs[name] for name in learned)]),
+        )
     )
     assert all(gradient.abs().max() > 1e-6 for gradient in theirs_gradients)
-    _compare(ours_gradients, theirs_gradients)
+    by_name = dict(zip(parameters, ours_gradients[2:], strict=True))
+    released = export_weights(run, by_name, by_name)["state_dict"]
+    _compare((*ours_gradients[:2], *(released[name] for name in learned)), theirs_gradients)
 
 
-def test_the_way_back_gives_every_key_and_byte(weights: dict[str, Tensor], imported: Imported, tmp_path: Path) -> None:
-    exported = export_weights(config(), imported.raw, imported.ema)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_way_back_gives_every_key_and_byte(case: Case, tmp_path: Path) -> None:
+    weights = random_weights(case.shapes, 11)
+    imported = import_weights(stored(tmp_path / "x.ckpt", weights), case.run, case.text_width)
+    exported = export_weights(case.run, imported.raw, imported.ema)
     assert exported["state_dict"].keys() == weights.keys()
     for name, value in exported["state_dict"].items():
         if name.endswith(".pos_embed"):
@@ -142,7 +132,7 @@ def test_the_way_back_gives_every_key_and_byte(weights: dict[str, Tensor], impor
         else:
             assert torch.equal(value, weights[name]), name
     torch.save(exported, tmp_path / "y.ckpt")
-    again = import_weights(Checkpoint(tmp_path / "y.ckpt"), config(), TINY.text_width)
+    again = import_weights(Checkpoint(tmp_path / "y.ckpt"), case.run, case.text_width)
     for one, other in ((again.raw, imported.raw), (again.ema, imported.ema)):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
