@@ -189,6 +189,9 @@ def _advice(stage: _Stage, options: list[Option], chosen: Option | None) -> list
             f"train.micro_batch_size {micro} with zero1 and no checkpointing takes {need / gib:.1f} GiB: it {verdict} "
             f"into {USABLE:.0%} of {stage.given.gpu.memory_gib:g} GiB"
         )
+    if (folder := stage.config.engine.state_folder) is not None:
+        mapped = total(stage.memory.mapped("zero1"))
+        said.append(f"moments and average, {mapped / gib:.1f} GiB a rank at zero1, are files in {folder}, not memory")
     flops = stage.flops()
     whole = sum(flops.values())
     if chosen is None:

@@ -127,8 +127,16 @@ class StageMemory:
         return found
 
     def static(self, engine: Engine) -> Bytes:
-        """Bytes from the first step to the last, by component."""
-        return static_memory(engine, self.sharing, self.network, self.frozen(), self.dtype_bytes)
+        """Bytes of memory from the first step to the last, by component; what is in files (`mapped`) counts nothing."""
+        parts = static_memory(engine, self.sharing, self.network, self.frozen(), self.dtype_bytes)
+        return parts | dict.fromkeys(self.mapped(engine), 0)
+
+    def mapped(self, engine: Engine) -> Bytes:
+        """Bytes that lie in files of engine.state_folder, by component."""
+        if self.config.engine.state_folder is None:
+            return {}
+        parts = static_memory(engine, self.sharing, self.network, {}, self.dtype_bytes)
+        return {name: parts[name] for name in ("moments", "average")}
 
     def activations(self, micro_batch: int, checkpointing: bool) -> Bytes:
         """Bytes at the fullest moment of a micro-step, by component."""

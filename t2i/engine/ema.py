@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from t2i.engine.mapped import ZerosLike
 from t2i.engine.shards import Shards
 
 
 class Ema:
     """`average <- decay average + (1 - decay) weight`, over this rank's slices.
 
-    Call `update` after applied updates only.
+    Call `update` after applied updates only. `zeros_like` says where the average lies.
     """
 
-    def __init__(self, shards: Shards, decay: float) -> None:
+    def __init__(self, shards: Shards, decay: float, zeros_like: ZerosLike = torch.zeros_like) -> None:
         self.decay = decay
         self.shards = shards
-        self.values: dict[str, Tensor] = {name: shard.value.clone() for name, shard in shards.items()}
+        self.values: dict[str, Tensor] = {name: zeros_like(shard.value) for name, shard in shards.items()}
+        self.reset()
 
     def update(self) -> None:
         """Take in the weights as they are now."""

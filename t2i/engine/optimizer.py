@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from t2i.engine.mapped import ZerosLike
 from t2i.engine.shards import BUCKET_NUMEL, Shard, all_reduce_sum
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -63,15 +64,21 @@ class Optimizer(torch.optim.AdamW):
 
     `vetoed` makes the next step leave weights and moments alone: engines call `step` on their own, so this is
     the one place where an update can be stopped in every engine. An engine that has sharded the parameters says
-    by `adopt` what became of them.
+    by `adopt` what became of them. `zeros_like` makes the moments.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], muon_names: frozenset[str], betas: tuple[float, float], eps: float
+        self,
+        groups: list[dict[str, Any]],
+        muon_names: frozenset[str],
+        betas: tuple[float, float],
+        eps: float,
+        zeros_like: ZerosLike,
     ) -> None:
         super().__init__(groups, betas=betas, eps=eps, fused=True)
         self.vetoed = False
         self.muon_names = muon_names
+        self._zeros_like = zeros_like
         self._matrices: dict[Tensor, list[Piece]] = {}
 
     def adopt(self, pieces: Sequence[Piece]) -> dict[str, Shard]:
@@ -84,7 +91,7 @@ class Optimizer(torch.optim.AdamW):
         for piece in pieces:
             muon = piece.name in self.muon_names
             if piece.tensor not in self.state:
-                self.state[piece.tensor] = initial_state(piece.tensor, muon)
+                self.state[piece.tensor] = initial_state(piece.tensor, muon, self._zeros_like)
             if muon:
                 self._matrices.setdefault(piece.tensor, []).append(piece)
             moments = {k: piece.of(t) for k, t in self.state[piece.tensor].items() if k != "step"}
@@ -153,14 +160,14 @@ class Optimizer(torch.optim.AdamW):
             piece.of(piece.tensor).mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(mine * (group["lr"] * scale))
 
 
-def initial_state(tensor: Tensor, muon: bool) -> dict[str, Tensor]:
+def initial_state(tensor: Tensor, muon: bool, zeros_like: ZerosLike) -> dict[str, Tensor]:
     """Zero moments for a tensor, so that a state exists before the first step."""
     if muon:
-        return {"momentum": torch.zeros_like(tensor, requires_grad=False)}
+        return {"momentum": zeros_like(tensor)}
     return {
         "step": torch.zeros((), device=tensor.device),
-        "exp_avg": torch.zeros_like(tensor, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(tensor, requires_grad=False),
+        "exp_avg": zeros_like(tensor),
+        "exp_avg_sq": zeros_like(tensor),
     }
 
 
@@ -173,8 +180,10 @@ def build_optimizer(
     weight_decay: float,
     muon_momentum: float,
     work_dtype: torch.dtype,
+    zeros_like: ZerosLike = torch.zeros_like,
 ) -> Optimizer:
-    """An optimizer over a module's parameters; `muon(name)` says which matrices Muon takes.
+    """An optimizer over a module's parameters; `muon(name)` says which matrices Muon takes, `zeros_like` where the
+    moments lie.
 
     Learning rates are set before every step (`Engine.step`).
     """
@@ -193,4 +202,4 @@ def build_optimizer(
                     "work_dtype": work_dtype,
                 }
             )
-    return Optimizer(groups, muon_names, betas, eps)
+    return Optimizer(groups, muon_names, betas, eps, zeros_like)

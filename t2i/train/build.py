@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.randomness import key
 from t2i.build import Denoiser, build_denoiser
-from t2i.config import RunConfig
+from t2i.config import EngineConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_objective import STAND_IN, ObjectiveConfig
 from t2i.diffusion.objective import LossWeights, Objective
@@ -27,8 +27,10 @@ from t2i.diffusion.perceptual import (
 )
 from t2i.engine.blocks import prepare_blocks
 from t2i.engine.deepspeed import DeepSpeedEngine
+from t2i.engine.ema import Ema
 from t2i.engine.fsdp import FsdpEngine
 from t2i.engine.interface import Engine
+from t2i.engine.mapped import StateFolder, ZerosLike
 from t2i.engine.optimizer import build_optimizer
 from t2i.models.layers import Projector
 from t2i.models.pixelgen import Prediction, muon_takes
@@ -154,11 +156,16 @@ def _load_dino(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype
     return net
 
 
+def _zeros_like(config: EngineConfig) -> ZerosLike:
+    return torch.zeros_like if config.state_folder is None else StateFolder(config.state_folder).zeros_like
+
+
 def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtype: torch.dtype) -> Engine:
     """The engine of a stage, over a network that it takes possession of: copies are to be made before.
 
     Raises:
         ConfigError: it does not go with the number of ranks.
+        UserError: engine.state_folder cannot hold its moments.
     """
     engine, train = config.engine, config.train
     if world.size % engine.replicas:
@@ -174,6 +181,7 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
         weight_decay=config.optimizer.weight_decay,
         muon_momentum=config.optimizer.muon_momentum,
         work_dtype=dtype,
+        zeros_like=_zeros_like(engine),
     )
     accumulation = train.batch_size // world.size // train.micro_batch_size
     clip_grad_norm = config.optimizer.clip_grad_norm
@@ -199,6 +207,15 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
         accumulation=accumulation,
         clip_grad_norm=clip_grad_norm,
     )
+
+
+def build_ema(config: RunConfig, engine: Engine) -> Ema:
+    """The average of an engine's weights, as they are now.
+
+    Raises:
+        UserError: engine.state_folder cannot hold it.
+    """
+    return Ema(engine.shards, config.ema.decay, _zeros_like(config.engine))
 
 
 def denoiser_training_flops(config: RunConfig, text_width: int) -> float:

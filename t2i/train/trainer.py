@@ -17,12 +17,11 @@ from data.loader import Batch, merge_states
 from t2i.build import build_conditioner, choose_dtype
 from t2i.config import RunConfig
 from t2i.engine.checkpoint import CheckpointError, Mirror, values_of
-from t2i.engine.ema import Ema
 from t2i.engine.shards import gather_full
 from t2i.model_folder import DENOISER, write_model
 from t2i.pipeline import Pipeline
 from t2i.train.balance import build_balance
-from t2i.train.build import build_engine, build_network, build_objective, denoiser_training_flops
+from t2i.train.build import build_ema, build_engine, build_network, build_objective, denoiser_training_flops
 from t2i.train.dry_run import dry_run
 from t2i.train.failures import is_lost_contact
 from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
@@ -91,7 +90,7 @@ class StageTrainer:
         pipeline = Pipeline(config, averaged, self.conditioner, self.null_caption, world.device)
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples, watch.alive)
         self.engine = build_engine(config, network, world, dtype)
-        self.ema = Ema(self.engine.shards, config.ema.decay)
+        self.ema = build_ema(config, self.engine)
         self.balance = build_balance(config, network.denoiser.head)
         self._train = TrainingStep(
             config, place.name, world, self.conditioner, self.null_caption, objective, self.engine, self.balance

@@ -7,8 +7,10 @@ some ranks' only. One step's loss is not finite on one rank, one step is vetoed.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ from t2i.engine.blocks import prepare_blocks
 from t2i.engine.ema import Ema
 from t2i.engine.fsdp import FsdpEngine
 from t2i.engine.interface import Engine
+from t2i.engine.mapped import StateFolder, ZerosLike
 from t2i.engine.optimizer import build_optimizer, orthogonalise
 from t2i.engine.shards import gather_full
 from t2i.models.layers import Projector, patchify
@@ -191,14 +194,24 @@ class Case:
     replicas: int = 1
     persistent: int = 100_000
     offload: bool = False
+    mapped: bool = False
 
     def __str__(self) -> str:
-        flags = [name for name in ("muon", "checkpointed", "compiled", "offload") if getattr(self, name)]
+        flags = [name for name in ("muon", "checkpointed", "compiled", "offload", "mapped") if getattr(self, name)]
         flags += [] if self.reshard else ["no reshard"]
         flags += [] if self.replicas == 1 else [f"{self.replicas} replicas"]
         flags += [] if self.clip else ["no clipping"]
         flags += [] if self.persistent else ["nothing persistent"]
         return f"{self.engine} {str(self.dtype).removeprefix('torch.')} x{self.accumulation} {' '.join(flags)}".strip()
+
+
+def zeros_like(case: Case) -> ZerosLike:
+    """Where the case's moments and average lie: files leave nothing behind in the folder."""
+    return StateFolder(Path(tempfile.gettempdir())).zeros_like if case.mapped else torch.zeros_like
+
+
+def average(engine: Engine, case: Case) -> Ema:
+    return Ema(engine.shards, DECAY, zeros_like(case))
 
 
 def build(case: Case) -> Engine:
@@ -212,6 +225,7 @@ def build(case: Case) -> Engine:
         weight_decay=WEIGHT_DECAY,
         muon_momentum=MOMENTUM,
         work_dtype=torch.float32,
+        zeros_like=zeros_like(case),
     )
     device = torch.device("cpu")
     common = {"device": device, "dtype": case.dtype, "accumulation": case.accumulation, "clip_grad_norm": case.clip}

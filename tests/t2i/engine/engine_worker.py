@@ -14,11 +14,11 @@ import torch
 from cases import (
     BETAS,
     CLIP,
-    DECAY,
     ENGINES,
     STEPS,
     Case,
     Trace,
+    average,
     build,
     distance,
     loss_of,
@@ -82,7 +82,7 @@ def refusals(engine: Engine, case: Case) -> list[bool]:
 
 def compare(case: Case) -> dict:
     engine = build(case)
-    ema = Ema(engine.shards, DECAY)
+    ema = average(engine, case)
     start = distance(whole(engine, values_of(engine.shards)), cached_reference(torch.float32, False, CLIP).start)
     losses, norms, vetoes = train(engine, ema, case, range(STEPS))
     expected: Trace = cached_reference(case.dtype, case.muon, case.clip)
@@ -125,9 +125,24 @@ def rounded_share(case: Case) -> float:
     return rounded.float().mean().item()
 
 
+def mapped_differences(case: Case) -> dict:
+    """What moments and average in files change of the weights, and whether they lie there."""
+    traces, shared = [], []
+    for kind in (case, dataclasses.replace(case, mapped=True)):
+        engine = build(kind)
+        ema = average(engine, kind)
+        losses, norms, _ = train(engine, ema, kind, range(STEPS))
+        traces.append(Trace(losses, norms, whole(engine, values_of(engine.shards)), whole(engine, ema.values), {}))
+        moments = [moment for shard in engine.shards.values() for moment in shard.state.values()]
+        # Of slices of nothing there is no file.
+        shared.append({it.is_shared() for it in (*moments, *ema.values.values()) if it.untyped_storage().nbytes()})
+        engine.close()
+    return {"case": str(case), **differences(*traces), "shared": [list(found) for found in shared]}
+
+
 def restore(case: Case, folder: Path) -> tuple[Engine, Ema]:
     engine = build(case)
-    ema = Ema(engine.shards, DECAY)
+    ema = average(engine, case)
     checkpoint = Checkpoint(checkpoints(folder)[-1])
     kinds = {"value": values_of(engine.shards), "ema": ema.values, **moments_of(engine.shards)}
     checkpoint.read(engine.shards, kinds)
@@ -148,7 +163,7 @@ def go_on(case: Case, folder: Path) -> Trace:
 def save_and_go_on(case: Case, folder: Path, world) -> Trace:
     """Save after half of the steps; the rest of the unbroken run, which goes on while the checkpoint is written."""
     engine = build(case)
-    ema = Ema(engine.shards, DECAY)
+    ema = average(engine, case)
     train(engine, ema, case, range(HALF))
     writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt="a", keep=1)
     writer.save(HALF, engine.shards, ema.values, {"updates": engine.updates})
@@ -176,6 +191,7 @@ def resume(folder: Path, other: Path | None, world) -> list[dict]:
     if world.size == 2:
         cases += [Case(engine, torch.bfloat16, 2) for engine in ENGINES]
         cases += [Case("fsdp", muon=True, replicas=2), Case("zero3", torch.bfloat16, 2, offload=True)]
+        cases += [Case("zero1", torch.bfloat16, 2, mapped=True), Case("fsdp", muon=True, mapped=True)]
     for case in cases:
         unbroken = save_and_go_on(case, folder / str(case), world)
         again = go_on(case, folder / str(case))
@@ -202,6 +218,7 @@ def main() -> None:
         if world.size == 2:
             bf16 = [Case(engine, torch.bfloat16, 2, clip=0) for engine in ENGINES]
             outcome["rounded"] = {str(case): rounded_share(case) for case in bf16}
+            outcome["mapped"] = [mapped_differences(Case(engine, torch.bfloat16, 2)) for engine in ENGINES]
             outcome["refused"] = [second_backward(Case(engine, accumulation=2)) for engine in ENGINES]
         outcome["resumed"] = resume(folder, other, world)
         plain = [cached_reference(torch.float32, False, clip).values for clip in (CLIP, 0)]

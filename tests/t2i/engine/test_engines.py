@@ -60,6 +60,13 @@ def test_gradients_are_summed_in_fp32(outcomes) -> None:
     assert all(share < 0.3 for share in outcomes[2]["rounded"].values()), outcomes[2]["rounded"]
 
 
+def test_moments_and_average_in_files_change_no_bit(outcomes) -> None:
+    assert len(outcomes[2]["mapped"]) == 5
+    for case in outcomes[2]["mapped"]:
+        assert {case[key] for key in ("losses", "norms", "values", "ema")} == {0.0}, case
+        assert case["shared"] == [[False], [True]], case
+
+
 def test_a_backward_that_would_lose_gradients_is_refused(outcomes) -> None:
     assert len(outcomes[2]["refused"]) == 5
     for case in outcomes[2]["refused"]:

@@ -1,0 +1,192 @@
+"""One optimizer step of the full-size model, as training makes it, on a machine without a GPU.
+
+    python tests/benchmarks/xxl.py            # make xxl: a machine of 24 GiB, 18 GB of its disk, 4 minutes
+    python tests/benchmarks/xxl.py --small    # the same on small networks, in seconds: to try the code
+
+PixelGen-XXL/16 at 256 px from configs/pixelgen_xxl.yaml, with what it takes to fit printed as `overrides`: two
+micro-batches of one drawn scene each, FSDP2, checkpointed blocks, the language model released once the captions are
+encoded, moments and average in mapped files. FSDP2 and not ZeRO-1, for its anonymous memory: 4 bytes a parameter of
+masters and 4 of gradients, and a block of bf16 weights at a time; ZeRO-1 has 2 of weights more, and as it starts 4 of
+first values.
+
+Qwen3-1.7B, VGG16 and DINOv2-B have their full size and random weights, made once under .cache/xxl: the losses mean
+nothing, their cost does. Of the two samples one is over the gate, so that LPIPS and P-DINO see it.
+
+Prints one JSON object: what the step came to; seconds and peaks of memory by part (`steps/clock.py`,
+`steps/memory.py`); bytes in mapped files. `moved` compares the masters with the average before it takes them in, which
+is where they began: Adam's first step is the learning rate times the gradient's sign. The head and adaLN begin at zero,
+so the first image is exactly zero, and only what does not lie behind a zero has a gradient: of the image blocks those
+up to alignment's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from steps import networks
+from steps.clock import StepClock, watch_step, watch_text
+from steps.memory import MemoryPeaks
+
+from data.loader import Batch
+from data.packing import shapes
+from launch.process import joined_world, quiet
+from t2i.build import build_text, choose_dtype
+from t2i.config import RunConfig
+from t2i.config_loading import load_config, merge, override, stage_config
+from t2i.engine.ema import Ema
+from t2i.engine.interface import Engine
+from t2i.train.build import build_ema, build_engine, build_network, build_objective
+from t2i.train.guard import Guard
+from t2i.train.processes import World
+from t2i.train.schedule import learning_rate
+from t2i.train.step import TrainingStep
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/pixelgen_xxl.yaml"
+CACHE = Path(".cache/xxl")
+SCENES_SEED = 0
+WATCHED = (
+    "denoiser.patch_up.weight",
+    "denoiser.text_blocks.0.adaln.weight",
+    "denoiser.blocks.0.adaln.weight",
+    "denoiser.head.weight",
+    "projector.layers.0.weight",
+)
+
+OVERRIDES: dict[str, Any] = {
+    "text": {"model": str(CACHE / "qwen3"), "release": True},
+    "objective": {"features_path": str(CACHE / "dinov2"), "lpips_path": str(CACHE / "vgg16.pth")},
+    "train": {"batch_size": 2, "micro_batch_size": 1},
+    "engine": {
+        "name": "fsdp",
+        "dtype": "bf16",
+        "compile": False,
+        "checkpoint_blocks": True,
+        "state_folder": str(CACHE / "state"),
+    },
+    "validation": {"every": 0},
+}
+SMALL: dict[str, Any] = {
+    "model": {"width": 96, "depth": 3, "heads": 3, "text_depth": 1, "bottleneck": 16, "repa_layer": 2},
+    "text": {"model": str(CACHE / "small" / "qwen3")},
+    "data": {"resolution": 64},
+    "objective": {"features_path": str(CACHE / "small" / "dinov2")},
+}
+SMALL_QWEN = networks.QWEN3_1B7 | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8}
+SMALL_DINOV2 = networks.DINOV2_B | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def machine() -> dict[str, Any]:
+    """What the step runs on."""
+    models = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {
+        "cpu": next(models).partition(": ")[2],
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(gib, 1),
+    }
+
+
+def batch_of_scenes(config: RunConfig) -> Batch:
+    """The stage's first batch, of drawn scenes and their captions."""
+    scenes = [shapes.scene(SCENES_SEED, number) for number in range(config.train.batch_size)]
+    pictures = np.stack([shapes.draw(scene, config.data.size[0]) for scene in scenes])
+    return Batch(
+        pixels=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
+        captions=[scene.caption for scene in scenes],
+        ids=[f"scenes/{scene.index}" for scene in scenes],
+        slots=np.arange(len(scenes)),
+        state={},
+        set_aside=[],
+        wait_s=0.0,
+    )
+
+
+def moved(engine: Engine, ema: Ema) -> dict[str, Any]:
+    """How far the masters are from the average: their largest change."""
+    largest = {name: float((it.value - ema.values[name]).abs().max()) for name, it in engine.shards.items()}
+    return {
+        "tensors": len(largest),
+        "tensors_moved": sum(change > 0 for change in largest.values()),
+        "largest": max(largest.values()),
+        **{name: largest[name] for name in WATCHED},
+    }
+
+
+def mapped_bytes(engine: Engine, ema: Ema) -> int:
+    """Of moments and average in files."""
+    moments = [moment for shard in engine.shards.values() for moment in shard.state.values()]
+    return sum(it.nbytes for it in (*moments, *ema.values.values()) if it.is_shared())
+
+
+def measure(config: RunConfig, stage: str, world: World) -> dict[str, Any]:
+    """A stage's networks and its first step."""
+    clock = StepClock(world.device)
+    with MemoryPeaks(lambda: clock.part) as memory:
+        with clock.during("build"):
+            dtype = choose_dtype(config.engine.dtype, world.device)
+            text = build_text(config, world.device, dtype)
+            watch_text(clock, text)
+            null_caption = text.null_caption()
+            objective = build_objective(config.objective, world.device)
+            network = build_network(config, text.width, objective.patch_features)
+            denoiser, projector = (
+                sum(p.numel() for p in part.parameters()) for part in (network.denoiser, network.projector)
+            )
+            engine = build_engine(config, network, world, dtype)
+            ema = build_ema(config, engine)
+            watch_step(clock, objective, engine, ema)
+            train = TrainingStep(config, stage, world, text, null_caption, objective, engine)
+        trained = train(batch_of_scenes(config), 0, Guard(config.guard).veto)
+        with clock.during("comparing"):
+            changes = moved(engine, ema)
+        if trained.result.vetoed is None:
+            ema.update()
+        clock.enter("end")
+    total = sum(clock.seconds.values())
+    return {
+        "parameters": {"denoiser": denoiser, "projector": projector},
+        "losses": {name: value for name, value in trained.means.items() if "_t0" not in name},
+        "grad_norm": trained.result.grad_norm,
+        "applied": trained.result.vetoed is None,
+        "learning_rate": learning_rate(config.optimizer, 0, config.train.steps, config.optimizer.lr),
+        "moved": changes,
+        "seconds": {part: round(seconds, 2) for part, seconds in clock.seconds.items()} | {"total": round(total, 2)},
+        "memory_gib": memory.gib(),
+        "mapped_bytes": mapped_bytes(engine, ema),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="small networks, to try the code")
+    small = parser.parse_args().small
+    os.chdir(ROOT)
+    quiet(rank=0)
+    overrides = merge(OVERRIDES, SMALL) if small else OVERRIDES
+    run = load_config(Path(CONFIG))
+    config, stage = stage_config(override(run, overrides), 0), run.stages[0]["name"]
+    captions = [shapes.scene(SCENES_SEED, number).caption for number in range(config.train.batch_size)]
+    networks.qwen(Path(config.text.model), SMALL_QWEN if small else networks.QWEN3_1B7, captions)
+    networks.dinov2(Path(config.objective.features_path), SMALL_DINOV2 if small else networks.DINOV2_B)
+    networks.vgg16(CACHE / "vgg16.pth")
+    with joined_world() as world:
+        outcome = {
+            "config": f"{CONFIG}, stage {stage}",
+            "overrides": overrides,
+            "random weights": ["text encoder", "VGG16", "DINOv2"],
+            "machine": machine(),
+            **measure(config, stage, world),
+        }
+        print(json.dumps(outcome, indent=1))
+
+
+if __name__ == "__main__":
+    main()
