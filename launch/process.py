@@ -42,7 +42,7 @@ def joined_world(patience: timedelta = timedelta(minutes=30)) -> Iterator[World]
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for the frozen networks, which hold fp32 weights
+        torch.set_float32_matmul_precision("high")  # TF32 where weights are fp32
     else:
         device = torch.device("cpu")
     # Of GPU runs the host threads decode, and each opens a team of its own: leave them a core each.

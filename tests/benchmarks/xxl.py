@@ -24,21 +24,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from steps import networks
 from steps.clock import StepClock, watch_step, watch_text
 from steps.memory import MemoryPeaks
+from steps.setting import CACHE, CONFIG, RANDOM, ROOT, batch_of_scenes, first_stage, machine
 
-from data.loader import Batch
-from data.packing import shapes
 from launch.process import joined_world, quiet
 from t2i.build import build_text, choose_dtype
 from t2i.config import RunConfig
-from t2i.config_loading import load_config, merge, override, stage_config
+from t2i.config_loading import merge
 from t2i.engine.ema import Ema
 from t2i.engine.interface import Engine
 from t2i.train.build import build_ema, build_engine, build_network, build_objective
@@ -47,10 +43,6 @@ from t2i.train.processes import World
 from t2i.train.schedule import learning_rate
 from t2i.train.step import TrainingStep
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "configs/pixelgen_xxl.yaml"
-CACHE = Path(".cache/xxl")
-SCENES_SEED = 0
 WATCHED = (
     "denoiser.patch_up.weight",
     "denoiser.text_blocks.0.adaln.weight",
@@ -82,33 +74,6 @@ SMALL_QWEN = networks.QWEN3_1B7 | {"hidden_size": 64, "intermediate_size": 96, "
 SMALL_DINOV2 = networks.DINOV2_B | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def machine() -> dict[str, Any]:
-    """What the step runs on."""
-    models = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return {
-        "cpu": next(models).partition(": ")[2],
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(gib, 1),
-    }
-
-
-def batch_of_scenes(config: RunConfig) -> Batch:
-    """The stage's first batch, of drawn scenes and their captions."""
-    scenes = [shapes.scene(SCENES_SEED, number) for number in range(config.train.batch_size)]
-    pictures = np.stack([shapes.draw(scene, config.data.size[0]) for scene in scenes])
-    return Batch(
-        pixels=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
-        captions=[scene.caption for scene in scenes],
-        ids=[f"scenes/{scene.index}" for scene in scenes],
-        slots=np.arange(len(scenes)),
-        state={},
-        set_aside=[],
-        wait_s=0.0,
-    )
-
-
 def moved(engine: Engine, ema: Ema) -> dict[str, Any]:
     """How far the masters are from the average: their largest change."""
     largest = {name: float((it.value - ema.values[name]).abs().max()) for name, it in engine.shards.items()}
@@ -135,7 +100,7 @@ def measure(config: RunConfig, stage: str, world: World) -> dict[str, Any]:
             text = build_text(config, world.device, dtype)
             watch_text(clock, text)
             null_caption = text.null_caption()
-            objective = build_objective(config.objective, world.device)
+            objective = build_objective(config.objective, world.device, dtype)
             network = build_network(config, text.width, objective.patch_features)
             denoiser, projector = (
                 sum(p.numel() for p in part.parameters()) for part in (network.denoiser, network.projector)
@@ -171,17 +136,13 @@ def main() -> None:
     os.chdir(ROOT)
     quiet(rank=0)
     overrides = merge(OVERRIDES, SMALL) if small else OVERRIDES
-    run = load_config(Path(CONFIG))
-    config, stage = stage_config(override(run, overrides), 0), run.stages[0]["name"]
-    captions = [shapes.scene(SCENES_SEED, number).caption for number in range(config.train.batch_size)]
-    networks.qwen(Path(config.text.model), SMALL_QWEN if small else networks.QWEN3_1B7, captions)
-    networks.dinov2(Path(config.objective.features_path), SMALL_DINOV2 if small else networks.DINOV2_B)
-    networks.vgg16(CACHE / "vgg16.pth")
+    frozen = (SMALL_QWEN, SMALL_DINOV2) if small else (networks.QWEN3_1B7, networks.DINOV2_B)
+    config, stage = first_stage(overrides, *frozen)
     with joined_world() as world:
         outcome = {
             "config": f"{CONFIG}, stage {stage}",
             "overrides": overrides,
-            "random weights": ["text encoder", "VGG16", "DINOv2"],
+            "random weights": RANDOM,
             "machine": machine(),
             **measure(config, stage, world),
         }
