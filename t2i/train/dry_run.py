@@ -28,7 +28,7 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
     """A rank's share of a batch of noise in the stage's full shape, for the step that comes.
 
     Its slots are of that step, dealt out so that in each micro-batch as many samples are over the gate as will ever be.
-    Its caption is longer than any that is not cut.
+    Its caption fills text.length: none takes more memory.
     Deterministic; no generator is touched.
 
     Args:

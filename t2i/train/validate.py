@@ -49,6 +49,8 @@ class Evaluator:
         t = training_times(config.objective, (permutation(noise_key, n) + 0.5) / n)
         mine = np.arange(self.world.rank, n, self.world.size)
         terms = Terms()
+        # At once: a language model that is released is then loaded once.
+        self.alive("reading held-out captions")
         conditions = self.pipeline.conditioner([self.heldout.captions[i] for i in mine])
         for start in range(0, len(mine), config.train.micro_batch_size):
             self.alive("validation")
