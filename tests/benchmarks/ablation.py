@@ -122,11 +122,16 @@ class Run:
             raise UserError(f"{self.path}: the run ended with code {done.returncode}; started again, this goes on")
 
     def cost(self) -> dict[str, Any]:
-        """What training took, and the last validation loss."""
+        """What training took, how many updates its guard vetoed, and the last validation loss."""
         lines = JsonLines(self.config.directory / "metrics.jsonl").lines()
-        seconds = [line["step_s"] for line in lines if line["kind"] == "train"]
-        loss = [line["loss"] for line in lines if line["kind"] == "validation"][-1]
-        return {"seconds": round(sum(seconds)), "step_s": float(np.median(seconds)), "validation_loss": loss}
+        trained = [line for line in lines if line["kind"] == "train"]
+        seconds = [line["step_s"] for line in trained]
+        return {
+            "seconds": round(sum(seconds)),
+            "step_s": float(np.median(seconds)),
+            "skipped_updates": trained[-1]["skipped_updates"],
+            "validation_loss": [line["loss"] for line in lines if line["kind"] == "validation"][-1],
+        }
 
     def draw(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Pictures of these captions, one each, and OF_EACH_PROMPT of the prompts of demo_colours.py; kept on disk."""
