@@ -27,6 +27,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def measure() -> None:
     changes = [
         {"before": a, "after": b, "seed": seed, "kid": comparison.change(f"{a} {seed}", f"{b} {seed}")}
         for seed in range(options.seeds)
-        for a, b in [*zip(ARMS, list(ARMS)[1:], strict=False), ("baseline", "gating")]
+        for a, b in [*pairwise(ARMS), ("baseline", list(ARMS)[-1])]
     ]
     seeds = "one seed" if options.seeds == 1 else f"{options.seeds} seeds"
     found = {
