@@ -120,7 +120,7 @@ class Run:
         job = [f"--master_port={free_port()}", str(ROOT / "launch" / "stage1.py"), "--config", str(self.path)]
         done = subprocess.run([*launcher, *job], stdout=sys.stderr, check=False)
         if done.returncode:
-            raise UserError(f"{self.path}: the run ended with code {done.returncode}; started again, this goes on")
+            raise UserError(f"{self.path}: the run ended with code {done.returncode}, and said why above")
 
     def cost(self) -> dict[str, Any]:
         """What training took, how many updates its guard vetoed, and the last validation loss."""
