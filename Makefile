@@ -2,8 +2,9 @@
 # make test    the tests, at most 20 minutes on 2 cores
 # make test-s3 the store against a real S3 server: Ceph, whose Debian packages it unpacks into .cache
 # make lint    ruff and mypy
-# make bench   what is measured rather than asserted, but for the next two
+# make bench   what is measured rather than asserted, but for the next three
 # make soak    training killed at 25 moments and resumed: nothing lost, nothing different
+# make ablation the paper's loss taken apart: four short runs, compared in .cache/ablation/table.md
 # make xxl     one optimizer step of the full-size model on a CPU with 24 GiB: its memory and seconds, by part
 # All need Linux, Python 3.11 or later, a C++ compiler and Python's headers; everything else comes from the
 # Python package registry, into .venv.
@@ -16,7 +17,7 @@ DATA := .cache/demo
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-s3 lint bench soak xxl clean
+.PHONY: setup demo test test-s3 lint bench soak ablation xxl clean
 
 setup: $(VENV)/.installed
 
@@ -45,10 +46,13 @@ lint: setup
 	mypy
 
 bench: setup
-	@for script in $(filter-out %/kill_soak.py %/xxl.py,$(wildcard tests/benchmarks/*.py)); do echo "$$script"; python $$script; done
+	@for script in $(filter-out %/kill_soak.py %/ablation.py %/xxl.py,$(wildcard tests/benchmarks/*.py)); do echo "$$script"; python $$script; done
 
 soak: setup
 	python tests/benchmarks/kill_soak.py
+
+ablation: setup
+	python tests/benchmarks/ablation.py
 
 xxl: setup
 	python tests/benchmarks/xxl.py

@@ -30,15 +30,19 @@ def colour(pixels: np.ndarray) -> str:
     return names[int(counts.argmax())]
 
 
+def prompts() -> list[tuple[str, str]]:
+    """Every prompt, with the colour that it asks for."""
+    article = {name: "an" if name[0] in "aeiou" else "a" for name in shapes.COLORS}
+    pairs = itertools.product(shapes.COLORS, shapes.SHAPES)
+    return [(f"a photo of {article[name]} {name} {shape}", name) for name, shape in pairs]
+
+
 def measure() -> None:
     model = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo/sft/model")
     pipeline = Pipeline.load(model, "ema", torch.device("cpu"))
-    pairs = list(itertools.product(shapes.COLORS, shapes.SHAPES))
-    article = {name: "an" if name[0] in "aeiou" else "a" for name in shapes.COLORS}
-    prompts = [f"a photo of {article[name]} {name} {shape}" for name, shape in pairs]
-    images = pipeline.draw([Picture(prompt) for prompt in prompts], pipeline.config.sampling)
+    images = pipeline.draw([Picture(prompt) for prompt, _ in prompts()], pipeline.config.sampling)
     drawn = [colour(image.permute(1, 2, 0).numpy()) for image in images]
-    asked = [name for name, _ in pairs]
+    asked = [name for _, name in prompts()]
     scenes = [shapes.scene(0, shapes.HELDOUT_START + i) for i in range(2000)]
     single = [scene for scene in scenes if scene.task == "colors"]
     side, _ = pipeline.config.data.size
@@ -49,7 +53,7 @@ def measure() -> None:
         json.dumps(
             {
                 "model": str(model),
-                "prompts": len(prompts),
+                "prompts": len(asked),
                 "right": float(np.mean(right)),
                 "drawn_scenes": float(np.mean(possible)),
                 "chance": float(np.mean(shuffled)),

@@ -1,0 +1,59 @@
+"""Distances between two sets of pictures by their features: the kernel distance (KID) and the Frechet distance.
+
+Features are float arrays, a row a picture. For the kernel distance the rows of both sets are pairs (here: of one
+caption), and a pair is compared with other pairs alone. That is unbiased whatever ties the two of a pair together, and
+a bootstrap over pairs is one over the rows and columns of one matrix.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def _kernel(x: Array, y: Array) -> Array:
+    """The cubic polynomial kernel of KID (Binkowski et al. 2018, section 4)."""
+    return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+
+def pair_terms(x: Array, y: Array) -> Array:
+    """What the pairs i and j of features (n, d) contribute to the kernel distance: (n, n), 0 where i = j."""
+    across = _kernel(x, y)
+    terms = _kernel(x, x) + _kernel(y, y) - across - across.T
+    np.fill_diagonal(terms, 0.0)
+    return terms
+
+
+def kernel_distance(terms: Array, counts: Array) -> Array:
+    """Squared maximum mean discrepancy, the U-statistic over pairs (Gretton et al. 2012, eq. 4); may be negative.
+
+    Args:
+        terms: of `pair_terms`.
+        counts: (b, n), how often each pair is in each of b samples: ones, or draws of `resamples`. A pair that is in a
+            sample twice is not compared with itself, which would bias the distance of resamples.
+
+    Returns:
+        (b,)
+    """
+    total = ((counts @ terms) * counts).sum(1)
+    return total / (counts.sum(1) ** 2 - (counts**2).sum(1))
+
+
+def resamples(n: int, b: int) -> Array:
+    """Counts (b, n) of b bootstrap samples of n pairs, always the same ones."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1.0 / n), size=b).astype(np.float64)
+
+
+def frechet_distance(x: Array, y: Array) -> float:
+    """Squared Frechet distance (Heusel et al. 2017) between the Gaussians fitted to features (n, d) and (m, d).
+
+    The trace of the root of the product of both covariances is the sum of the singular values of the (n, m) product of
+    the centred features, so n and m may be below d; the distance is biased upwards then, less with more pictures.
+    """
+    a, b = x - x.mean(0), y - y.mean(0)
+    n, m = len(a) - 1, len(b) - 1
+    root = np.linalg.svd(a @ b.T, compute_uv=False).sum() / np.sqrt(n * m)
+    shift = np.square(x.mean(0) - y.mean(0)).sum()
+    return float(shift + np.square(a).sum() / n + np.square(b).sum() / m - 2.0 * root)
