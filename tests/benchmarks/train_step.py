@@ -64,8 +64,12 @@ MIDDLE: dict[str, Any] = {
     "validation": {"every": 0},
 }
 MIDDLE_QWEN = networks.QWEN3_1B7 | {
-    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 8192,
-}  # fmt: skip
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+}
 SMALL: dict[str, Any] = merge(
     MIDDLE,
     {
@@ -119,6 +123,9 @@ OFF: dict[str, Variant] = {
 MASKS = {"mask": Variant("mask"), "mask, pads computed": Variant("mask", pads=True)}
 
 
+Step = Callable[..., float]
+
+
 class Built:
     """Engine, frozen networks and text encoder of a kind."""
 
@@ -134,18 +141,17 @@ class Built:
         self.engine: Engine = build_engine(config, network, world, dtype)
         self.ema: Ema = build_ema(config, self.engine)
 
-    def step(self, variant: Variant) -> Callable[[], float]:
-        """A call that makes a step in this way, and returns its loss."""
+    def step(self, variant: Variant) -> Step:
+        """A step in this way: a call that returns its loss, and applies the update unless it is told why not."""
         objective = SpendthriftObjective(self.objective, **variant.objective) if variant.objective else self.objective
         make = TrainingStep if variant.captions_once else CaptionsByMicroBatch
         train = make(self.config, self.stage, self.world, self.text, self.null_caption, objective, self.engine)
         batch = batch_of_scenes(self.config)
 
-        def call() -> float:
-            device = self.world.device.type
-            with padded(self.config) if variant.pads else nullcontext():
-                with torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext():
-                    trained = train(batch, 0, lambda loss, norm: None)
+        def call(vetoed: str | None = None) -> float:
+            cast = torch.autocast(self.world.device.type, torch.bfloat16) if self.autocast else nullcontext()
+            with padded(self.config) if variant.pads else nullcontext(), cast:
+                trained = train(batch, 0, lambda loss, norm: vetoed)
             self.ema.update()
             return trained.means["loss"]
 
@@ -194,7 +200,7 @@ def parts(built: Built) -> dict[str, float]:
     return {part: round(seconds, 3) for part, seconds in clock.seconds.items()}
 
 
-def timed(call: Callable[[], float]) -> float:
+def timed(call: Step) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
@@ -215,20 +221,21 @@ def measure(tree: Callable[[str], RunConfig], stage: str, world: World, rounds: 
     of_kind = {kind: {n: v for n, v in variants.items() if v.kind == kind} for kind in KINDS}
     found: dict[str, Any] = {}
 
-    def first(built: Built, group: dict[str, Variant]) -> dict[str, Callable[[], float]]:
+    def first(built: Built, group: dict[str, Variant]) -> dict[str, Step]:
         calls = {name: built.step(variant) for name, variant in group.items()}
-        for name, call in calls.items():
-            losses[name] = call()  # compiles
+        for name, call in calls.items():  # compiles; all see the first weights
+            losses[name] = call("the first weights are to stay")
+        for call in calls.values():
             call()
         return calls
 
-    def turn(calls: dict[str, Callable[[], float]]) -> None:
+    def turn(calls: dict[str, Step]) -> None:
         matmul.append(matmul_flops())
         for name, call in calls.items():
             seconds[name].append(timed(call))
 
     kept: dict[str, Built] = {}
-    calls: dict[str, Callable[[], float]] = {}
+    calls: dict[str, Step] = {}
     for kind, group in of_kind.items():
         built = Built(tree(kind), stage, world)
         calls |= first(built, group)

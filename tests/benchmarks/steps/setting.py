@@ -1,5 +1,4 @@
-"""The setting of a measured step: configs/pixelgen_xxl.yaml with frozen networks of random weights, and a batch of drawn
-scenes."""
+"""What is measured: configs/pixelgen_xxl.yaml, frozen networks with random weights, and a batch of drawn scenes."""
 
 from __future__ import annotations
 
