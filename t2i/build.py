@@ -60,18 +60,20 @@ def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> De
     )
 
 
-def build_conditioner(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Conditioner:
-    """What reads captions, on its device: the frozen text encoder, or the table of class labels."""
+def build_conditioner(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> Conditioner:
+    """What reads captions, on its device: the frozen text encoder, compiled if wanted, or the table of class labels."""
     if config.model.condition == "class":
         return ClassLabels(config.model.classes, device)
-    return build_text(config, device, dtype)
+    return build_text(config, device, dtype, compiled)
 
 
-def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> TextEncoder:
     """The frozen text encoder on its device."""
-    text = config.text
+    text, padding = config.text, config.model.text_padding
     return TextEncoder(
-        text.model, text.length, dtype, text.cache, padding=config.model.text_padding, release=text.release
+        text.model, text.length, dtype, text.cache, padding=padding, release=text.release, compiled=compiled
     ).to(device)
 
 

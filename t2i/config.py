@@ -73,8 +73,8 @@ class EngineConfig(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of the network's weights and arithmetic; masters are fp32. auto: bf16 where it is fast."""
     compile: bool = False
-    """Compile each transformer block; costs about a minute at the start of a stage. Under zero_stage 3 every gather
-    breaks a block into pieces: minutes at the start, and little gain."""
+    """Compile transformer blocks, text encoder and perceptual networks; costs minutes at the start of a stage.
+    Under zero_stage 3 every gather breaks a block into pieces: more minutes, and little gain."""
     checkpoint_blocks: bool = False
     """Keep only the input of each transformer block for the backward pass, which computes the rest again."""
 

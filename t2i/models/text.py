@@ -66,6 +66,7 @@ class TextEncoder(nn.Module):
         cache: captions whose states are kept in memory (the latest used); 0 keeps none.
         padding: whether pads are encoded, too.
         release: hold the weights only while there are captions to encode.
+        compiled: compile the model; eager, transformers waits for the device at each batch to look at its mask.
 
     Raises:
         UserError: the weights or the tokeniser cannot be loaded.
@@ -79,6 +80,7 @@ class TextEncoder(nn.Module):
         cache: int = 0,
         padding: Literal["attend", "mask"] = "attend",
         release: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         from transformers import AutoTokenizer
@@ -90,6 +92,7 @@ class TextEncoder(nn.Module):
         self.dtype = dtype
         self.length = length
         self._masks = padding == "mask"
+        self._compiled = compiled
         self._cache_size = cache
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._place: Tensor
@@ -102,7 +105,10 @@ class TextEncoder(nn.Module):
         from transformers import AutoModel
 
         net = _load(AutoModel, self._name, dtype=self.dtype, **options)
-        return net.eval().requires_grad_(False).to(self._place.device)
+        net.eval().requires_grad_(False).to(self._place.device)
+        if self._compiled:
+            net.forward = torch.compile(net.forward)
+        return net
 
     @contextmanager
     def loaded(self) -> Iterator[nn.Module]:

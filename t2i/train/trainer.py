@@ -81,7 +81,7 @@ class StageTrainer:
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
         dtype = choose_dtype(config.engine.dtype, world.device)
-        self.conditioner = build_conditioner(config, world.device, dtype)
+        self.conditioner = build_conditioner(config, world.device, dtype, config.engine.compile)
         self.null_caption = find_null_caption(config, place, self.conditioner)
         objective = build_objective(config.objective, world.device, dtype, config.engine.compile)
         network = build_network(config, self.conditioner.width, objective.patch_features)

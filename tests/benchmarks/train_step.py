@@ -133,7 +133,7 @@ class Built:
         self.config, self.stage, self.world = config, stage, world
         dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
         self.autocast = dtype == torch.float32
-        self.text: TextEncoder = build_text(config, world.device, torch.bfloat16)
+        self.text: TextEncoder = build_text(config, world.device, torch.bfloat16, config.engine.compile)
         self.null_caption = self.text.null_caption()
         self.objective = build_objective(config.objective, world.device, dtype, config.engine.compile)
         network = build_network(config, self.text.width, self.objective.patch_features)
