@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from t2i.config_base import ConfigError
 from t2i.config_sampling import SamplingConfig
+from t2i.engine.checkpoint.format import sync
 from t2i.model_folder import FILES, WhichWeights
 from t2i.pipeline import Picture, Pipeline
 
@@ -68,6 +69,15 @@ class Samples:
         """A part's file: its images' bytes, (n, H, W, 3)."""
         return self.folder / f"{part:06d}.bin"
 
+    def missing(self) -> list[int]:
+        """The parts that are not there whole."""
+
+        def whole(part: int) -> bool:
+            path = self.path(part)
+            return path.exists() and path.stat().st_size == len(self.indices(part)) * math.prod(self.size) * 3
+
+        return [part for part in self.parts if not whole(part)]
+
     def begin(self, made_of: dict[str, Any]) -> None:
         """Make the folder, or see that the parts that are there are of the same samples.
 
@@ -78,7 +88,8 @@ class Samples:
             ConfigError: they are not, or the folder cannot be made.
         """
         settings = self.sampling.model_dump(mode="json")
-        asked = json.loads(json.dumps({**made_of, "count": self.count, "sampling": settings}))
+        asked = {**made_of, "count": self.count, "size": self.size, "sampling": settings}
+        asked = json.loads(json.dumps(asked))
         note = self.folder / "samples.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,9 +121,7 @@ class Samples:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in self.parts:
-                    content = self.path(part).read_bytes()
-                    assert len(content) == len(self.indices(part)) * math.prod(shape[1:])
-                    file.write(content)
+                    file.write(self.path(part).read_bytes())
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.lib.format.write_array(file, labels)
         os.replace(aside, self.out)
@@ -129,4 +138,5 @@ def _write_aside(path: Path, pieces: Iterable[bytes]) -> None:
     aside = path.with_suffix(".partial")
     with aside.open("wb") as file:
         file.writelines(pieces)
+    sync(aside)
     os.replace(aside, path)

@@ -52,7 +52,12 @@ def _parser(description: str, default_config: str) -> ArgumentParser:
     ]
     epilog = "Fields of each of data.sources: " + " ".join(fields)
     parser = ArgumentParser(description=description, epilog=epilog, exit_on_error=False, print_config=None)
-    parser.add_argument("--config", type=Path, default=Path(default_config), help="YAML file of the run")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(default_config),
+        help="YAML file of the run; its `base:` names another whose sections it changes",
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_class_arguments(RunConfig, fail_untyped=True)

@@ -3,7 +3,8 @@
     deepspeed launch/sample_classes.py --model runs/pixelgen_xl/imagenet256/model --out samples.npz
 
 50,000 images, `arr_0` uint8 (N, H, W, 3), and their classes, `arr_1`; image i is of class i modulo the number of
-classes and the same for any number of processes. A job that is killed goes on where it stood.
+classes and the same for any number of processes. A job that is killed goes on where it stood; what it has drawn lies
+beside the `.npz`, in a folder that all processes see.
 """
 
 from __future__ import annotations
@@ -52,8 +53,15 @@ def sample_classes() -> None:
             raise ConfigError(f"--out {options.out} is there already: remove it or give another name")
 
         def begin() -> list[int]:
-            samples.begin({"weights": weights_digest(options.model, options.weights)})
-            return [part for part in samples.parts if not samples.path(part).exists()]
+            samples.begin(
+                {
+                    "weights": weights_digest(options.model, options.weights),
+                    "dtype": str(next(pipeline.denoiser.parameters()).dtype),
+                    "noise_scale": config.objective.noise_scale,
+                    "min_noise": config.objective.min_noise,
+                }
+            )
+            return samples.missing()
 
         missing = world.from_main(begin)
         mine = missing[world.rank :: world.size]

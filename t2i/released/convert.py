@@ -178,9 +178,14 @@ def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[st
         config, raw, ema: of a model folder, the weights under their names there.
 
     Raises:
-        ConfigError: a weight is not of the config's network.
+        ConfigError: a weight is not of the config's network, or its pictures are not square.
     """
     rows, columns = (side // config.model.patch_size for side in config.data.size)
+    if rows != columns:
+        raise ConfigError(
+            f"data.resolution {list(config.data.size)}: the released layout has square pictures alone; in the folder's "
+            "config.yaml, give the square that the checkpoint is to be read at"
+        )
     table = sincos_table(rows, columns, config.model.width, torch.device("cpu"))[None]
     weights: dict[str, Tensor] = {}
     for which, tensors in (("raw", raw), ("ema", ema)):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from host_reads import HostReads
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.loader import Batch
 from data.randomness import key, uniform
@@ -214,19 +214,6 @@ def test_the_share_of_dropped_labels_is_the_configs(fraction: float) -> None:
     assert (labels == CLASSES).double().mean().item() == pytest.approx(fraction, abs=4 * spread)
 
 
-class _Reads(TorchDispatchMode):
-    """Counts what would make a host wait for its device: a number read from it, or a shape that depends on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm is the one point of a step where the host waits."""
     order: list[str] = []
@@ -238,7 +225,7 @@ def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest
             order.append("norm")
             return StepResult(1.0, veto(1.0))
 
-    labels, reads = ClassLabels(CLASSES, CPU), _Reads()
+    labels, reads = ClassLabels(CLASSES, CPU), HostReads()
     net = Eyes()
     objective = Objective(LossWeights(0.1, 0.01, 0, 0.3, 0.05), net, net)
     stage = config(16, 0.1, 0.5)
