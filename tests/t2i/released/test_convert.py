@@ -202,3 +202,10 @@ def test_weights_of_something_else(tmp_path: Path) -> None:
 def test_a_network_without_released_names_is_not_exported(imported: Imported) -> None:
     with pytest.raises(ConfigError, match=r"no name for denoiser.labels"):
         export_weights(config(), {**imported.raw, "denoiser.labels.weight": torch.ones(1)}, imported.ema)
+
+
+def test_rectangles_are_not_exported(imported: Imported) -> None:
+    tree = config()
+    rectangles = tree.model_copy(update={"data": tree.data.model_copy(update={"resolution": [8, 16]})})
+    with pytest.raises(ConfigError, match=r"data.resolution \[8, 16\]: the released layout has square pictures alone"):
+        export_weights(rectangles, imported.raw, imported.ema)
