@@ -31,7 +31,7 @@ from t2i.config_base import ConfigError
 from t2i.config_loading import load_config, stage_config
 from t2i.engine.checkpoint.format import commit, write_durably
 from t2i.model_folder import write_model
-from t2i.models.labels import Conditioner
+from t2i.models.conditions import Conditioner
 from t2i.models.text import TextEncoder
 from t2i.released.checkpoint import Checkpoint
 from t2i.released.convert import Imported, Report, import_weights, trained_resolution

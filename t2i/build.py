@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from t2i.config import ModelConfig, RunConfig
-from t2i.models.labels import ClassLabels, Conditioner
+from t2i.models.conditions import Conditioner
+from t2i.models.labels import ClassLabels
 from t2i.models.pixelgen import PixelGen
 from t2i.models.pixelgen_class import ClassPixelGen
 from t2i.models.text import TextEncoder

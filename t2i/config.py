@@ -32,7 +32,7 @@ class TextConfig(Section):
     model: str = "Qwen/Qwen3-1.7B"
     """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package."""
     length: int = Field(128, gt=0)
-    """Tokens a caption is padded or cut to."""
+    """Tokens a caption is padded or cut to; under model.text_padding mask, the most that it may have."""
     cache: int = Field(0, ge=0)
     """Captions whose states stay in memory on each rank; for data sets with few captions."""
     release: bool = False
@@ -71,7 +71,7 @@ class EngineConfig(Section):
     replicas: int = Field(1, gt=0)
     """Of fsdp: groups of ranks that each hold the whole state (HSDP), as one group per node; divides the ranks."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of the network's weights and arithmetic; masters are fp32. auto: bf16 where it is fast."""
+    """Type of weights and arithmetic, VGG16's and DINOv2's too; masters are fp32. auto: bf16 where it is fast."""
     compile: bool = False
     """Compile transformer blocks, text encoder and perceptual networks; costs minutes at the start of a stage.
     Under zero_stage 3 every gather breaks a block into pieces: more minutes, and little gain."""

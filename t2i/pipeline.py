@@ -23,7 +23,7 @@ from t2i.diffusion.flow import to_pixels
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.sampling import choose_solver, guided_steps, guided_velocity, time_grid
 from t2i.model_folder import WhichWeights, read_model
-from t2i.models.labels import Conditioner, stack_conditions
+from t2i.models.conditions import Conditioner, stack_conditions
 
 
 @dataclass(frozen=True)

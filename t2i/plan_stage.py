@@ -102,7 +102,7 @@ class StageMemory:
         return self.text.parameters * self.dtype_bytes if self.text is not None else 0
 
     @property
-    def released(self) -> int:
+    def released_bytes(self) -> int:
         """Bytes of the text encoder where it is let go before the first micro-step, else none."""
         return self.text_bytes if self.config.text.release else 0
 
@@ -113,7 +113,7 @@ class StageMemory:
             perceptual_bytes: of a weight of VGG16 and DINOv2; None: as of the others. A stand-in's are fp32.
         """
         each = perceptual_bytes or self.dtype_bytes
-        found = {"text encoder": self.text_bytes} if self.text is not None and not self.released else {}
+        found = {"text encoder": self.text_bytes} if self.text is not None and not self.released_bytes else {}
         perceptual = {
             net.name: net.parameters * (FP32 if net.name == STAND_IN else each)
             for net in (self.distance, self.features)
@@ -157,4 +157,4 @@ class StageMemory:
     def device_bytes(self, engine: Engine, micro_batch: int, checkpointing: bool) -> int:
         """Everything on one device."""
         moving = buffers(engine, self.network, self.dtype_bytes) + total(self.activations(micro_batch, checkpointing))
-        return CONTEXT_BYTES + total(self.static(engine)) + max(moving, self.released)
+        return CONTEXT_BYTES + total(self.static(engine)) + max(moving, self.released_bytes)

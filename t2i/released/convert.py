@@ -21,8 +21,14 @@ from t2i.model_folder import DENOISER, PROJECTOR
 from t2i.models.layers import Projector, sincos_table
 from t2i.released.checkpoint import Checkpoint
 from t2i.released.layout import from_released, released_size, to_released
-from t2i.released.names import POSITIONS, RELEASED_DENOISER, RELEASED_PROJECTOR, denoiser_table, released_names
-from t2i.released.names import PROJECTOR as PROJECTOR_NAMES
+from t2i.released.names import (
+    POSITIONS,
+    PROJECTOR_TABLE,
+    RELEASED_DENOISER,
+    RELEASED_PROJECTOR,
+    denoiser_table,
+    released_names,
+)
 from t2i.released.network import network_name
 
 # The average of a constant drifts by rounding, up to half a unit in the last place / (1 - decay), which is 3e-4 near 1,
@@ -76,7 +82,7 @@ def _denoiser(which: str, model: ModelConfig) -> _Part:
     return _Part(DENOISER, RELEASED_DENOISER[which], denoiser_table(model))
 
 
-_PROJECTOR = _Part(PROJECTOR, RELEASED_PROJECTOR, PROJECTOR_NAMES)
+_PROJECTOR = _Part(PROJECTOR, RELEASED_PROJECTOR, PROJECTOR_TABLE)
 
 
 def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -> Imported:

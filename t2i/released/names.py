@@ -5,7 +5,7 @@ alike: queries, keys and values of a block in one matrix, in this order; keys an
 SwiGLU, the gate first; adaLN's shift, scale and gate of attention, then of the MLP. Both rotate neighbouring channels
 as pairs. What is shaped or ordered in another way is in layout.py.
 
-Names and shapes are those that the public code gives; the released files themselves could not be looked into.
+Names and shapes are those that the public code gives; they were not checked against a released file.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CLASS_TO_IMAGE = {
 CLASS_TO_IMAGE_DIRECT = {**CLASS_TO_IMAGE, "patch_up": "x_embedder.proj1"}
 """The same without a bottleneck (XL)."""
 
-PROJECTOR = {"layers.0": "0", "layers.2": "2", "layers.4": "4"}
+PROJECTOR_TABLE = {"layers.0": "0", "layers.2": "2", "layers.4": "4"}
 """The projector of representation alignment."""
 
 _NUMBER = re.compile(r"(?<=blocks\.)\d+")

@@ -92,9 +92,7 @@ def _stand_in() -> EfficientNetLite:
     return EfficientNetLite()
 
 
-def build_objective(
-    config: ObjectiveConfig, device: torch.device, dtype: torch.dtype, compiled: bool = False
-) -> Objective:
+def build_objective(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> Objective:
     """The loss with its frozen networks on their device.
 
     Args:
@@ -115,9 +113,7 @@ def build_objective(
         features = stand_in if config.features_network == STAND_IN else _load_dino(config, device, dtype)
     if compiled:
         # Un-gated samples vary in number: it is a symbol of the graph.
-        frozen: set[ImageDistance | PatchFeatures | None] = {distance, features}
-        for net in frozen - {None}:
-            assert net is not None
+        for net in {net for net in (distance, features) if net is not None}:
             compile_for_any_batch(net)
     weights = LossWeights(
         lpips=config.lpips_weight,

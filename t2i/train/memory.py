@@ -55,7 +55,7 @@ def estimate(config: RunConfig, ranks: int, dtype: torch.dtype) -> Estimate:
     # A compiled block may keep less than an eager one.
     kept = memory.activations(micro, engine.checkpoint_blocks or engine.compile)
     # Activations go as gradients come, and a text encoder that is released is gone before either.
-    passing = max(static.pop("gradients"), kept["image blocks"] + kept["text blocks"], memory.released)
+    passing = max(static.pop("gradients"), kept["image blocks"] + kept["text blocks"], memory.released_bytes)
     static.pop(CAPTION_CACHE, None)  # there may not be as many captions
     return Estimate(
         least=total(static) + passing,

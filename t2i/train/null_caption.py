@@ -13,7 +13,7 @@ from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.engine.checkpoint import sync
 from t2i.model_folder import NULL_CAPTION, read_model
-from t2i.models.labels import Conditioner
+from t2i.models.conditions import Conditioner
 from t2i.train.places import StagePlace
 
 

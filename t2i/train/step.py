@@ -22,8 +22,8 @@ from t2i.diffusion.flow import interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import TERMS, Objective, Terms, band_names
 from t2i.engine.interface import Engine, StepResult
+from t2i.models.conditions import Conditioner, stack_conditions
 from t2i.models.dropout import KEY_BITS
-from t2i.models.labels import Conditioner, stack_conditions
 from t2i.train.balance import GradientBalance
 from t2i.train.means import GlobalMeans
 from t2i.train.processes import World

@@ -20,7 +20,7 @@ from data.randomness import key, permutation
 from t2i.diffusion.flow import flow_matching_loss, interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import Terms, add_bands, band_names
-from t2i.models.labels import stack_conditions
+from t2i.models.conditions import stack_conditions
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.means import GlobalMeans
 from t2i.train.processes import World

@@ -119,7 +119,10 @@ def main() -> None:
         torch.set_num_threads(1)
         for name, dtype in DTYPES.items():
             config, account = validate_config(tree, "test"), Account()
-            text, objective = build_text(config, CPU, dtype), build_objective(config.objective, CPU, dtype)
+            text, objective = (
+                build_text(config, CPU, dtype),
+                build_objective(config.objective, CPU, dtype, compiled=False),
+            )
             assert objective.patch_features is not None
             frozen = outside(config, text, objective, account)
             for engine in ENGINES:

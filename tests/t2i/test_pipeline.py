@@ -20,7 +20,7 @@ from t2i.config_loading import dump_config, validate_config
 from t2i.config_sampling import SamplingConfig
 from t2i.diffusion.flow import to_pixels
 from t2i.model_folder import DENOISER, NULL_CAPTION, check_model, read_model, write_model
-from t2i.models.labels import stack_conditions
+from t2i.models.conditions import stack_conditions
 from t2i.models.text import TextEncoder
 from t2i.pipeline import Picture, Pipeline, starting_noise, states_of_batches
 

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from data.errors import UserError
-from t2i.models.labels import stack_conditions
+from t2i.models.conditions import stack_conditions
 from t2i.models.text import ENCODE_BATCH, TextEncoder
 
 CAPTIONS = ["a photo of a red circle", "green apple", "", "a", "two blue squares left of three yellow stars", "dog"]

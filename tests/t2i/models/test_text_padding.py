@@ -9,7 +9,7 @@ import torch
 from tiny_qwen import save_qwen
 from torch import Tensor
 
-from t2i.models.labels import stack_conditions
+from t2i.models.conditions import stack_conditions
 from t2i.models.pixelgen import PixelGen
 from t2i.models.text import ENCODE_BATCH, TextEncoder
 
