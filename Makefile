@@ -55,7 +55,7 @@ ablation: setup
 	python tests/benchmarks/ablation.py
 
 xxl: setup
-	python tests/benchmarks/xxl.py
+	python tests/benchmarks/xxl.py | tee .cache/xxl/step.json
 
 clean:
 	rm -rf .venv .cache runs

@@ -55,6 +55,11 @@ def import_checkpoint(file: str, /, out: str, config: str, null_attention: NullA
         raise ConfigError(f"out is {out}: it should not exist yet")
     run_config, checkpoint = load_config(Path(config)), Checkpoint(Path(file))
     check_condition(checkpoint, run_config.model)  # before a text encoder is loaded
+    if run_config.model.text_padding != "attend":
+        raise ConfigError(
+            f"{config} has model.text_padding {run_config.model.text_padding}: it should be attend, as the released "
+            "networks attend to pads"
+        )
     settings = _settings(run_config, trained_resolution(checkpoint, run_config.model.patch_size), config)
     device = torch.device("cpu")
     conditioner = build_conditioner(settings, device, choose_dtype(settings.engine.dtype, device))

@@ -62,9 +62,9 @@ class EngineConfig(Section):
     """Of deepspeed at zero_stage 3, with AdamW: keep gradients, masters, moments and average in host memory, and update
     there: slow, for GPUs that are too small."""
     state_folder: Path | None = None
-    """Folder for files in which the optimizer's moments and the average live, mapped into memory: for machines whose
-    memory does not hold them. The state must lie in host memory (a CPU run, or offload), the folder on a local disk: a
-    tmpfs such as /dev/shm is memory, too."""
+    """Folder for files in which the optimizer's moments, the average and what a checkpoint copies live, mapped into
+    memory: for machines whose memory does not hold them. The state must lie in host memory (a CPU run, or offload), the
+    folder on a local disk: a tmpfs such as /dev/shm is memory, too."""
     reshard_after_forward: bool = True
     """Of fsdp: drop a block's gathered weights after its forward pass, and gather them again for the backward pass;
     false keeps them in between: less traffic, more memory."""

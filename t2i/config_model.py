@@ -29,7 +29,8 @@ class ModelConfig(Section):
     """Of condition text: trainable blocks that refine the frozen text states."""
     text_padding: Literal["attend", "mask"] = "attend"
     """Of condition text: attend encodes a caption's pads and attends to them, as the public PixelGen does; mask leaves
-    them out, and computes no more of them than rounds the longest caption up to a multiple of 32 tokens."""
+    them out, and computes no more of them than rounds the longest caption up to a multiple of 32 tokens (the metrics'
+    TFLOP/s and MFU count all of them)."""
     bottleneck: int = Field(256, ge=0)
     """Width between the two matrices of the patch embedding; 0, of condition class alone: one matrix."""
     repa_layer: int = Field(8, gt=0)

@@ -21,7 +21,8 @@ class SamplingConfig(Section):
     guidance_scale: float = Field(4.0, ge=0)
     """Classifier-free guidance; 1 is none."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance applies to steps that start at low < t <= high; elsewhere the unguided half is not computed."""
+    """Guidance applies to steps that start at low < t <= high (under Adams t < high, as in the public code);
+    elsewhere the unguided half is not computed."""
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     """Share of the guided velocity that is scaled to the standard deviation of the prompt's own (Lin et al. 2023,
     section 3.4, who take 0.7): against the glare of high scales; 0 is none."""

@@ -104,7 +104,7 @@ class Pipeline:
         height, width = size or self.config.data.size
         assert height % self.denoiser.patch_size == 0 and width % self.denoiser.patch_size == 0
         times = time_grid(sampling.steps, sampling.timeshift)
-        guided = guided_steps(times, sampling.cfg_interval)
+        guided = guided_steps(times, sampling.cfg_interval, sampling.solver)
         solve = choose_solver(sampling.solver, sampling.order)
         batches = [pictures[i : i + sampling.batch_size] for i in range(0, len(pictures), sampling.batch_size)]
         captions = [[text for it in batch for text in (it.prompt, it.negative)] for batch in batches]

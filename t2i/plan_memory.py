@@ -193,7 +193,7 @@ def image_blocks_activations(shapes: Shapes, fused_norms: bool = True) -> float:
     for index in range(model.depth):
         tokens = shapes.block_tokens(index)
         found += block_activations(model, tokens, 0, c, fused_norms)
-        if model.dropout > 0 and model.depth // 4 <= index < model.depth * 3 // 4:
+        if model.dropout > 0 and model.depth // 4 <= index < model.depth // 4 * 3:
             found += tokens * model.width * (1 + 8 / 3)  # its two masks, a byte a value
     return found
 

@@ -14,6 +14,7 @@ the dtype of the run, so that no step casts them; distances between their featur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -148,8 +149,8 @@ class Dinov2(nn.Module):
     """Patch tokens of DINOv2 after any of its layers, each through the final norm, as DINOv2's own code hands them out.
 
     The image is resized (bicubic, no antialias) so that DINOv2's 14-pixel patches form exactly `grid`: to 14/16 of its
-    size for a model of 16-pixel patches. Position embeddings are resized by transformers, to the size of `grid`; the
-    public PixelGen runs Facebook's code, which adds 0.1 patches to that size before it takes the scale.
+    size for a model of 16-pixel patches. Position embeddings are resized as Facebook's code does it, whose features the
+    released projectors were trained on: by a scale that 0.1 patches are added for, not to a size.
 
     Args:
         name: a Hugging Face name or a local folder, e.g. `facebook/dinov2-base`.
@@ -170,10 +171,23 @@ class Dinov2(nn.Module):
         self.patch = int(self.net.config.patch_size)  # type: ignore[arg-type]
         self.eval().requires_grad_(False).to(device)
 
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings (1, 1 + N, width) of the class token and of a grid's patches."""
+        table = self.net.embeddings.position_embeddings
+        side = math.isqrt(table.shape[1] - 1)
+        if grid == (side, side):
+            return table
+        square = table[:, 1:].float().unflatten(1, (side, side)).movedim(-1, 1)
+        scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+        resized = F.interpolate(square, scale_factor=scale, mode="bicubic", antialias=False)
+        return torch.cat([table[:, :1], resized.flatten(2).mT.to(table.dtype)], dim=1)
+
     def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
         size = (grid[0] * self.patch, grid[1] * self.patch)
         resized = F.interpolate(self.normalise(image), size, mode="bicubic", antialias=False)
-        x, found = self.net.embeddings(resized), {}
+        patches = self.net.embeddings.patch_embeddings(resized)
+        cls = self.net.embeddings.cls_token.expand(len(patches), -1, -1)
+        x, found = torch.cat([cls, patches], dim=1) + self._positions(grid), {}
         for number, layer in enumerate(self.net.encoder.layer[: max(layers)], start=1):
             x = layer(x)
             if number in layers:

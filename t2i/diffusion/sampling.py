@@ -128,10 +128,10 @@ def choose_solver(name: str, order: int) -> Solver:
     return solvers[name]
 
 
-def guided_steps(times: list[float], interval: tuple[float, float]) -> list[bool]:
-    """Which steps are guided: those whose start t has low < t <= high.
+def guided_steps(times: list[float], interval: tuple[float, float], solver: str) -> list[bool]:
+    """Which steps are guided: those whose start t has low < t <= high, and under Adams low < t < high.
 
-    The lower end is open, as in the public code: from pure noise (t = 0) the first step is never guided.
+    As in the public code. From pure noise (t = 0) the first step is never guided.
     """
     low, high = interval
-    return [low < t <= high for t in times[:-1]]
+    return [low < t and (t < high or (t == high and solver != "adams")) for t in times[:-1]]

@@ -85,6 +85,7 @@ class DeepSpeedEngine:
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",  # or the fp32 gradients would be summed over ranks in bf16
             "steps_per_print": None,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-step
         }
         with redirect_stdout(io.StringIO()):  # it prints its memory at every turn
             self._engine, *_ = deepspeed.initialize(

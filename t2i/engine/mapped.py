@@ -35,26 +35,37 @@ class StateFolder:
         Raises:
             UserError: the tensor is on a GPU, or the folder cannot be written to or has no room.
         """
-        field = f"engine.state_folder {self.folder}"
         if tensor.device.type != "cpu":
             raise UserError(
-                f"{field}: the optimizer's state is on the device {tensor.device.type}, and only what lies in host "
-                "memory can be mapped: set engine.offload, or leave engine.state_folder out"
+                f"{self._field}: the optimizer's state is on the device {tensor.device.type}, and only what lies in "
+                "host memory can be mapped: set engine.offload, or leave engine.state_folder out"
             )
         assert tensor.dtype == torch.float32
-        if tensor.numel() == 0:  # nothing cannot be mapped
-            return torch.zeros_like(tensor)
+        return self.zeros(tensor.numel()).view(tensor.shape)
+
+    @property
+    def _field(self) -> str:
+        return f"engine.state_folder {self.folder}"
+
+    def zeros(self, numel: int) -> Tensor:
+        """fp32 zeros (numel,) over a file that lives as long as they do.
+
+        Raises:
+            UserError: the folder cannot be written to or has no room.
+        """
+        if numel == 0:  # nothing cannot be mapped
+            return torch.zeros(0)
+        field, size = self._field, 4 * numel
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
-            if tensor.nbytes > free:  # else the disk would be filled before the system refuses
+            if size > free:  # else the disk would be filled before the system refuses
                 raise UserError(
                     f"{field}: {free / 2**30:.3g} GiB are free, and the next part of the optimizer's state needs "
-                    f"{tensor.nbytes / 2**30:.3g} GiB: give a folder with 12 bytes for each parameter of a rank"
+                    f"{size / 2**30:.3g} GiB: give a folder with 28 bytes for each parameter of a rank"
                 )
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
-                mapped = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=tensor.numel())
+                os.posix_fallocate(file.fileno(), 0, size)
+                return torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=numel)
         except OSError as error:
             raise UserError(f"{field}: cannot hold the optimizer's state: {error.strerror}") from error
-        return mapped.view(tensor.shape)

@@ -38,10 +38,11 @@ class RMSNorm(nn.Module):
 
 
 class Fp32Linear(nn.Linear):
-    """A linear layer that computes in fp32, whatever the type of its weights."""
+    """A linear layer that computes in fp32, whatever the type of its weights, under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class SwiGLU(nn.Module):

@@ -97,7 +97,7 @@ class ClassPixelGen(nn.Module):
         self.time = TimeEmbedding(width, max_period=10000.0)
         self.label = nn.Embedding(classes + 1, width)
         self.context_position = nn.Parameter(torch.empty(1, context_tokens, width))
-        self.dropping = range(depth // 4, depth * 3 // 4) if dropout > 0 else range(0)
+        self.dropping = range(depth // 4, depth // 4 * 3) if dropout > 0 else range(0)
         self.blocks = nn.ModuleList(ClassBlock(width, heads, dropout) for _ in range(depth))
         self.head_norm = RMSNorm(width)
         self.head_adaln = nn.Linear(width, 2 * width)

@@ -14,6 +14,7 @@ from torch import Tensor
 from data.errors import StoreError
 from t2i.config import RunConfig
 from t2i.engine.checkpoint import CheckpointError, CheckpointWriter, Mirror, newest_anywhere
+from t2i.engine.mapped import StateFolder
 from t2i.engine.shards import Shards
 from t2i.train.guard import Guard, Rollback, Stop
 from t2i.train.observe import Observer
@@ -82,6 +83,7 @@ class Saver:
             keep_every=self._saving.keep_every,
             mirror=mirror,
             gather=world.gather,
+            state_folder=StateFolder(folder) if (folder := config.engine.state_folder) else None,
         )
         self._writer.reserve(shards, average)
 

@@ -5,9 +5,7 @@
 
 PixelGen-XXL/16 at 256 px from configs/pixelgen_xxl.yaml, with what it takes to fit printed as `overrides`: two
 micro-batches of one drawn scene each, FSDP2, checkpointed blocks, the language model released once the captions are
-encoded, moments and average in mapped files. FSDP2 and not ZeRO-1, for its anonymous memory: 4 bytes a parameter of
-masters and 4 of gradients, and a block of bf16 weights at a time; ZeRO-1 has 2 of weights more, and as it starts 4 of
-first values.
+encoded, moments and average in mapped files.
 
 Qwen3-1.7B, VGG16 and DINOv2-B have their full size and random weights, made once under .cache/xxl: the losses mean
 nothing, their cost does. Of the two samples one is over the gate, so that LPIPS and P-DINO see it.
@@ -26,18 +24,15 @@ import json
 import os
 from typing import Any
 
-from steps import networks
+from steps import setting
 from steps.clock import StepClock, watch_step, watch_text
 from steps.memory import MemoryPeaks
-from steps.setting import CACHE, CONFIG, RANDOM, ROOT, batch_of_scenes, first_stage, machine
+from steps.setting import ROOT, XXL, Built, about, batch_of_scenes, first_stage
 
 from launch.process import joined_world, quiet
-from t2i.build import build_text, choose_dtype
 from t2i.config import RunConfig
-from t2i.config_loading import merge
 from t2i.engine.ema import Ema
 from t2i.engine.interface import Engine
-from t2i.train.build import build_ema, build_engine, build_network, build_objective
 from t2i.train.guard import Guard
 from t2i.train.processes import World
 from t2i.train.schedule import learning_rate
@@ -50,28 +45,6 @@ WATCHED = (
     "denoiser.head.weight",
     "projector.layers.0.weight",
 )
-
-OVERRIDES: dict[str, Any] = {
-    "text": {"model": str(CACHE / "qwen3"), "release": True},
-    "objective": {"features_path": str(CACHE / "dinov2"), "lpips_path": str(CACHE / "vgg16.pth")},
-    "train": {"batch_size": 2, "micro_batch_size": 1},
-    "engine": {
-        "name": "fsdp",
-        "dtype": "bf16",
-        "compile": False,
-        "checkpoint_blocks": True,
-        "state_folder": str(CACHE / "state"),
-    },
-    "validation": {"every": 0},
-}
-SMALL: dict[str, Any] = {
-    "model": {"width": 96, "depth": 3, "heads": 3, "text_depth": 1, "bottleneck": 16, "repa_layer": 2},
-    "text": {"model": str(CACHE / "small" / "qwen3")},
-    "data": {"resolution": 64},
-    "objective": {"features_path": str(CACHE / "small" / "dinov2")},
-}
-SMALL_QWEN = networks.QWEN3_1B7 | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8}
-SMALL_DINOV2 = networks.DINOV2_B | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def moved(engine: Engine, ema: Ema) -> dict[str, Any]:
@@ -96,19 +69,11 @@ def measure(config: RunConfig, stage: str, world: World) -> dict[str, Any]:
     clock = StepClock(world.device)
     with MemoryPeaks(lambda: clock.part) as memory:
         with clock.during("build"):
-            dtype = choose_dtype(config.engine.dtype, world.device)
-            text = build_text(config, world.device, dtype)
-            watch_text(clock, text)
-            null_caption = text.null_caption()
-            objective = build_objective(config.objective, world.device, dtype)
-            network = build_network(config, text.width, objective.patch_features)
-            denoiser, projector = (
-                sum(p.numel() for p in part.parameters()) for part in (network.denoiser, network.projector)
-            )
-            engine = build_engine(config, network, world, dtype)
-            ema = build_ema(config, engine)
-            watch_step(clock, objective, engine, ema)
-            train = TrainingStep(config, stage, world, text, null_caption, objective, engine)
+            built = Built(config, stage, world)
+            watch_text(clock, built.text)
+            watch_step(clock, built.objective, built.engine, built.ema)
+            engine, ema = built.engine, built.ema
+            train = TrainingStep(config, stage, world, built.text, built.null_caption, built.objective, engine)
         trained = train(batch_of_scenes(config), 0, Guard(config.guard).veto)
         with clock.during("comparing"):
             changes = moved(engine, ema)
@@ -117,7 +82,7 @@ def measure(config: RunConfig, stage: str, world: World) -> dict[str, Any]:
         clock.enter("end")
     total = sum(clock.seconds.values())
     return {
-        "parameters": {"denoiser": denoiser, "projector": projector},
+        "parameters": built.parameters,
         "losses": {name: value for name, value in trained.means.items() if "_t0" not in name},
         "grad_norm": trained.result.grad_norm,
         "applied": trained.result.vetoed is None,
@@ -135,18 +100,11 @@ def main() -> None:
     small = parser.parse_args().small
     os.chdir(ROOT)
     quiet(rank=0)
-    overrides = merge(OVERRIDES, SMALL) if small else OVERRIDES
-    frozen = (SMALL_QWEN, SMALL_DINOV2) if small else (networks.QWEN3_1B7, networks.DINOV2_B)
-    config, stage = first_stage(overrides, *frozen)
+    size = XXL.with_({"text": {"release": True}})
+    size = setting.small(size) if small else size
+    config, stage = first_stage(size)
     with joined_world() as world:
-        outcome = {
-            "config": f"{CONFIG}, stage {stage}",
-            "overrides": overrides,
-            "random weights": RANDOM,
-            "machine": machine(),
-            **measure(config, stage, world),
-        }
-        print(json.dumps(outcome, indent=1))
+        print(json.dumps({**about(stage, size), **measure(config, stage, world)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from t2i.engine.mapped import StateFolder
 from t2i.engine.shards import Shards
 
 _PIECE_BYTES = 8 << 20
@@ -33,9 +34,14 @@ def _sources(shards: Shards, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Snapshot:
-    """A rank's state in host memory."""
+    """A rank's state in host memory.
 
-    def __init__(self) -> None:
+    Args:
+        folder: maps the buffer to a file there.
+    """
+
+    def __init__(self, folder: StateFolder | None = None) -> None:
+        self._folder = folder
         self._buffer = torch.empty(0)
         self._used = 0
         self._header = b""
@@ -50,7 +56,7 @@ class Snapshot:
         numel = sum(tensor.numel() for tensor in sources.values())
         if numel > self._buffer.numel():
             pinned = any(tensor.is_cuda for tensor in sources.values())
-            self._buffer = torch.zeros(numel, pin_memory=pinned)
+            self._buffer = self._folder.zeros(numel) if self._folder else torch.zeros(numel, pin_memory=pinned)
 
     def take(self, shards: Shards, ema: Mapping[str, Tensor]) -> None:
         """Copy the state; when this returns, training may change it."""

@@ -42,6 +42,7 @@ from t2i.engine.checkpoint.format import (
 from t2i.engine.checkpoint.mirror import Mirror
 from t2i.engine.checkpoint.retention import Retention
 from t2i.engine.checkpoint.snapshot import Snapshot
+from t2i.engine.mapped import StateFolder
 from t2i.engine.shards import Shards
 
 COMMIT_TIMEOUT_S = 300.0
@@ -107,6 +108,7 @@ class CheckpointWriter:
         keep_every: regular checkpoints at multiples of so many steps are kept for ever; 0: none.
         mirror: where regular checkpoints are copied to; rank 0's counts.
         gather: every rank's item, in rank order, on every rank.
+        state_folder: where the copy of the state lies, if not in memory.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class CheckpointWriter:
         keep_every: int = 0,
         mirror: Mirror | None = None,
         gather: Callable[[Any], list[Any]] = gather_all,
+        state_folder: StateFolder | None = None,
     ) -> None:
         self.folder = folder
         self.rank = rank
@@ -130,7 +133,7 @@ class CheckpointWriter:
         self._retention = Retention(keep, keep_every)
         self._mirror = mirror if rank == 0 else None
         self._gather = gather
-        self._snapshot = Snapshot()
+        self._snapshot = Snapshot(state_folder)
         self._begun = 0
         self._committed: int | None = None
         self._thread: threading.Thread | None = None

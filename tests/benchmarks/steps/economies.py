@@ -9,6 +9,7 @@ from data.loader import Batch
 from data.randomness import uniform
 from t2i.diffusion.objective import Objective, _Chosen, _Part
 from t2i.diffusion.perceptual import cosine_distance
+from t2i.models import text
 from t2i.train.step import TrainingStep
 
 
@@ -21,7 +22,7 @@ class SpendthriftObjective(Objective):
         features_twice: the clean images' features are computed for P-DINO again.
     """
 
-    def __init__(self, objective: Objective, *, all_samples: bool, features_twice: bool) -> None:
+    def __init__(self, objective: Objective, *, all_samples: bool = False, features_twice: bool = False) -> None:
         super().__init__(objective.weights, objective.image_distance, objective.patch_features)
         self._all_samples, self._features_twice = all_samples, features_twice
 
@@ -63,12 +64,14 @@ class SpendthriftObjective(Objective):
 
 
 class CaptionsByMicroBatch(TrainingStep):
-    """Captions are encoded micro-batch by micro-batch, those too that caption dropout takes."""
+    """Captions are encoded micro-batch by micro-batch, those too that caption dropout takes; no batch is filled up."""
 
     def _conditions(self, batch: Batch) -> list[Tensor]:
-        config = self._config
+        config, micro = self._config, self._config.train.micro_batch_size
         dropped = uniform(self._keys["caption"], batch.slots) < config.objective.caption_dropout
         found: list[Tensor] = []
-        for start in range(0, len(batch.captions), config.train.micro_batch_size):
-            found += self._conditioner(batch.captions[start : start + config.train.micro_batch_size])
+        usual, text.ENCODE_BATCH = text.ENCODE_BATCH, min(micro, text.ENCODE_BATCH)
+        for start in range(0, len(batch.captions), micro):
+            found += self._conditioner(batch.captions[start : start + micro])
+        text.ENCODE_BATCH = usual
         return [self._null_caption if gone else states for gone, states in zip(dropped, found, strict=True)]

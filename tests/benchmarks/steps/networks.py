@@ -3,7 +3,9 @@ results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, Dinov2Config, PreTrainedTokenizerFast, Qwen3Config
+
+from data.packing import shapes
 
 QWEN3_1B7 = {
     "vocab_size": 151936,
@@ -29,19 +33,26 @@ QWEN3_1B7 = {
 DINOV2_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518, "patch_size": 14}
 
 
-def _once(path: Path, write: Callable[[Path], object]) -> Path:
-    """What `write` makes at a path, unless it is there; never half of it."""
+VOCABULARY_SCENES = 2000
+"""Drawn scenes whose captions the tokeniser knows all words of."""
+
+
+def _once(cache: Path, name: str, settings: dict[str, Any], write: Callable[[Path], object]) -> Path:
+    """What `write` makes of these settings, unless it is there; never half of it."""
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+    path = cache / f"{name}-{digest}"
     if not path.exists():
         partial = path.with_name(f".{path.name}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         write(partial)
         partial.rename(path)
     return path
 
 
-def qwen(folder: Path, settings: dict[str, Any], captions: Iterable[str]) -> Path:
-    """A Qwen3 in bf16, and a tokeniser that knows the words of these captions."""
+def qwen(cache: Path, settings: dict[str, Any]) -> Path:
+    """A folder with a Qwen3 in bf16, and a tokeniser of the scenes' words."""
+    captions = [shapes.scene(0, number).caption for number in range(VOCABULARY_SCENES)]
     words = ["<pad>", "<eos>", "<unk>", *sorted({word for caption in captions for word in caption.split()})]
 
     def write(partial: Path) -> None:
@@ -51,19 +62,23 @@ def qwen(folder: Path, settings: dict[str, Any], captions: Iterable[str]) -> Pat
         PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(partial)
         AutoModel.from_config(Qwen3Config(**settings), dtype=torch.bfloat16).save_pretrained(partial)
 
-    return _once(folder, write)
+    return _once(cache, "qwen3", {**settings, "words": words}, write)
 
 
-def dinov2(folder: Path, settings: dict[str, Any]) -> Path:
-    """A DINOv2 in fp32."""
-    return _once(folder, lambda partial: AutoModel.from_config(Dinov2Config(**settings)).save_pretrained(partial))
+def dinov2(cache: Path, settings: dict[str, Any]) -> Path:
+    """A folder with a DINOv2 in fp32."""
+
+    def write(partial: Path) -> None:
+        AutoModel.from_config(Dinov2Config(**settings)).save_pretrained(partial)
+
+    return _once(cache, "dinov2", settings, write)
 
 
-def vgg16(path: Path) -> Path:
-    """VGG16's convolutions; LPIPS takes no more."""
+def vgg16(cache: Path) -> Path:
+    """A file with VGG16's convolutions; LPIPS takes no more."""
 
     def write(partial: Path) -> None:
         weights = torchvision.models.vgg16().features.state_dict()
         torch.save({f"features.{name}": value for name, value in weights.items()}, partial)
 
-    return _once(path, write)
+    return _once(cache, "vgg16", {}, write)

@@ -229,12 +229,14 @@ def test_velocity_is_held_at_the_clamp_near_the_image() -> None:
 
 
 def test_the_first_step_is_never_guided() -> None:
-    guided = guided_steps(time_grid(25, 3.0), (0.0, 1.0))
+    guided = guided_steps(time_grid(25, 3.0), (0.0, 1.0), "adams")
     assert guided == [False] + [True] * 24
 
 
 def test_guidance_interval_is_open_below_and_closed_above() -> None:
-    assert guided_steps([0.0, 0.1, 0.2, 0.3, 0.4, 1.0], (0.1, 0.3)) == [False, False, True, True, False]
+    for solver, last in (("euler", True), ("heun", True), ("adams", False)):
+        guided = guided_steps([0.0, 0.1, 0.2, 0.3, 0.4, 1.0], (0.1, 0.3), solver)
+        assert guided == [False, False, True, last, False], solver
 
 
 @pytest.mark.parametrize(
