@@ -174,7 +174,7 @@ def test_another_text_length_is_refused(unbroken: Path, tmp_path: Path) -> None:
     ("launcher", "ranks", "engine"),
     [
         ("python", 1, {}),
-        ("torchrun", 2, {"name": "fsdp"}),
+        ("torchrun", 2, {"name": "fsdp", "state_folder": "files"}),
         ("deepspeed", 2, {"zero_stage": 3}),
         ("deepspeed", 4, {"name": "fsdp", "replicas": 2, "checkpoint_blocks": True}),
     ],
@@ -182,9 +182,12 @@ def test_another_text_length_is_refused(unbroken: Path, tmp_path: Path) -> None:
 def test_other_engines_and_numbers_of_processes_compute_the_same(
     unbroken: Path, scenes: Path, tmp_path: Path, launcher: str, ranks: int, engine: dict[str, Any]
 ) -> None:
+    if "state_folder" in engine:
+        engine = {**engine, "state_folder": str(tmp_path / engine["state_folder"])}
     config = write_config(tmp_path / "config.yaml", tiny_config(scenes, tmp_path, engine={"dtype": "fp32", **engine}))
     looks = ["--profiling.trace_step", "3", "--profiling.trace_steps", "2"]
-    run(launcher, "stage1.py", "--config", str(config), *looks, ranks=ranks)
+    memory = ["--text.release", "true"] if "state_folder" in engine else []
+    run(launcher, "stage1.py", "--config", str(config), *looks, *memory, ranks=ranks)
     traces = sorted(path.name for path in (tmp_path / "tiny" / "low" / "profile").iterdir())
     assert traces == [f"trace_00000003-00000004_rank_{rank:05d}.json.gz" for rank in range(ranks)]
     expected = {(line["kind"], line["step"]): line for line in metrics(unbroken) if line["stage"] == "low"}
@@ -194,6 +197,16 @@ def test_other_engines_and_numbers_of_processes_compute_the_same(
         assert line.keys() == expected[place].keys()
         for name in line.keys() & {"loss", "grad_norm", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa"}:
             assert line[name] == pytest.approx(expected[place][name], rel=1e-5), (place, name)
+
+
+def test_a_run_that_leaves_out_pads(unbroken: Path, scenes: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_config(scenes, tmp_path))
+    run("python", "curriculum.py", "--config", str(config), "--model.text_padding", "mask", ranks=1)
+    lines, attended = metrics(tmp_path / "tiny"), metrics(unbroken)
+    assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in attended]
+    losses, others = ([it["loss"] for it in found if it["kind"] == "validation"] for found in (lines, attended))
+    assert losses == pytest.approx(others, rel=0.2) and losses[1:] != others[1:]
+    assert list((tmp_path / "tiny" / "high" / "samples").glob("*.png"))
 
 
 def test_torchrun_starts_a_stage_too_and_a_done_run_is_not_done_twice(unbroken: Path) -> None:

@@ -114,6 +114,8 @@ def test_refusals(place: Path, refused: Callable[..., str], weights: dict[str, T
     (place / "file").touch()
     assert "it cannot be written: Not a directory" in refused("--out", str(place / "file" / "model"))
     tree = yaml.safe_load((place / "c.yaml").read_text())
+    (place / "c.yaml").write_text(yaml.safe_dump(tree | {"model": tree["model"] | {"text_padding": "mask"}}))
+    assert "text_padding mask: it should be attend" in refused()
     tree["model"]["depth"] = 3
     (place / "c.yaml").write_text(yaml.safe_dump(tree))
     assert "it lacks denoiser.blocks.2.adaLN_modulation.0.bias and 11 more" in refused()
