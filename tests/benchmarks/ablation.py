@@ -17,7 +17,7 @@ same order, for the same number of steps. LPIPS has ImageNet's VGG16; EfficientN
 - `real` is other held-out pictures in place of drawn ones: the least that a distance can be expected to be.
 
 Prints one JSON object; writes table.md and grid.png (rows the arms, then the real pictures; columns captions). Started
-again, it trains and draws only what is not there.
+again, it trains and draws only what is not there, or was drawn of other prompts or with other settings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -41,8 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import vgg16_weights
 from demo_colours import colour, prompts
-from feature_distance import Array, frechet_distance, kernel_distance, pair_terms, resamples
-from pooled_features import efficientnet_lite0, pooled_features, vgg16_conv5
+from picture_distances import Comparison
 from tiny import ROOT, free_port, write_config
 
 from data.errors import UserError
@@ -57,19 +58,26 @@ from t2i.train.places import stage_places
 from t2i.train.stage_data import image_settings, open_data
 from t2i.train.validate import tile
 
-ARMS: dict[str, dict[str, float]] = {
-    "baseline": {"lpips_weight": 0.0, "pdino_weight": 0.0},
-    "lpips": {"lpips_weight": 0.1, "pdino_weight": 0.0, "gate": 0.0},
-    "pdino": {"lpips_weight": 0.1, "pdino_weight": 0.01, "gate": 0.0},
-    "gating": {"lpips_weight": 0.1, "pdino_weight": 0.01, "gate": 0.3},
+
+@dataclass(frozen=True)
+class Arm:
+    """A loss: what the table calls it, and its settings."""
+
+    title: str
+    objective: dict[str, float]
+
+
+ARMS = {
+    "baseline": Arm("baseline", {"lpips_weight": 0.0, "pdino_weight": 0.0}),
+    "lpips": Arm("+ LPIPS", {"lpips_weight": 0.1, "pdino_weight": 0.0, "gate": 0.0}),
+    "pdino": Arm("+ P-DINO (stand-in)", {"lpips_weight": 0.1, "pdino_weight": 0.01, "gate": 0.0}),
+    "gating": Arm("+ gating at 0.3", {"lpips_weight": 0.1, "pdino_weight": 0.01, "gate": 0.3}),
 }
-TITLES = {"baseline": "baseline", "lpips": "+ LPIPS", "pdino": "+ P-DINO (stand-in)", "gating": "+ gating at 0.3"}
 RANKS, SIDE, PATCH = 2, 48, 6
 PICTURES = 512
 """Held-out captions; as many other held-out pictures are `real`."""
 OF_EACH_PROMPT = 4
 FEATURE_SIDE = 2 * SIDE
-RESAMPLES = 1000
 COLUMNS, ENLARGED = 12, 2
 """Of the grid: captions, and pixels along the side of a drawn one."""
 
@@ -90,7 +98,7 @@ def config(name: str, seed: int, steps: int, out: Path, vgg16: Path) -> dict[str
                 "resolution": SIDE,
                 "sources": [source | {"url": str(scenes / "train"), "heldout": str(scenes / "heldout")}],
             },
-            "objective": {"lpips_network": "vgg16", "lpips_path": str(vgg16), **ARMS[name]},
+            "objective": {"lpips_network": "vgg16", "lpips_path": str(vgg16), **ARMS[name].objective},
             "optimizer": {"schedule": "linear", "decay_fraction": 0.5, "final_lr_fraction": 0.05},
             "train": {"steps": steps, "batch_size": 32, "micro_batch_size": 32 // RANKS},
             "sampling": {"batch_size": 16},
@@ -135,53 +143,31 @@ class Run:
         }
 
     def draw(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Pictures of these captions, one each, and OF_EACH_PROMPT of the prompts of demo_colours.py; kept on disk."""
+        """Pictures of these captions, one each, and OF_EACH_PROMPT of the prompts of demo_colours.py."""
         of_prompts = [Picture(prompt, n) for prompt, _ in prompts() for n in range(OF_EACH_PROMPT)]
         wanted = [Picture(caption, captions[:i].count(caption)) for i, caption in enumerate(captions)] + of_prompts
-        path = self.config.directory / "pictures.npy"
-        if not path.exists():
+        sampling = stage_config(self.config, 0).sampling
+
+        def fresh() -> NDArray[np.uint8]:
             pipeline = Pipeline.load(stage_places(self.config)[-1].model, "ema", torch.device("cpu"))
-            partial = path.with_name("partial.npy")
-            np.save(partial, pipeline.draw(wanted, pipeline.config.sampling).numpy())
-            partial.rename(path)
-        drawn = torch.from_numpy(np.load(path))
+            return pipeline.draw(wanted, sampling).numpy()
+
+        request = json.dumps([[asdict(it) for it in wanted], sampling.model_dump(mode="json")])
+        drawn = torch.from_numpy(kept(self.config.directory / "pictures.npz", request, fresh))
         return drawn[: len(captions)], drawn[len(captions) :]
 
 
-class Comparison:
-    """Held-out pictures, and how far others of the same captions are from them."""
-
-    def __init__(self, pictures: Tensor, vgg16: Path) -> None:
-        self._networks = {"efficientnet_lite0": efficientnet_lite0(), "vgg16": vgg16_conv5(vgg16)}
-        self._expected = self._features(pictures)
-        self._counts = np.concatenate([np.ones((1, len(pictures))), resamples(len(pictures), RESAMPLES)])
-        self.kids: dict[str, dict[str, Array]] = {}
-        """By name and network: KID of all pictures, then of each resample."""
-
-    def _features(self, pictures: Tensor) -> dict[str, Array]:
-        return {name: pooled_features(network, pictures, FEATURE_SIDE) for name, network in self._networks.items()}
-
-    def distances(self, name: str, pictures: Tensor) -> dict[str, Any]:
-        """Of pictures of the same captions, in their order."""
-        found = self._features(pictures)
-        self.kids[name] = {
-            network: 1e3 * kernel_distance(pair_terms(features, self._expected[network]), self._counts)
-            for network, features in found.items()
-        }
-        return {
-            "kid": {network: interval(kids) for network, kids in self.kids[name].items()},
-            "frechet": {network: frechet_distance(x, self._expected[network]) for network, x in found.items()},
-        }
-
-    def change(self, before: str, after: str) -> dict[str, dict[str, float]]:
-        """Of KID; below 0 the later one is better."""
-        return {network: interval(kids - self.kids[before][network]) for network, kids in self.kids[after].items()}
-
-
-def interval(values: Array) -> dict[str, float]:
-    """The value of all pictures, and the middle 95 % of those of the resamples."""
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+def kept(path: Path, request: str, draw: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """The pictures of a request from their file; where it is missing or of another request, they are drawn into it."""
+    if path.exists():
+        with np.load(path) as file:
+            if file["request"] == request:
+                return file["pictures"]
+    pictures = draw()
+    partial = path.with_name("partial.npz")
+    np.savez(partial, request=request, pictures=pictures)
+    partial.rename(path)
+    return pictures
 
 
 def right_colours(drawn: Tensor) -> float:
@@ -197,34 +183,59 @@ def heldout(settings: RunConfig, n: int) -> FixedSamples:
     return fixed_samples(open_data(stage, "scenes", {}).heldout, n, image_settings(stage.data))
 
 
+def kid_cell(it: dict[str, float], form: str) -> str:
+    return f"{it['value']:{form}} ({it['low']:{form}} to {it['high']:{form}})"
+
+
+def distance_cells(it: dict[str, Any]) -> dict[str, str]:
+    kids = {f"KID x 1000, {network}": kid_cell(kid, ".2f") for network, kid in it["kid"].items()}
+    return kids | {f"Frechet, {network}": f"{value:.3f}" for network, value in it["frechet"].items()}
+
+
+def run_row(it: dict[str, Any]) -> dict[str, str]:
+    return {
+        "arm": ARMS[it["arm"]].title,
+        "seed": str(it["seed"]),
+        "training, s": str(it["seconds"]),
+        "s / step": f"{it['step_s']:.2f}",
+        "validation loss": f"{it['validation_loss']:.4f}",
+        **distance_cells(it),
+        "right colours": f"{it['right_colours']:.1%}",
+    }
+
+
+def real_row(it: dict[str, Any]) -> dict[str, str]:
+    return {"arm": "real", **distance_cells(it)}
+
+
+def change_row(it: dict[str, Any]) -> dict[str, str]:
+    arms = f"{ARMS[it['after']].title}, against {ARMS[it['before']].title}"
+    kids = {network: kid_cell(kid, "+.2f") for network, kid in it["kid"].items()}
+    return {"change of KID x 1000": arms, "seed": str(it["seed"]), **kids}
+
+
+def markdown(rows: list[dict[str, str]]) -> list[str]:
+    """Lines of a table with the first row's columns; what another row lacks is left empty."""
+    head = list(rows[0])
+    cells = [head, ["---"] * len(head), *([row.get(column, "") for column in head] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in cells]
+
+
 def table(found: dict[str, Any], captions: list[str]) -> str:
     """What was found, as Markdown."""
-
-    def kid(it: dict[str, float], form: str) -> str:
-        return f"{it['value']:{form}} ({it['low']:{form}} to {it['high']:{form}})"
-
-    networks = ("efficientnet_lite0", "vgg16")
-    head = [
-        "arm", "seed", "training, s", "s / step", "validation loss",
-        *(f"KID x 1000, {it}" for it in networks), *(f"Frechet, {it}" for it in networks), "right colours",
-    ]  # fmt: skip
-    rows = [head, ["---"] * len(head)]
-    for it in [*found["runs"], found["real"]]:
-        trained = [
-            str(it["seed"]), str(it["seconds"]), f"{it['step_s']:.2f}", f"{it['validation_loss']:.4f}",
-        ] if "arm" in it else [""] * 4  # fmt: skip
-        colours = f"{it['right_colours']:.1%}" if "arm" in it else ""
-        kids, frechets = [kid(it["kid"][n], ".2f") for n in networks], [f"{it['frechet'][n]:.3f}" for n in networks]
-        rows.append([TITLES[it["arm"]] if "arm" in it else "real", *trained, *kids, *frechets, colours])
-    changes = [["change of KID x 1000", "seed", *networks], ["---"] * (2 + len(networks))]
-    for it in found["changes"]:
-        what = f"{TITLES[it['after']]}, against {TITLES[it['before']]}"
-        changes.append([what, str(it["seed"]), *(kid(it["kid"][n], "+.2f") for n in networks)])
-    lines = [f"{found['steps']} steps of {found['batch_size']} at {SIDE} px; {found['means']}", ""]
-    for part in (rows, changes):
-        lines += [*("| " + " | ".join(row) + " |" for row in part), ""]
-    lines += ["grid.png, from above: " + ", ".join([*TITLES.values(), "real"]) + "; from the left:", ""]
-    return "\n".join([*lines, *(f"{i}. {caption}" for i, caption in enumerate(captions, start=1))]) + "\n"
+    titles = ", ".join([*(arm.title for arm in ARMS.values()), "real"])
+    lines = [
+        f"{found['steps']} steps of {found['batch_size']} at {SIDE} px; {found['note']}",
+        "",
+        *markdown([*map(run_row, found["runs"]), real_row(found["real"])]),
+        "",
+        *markdown([change_row(it) for it in found["changes"]]),
+        "",
+        f"grid.png, from above: {titles}; from the left:",
+        "",
+        *(f"{i}. {caption}" for i, caption in enumerate(captions, start=1)),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def measure() -> None:
@@ -249,18 +260,17 @@ def measure() -> None:
 
     scenes = heldout(runs[0].config, 2 * PICTURES)
     captions, pictures = scenes.captions[:PICTURES], scenes.pixels[:PICTURES]
-    comparison = Comparison(pictures, vgg16)
-    measured, rows = [], []
+    comparison = Comparison(pictures, vgg16, FEATURE_SIDE)
+    distances, measured, rows = {}, [], []
     for run in runs:
         drawn, of_prompts = run.draw(captions)
-        near = comparison.distances(f"{run.arm} {run.seed}", drawn)
-        measured.append(
-            {"arm": run.arm, "seed": run.seed, **run.cost(), **near, "right_colours": right_colours(of_prompts)}
-        )
+        near = distances[run.arm, run.seed] = comparison.distances(drawn)
+        right = right_colours(of_prompts)
+        measured.append({"arm": run.arm, "seed": run.seed, **run.cost(), **near.summary(), "right_colours": right})
         if run.seed == 0:
             rows.append(drawn[:COLUMNS])
     changes = [
-        {"before": a, "after": b, "seed": seed, "kid": comparison.change(f"{a} {seed}", f"{b} {seed}")}
+        {"before": a, "after": b, "seed": seed, "kid": distances[b, seed].kid_change(distances[a, seed])}
         for seed in range(options.seeds)
         for a, b in [*pairwise(ARMS), ("baseline", list(ARMS)[-1])]
     ]
@@ -268,10 +278,10 @@ def measure() -> None:
     found = {
         "steps": options.steps,
         "batch_size": runs[0].config.train.batch_size,
-        "means": f"{seeds}: intervals are over captions, for the trained weights, and say nothing of another seed",
+        "note": f"{seeds}: intervals are over captions, for the trained weights, and say nothing of another seed",
         "pictures": PICTURES,
         "runs": measured,
-        "real": comparison.distances("real", scenes.pixels[PICTURES:]),
+        "real": comparison.distances(scenes.pixels[PICTURES:]).summary(),
         "changes": changes,
     }
     print(json.dumps(found, indent=1))

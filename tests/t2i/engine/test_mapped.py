@@ -7,18 +7,12 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from data.errors import UserError
-from t2i.config import RunConfig
 from t2i.engine.mapped import StateFolder
-from t2i.plan import Assumptions, plan
-from t2i.plan_memory import total
-from t2i.plan_stage import StageMemory
-from t2i.train.memory import estimate
 
 
 def file_bytes(device: int) -> int:
@@ -78,28 +72,3 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=re.escape(f"engine.state_folder {tmp_path}/file/below: ")):
         StateFolder(tmp_path / "file" / "below").zeros_like(torch.empty(4))
-
-
-def small(**engine: Any) -> RunConfig:
-    sizes = {"model": {"width": 64, "depth": 2, "heads": 2, "repa_layer": 1}, "objective": {"repa_weight": 0}}
-    sizes |= {"train": {"batch_size": 4, "micro_batch_size": 2}, "data": {"lanes": 2}}
-    return RunConfig.model_validate({**sizes, "engine": engine, "stages": [{"name": "only"}]})
-
-
-def test_the_plan_counts_no_memory_for_what_is_in_files() -> None:
-    plain, mapped = (StageMemory.of(it, 2, 4) for it in (small(), small(state_folder="/scratch")))
-    files = mapped.mapped("zero1")
-    assert set(files) == {"moments", "average"} and plain.mapped("zero1") == {}
-    assert total(files) == 12 * plain.network.total // 2
-    assert total(plain.static("zero1")) - total(mapped.static("zero1")) == total(files)
-    given = Assumptions.of(gpus=2, gpu="h100", mfu=0.3, sample_bytes=1e5, reference=False)
-    said = [" ".join(plan(it, given)["stages"][0]["advice"]) for it in (plain.config, mapped.config)]
-    assert ["files in /scratch" in advice for advice in said] == [False, True]
-
-
-def test_what_is_offloaded_and_in_files_is_taken_from_the_device_once() -> None:
-    offloaded = {"zero_stage": 3, "offload": True}
-    without, with_files = (
-        estimate(small(**engine), 2, torch.float32) for engine in (offloaded, {**offloaded, "state_folder": "/scratch"})
-    )
-    assert without == with_files

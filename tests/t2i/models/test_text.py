@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from tiny_qwen import save_qwen
+from transformers import AutoModel, AutoTokenizer, Qwen3Model
 
 from data.errors import UserError
 from t2i.models.conditions import stack_conditions
 from t2i.models.text import ENCODE_BATCH, TextEncoder
 
 CAPTIONS = ["a photo of a red circle", "green apple", "", "a", "two blue squares left of three yellow stars", "dog"]
-WORDS = ["<pad>", "<eos>", "<unk>", "a", "photo", "of", "red", "circle", "green", "apple", "dog"]
 LENGTH = 10
 
 
@@ -31,19 +28,7 @@ def minilm() -> str:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Qwen3 whose tokeniser, like the real one's, makes no token of an empty caption."""
-    folder = tmp_path_factory.mktemp("qwen3")
-    words = Tokenizer(WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.3, eos_token_id=1,
-    )  # fmt: skip
-    Qwen3Model(config).save_pretrained(folder)
-    return folder
+    return save_qwen(tmp_path_factory.mktemp("qwen3"), 32)
 
 
 @pytest.fixture
@@ -153,8 +138,8 @@ def test_null_caption_is_the_same_whatever_the_library_does_with_masked_rows(qwe
 
 def test_real_captions_keep_their_mask_and_are_padded_on_the_right(qwen: Path) -> None:
     encoder = TextEncoder(str(qwen), LENGTH, torch.float32)
-    tokens = [WORDS.index(word) for word in ("a", "red", "circle")]
-    ids = torch.tensor([tokens + [0] * (LENGTH - 3)])
+    tokens = encoder.tokenizer.convert_tokens_to_ids(["a", "red", "circle"])
+    ids = torch.tensor([tokens + [encoder.tokenizer.pad_token_id] * (LENGTH - 3)])
     mask = torch.tensor([[1] * 3 + [0] * (LENGTH - 3)])
     with torch.no_grad():
         expected = encoder.net(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -170,7 +155,7 @@ def test_a_tokeniser_without_a_pad_token_pads_with_its_end_token(qwen: Path, tmp
     words.save_pretrained(tmp_path)
     Qwen3Model.from_pretrained(qwen).save_pretrained(tmp_path)
     encoder = TextEncoder(str(tmp_path), LENGTH, torch.float32)
-    pads = torch.full((1, LENGTH), WORDS.index("<eos>"))
+    pads = torch.full((1, LENGTH), words.eos_token_id)
     with torch.no_grad():
         expected = encoder.net(input_ids=pads, attention_mask=torch.ones_like(pads)).last_hidden_state[0]
     torch.testing.assert_close(encoder.null_caption(), expected, atol=1e-5, rtol=1e-5)
