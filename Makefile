@@ -2,9 +2,10 @@
 # make test    the tests, at most 20 minutes on 2 cores
 # make test-s3 the store against a real S3 server: Ceph, whose Debian packages it unpacks into .cache
 # make lint    ruff and mypy
-# make bench   what is measured rather than asserted, but for the next three
+# make bench   what is measured rather than asserted, but for what takes long, which is:
+# make step    a training step with each of its economies off in turn, a quarter of an hour
 # make soak    training killed at 25 moments and resumed: nothing lost, nothing different
-# make ablation the paper's loss taken apart: four short runs, compared in .cache/ablation/table.md
+# make ablation  the paper's loss taken apart: four short runs, compared in .cache/ablation/table.md
 # make xxl     one optimizer step of the full-size model on a CPU with 24 GiB: its memory and seconds, by part
 # All need Linux, Python 3.11 or later, a C++ compiler and Python's headers; everything else comes from the
 # Python package registry, into .venv.
@@ -13,11 +14,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA := .cache/demo
+LONG := %/train_step.py %/kill_soak.py %/ablation.py %/xxl.py
 # DeepSpeed compiles one small extension at its first start; kept here, it is not compiled again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-s3 lint bench soak ablation xxl clean
+.PHONY: setup demo test test-s3 lint bench step soak ablation xxl clean
 
 setup: $(VENV)/.installed
 
@@ -46,7 +48,10 @@ lint: setup
 	mypy
 
 bench: setup
-	@for script in $(filter-out %/kill_soak.py %/ablation.py %/xxl.py,$(wildcard tests/benchmarks/*.py)); do echo "$$script"; python $$script; done
+	@for script in $(filter-out $(LONG),$(wildcard tests/benchmarks/*.py)); do echo "$$script"; python $$script; done
+
+step: setup
+	python tests/benchmarks/train_step.py
 
 soak: setup
 	python tests/benchmarks/kill_soak.py
@@ -55,7 +60,8 @@ ablation: setup
 	python tests/benchmarks/ablation.py
 
 xxl: setup
-	python tests/benchmarks/xxl.py | tee .cache/xxl/step.json
+	mkdir -p .cache/xxl
+	python tests/benchmarks/xxl.py > .cache/xxl/step.json && cat .cache/xxl/step.json
 
 clean:
 	rm -rf .venv .cache runs

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,14 @@ from t2i.train.outcome import code_of
 from t2i.train.processes import World
 
 RANK_0_FIRST_S = 3.0
+
+
+def _forget_shared_buffer(rank: int) -> None:
+    """Take its name from the 66 MiB of shared memory that DeepSpeed makes for each rank on CPUs, and would leave behind:
+    once all ranks have opened it, it is gone with the last of them."""
+    dist.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,6 +62,8 @@ def joined_world(patience: timedelta = timedelta(minutes=30)) -> Iterator[World]
     backend = "nccl" if device.type == "cuda" else "gloo"
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
+    if backend == "gloo":
+        _forget_shared_buffer(rank)
     hosts: Any = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
     try:
         yield World(rank, size, device, hosts)

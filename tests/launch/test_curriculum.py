@@ -25,8 +25,10 @@ def unbroken(scenes: Path, tmp_path_factory) -> Path:
     """The folder of a run on two processes that nothing disturbed."""
     root = tmp_path_factory.mktemp("unbroken")
     config = write_config(root / "config.yaml", tiny_config(scenes, root))
+    shared = set(Path("/dev/shm").iterdir())
     output = run("deepspeed", "curriculum.py", "--config", str(config))
     assert str(root / "tiny" / "report.html") in output
+    assert not {path for path in set(Path("/dev/shm").iterdir()) - shared if path.name.startswith("deepspeed")}
     return root / "tiny"
 
 
