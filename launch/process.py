@@ -29,8 +29,8 @@ RANK_0_FIRST_S = 3.0
 
 
 def _forget_shared_buffer(rank: int) -> None:
-    """Take its name from the 66 MiB of shared memory that DeepSpeed makes for each rank on CPUs, and would leave behind:
-    once all ranks have opened it, it is gone with the last of them."""
+    """Take its name from the 66 MiB of shared memory that DeepSpeed makes a rank on CPUs, and would leave behind: once
+    all ranks have opened it, it is gone with the last of them."""
     dist.barrier()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
