@@ -56,13 +56,20 @@ block of bf16 weights at a time; ZeRO-1 has 2 of weights more, and as it starts 
 
 MIDDLE = Size(
     {
-        "model": {"width": 768, "depth": 8, "heads": 12, "text_depth": 2, "bottleneck": 128, "repa_layer": 4},
+        "model": {"width": 640, "depth": 8, "heads": 10, "text_depth": 2, "bottleneck": 128, "repa_layer": 4},
         "train": {"batch_size": 16, "micro_batch_size": 8},
         "validation": {"every": 0},
     },
     networks.QWEN3_1B7
-    | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 8},
+    | {
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    },
 )
+"""Five engines of it fit into 24 GiB."""
 
 _SMALL_MODEL = {"width": 96, "depth": 3, "heads": 3, "text_depth": 1, "bottleneck": 16, "repa_layer": 2}
 
