@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import launch  # noqa: F401  # it names DeepSpeed's accelerator, which else says on stdout that it guesses
 from data.loader import Batch
 from data.packing import shapes
 from steps import networks
