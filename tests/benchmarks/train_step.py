@@ -89,8 +89,6 @@ VARIANTS: dict[str, Variant] = {
     "mask": Variant("mask"),
     "mask, pads computed": Variant("mask", pads=True),
 }
-WARM_UP = 2
-"""Steps before those that count: some graphs are made again once a shape has changed."""
 ECONOMIES = ("gating", "features once", "captions once", "compile", "bf16 weights")
 
 
@@ -174,10 +172,14 @@ class Measurement:
     Args:
         config_of: a kind's config.
         rounds: of each group of kinds.
+        warm_up: steps before those that count: some graphs are made again once a shape has changed.
     """
 
-    def __init__(self, config_of: Callable[[str], RunConfig], stage: str, world: World, rounds: int) -> None:
-        self._config_of, self._stage, self._world, self._rounds = config_of, stage, world, rounds
+    def __init__(
+        self, config_of: Callable[[str], RunConfig], stage: str, world: World, *, rounds: int, warm_up: int
+    ) -> None:
+        self._config_of, self._stage, self._world = config_of, stage, world
+        self._rounds, self._warm_up = rounds, warm_up
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.losses: dict[str, float] = {}
         self.matmul: list[float] = []
@@ -190,7 +192,7 @@ class Measurement:
         steps = {name: step_of(kept[it.kind], it) for name, it in VARIANTS.items() if it.kind in kinds}
         for name, step in steps.items():  # compiles
             self.losses[name] = round(step("its loss is that of the first weights"), 5)
-        for _ in range(WARM_UP):
+        for _ in range(self._warm_up):
             for step in steps.values():
                 step()
         if "compiled" in kept:
@@ -240,14 +242,15 @@ def main() -> None:
     size = {"middle": MIDDLE, "xxl": XXL}[given.size]
     size = setting.small(size) if given.small else size
     config, stage = first_stage(size)
-    rounds = given.rounds or (1 if given.size == "xxl" else 5)
+    full = given.size == "xxl"
+    rounds = given.rounds or (1 if full else 5)
 
     def config_of(kind: str) -> RunConfig:
         return validate_config(merge(config.model_dump(mode="json"), KINDS[kind]), CONFIG)
 
     with joined_world() as world:
-        measurement = Measurement(config_of, stage, world, rounds)
-        for kinds in [[kind] for kind in KINDS] if given.size == "xxl" else [list(KINDS)]:
+        measurement = Measurement(config_of, stage, world, rounds=rounds, warm_up=0 if full else 2)
+        for kinds in [[kind] for kind in KINDS] if full else [list(KINDS)]:
             measurement.measure(kinds)
             gc.collect()
         print(json.dumps({**about(stage, size), "rounds": rounds, **measurement.summary()}, indent=1))
