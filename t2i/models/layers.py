@@ -13,11 +13,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 if importlib.util.find_spec("flash_attn") is not None:
     from flash_attn import flash_attn_func
@@ -41,7 +43,8 @@ class Fp32Linear(nn.Linear):
     """A linear layer that computes in fp32, whatever the type of its weights, under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type  # the planner's has no autocast
+        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 

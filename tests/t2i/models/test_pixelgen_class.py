@@ -25,8 +25,8 @@ from t2i.models.layers import axial_rope_table
 from t2i.models.pixelgen_class import ClassPixelGen
 
 WIDTH, HEADS, PATCH, CLASSES, CONTEXT, RATE = 32, 2, 4, 5, 3, 0.25
-MIDDLE = {4: (1, 2), 6: (1, 2, 3)}
-"""Blocks that drop, by depth: from depth // 4 up to, not including, 3 depth // 4."""
+MIDDLE = {4: (1, 2), 6: (1, 2)}
+"""Blocks that drop, by depth: from depth // 4 up to, not including, 3 (depth // 4)."""
 
 
 def tiny(**changes: float) -> ClassPixelGen:

@@ -221,6 +221,9 @@ def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest
     monkeypatch.setattr(GlobalMeans, "read", lambda self: [order.append("loss"), read(self)][1])
 
     class Engine(Recorder):
+        def micro_step(self, loss: Tensor) -> None:
+            pass
+
         def step(self, lr: Any, veto: Any) -> StepResult:
             order.append("norm")
             return StepResult(1.0, veto(1.0))
