@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
 
 class HostReads(TorchDispatchMode):
     """Notes, for the time of a `with`, each number that is read from a tensor and each shape that depends on values."""
@@ -16,6 +19,6 @@ class HostReads(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        if func in _READS or (func in _INDEXING and any(it is not None and it.dtype == torch.bool for it in args[1])):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
