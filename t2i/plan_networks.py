@@ -32,7 +32,7 @@ from t2i.train.build import denoiser_training_flops
 
 META = torch.device("meta")
 
-_KNOWN_TEXT: dict[str, dict[str, Any]] = {
+KNOWN_TEXT: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-1.7B": {
         "model_type": "qwen3",
         "vocab_size": 151936,
@@ -44,7 +44,8 @@ _KNOWN_TEXT: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     }
 }
-_KNOWN_FEATURES: dict[str, dict[str, Any]] = {"facebook/dinov2-base": {"image_size": 518, "patch_size": 14}}
+KNOWN_FEATURES: dict[str, dict[str, Any]] = {"facebook/dinov2-base": {"image_size": 518, "patch_size": 14}}
+"""Configurations, as far as they differ from transformers' defaults, of what a config names and may not be at hand."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def text_encoder(config: RunConfig) -> Frozen | None:
 
     if config.model.condition == "class":
         return None
-    described = _described(config.text.model, "text.model", _KNOWN_TEXT)
+    described = _described(config.text.model, "text.model", KNOWN_TEXT)
     with META, torch.no_grad():
         net = AutoModel.from_config(described).eval()
         tokens = torch.zeros(1, config.text.length, dtype=torch.long)
@@ -284,7 +285,7 @@ def patch_features(config: RunConfig, dtype: torch.dtype) -> Frozen | None:
         return Frozen(STAND_IN, size(stand_in), stand_in.width, flops, saved)
     from transformers import Dinov2Model
 
-    described = _described(objective.features_path, "objective.features_path", _KNOWN_FEATURES, "dinov2")
+    described = _described(objective.features_path, "objective.features_path", KNOWN_FEATURES, "dinov2")
     with META:
         net = Dinov2Model(described).eval().requires_grad_(False).to(dtype)
         sides = [described.patch_size * side for side in grid]

@@ -1,6 +1,6 @@
 """The paper's loss taken apart, small but trained: baseline, + LPIPS, + P-DINO, + gating (PixelGen, Table 5).
 
-    python tests/benchmarks/ablation.py [--steps 400] [--seeds 1] [--out .cache/ablation]     # make ablation
+    python tests/benchmarks/ablation.py [--steps 250] [--seeds 1] [--out .cache/ablation]     # make ablation
 
 Each arm is a run as a user starts one, `deepspeed launch/stage1.py`, with configs/demo.yaml but for what `config` here
 changes: one stage of drawn scenes at 48 px, a patch of 6. All arms of a seed see the same data, times and noise in the
@@ -240,7 +240,7 @@ def table(found: dict[str, Any], captions: list[str]) -> str:
 
 def measure() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="of every arm")
+    parser.add_argument("--steps", type=int, default=250, help="of every arm")
     parser.add_argument("--seeds", type=int, choices=range(1, 10), default=1, help="runs of every arm")
     parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "ablation")
     options = parser.parse_args()

@@ -80,7 +80,10 @@ def test_resamples_compare_no_pair_with_itself() -> None:
     x, y = rng.normal(size=(12, 3)), rng.normal(size=(12, 3)) + 0.5
     counts = resamples(12, 5)
     assert counts.shape == (5, 12) and (counts.sum(1) == 12).all() and (counts > 1).any()
-    k = lambda a, b: (a @ b / 3 + 1) ** 3  # noqa: E731
+
+    def k(a: Array, b: Array) -> float:
+        return float((a @ b / 3 + 1) ** 3)
+
     for sample, distance in zip(counts, kernel_distance(pair_terms(x, y), counts), strict=True):
         drawn = np.repeat(np.arange(12), sample.astype(int))
         terms = [k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i in drawn for j in drawn if i != j]

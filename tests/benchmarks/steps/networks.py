@@ -17,21 +17,18 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, Dinov2Config, PreTrainedTokenizerFast, Qwen3Config
 
 from data.packing import shapes
+from t2i.plan_networks import KNOWN_FEATURES, KNOWN_TEXT
 
-QWEN3_1B7 = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
+QWEN3_1B7 = {name: value for name, value in KNOWN_TEXT["Qwen/Qwen3-1.7B"].items() if name != "model_type"} | {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
-DINOV2_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518, "patch_size": 14}
-
+DINOV2_B = KNOWN_FEATURES["facebook/dinov2-base"] | {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 
 VOCABULARY_SCENES = 2000
 """Drawn scenes whose captions the tokeniser knows all words of."""

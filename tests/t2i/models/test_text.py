@@ -180,7 +180,9 @@ def test_a_folder_without_a_model_is_a_mistake_in_text_model(tmp_path: Path) -> 
 # Releasing the model
 
 
-def test_a_released_model_gives_the_same_states_and_is_gone_in_between(qwen: Path) -> None:
+def test_a_released_model_gives_the_same_states_and_is_gone_in_between(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = TextEncoder(str(qwen), LENGTH, torch.float32)
     encoder = TextEncoder(str(qwen), LENGTH, torch.float32, release=True)
     loaded: list[weakref.ref[torch.nn.Module]] = []
@@ -191,7 +193,7 @@ def test_a_released_model_gives_the_same_states_and_is_gone_in_between(qwen: Pat
         loaded.append(weakref.ref(net))
         return net
 
-    encoder._load_net = note  # type: ignore[method-assign]
+    monkeypatch.setattr(encoder, "_load_net", note)
     for captions in (CAPTIONS, CAPTIONS[::-1], [""]):
         assert encoder.net is None and not list(encoder.parameters())
         assert torch.equal(stacked(encoder, captions), stacked(kept, captions))

@@ -40,8 +40,11 @@ class Quiet:
         assert kind == "checkpoint" and values["stall_s"] >= 0
 
 
-def saver(root: Path, loaded_step: int = -1, mirror: Mirror | None = None, **checkpoint: Any) -> Saver:
-    config = RunConfig.model_validate({"root": root, "train": {"steps": 10}, "checkpoint": {"keep": 9, **checkpoint}})
+def saver(
+    root: Path, loaded_step: int = -1, mirror: Mirror | None = None, state_folder: Path | None = None, **checkpoint: Any
+) -> Saver:
+    tree = {"train": {"steps": 10}, "engine": {"state_folder": state_folder}, "checkpoint": {"keep": 9, **checkpoint}}
+    config = RunConfig.model_validate({"root": root, **tree})
     place, (shards,) = StagePlace("low", root / "run" / "low", None), cut(1)
     guard = Guard(config.guard)
     return Saver(config, place, ALONE, Quiet(), "x", mirror, shards, average(shards), guard, loaded_step)  # type: ignore[arg-type]
@@ -66,6 +69,19 @@ def test_regular_ones_ephemeral_ones_and_the_last(tmp_path: Path) -> None:
     assert seen == [[], [], [3], [4], [4], [4, 6], [4, 6], [4, 8], [4, 8, 9], [4, 8, 10]]
     (manifest,) = (tmp_path / "run" / "low" / "checkpoints" / "step_00000004").glob("manifest.json")
     assert json.loads(manifest.read_text())["state"] == {"made": True}
+
+
+def test_the_copy_of_the_state_may_lie_in_a_file(tmp_path: Path) -> None:
+    written = []
+    for name in ("memory", "files"):
+        folder = tmp_path / "state" if name == "files" else None
+        it = saver(tmp_path / name, state_folder=folder)
+        assert it._writer._snapshot._buffer.is_shared() == (name == "files")
+        assert it.now(6, state, Quiet()) == "saved"  # type: ignore[arg-type]
+        (step,) = checkpoints(tmp_path / name / "run" / "low" / "checkpoints")
+        written.append({path.name: path.read_bytes() for path in step.glob("*.safetensors")})
+    assert written[0] == written[1] and written[0]
+    assert not list((tmp_path / "state").iterdir())
 
 
 def test_what_was_loaded_need_not_be_saved_and_all_else_is(tmp_path: Path) -> None:
