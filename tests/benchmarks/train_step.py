@@ -32,6 +32,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -122,6 +123,11 @@ def rounded_up_to(length: int) -> Iterator[None]:
         text.LENGTH_STEP = usual
 
 
+def say(line: str) -> None:
+    """How far it is, on stderr."""
+    print(f"{time.strftime('%T')} {line}", file=sys.stderr, flush=True)
+
+
 def timed(call: Step, device: torch.device) -> float:
     """Seconds of a step."""
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -191,6 +197,7 @@ class Measurement:
         kept = {kind: Built(self._config_of(kind), self._stage, self._world, begun=True) for kind in kinds}
         steps = {name: step_of(kept[it.kind], it) for name, it in VARIANTS.items() if it.kind in kinds}
         for name, step in steps.items():  # compiles
+            say(f"first step of '{name}'")
             self.losses[name] = round(step("its loss is that of the first weights"), 5)
         for _ in range(self._warm_up):
             for step in steps.values():
@@ -203,6 +210,7 @@ class Measurement:
                 self.matmul.append(matmul_flops(self._world.device))
             for name, step in steps.items():
                 self.seconds[name].append(timed(step, self._world.device))
+                say(f"{name}: {self.seconds[name][-1]:.2f} s")
         if "eager" in kept:
             self.once["flops"] = flops(kept["eager"])
         if "compiled" in kept:
