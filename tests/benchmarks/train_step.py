@@ -178,7 +178,7 @@ class Measurement:
     Args:
         config_of: a kind's config.
         rounds: of each group of kinds.
-        warm_up: steps before those that count: some graphs are made again once a shape has changed.
+        warm_up: steps of each variant before those that count: some graphs are made again once a shape has changed.
     """
 
     def __init__(
@@ -199,6 +199,8 @@ class Measurement:
         for name, step in steps.items():  # compiles
             say(f"first step of '{name}'")
             self.losses[name] = round(step("its loss is that of the first weights"), 5)
+        if not self._warm_up:  # one all the same: the first update makes the files that hold the state
+            next(iter(steps.values()))()
         for _ in range(self._warm_up):
             for step in steps.values():
                 step()
