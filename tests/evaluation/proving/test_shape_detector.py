@@ -2,9 +2,10 @@
 
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
-from spoiled_shapes import disturbed, spoiled_pictures
+from spoiled_shapes import disturbed, drawn, spoiled_pictures
 
 from data.packing.shapes import BACKGROUND, COLORS, HELDOUT_START, PALETTE, SHAPES, Object, Scene, draw, scene
 from evaluation.proving import detector as shapes_detector
@@ -132,6 +133,17 @@ def test_what_is_no_picture_of_anything_has_no_objects(size):
     for _ in range(50):
         assert not accepted(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
         assert not accepted(disturbed(ground(size), rng, 0, 30))
+
+
+def test_what_hardly_shows_is_no_object():
+    pale = ground()
+    pale[:] = 170, 124, 170
+    faint = drawn("circle", (0.5, 0.5), 0.4)
+    for contrast, labels in ((9, []), (60, ["circle"])):
+        amount = cv2.resize(faint, (32, 32), interpolation=cv2.INTER_AREA)[..., None] * (0.4, 1, 0.4) * contrast
+        image = np.uint8(np.rint(pale - amount))
+        assert shapes_detector.segment(image)[16, 16] == 1 + COLORS.index("purple")
+        assert [it.label for it in accepted(image)] == labels
 
 
 def test_specks_are_no_objects_and_change_none():
