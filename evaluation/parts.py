@@ -27,17 +27,19 @@ def write_json(path: Path, tree: Any) -> None:
     write_aside(path, [(json.dumps(tree, indent=1) + "\n").encode()])
 
 
-def note_settings(note: Path, made_of: dict[str, Any]) -> list[str]:
+def note_settings(note: Path, made_of: dict[str, Any], **beside: Any) -> list[str]:
     """Write down what a folder's files are made from; if that is known already, compare.
 
     Args:
         note: the file; its folder is there.
         made_of: everything that the files depend on, in JSON's types.
+        beside: what else is worth knowing of them, which is not compared.
 
     Returns:
         Dotted names of what differs from the note that was there; none: go on.
     """
-    if note.exists():
-        return changes(json.loads(note.read_text()), json.loads(json.dumps(made_of)))
-    write_json(note, made_of)
-    return []
+    if not note.exists():
+        write_json(note, {**beside, **made_of})
+        return []
+    begun = {name: value for name, value in json.loads(note.read_text()).items() if name not in beside}
+    return changes(begun, json.loads(json.dumps(made_of)))
