@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from t2i.config_loading import changes
@@ -27,7 +28,7 @@ def write_json(path: Path, tree: Any) -> None:
     write_aside(path, [(json.dumps(tree, indent=1) + "\n").encode()])
 
 
-def note_settings(note: Path, made_of: dict[str, Any], **beside: Any) -> list[str]:
+def note_settings(note: Path, made_of: dict[str, Any], beside: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
     """Write down what a folder's files are made from; if that is known already, compare.
 
     Args:

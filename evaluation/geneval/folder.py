@@ -69,7 +69,7 @@ def write_image(path: Path, image: Image) -> None:
     """Write a PNG that is whole if it is there."""
     buffer = io.BytesIO()
     Picture.fromarray(image).save(buffer, "PNG")
-    write_aside(path, [buffer.getbuffer()])
+    write_aside(path, [buffer.getvalue()])
 
 
 def read_image(path: Path) -> Image:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,18 +25,58 @@ from typing import Any
 
 from data.errors import UserError
 from evaluation.geneval.folder import Prompted, begin_folder, image_path, read_folder, write_grid, write_image
-from evaluation.geneval.prompts import OFFICIAL_MD5, Metadata, digest, official, read, to_lines
-from evaluation.parts import note_settings, write_aside
+from evaluation.geneval.prompts import TASKS, Metadata, digest, read, to_lines
+from evaluation.parts import note_settings, write_aside, write_json
 from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Picture, Pipeline
 
-OFFICIAL = 553
-"""GenEval's prompts."""
-EACH = 4
-"""Images a prompt, in GenEval."""
-
 Number = tuple[int, int]
 """An image: its prompt's number and its own under it, both from 0."""
+
+
+def choose(prompts: Sequence[Metadata], tasks: Collection[str], limit: int | None) -> tuple[list[int], str]:
+    """Leave out prompts.
+
+    Args:
+        tasks: those whose prompts stay; none: all.
+        limit: how many of each task stay, the first; None: all.
+
+    Returns:
+        Numbers of those that stay, and in words what was chosen; empty: they are all.
+
+    Raises:
+        UserError: none stay.
+    """
+    wanted, seen, kept = tasks or TASKS, Counter[str](), []
+    for number, metadata in enumerate(prompts):
+        seen[metadata["tag"]] += 1
+        if metadata["tag"] in wanted and (limit is None or seen[metadata["tag"]] <= limit):
+            kept.append(number)
+    if not kept:
+        raise UserError(f"--tasks {' '.join(tasks)}: there is no prompt of these")
+    if len(kept) == len(prompts):
+        return kept, ""
+    said = [f"the first {limit} of each task"] if limit else []
+    return kept, ", ".join([*said, *([f"of {', '.join(tasks)} alone"] if tasks else [])])
+
+
+def compare(prompted: Sequence[Prompted], prompts: Sequence[Metadata], where: str) -> None:
+    """Refuse images of other prompts than those of a file.
+
+    Raises:
+        UserError: naming the first that differs; `where` names the file.
+    """
+    if len(prompted) != len(prompts):
+        raise UserError(
+            f"{where} has {len(prompts)} prompts, and the images are of {len(prompted)}: give the file that they were "
+            "drawn from"
+        )
+    for it, asked in zip(prompted, prompts, strict=True):
+        if it.metadata != asked:
+            raise UserError(
+                f"{it.folder}/metadata.jsonl is not prompt {it.folder.name} of {where}, {asked['prompt']!r}: give the "
+                "file that the images were drawn from"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,12 +97,12 @@ class Samples:
     size: tuple[int, int]
     sampling: SamplingConfig
 
-    def begin(self, made_of: dict[str, Any], model: Path) -> list[Number]:
+    def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Number]:
         """Make the folder, or see that what is there is of the same images.
 
         Args:
             made_of: what else the images depend on, in JSON's types.
-            model: the model's folder, for the record.
+            beside: what else is worth knowing of them.
 
         Returns:
             The images that are missing.
@@ -82,7 +122,7 @@ class Samples:
                 "size": self.size,
                 "sampling": self.sampling.model_dump(mode="json"),
             }
-            differ = note_settings(note, settings, model=str(model))
+            differ = note_settings(note, settings, beside)
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written to: {error.strerror}") from error
         if differ:
@@ -104,6 +144,23 @@ class Samples:
             write_image(image_path(self.out / "images", prompt, image), pixels.permute(1, 2, 0).numpy())
             drawn()
 
+    def prompted(self) -> list[Prompted]:
+        """The prompts with their images, once all are there."""
+        return read_folder(self.out / "images")
+
+    def note_speed(self, images: int, seconds: float, devices: str) -> None:
+        """Write down how fast images were drawn, unless more have been timed before.
+
+        Args:
+            images: drawn by all processes.
+            seconds: that it took.
+            devices: of all processes, in words.
+        """
+        path = self.out / "speed.json"
+        if images and (not path.exists() or json.loads(path.read_text())["images"] < images):
+            rate = {"images_per_s": round(images / seconds, 4), "images": images, "seconds": round(seconds, 1)}
+            write_json(path, {**rate, "devices": devices})
+
 
 def missing_images(out: Path, prompts: int, each: int) -> list[Number]:
     """The images that a job has not drawn yet."""
@@ -112,24 +169,24 @@ def missing_images(out: Path, prompts: int, each: int) -> list[Number]:
 
 
 def drawn_images(out: Path) -> tuple[list[Prompted], dict[str, Any]]:
-    """The images that a job has drawn, and what they are made from.
+    """The images that a job has drawn, and what is known of them, "prompts" and "drawn", for `outcome.finish`.
 
     Raises:
         UserError: it has drawn none, or not all.
     """
-    note = out / "images.json"
+    note, speed = out / "images.json", out / "speed.json"
     if not note.exists():
+        raise UserError(f"--out {out}: holds no images of this job: draw them, or give those of others as --images")
+    drawn = json.loads(note.read_text())
+    prompts, each = read(out / "prompts.jsonl"), drawn.pop("images_per_prompt")
+    if missing := missing_images(out, len(prompts), each):
         raise UserError(
-            f"--out {out}: holds no images of this job: draw them first, or give those of others as --images"
+            f"--out {out}: lacks {len(missing)} of {len(prompts) * each} images: go on drawing them before they are "
+            "scored"
         )
-    about = json.loads(note.read_text())
-    prompts = read(out / "prompts.jsonl")
-    if missing := missing_images(out, len(prompts), about["images_per_prompt"]):
-        whole = len(prompts) * about["images_per_prompt"]
-        raise UserError(
-            f"--out {out}: lacks {len(missing)} of {whole} images: go on drawing them before they are scored"
-        )
-    return read_folder(out / "images"), about
+    about = {name: drawn.pop(name) for name in ("file", "kind", "choice")} | {"md5": drawn.pop("prompts")}
+    drawn["speed"] = json.loads(speed.read_text()) if speed.exists() else None
+    return read_folder(out / "images"), {"prompts": about, "drawn": drawn}
 
 
 def complete_grids(prompted: Iterable[Prompted]) -> None:
@@ -137,29 +194,3 @@ def complete_grids(prompted: Iterable[Prompted]) -> None:
     for it in prompted:
         if not (it.folder / "grid.png").exists():
             write_grid(it)
-
-
-def notes_on(prompts: Sequence[Metadata], each: int, choice: str) -> list[str]:
-    """Sentences on why scores compare with no published ones; none: they may.
-
-    Args:
-        prompts: what was scored.
-        each: images a prompt.
-        choice: how they were chosen from a larger file, in words; empty: they are all of it.
-    """
-    notes = []
-    if choice:
-        notes.append(f"Only a part of the prompts was scored: {choice}.")
-    elif digest(prompts) != OFFICIAL_MD5:
-        kind = "GenEval's in other words" if _reworded(prompts) else f"not GenEval's official {OFFICIAL}"
-        notes.append(f"The prompts are {kind}: their scores compare with none that are published for those.")
-    if each != EACH:
-        notes.append(f"Each prompt has {each} images, where GenEval has {EACH}.")
-    return notes
-
-
-def _reworded(prompts: Sequence[Metadata]) -> bool:
-    """Whether they ask for what GenEval's ask for."""
-    if len(prompts) != OFFICIAL:
-        return False
-    return [{**it, "prompt": ""} for it in prompts] == [{**it, "prompt": ""} for it in official()]
