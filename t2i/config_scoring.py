@@ -18,7 +18,7 @@ class ScoringConfig(Section):
     every: int = Field(0, ge=0)
     """Steps between scores (also at the start and end of a stage); 0: none."""
     scorer: Literal["geneval", "shapes"] = "geneval"
-    """geneval: GenEval's prompts, with Mask2Former and CLIP. shapes: its tasks and rules over drawn shapes, with an exact
+    """geneval: GenEval's prompts, with Mask2Former and CLIP. shapes: its tasks and rules over drawn shapes, with a
     detector that needs no weights."""
     prompts: int = Field(120, gt=0)
     """How many of the scorer's prompts, spread evenly over its tasks."""
