@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from t2i.config_base import Section
 
-_WEIGHTS = ("detector", "clip")
+_WEIGHTS = ("detector_weights", "clip")
 _RULE = ("promote_gain", "promote_steps")
 
 
@@ -28,10 +28,10 @@ class ScoringConfig(Section):
     """Longest that the ranks are held by drawing and judging. No batch is begun that would go past it, going by the
     longest so far, but for the first. A score that is cut short is over what was done and says so; it neither promotes
     a stage nor counts as its best."""
-    detector: str | None = None
-    """Of geneval: weights of Mask2Former, as of launch/geneval.py's --detector; none takes the usual caches'."""
+    detector_weights: str | None = None
+    """Of geneval: Mask2Former's, as of launch/geneval.py's option; none takes those in the usual caches."""
     clip: str | None = None
-    """Of geneval: weights of CLIP, as of launch/geneval.py's --clip; none takes the usual caches'."""
+    """Of geneval: CLIP's weights, likewise."""
     keep_best: bool = True
     """Keep the model with the stage's highest score in best/: a model folder, with the score in best.json. Each time
     the score rises, all ranks wait while it is written, and until then the disk needs room for two."""

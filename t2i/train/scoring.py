@@ -30,7 +30,6 @@ from torch import Tensor
 
 from data.errors import UserError
 from t2i.config import RunConfig
-from t2i.config_base import ConfigError
 from t2i.config_scoring import ScoringConfig
 from t2i.engine.checkpoint.format import commit, write_durably
 from t2i.pipeline import Picture, Pipeline
@@ -291,14 +290,14 @@ def build_scorers(settings: dict[int, RunConfig], build: BuildScorer, world: Wor
             asked = config.scoring
             if not asked.every:
                 continue
-            kind = (asked.scorer, asked.detector, asked.clip)
-            scorer = scorers[index] = made[kind] if kind in made else made.setdefault(kind, build(asked, world.device))
+            kind = (asked.scorer, asked.detector_weights, asked.clip)
+            if kind not in made:
+                made[kind] = build(asked, world.device)
+            scorer = scorers[index] = made[kind]
             if asked.prompts > len(scorer.prompts):
-                raise ConfigError(
-                    f"scoring.prompts {asked.prompts}: {asked.scorer} has {len(scorer.prompts)}, give at most that"
-                )
+                raise UserError(f"scoring.prompts {asked.prompts} are asked for, and it has {len(scorer.prompts)}")
     except UserError as error:
-        fault = UserError(str(error))  # its own kind may not pickle
+        fault = UserError(f"scoring.scorer {asked.scorer}: {error}")
     if (first := next((it for it in world.gather(fault) if it is not None), None)) is not None:
         raise first
     return scorers

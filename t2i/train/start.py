@@ -41,7 +41,7 @@ class Start:
 _JUDGED_BY = ("data", "objective", "optimizer", "train")
 """Sections whose changes make earlier losses and norms no measure of later ones."""
 _SCORED_BY = ("sampling", "data.resolution") + tuple(
-    f"scoring.{name}" for name in ("scorer", "prompts", "images", "detector", "clip")
+    f"scoring.{name}" for name in ("scorer", "prompts", "images", "detector_weights", "clip")
 )
 """Sections and fields whose changes make earlier scores no measure of later ones."""
 

@@ -278,16 +278,16 @@ def test_stages_share_a_scorer_and_too_many_prompts_are_refused() -> None:
     def build(asked: Any, device: torch.device) -> Words:
         made.append(asked.scorer)
         if asked.clip:
-            raise ConfigError(f"scoring.clip {asked.clip}: no such file")
+            raise UserError(f"clip {asked.clip} is nowhere")
         return Words()
 
     settings = {0: config_of(), 2: config_of(prompts=20), 3: config_of(scorer="shapes"), 4: config_of(every=0)}
     found = build_scorers(settings, build, ALONE)
     assert list(found) == [0, 2, 3] and made == ["geneval", "shapes"]
     assert found[0] is found[2] is not found[3]
-    with pytest.raises(UserError, match=r"^scoring.prompts 21: geneval has 20, give at most that$"):
+    with pytest.raises(UserError, match="^scoring.scorer geneval: scoring.prompts 21 are .* it has 20$"):
         build_scorers({0: config_of(prompts=21)}, build, ALONE)
-    with pytest.raises(UserError, match=r"^scoring.clip x: no such file$"):
+    with pytest.raises(UserError, match=r"^scoring.scorer geneval: clip x is nowhere$"):
         build_scorers({0: config_of(clip="x")}, build, ALONE)
 
 
@@ -297,7 +297,10 @@ def test_stages_share_a_scorer_and_too_many_prompts_are_refused() -> None:
         ({"scorer": "clip"}, ["scoring.scorer", "'geneval' or 'shapes'"]),
         ({"every": 9, "prompts": 0}, ["scoring.prompts", "greater than 0"]),
         ({"every": 9, "minutes": 0}, ["scoring.minutes", "greater than 0"]),
-        ({"every": 9, "scorer": "shapes", "detector": "x"}, ["detector x does nothing under scorer shapes"]),
+        (
+            {"every": 9, "scorer": "shapes", "detector_weights": "x"},
+            ["detector_weights x does nothing under scorer shapes"],
+        ),
         ({"every": 9, "scorer": "shapes", "clip": "x"}, ["clip x does nothing under scorer shapes"]),
         ({"promote_gain": 0.1, "promote_steps": 9}, ["promote_gain 0.1 does nothing under every 0"]),
         ({"every": 9, "promote_gain": 0.1}, ["promote_gain 0.1 and promote_steps None", "both or neither"]),
