@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data.errors import UserError
 from evaluation.adm_npz import made_of
-from evaluation.geneval.detectors import build_detector, prompts_for
+from evaluation.geneval.detectors import Name, build_detector, prompts_for
 from evaluation.geneval.folder import Prompted, read_folder
 from evaluation.geneval.job import Samples, choose, compare, complete_grids, drawn_images
 from evaluation.geneval.outcome import EACH, finish, kind_of, table
@@ -53,9 +53,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tasks", nargs="+", type=Literal[TASKS], help="leave out the prompts of other tasks")
     parser.add_argument("--limit", type=int, help="take the first so many prompts of each task")
     names = "mask2former, or shapes for drawn shapes and their prompts"
-    parser.add_argument("--detector", type=Literal["mask2former", "shapes"], default="mask2former", help=names)
-    parser.add_argument("--detector-weights", type=Path, help="mask2former's weights; by default from the caches")
-    parser.add_argument("--clip", type=Path, help="CLIP's weights, which tell colours; by default from the caches")
+    parser.add_argument("--detector", type=Name, default="mask2former", help=names)
+    parser.add_argument(
+        "--detector-weights", help="mask2former's: file, folder or name; by default OpenMMLab's, cached"
+    )
+    parser.add_argument("--clip", help="CLIP's, which tells colours: folder or name; by default the cached ones")
     parser.add_argument("--self-check", action="store_true", help="see that mask2former finds what it should, and end")
     parser.add_argument("--write-prompts", type=Path, help="write the official prompts to this file, and end")
     return parser

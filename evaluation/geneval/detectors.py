@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Literal
 
 import torch
 
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.prompts import Metadata, official
 
-NAMES = ("mask2former", "shapes")
+Name = Literal["mask2former", "shapes"]
 
 
-def build_detector(name: str, weights: Path | None, clip: Path | None, device: torch.device) -> Detector:
+def build_detector(name: Name, weights: str | None, clip: str | None, device: torch.device) -> Detector:
     """A detector.
 
     Args:
-        name: one of `NAMES`.
-        weights: of mask2former; None: from the usual caches.
-        clip: weights of CLIP, which tells mask2former's objects' colours; None: from the usual caches.
+        name: which.
+        weights: of mask2former, as its `build` takes them; None: OpenMMLab's, from the usual caches.
+        clip: of CLIP, which tells the colours of mask2former's objects; None: from the usual caches.
         device: where it computes.
 
     Raises:
@@ -30,10 +30,11 @@ def build_detector(name: str, weights: Path | None, clip: Path | None, device: t
         return ShapeDetector()
     from evaluation.geneval import mask2former
 
-    return mask2former.build(weights, clip, device)
+    given = {"weights": weights, "clip": clip}
+    return mask2former.build(**{name: value for name, value in given.items() if value}, device=device)
 
 
-def prompts_for(name: str) -> list[Metadata]:
+def prompts_for(name: Name) -> list[Metadata]:
     """What a detector is asked for unless a file of prompts is given: GenEval's own, or the proving ground's."""
     if name == "shapes":
         from evaluation.proving.prompts import proving_prompts

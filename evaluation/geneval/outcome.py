@@ -70,8 +70,12 @@ def finish(
     sizes = sorted({(image.height, image.width) for image in images})
     each = len(judged[0])
     prompts = about["prompts"]
+    results = [image.result for image in images]
+    held_out = [it for it in results if json.loads(it["metadata"]).get("heldout")]
     summary = {
-        **summarise([image.result for image in images]),
+        **summarise(results),
+        # Of the proving ground: the same for captions that training never saw.
+        **({"held_out": summarise(held_out)} if held_out else {}),
         "notes": notes_on(prompts["kind"], prompts["choice"], each),
         "images_per_prompt": each,
         "size": sizes[0] if len(sizes) == 1 else "several",
@@ -81,8 +85,7 @@ def finish(
         "detector": detector.identity,
         "thresholds": asdict(detector.thresholds),
     }
-    lines = (json.dumps(image.result) + "\n" for image in images)
-    write_aside(out / "results.jsonl", (line.encode() for line in lines))
+    write_aside(out / "results.jsonl", ((json.dumps(it) + "\n").encode() for it in results))
     write_page(out / "report.html", _name(about), summary, judged)
     write_json(out / "summary.json", summary)  # the last: where it is, the others are
     return summary
@@ -97,6 +100,8 @@ def table(summary: Mapping[str, Any]) -> str:
     """The scores as lines for a terminal."""
     rows = {task.replace("_", " "): (it, it["score"], it["interval"]) for task, it in summary["tasks"].items()}
     rows["overall"] = (summary, summary["overall"], summary["overall_interval"])
+    if it := summary.get("held_out"):
+        rows["held out"] = (it, it["overall"], it["overall_interval"])
     lines = [f"{'':13}   score   95 % interval   prompts   images"]
     for name, (it, score, (low, high)) in rows.items():
         lines.append(f"{name:13}   {score:5.3f}  {low:5.3f} to {high:5.3f} {it['prompts']:9,} {it['images']:8,}")

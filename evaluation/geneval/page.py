@@ -68,6 +68,9 @@ def _cards(summary: Mapping[str, Any]) -> str:
         if it := summary["tasks"].get(task):
             count = f"{it['prompts']:,} prompts, {it['images']:,} images"
             cards.append(_card(_words(task), it["score"], it["interval"], count))
+    if it := summary.get("held_out"):
+        count = f"{it['prompts']:,} captions not trained on"
+        cards.append(_card("held out", it["overall"], it["overall_interval"], count))
     return "".join(cards)
 
 
@@ -127,7 +130,7 @@ def _box(label: str, box: Sequence[float], wanted: Sequence[str], scale: float) 
     )
 
 
-_SCORES = ("overall", "overall_interval", "tasks", "absent_tasks", "notes")
+_SCORES = ("overall", "overall_interval", "tasks", "absent_tasks", "notes", "held_out")
 
 
 def _settings(summary: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

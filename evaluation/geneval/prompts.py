@@ -156,6 +156,7 @@ class _Prompt(_Line):
     include: Annotated[list[_Wanted], Field(min_length=1)]
     exclude: list[_Few] = []
     prompt: Annotated[str, Field(min_length=1)]
+    heldout: bool = False  # of the proving ground's: whether training never saw the caption
 
     @model_validator(mode="after")
     def _targets_come_first(self) -> _Prompt:

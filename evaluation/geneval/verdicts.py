@@ -17,8 +17,8 @@ from data.errors import UserError
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.folder import Prompted, read_image
 from evaluation.geneval.prompts import Metadata
-from evaluation.geneval.rules import judge
-from evaluation.geneval.summary import Result, result
+from evaluation.geneval.rules import Verdict, judge
+from evaluation.geneval.summary import Result
 from evaluation.parts import note_settings, write_json
 
 
@@ -88,7 +88,7 @@ class Verdicts:
         image = read_image(path)
         verdict = judge(metadata, image, self._detector)
         height, width = image.shape[:2]
-        return Judged(_digest(path), height, width, result(self._name(path), metadata, verdict))
+        return Judged(_digest(path), height, width, _line(self._name(path), metadata, verdict))
 
     def _name(self, path: Path) -> str:
         return os.path.relpath(path, self._out)
@@ -109,3 +109,19 @@ class Verdicts:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _line(filename: str, metadata: Metadata, verdict: Verdict) -> Result:
+    """An image's line of results.jsonl; its details are (x0, y0, x1, y1, score) of all that counts, by class."""
+    details: dict[str, list[list[float]]] = {}
+    for it in verdict.used:
+        details.setdefault(it.label, []).append([float(value) for value in (*it.box, it.score)])
+    return {
+        "filename": filename,
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "metadata": json.dumps(metadata),
+        "details": json.dumps(details),
+    }
