@@ -1,0 +1,248 @@
+"""GenEval's detector: Mask2Former Swin-S for COCO's 80 classes, with colours by CLIP.
+
+- The network is transformers'; its weights are OpenMMLab's, with which published scores were made, or those of the
+  Hugging Face hub, which are others: their scores do not compare, and the identity says which.
+- What goes in and comes out is mmdet 2.x's. In: the image is resized by OpenCV's bilinear filter, without antialiasing,
+  padded with grey 128 to a multiple of 32, and only then normalised. Out: the 100 best of all pairs of query and class,
+  each with its query's mask, brought up bilinearly to the padded size, cut to the image, brought to its size, and taken
+  where it is above 0. Masks do not know of each other; transformers' own post-processing paints over.
+- fp32 without TF32.
+
+Source: Cheng et al. 2022; mmdet 2.28 (configs/mask2former, maskformer_fusion_head.py).
+
+Q = queries, C = classes and "no object", h x w = a quarter of the padded image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers.utils import logging
+
+from data.errors import UserError
+from evaluation.geneval import openmmlab
+from evaluation.geneval.clip_colors import CLIP, ClipColors
+from evaluation.geneval.detection import Detection, Image, Thresholds
+from evaluation.geneval.networks import cached, exact, identify, weight_file
+from evaluation.geneval.prompts import CLASSES
+
+OPENMMLAB = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
+OPENMMLAB_URL = (
+    f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/{OPENMMLAB.partition('_2022')[0]}/{OPENMMLAB}"
+)
+HUGGING_FACE = "facebook/mask2former-swin-small-coco-instance"
+# Of OpenMMLab's file, as its name has it: the first digits of its SHA-256.
+_PUBLISHED = ("743b7d99",)
+_SHORT, _LONG, _MULTIPLE, _PADDING = 800, 1333, 32, 128
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+_MOST = 100
+# What files may lack or have without meaning: a norm that the backbone's outputs do not pass through, the loss's class
+# weights, and a table of positions that older versions of transformers saved.
+_UNUSED = ("swin.layernorm.weight", "swin.layernorm.bias", "criterion.empty_weight", "relative_position_index")
+
+
+def prepare(image: Image) -> tuple[Tensor, tuple[int, int]]:
+    """Resize, pad and normalise an image.
+
+    Returns:
+        (1, 3, H, W), H and W multiples of 32, and the height and width of the image in it.
+    """
+    height, width = image.shape[:2]
+    scale = min(_LONG / max(height, width), _SHORT / min(height, width))
+    kept = int(height * scale + 0.5), int(width * scale + 0.5)
+    resized = cv2.resize(image, kept[::-1], interpolation=cv2.INTER_LINEAR)
+    below, right = (-length % _MULTIPLE for length in kept)
+    padded = np.pad(resized, ((0, below), (0, right), (0, 0)), constant_values=_PADDING)
+    normalised = ((padded - np.array(_MEAN)) / np.array(_STD)).astype(np.float32)
+    return torch.from_numpy(normalised).movedim(-1, 0)[None], kept
+
+
+def to_detections(
+    classes_QC: Tensor, masks_Qhw: Tensor, padded: tuple[int, int], kept: tuple[int, int], size: tuple[int, int]
+) -> list[Detection]:
+    """Turn the network's logits for one image into detections, the most confident first.
+
+    Args:
+        padded, kept, size: height and width of the network's input, of the image in it, and of the original image.
+    """
+    scores = classes_QC.softmax(-1)[:, :-1]
+    best, places = scores.flatten().topk(min(_MOST, scores.numel()))
+    objects = {}
+    for query in {place // scores.shape[1] for place in places.tolist()}:
+        objects[query] = _mask(masks_Qhw[query], padded, kept, size)
+    found = []
+    for score, place in zip(best.tolist(), places.tolist(), strict=True):
+        query, label = divmod(place, scores.shape[1])
+        mask, quality = objects[query]
+        if mask.any():
+            found.append(Detection(CLASSES[label], score * quality, _box(mask), mask))
+    return sorted(found, key=lambda detection: -detection.score)
+
+
+def _mask(
+    logits_hw: Tensor, padded: tuple[int, int], kept: tuple[int, int], size: tuple[int, int]
+) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], float]:
+    """A query's mask at the original size, and its quality: the mean probability inside it."""
+    logits = F.interpolate(logits_hw[None, None], padded, mode="bilinear", align_corners=False)
+    logits = F.interpolate(logits[..., : kept[0], : kept[1]], size, mode="bilinear", align_corners=False)[0, 0]
+    mask = logits > 0
+    quality = (logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6)
+    return mask.cpu().numpy(), quality.item()
+
+
+def _box(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, float, float, float]:
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+class Mask2FormerDetector:
+    """A `Detector`: objects by Mask2Former, colours by CLIP.
+
+    Args:
+        network: with its weights, any device.
+        weights: which weights they are, for the identity.
+        clip: names the colours.
+        device: where the network runs.
+    """
+
+    def __init__(
+        self,
+        network: Mask2FormerForUniversalSegmentation,
+        weights: dict[str, Any],
+        clip: ClipColors,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.thresholds = Thresholds()
+        self._network = network.eval().requires_grad_(False).to(device)
+        self._weights, self._clip, self._device = weights, clip, torch.device(device)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Names, settings, versions and hashes, in JSON's types."""
+        return {
+            "name": "Mask2Former Swin-S",
+            "weights": self._weights,
+            "colors": self._clip.identity,
+            "thresholds": asdict(self.thresholds),
+            "input": {"short_side": _SHORT, "long_side": _LONG, "multiple": _MULTIPLE},
+            "transformers": transformers.__version__,
+        }
+
+    def detect(self, image: Image) -> list[Detection]:
+        """The 100 best pairs of mask and class, the most confident first."""
+        pixels, kept = prepare(image)
+        with exact():
+            out = self._network(pixel_values=pixels.to(self._device))
+            padded = pixels.shape[2], pixels.shape[3]
+            logits = out.class_queries_logits[0], out.masks_queries_logits[0]
+            return to_detections(*logits, padded, kept, (image.shape[0], image.shape[1]))
+
+    def colors(self, image: Image, objects: Sequence[Detection]) -> list[str]:
+        """The colour of each object, one of GenEval's ten."""
+        return self._clip.colors(image, objects)
+
+
+def build(weights: str = OPENMMLAB, clip: str = CLIP, device: torch.device | str = "cpu") -> Mask2FormerDetector:
+    """Load the detector.
+
+    Args:
+        weights: OpenMMLab's checkpoint (.pth), a folder of transformers', or a name in the Hugging Face cache; a file
+            name alone is also looked for where PyTorch keeps downloaded checkpoints (torch.hub.get_dir()).
+        clip: see `ClipColors`.
+
+    Raises:
+        UserError: weights are missing, damaged, or of another network.
+    """
+    colors = ClipColors(clip, device)
+    network, identity = load_network(weights)
+    return Mask2FormerDetector(network, identity, colors, device)
+
+
+def load_network(
+    weights: str, config: Mask2FormerConfig | None = None
+) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any]]:
+    """Load Mask2Former, and tell which weights these are.
+
+    Args:
+        weights: see `build`.
+        config: the network of an OpenMMLab checkpoint; None: Swin-S.
+
+    Raises:
+        UserError: see `build`.
+    """
+    places = (Path(weights), Path(torch.hub.get_dir(), "checkpoints", weights))
+    file = next((path for path in places if path.is_file()), None)
+    if file is not None:
+        identity = {"source": "OpenMMLab", **identify(file, _PUBLISHED)}
+        named = openmmlab.convert(openmmlab.read(file))
+        return _load(weights, None, config=config or swin_s(), state_dict=named), identity
+    folder = Path(weights) if Path(weights).is_dir() else cached(weights)
+    if folder is None:
+        raise UserError(
+            f"detector weights {weights!r} are neither a file nor a folder nor in the Hugging Face cache: download "
+            f"{OPENMMLAB_URL} and give its path, or run 'hf download {HUGGING_FACE}' and give that name"
+        )
+    file = weight_file(folder)
+    identity = {"source": "transformers", "model": weights, **identify(file, ())}
+    return _load(weights, folder, use_safetensors=file.suffix == ".safetensors"), identity
+
+
+def swin_s() -> Mask2FormerConfig:
+    """The network of OpenMMLab's mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco."""
+    backbone = SwinConfig(
+        embed_dim=96,
+        depths=[2, 2, 18, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    return Mask2FormerConfig(backbone_config=backbone, num_labels=len(CLASSES))
+
+
+def _load(weights: str, folder: Path | None, **options: Any) -> Mask2FormerForUniversalSegmentation:
+    try:
+        with _quiet():
+            network, loaded = Mask2FormerForUniversalSegmentation.from_pretrained(
+                folder,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"detector weights {weights!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if network.config.num_labels != len(CLASSES):
+        raise UserError(
+            f"detector weights {weights!r} know {network.config.num_labels} classes, and COCO has {len(CLASSES)}"
+        )
+    wrong = {name for name, *_ in loaded["mismatched_keys"]} | loaded["missing_keys"] | loaded["unexpected_keys"]
+    wrong = {name for name in wrong if not name.endswith(_UNUSED)}
+    if wrong:
+        raise UserError(
+            f"detector weights {weights!r} are not those of this network: {min(wrong)} is missing, unknown, or of "
+            "another shape"
+        )
+    return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of what a file lacks: `_load` judges that."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
