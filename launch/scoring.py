@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from evaluation.geneval.detectors import build_detector, prompts_for
+from evaluation.geneval.detectors import Name, build_detector, prompts_for
 from evaluation.geneval.during_training import GenEvalScorer
 from t2i.config_scoring import ScoringConfig
 from t2i.train.scoring import Scorer
@@ -16,5 +16,5 @@ def build_scorer(config: ScoringConfig, device: torch.device) -> Scorer:
     Raises:
         UserError: weights that it needs are not there, or not what they should be.
     """
-    name = "shapes" if config.scorer == "shapes" else "mask2former"
+    name: Name = "shapes" if config.scorer == "shapes" else "mask2former"
     return GenEvalScorer(prompts_for(name), build_detector(name, config.detector_weights, config.clip, device))

@@ -137,3 +137,10 @@ def test_drawn_shapes_are_scored_by_task(plain: Path, tmp_path: Path) -> None:
     line = scored_anew(plain, tmp_path, *options, script="stage1.py", ranks=1)
     tasks = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
     assert line["overall"] == pytest.approx(sum(line[task] for task in tasks) / 6)
+
+
+def test_weights_that_are_missing_are_said_before_anything_is_trained(scenes: Path, tmp_path: Path) -> None:
+    options = ["--config", str(config_of(scenes, tmp_path)), "--scoring.every", "4", "--scoring.clip", "/nowhere"]
+    output = run("python", "stage1.py", *options, ranks=1, code=2)
+    assert "error: scoring.scorer geneval: clip '/nowhere' is neither a folder" in output.splitlines()[-1]
+    assert not (tmp_path / "tiny" / "low").exists()
