@@ -159,7 +159,8 @@ class StageTrainer:
         if self.world.is_main:
             store_null_caption(self.config, self.place, self.null_caption)
         self._end_if_scored_enough(observer)
-        if self.step == 0 or self._scores_now():
+        if self.step == 0 or self._scores_now():  # a departure may have left out what was due here
+            observer.take_back(self.step, ("score", "validation"))
             self._evaluate(observer, leave)
         begun, folder = self.step, self.place.folder / "profile"
         with Profiler(self.config.profiling, folder, self.world.rank, self.world.device, observer.event) as profiler:

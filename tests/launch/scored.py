@@ -1,5 +1,5 @@
-"""Trains a run's stages, scored by how bright their pictures are. KILLED is "saving" or "writing": on its way to the
-checkpoint of the step STEP, or to the model, the process is killed.
+"""Trains a run's stages, scored by how bright their pictures are. FAULT is "leaving": the process is asked to at its
+ninth picture; or "saving", "writing": it is killed on its way to the checkpoint of step 4, or to a model.
 
 python tests/launch/scored.py --config X
 """
@@ -15,10 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from launch import train as job
+from launch.departure import departure
 from launch.process import main
 from t2i.train import weights
 from t2i.train.saving import Saver
 
+FAULT = os.environ.get("FAULT")
 when_due, write_model = Saver.when_due, weights.write_model
 
 
@@ -29,8 +31,12 @@ class Brightness:
         f"a photo of a {color} {shape}" for color in ("pink", "black") for shape in ("star", "ring", "heart")
     )
     tasks = ("bright",) * 3 + ("dark",) * 3
+    judged = 0
 
     def judge(self, index: int, image: Tensor) -> dict[str, Any]:
+        self.judged += 1
+        if FAULT == "leaving" and self.judged == 9:
+            departure.request("the test asks to")
         return {"task": self.tasks[index], "mean": image.float().mean().item()}
 
     def summary(self, results: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -40,13 +46,13 @@ class Brightness:
 
 
 def kill_saving(self: Saver, step: int, *args: Any, **kwargs: Any) -> None:
-    if os.environ.get("KILLED") == "saving" and step == int(os.environ["STEP"]):
+    if FAULT == "saving" and step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     when_due(self, step, *args, **kwargs)
 
 
 def kill_writing(folder: Path, *args: Any) -> None:
-    if os.environ.get("KILLED") == "writing" and folder.name == "model":
+    if FAULT == "writing" and folder.name == "model":
         os.kill(os.getpid(), signal.SIGKILL)
     write_model(folder, *args)
 

