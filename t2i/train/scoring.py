@@ -118,10 +118,11 @@ class Score:
     step: int
     values: dict[str, float]
     prompts: int
-    """How many there are pictures of, and how many pictures."""
+    """How many have pictures."""
     images: int
+    """How many pictures there are."""
     complete: bool
-    """Whether these are all that there should be."""
+    """Whether these are all."""
     held_s: float
     """Seconds for which the ranks did nothing else."""
 
@@ -141,7 +142,7 @@ class Scoring:
         world: this process.
         place: where the best model goes.
         alive: told what begins now.
-        past: the scores of the stage so far, from its checkpoint.
+        past: what `state` was at the checkpoint that the stage goes on from.
     """
 
     def __init__(
@@ -154,12 +155,17 @@ class Scoring:
         past: Iterable[tuple[int, float | None]] = (),
     ) -> None:
         self.scores: list[tuple[int, float | None]] = [(step, overall) for step, overall in past]
-        """In JSON's terms, they go into checkpoints."""
+        """The stage's, so far."""
         self._scorer, self._pipeline, self._world, self._alive = scorer, pipeline, world, alive
         self._settings, self._folder = pipeline.config.scoring, place.best
         chosen = spread(scorer.tasks, self._settings.prompts)
         self._pictures = [(index, number) for index in chosen for number in range(self._settings.images)]
         self._best = world.from_main(lambda: read_best(self._folder, self.scores))
+
+    @property
+    def state(self) -> list[tuple[int, float | None]]:
+        """A copy of all that a checkpoint needs, in JSON's terms."""
+        return list(self.scores)
 
     def pending(self, step: int) -> bool:
         """Whether the score of this step, at which one is due, has not been taken."""

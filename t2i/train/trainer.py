@@ -139,7 +139,7 @@ class StageTrainer:
             "data": merge_states(self.world.gather(self.intake.state)),
             "guard": self.guard.state,
             "balance": self.balance.state if self.balance is not None else None,
-            "scores": self.scoring.scores if self.scoring is not None else [],
+            "scores": self.scoring.state if self.scoring is not None else [],
         }
 
     # The loop

@@ -114,6 +114,7 @@ def test_a_tasks_prompts_are_spread_over_its_own() -> None:
         ([(0, 0.5), (100, 0.5), (200, 0.515)], True),
         ([(0, 0.5), (100, 0.6), (200, 0.4)], False),  # the best has risen, though the last is bad
         ([(0, 0.5), (100, 0.6), (200, 0.4), (300, 0.61)], True),
+        ([(0, 0.6), (100, 0.5), (300, 0.61)], True),  # nor has it from the best before
         ([(0, 0.5), (100, 0.5), (200, None)], False),  # cut short, it says nothing
         ([(0, 0.5), (100, None), (200, 0.5)], True),
         ([(0, None), (100, 0.5), (200, 0.5)], False),  # nothing to compare with
@@ -142,7 +143,10 @@ def measure(
     drawing = Drawing(config_of(**settings), seconds)
     monkeypatch.setattr(scoring, "time", SimpleNamespace(monotonic=lambda: drawing.now))
     it = scoring_of(folder, drawing)
-    return it, drawing, it.measure(300, 100.0, stay)
+    before = it.state
+    score = it.measure(300, 100.0, stay)
+    assert before == [] != it.state  # a checkpoint is written while the stage goes on
+    return it, drawing, score
 
 
 def test_a_score_is_over_every_picture_in_its_place(monkeypatch, tmp_path: Path) -> None:
