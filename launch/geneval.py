@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 from data.errors import UserError
 from evaluation.adm_npz import made_of
+from evaluation.geneval.detection import Detector
 from evaluation.geneval.detectors import Name, build_detector, prompts_for
 from evaluation.geneval.folder import Prompted, read_folder
 from evaluation.geneval.job import Samples, choose, compare, complete_grids, drawn_images
 from evaluation.geneval.outcome import EACH, finish, kind_of, table
 from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
+from evaluation.geneval.self_check import self_check
 from evaluation.geneval.verdicts import Verdicts
 from evaluation.parts import write_aside
 from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
@@ -37,8 +39,10 @@ from t2i.config_base import ConfigError
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
-_OF_DRAWING = ("model", "sampling", "size", "images_per_prompt", "sample_only")
+_OF_DRAWING = ("model", "weights", "sampling", "size", "images_per_prompt", "sample_only")
 _OF_PROMPTS = ("prompts", "tasks", "limit")
+_LEFT_OUT: tuple[Any, ...] = (None, False, {}, "ema")
+"""What options are that were not given."""
 
 
 def _parser() -> ArgumentParser:
@@ -71,13 +75,17 @@ def geneval() -> None:
         return
     _check(options)
     with joined_world() as world:
+        if options.sample_only:
+            _draw(world, options)
+            return
+        # First, since weights that are missing should be said before hours of drawing.
+        detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
         if options.self_check:
-            _self_check(world, options)
+            print(self_check(detector))
             return
         if options.images is None and not options.score_only:
             _draw(world, options)
-        if not options.sample_only:
-            _score(world, options)
+        _score(world, options, detector)
 
 
 def _write_prompts(path: Path) -> None:
@@ -116,13 +124,8 @@ def _option(name: str) -> str:
 
 
 def _refuse(options: Namespace, name: str, why: str) -> None:
-    if getattr(options, name):
+    if getattr(options, name) not in _LEFT_OUT:
         raise ConfigError(f"{_option(name)} {why}")
-
-
-def _self_check(world: World, options: Namespace) -> None:
-    detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
-    print(detector.self_check())
 
 
 def _draw(world: World, options: Namespace) -> None:
@@ -146,7 +149,7 @@ def _draw(world: World, options: Namespace) -> None:
     world.barrier()
     seconds, devices = time.monotonic() - began, f"{world.size} × {_device_name(world.device)}"
     world.from_main(lambda: samples.note_speed(len(missing), seconds, devices))
-    complete_grids(samples.prompted()[world.rank :: world.size])
+    complete_grids(world.from_main(samples.prompted)[world.rank :: world.size])
     world.barrier()
 
 
@@ -168,9 +171,8 @@ def _to_score(options: Namespace) -> tuple[list[Prompted], dict[str, Any]]:
     return [prompted[number] for number in kept], {"prompts": about, "drawn": {"images": str(options.images)}}
 
 
-def _score(world: World, options: Namespace) -> None:
+def _score(world: World, options: Namespace, detector: Detector) -> None:
     prompted, about = world.from_main(lambda: _to_score(options))
-    detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
     verdicts = Verdicts(options.out, prompted, detector)
     missing = world.from_main(verdicts.begin)
     mine = missing[world.rank :: world.size]

@@ -75,7 +75,7 @@ class ClipColors:
         """Which weights they are."""
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            network = CLIPModel.from_pretrained(
+            network: Any = CLIPModel.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, use_safetensors=file.suffix == ".safetensors"
             )
         except (OSError, ValueError) as error:

@@ -185,6 +185,7 @@ def drawn_images(out: Path) -> tuple[list[Prompted], dict[str, Any]]:
             "scored"
         )
     about = {name: drawn.pop(name) for name in ("file", "kind", "choice")} | {"md5": drawn.pop("prompts")}
+    del drawn["size"]  # the images tell
     drawn["speed"] = json.loads(speed.read_text()) if speed.exists() else None
     return read_folder(out / "images"), {"prompts": about, "drawn": drawn}
 

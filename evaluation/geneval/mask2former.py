@@ -200,20 +200,23 @@ def load_network(
 
 def swin_s() -> Mask2FormerConfig:
     """The network of OpenMMLab's mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco."""
-    backbone = SwinConfig(
-        embed_dim=96,
-        depths=[2, 2, 18, 2],
-        num_heads=[3, 6, 12, 24],
-        window_size=7,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    return Mask2FormerConfig(backbone_config=backbone, num_labels=len(CLASSES))
+    backbone: dict[str, Any] = {
+        "embed_dim": 96,
+        "depths": [2, 2, 18, 2],
+        "num_heads": [3, 6, 12, 24],
+        "window_size": 7,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+    classes: dict[str, Any] = {"num_labels": len(CLASSES)}
+    return Mask2FormerConfig(backbone_config=SwinConfig(**backbone), **classes)
 
 
 def _load(weights: str, folder: Path | None, **options: Any) -> Mask2FormerForUniversalSegmentation:
+    kind: Any = Mask2FormerForUniversalSegmentation
+    network: Mask2FormerForUniversalSegmentation
     try:
         with _quiet():
-            network, loaded = Mask2FormerForUniversalSegmentation.from_pretrained(
+            network, loaded = kind.from_pretrained(
                 folder,
                 local_files_only=True,
                 dtype=torch.float32,

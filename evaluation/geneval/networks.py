@@ -74,13 +74,8 @@ def exact() -> Iterator[None]:
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    kinds = ("cpu", "cuda")
     try:
-        with (
-            torch.inference_mode(),
-            torch.autocast(kinds[0], enabled=False),
-            torch.autocast(kinds[1], enabled=False),
-        ):
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)

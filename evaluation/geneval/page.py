@@ -134,7 +134,7 @@ _SCORES = ("overall", "overall_interval", "tasks", "absent_tasks", "notes", "hel
 
 
 def _settings(summary: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """What is not a score, by dotted names."""
+    """What is not a score, by its dotted name in summary.json."""
     found: list[tuple[str, str]] = []
     for name, value in summary.items():
         if not prefix and name in _SCORES:
@@ -142,5 +142,5 @@ def _settings(summary: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
         if isinstance(value, Mapping):
             found += _settings(value, f"{prefix}{name}.")
         elif value is not None:
-            found.append((f"{prefix}{name}".replace("_", " "), value if isinstance(value, str) else json.dumps(value)))
+            found.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
     return found

@@ -269,6 +269,17 @@ def test_a_damaged_image_is_named(scored: Path, job: Job, tmp_path: Path) -> Non
         job("--score-only", "--detector", "shapes")
 
 
+def test_a_mistake_that_one_process_meets_is_raised_on_all() -> None:
+    class Two(World):
+        def gather(self, item: Any) -> list[Any]:
+            return [item, UserError("of the other")]
+
+    work: list[str] = []
+    with pytest.raises(UserError, match="of the other"):
+        launch.geneval._together(Two(0, 2, torch.device("cpu")), lambda: work.append("done"))
+    assert work == ["done"]
+
+
 def test_a_folder_of_images_that_are_not_the_jobs_is_refused(
     model: Path, drawn: Path, job: Job, tmp_path: Path
 ) -> None:
@@ -297,10 +308,12 @@ REFUSED = {
     "--images-per-prompt 0: must be at least 1": ["--model", "m", "--images-per-prompt", "0"],
     "--limit -1: must be at least 1": ["--model", "m", "--limit=-1"],
     "--sampling is of drawing": ["--images", "i", "--sampling.steps", "2"],
+    "--weights is of drawing": ["--images", "i", "--weights", "raw"],
     "--model is of drawing: leave out --score-only": ["--score-only", "--model", "m"],
     "--tasks was chosen when the images were drawn": ["--score-only", "--tasks", "colors"],
     "--clip is of --detector mask2former": ["--images", "i", "--detector", "shapes", "--clip", "c"],
     "i: there is no such folder of images": ["--images", "i", "--detector", "shapes"],
+    "clip 'no/such' is neither a folder nor": ["--model", "m", "--clip", "no/such"],  # before anything is drawn
     "m is not a model folder": ["--model", "m", "--detector", "shapes"],
 }
 
