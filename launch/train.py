@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from launch.arguments import parse
 from launch.departure import departure
 from launch.process import joined_world
+from launch.scoring import build_scorer
 from t2i.exit_codes import FAILED, START_AGAIN
 from t2i.train.curriculum import run
 from t2i.train.failures import Failure, Failures
@@ -30,7 +31,7 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
     patience = collective_timeout(config.limits.start_minutes)
     with ExitStack() as at_exit, joined_world(patience) as world, Failures(world) as failures:
         try:
-            run(config, world, only, leave, failures, at_exit)
+            run(config, world, only, leave, failures, at_exit, build_scorer)
             world.barrier()  # else rank 0's end would look like its death
         except Exception as error:
             failure = failures.report(error)

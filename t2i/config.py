@@ -24,6 +24,7 @@ from t2i.config_objective import ObjectiveConfig
 from t2i.config_optimizer import OptimizerConfig
 from t2i.config_profiling import ProfilingConfig
 from t2i.config_sampling import SamplingConfig
+from t2i.config_scoring import ScoringConfig
 
 
 class TextConfig(Section):
@@ -144,6 +145,7 @@ STAGE_SECTIONS = (
     "init",
     "sampling",
     "validation",
+    "scoring",
     "logging",
     "checkpoint",
     "guard",
@@ -172,6 +174,7 @@ class RunConfig(Section):
     init: InitConfig = InitConfig()
     sampling: SamplingConfig = SamplingConfig()
     validation: ValidationConfig = ValidationConfig()
+    scoring: ScoringConfig = ScoringConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()

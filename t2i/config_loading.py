@@ -83,6 +83,11 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
             f"{where}: data.resolution {config.data.size_text} must be a multiple of "
             f"model.patch_size ({config.model.patch_size})"
         )
+    if config.scoring.every and config.model.condition != "text":
+        raise ConfigError(
+            f"{where}: scoring.every {config.scoring.every}: prompts are scored, so model.condition must be text, "
+            f"not {config.model.condition}; 0 turns scores off"
+        )
     for index, stage in enumerate(config.stages):
         _check_stage(stage, where)
         stage_config(config, index)

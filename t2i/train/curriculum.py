@@ -34,6 +34,7 @@ from t2i.train.places import StagePlace, stage_places
 from t2i.train.preflight import check_start
 from t2i.train.processes import LOCK, RunLock, World
 from t2i.train.report import write_report
+from t2i.train.scoring import BuildScorer, Scorer, build_scorers
 from t2i.train.stage_data import Opened, StageData, open_data
 from t2i.train.trainer import Back, StageTrainer
 from t2i.train.watch import Watch, tell
@@ -50,6 +51,7 @@ def run(
     leave: Callable[[], str | None],
     failures: Failures,
     at_exit: ExitStack,
+    build_scorer: BuildScorer,
 ) -> None:
     """Train a run's stages, skipping those that are done.
 
@@ -60,6 +62,7 @@ def run(
         leave: why this process is asked to leave; None: it is not.
         failures: told of what ends the run.
         at_exit: closed when the ranks have parted; the watch goes on until then, and bounds how long that may take.
+        build_scorer: makes what `scoring` names.
 
     Raises:
         UserError: a mistake, before anything is written, or another process that holds the run.
@@ -108,8 +111,12 @@ def run(
         if world.is_main:
             for notice in notices:
                 print(notice)
+        scorers = build_scorers({i: settings[i] for i in pending}, build_scorer, world)
         for index in pending:
-            _train_stage(config, settings[index], places[index], opened.pop(index), world, attempt, leave, watch, end)
+            scorer = scorers.get(index)
+            _train_stage(
+                config, settings[index], places[index], opened.pop(index), world, attempt, leave, watch, end, scorer
+            )
         if world.is_main:
             outcome.write(DONE, f"trained {', '.join(places[i].name for i in chosen)}", rank=0)
             if pending:
@@ -201,13 +208,14 @@ def _train_stage(
     leave: Callable[[], str | None],
     watch: Watch,
     end: Callable[[Exception], None],
+    scorer: Scorer | None,
 ) -> None:
     """Train one stage, from an earlier checkpoint again whenever its guard asks for that; then report."""
     back: Back | None = None
     starts = 0
     while True:
         watch.start(f"the start of stage {place.name}")
-        trainer = StageTrainer(stage, place, data, world, f"{attempt}-{starts}", watch, back)
+        trainer = StageTrainer(stage, place, data, world, f"{attempt}-{starts}", watch, scorer, back)
         try:
             watch.start("the first step")
             if world.is_main:

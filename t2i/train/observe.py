@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,14 @@ class JsonLines:
 
     def rewind(self, stage: str, step: int) -> None:
         """Take back the stage's lines after `step`, atomically; at step 0 all of them, its first validation too."""
-        kept = [line for line in self.lines() if line["stage"] != stage or 0 < step >= line["step"]]
+        self._keep(lambda line: line["stage"] != stage or 0 < step >= line["step"])
+
+    def take_back(self, stage: str, step: int, kinds: Sequence[str]) -> None:
+        """Take back the stage's lines of some kinds at `step`, atomically: they come again."""
+        self._keep(lambda line: (line["stage"], line["step"]) != (stage, step) or line["kind"] not in kinds)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        kept = [line for line in self.lines() if wanted(line)]
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.rename(self.path)
@@ -160,6 +167,11 @@ class Observer:
         self.metrics.write(line)
         if self._wandb is not None:
             self._wandb.log({f"{self.stage}/{kind}/{name}": value for name, value in values.items()})
+
+    def take_back(self, step: int, kinds: Sequence[str]) -> None:
+        """Lines of these kinds at a step come again."""
+        if self.active:
+            self.metrics.take_back(self.stage, step, kinds)
 
     def progress(self, values: dict[str, Any] | None = None) -> None:
         """One step further; `values` are shown behind the bar."""

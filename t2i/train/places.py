@@ -22,6 +22,11 @@ class StagePlace:
         return self.folder / "model"
 
     @property
+    def best(self) -> Path:
+        """The model with the stage's best score."""
+        return self.folder / "best"
+
+    @property
     def checkpoints(self) -> Path:
         """The stage's checkpoints."""
         return self.folder / "checkpoints"

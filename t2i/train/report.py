@@ -37,6 +37,13 @@ _CHARTS = [
         {"flow matching": "loss_fm", "LPIPS": "loss_lpips", "P-DINO": "loss_pdino", "REPA": "loss_repa"},
     ),
     Chart("Validation loss", "On images never trained on; lower is better.", "validation", {"held-out": "loss"}),
+    Chart(
+        "Score",
+        "Of pictures of prompts, by task; higher is better. A score that was cut short is left out.",
+        "score",
+        beside=("kind", "stage", "step", "time", "prompts", "images", "complete", "held_s"),
+        from_zero=True,
+    ),
     Chart("Training loss by t", "Flow matching: t is 0 in pure noise, 1 in the image.", "train", bands="loss_fm_t"),
     Chart("Validation loss by t", "Held-out: t is 0 in pure noise, 1 in the image.", "validation", bands="loss_t"),
     Chart("Gradient norm", "Of each update; a lasting climb is a warning.", "train", {"norm": "grad_norm"}),
@@ -45,6 +52,7 @@ _CHARTS = [
     Chart("Data wait", "Near zero when loading keeps up.", "train", {"seconds": "data_wait_s"}, from_zero=True),
     Chart("Utilisation", "MFU: model FLOPs as a share of the peak.", "train", {"share": "mfu"}, from_zero=True),
 ]
+_COLOURS = 7  # of curves
 _EXACT = ("lr", "lr_muon")  # of the metrics of training, those that need no smoothing
 
 
@@ -56,6 +64,7 @@ class Stage:
     start: int  # steps of all stages before it
     lines: list[dict[str, Any]]  # its metrics
     grids: list[tuple[int, Path]]  # step and picture
+    done: bool  # whether its model is there: its score may have ended it before its last step
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
@@ -67,7 +76,7 @@ class Stage:
 
     @property
     def progress(self) -> float:
-        return float(self.last["step"] / self.last["total_steps"])
+        return 1.0 if self.done else float(self.last["step"] / self.last["total_steps"])
 
     @property
     def images(self) -> int:
@@ -81,8 +90,8 @@ class Stage:
         return float(first["step"] * first.get("step_s", 0.0) + gaps[gaps <= _PAUSE_S].sum())
 
     def series(self, kind: str, metric: str) -> Piece | None:
-        """A metric over the steps since the run's start, where it was finite; None if it never was."""
-        lines = [line for line in self.of(kind) if line.get(metric) is not None]
+        """A metric over the steps since the run's start, where it was finite and complete; None if it never was."""
+        lines = [line for line in self.of(kind) if line.get(metric) is not None and line.get("complete", True)]
         if not lines:
             return None
         return np.array([self.start + line["step"] for line in lines], float), np.array([x[metric] for x in lines])
@@ -140,7 +149,8 @@ def _read_run(directory: Path) -> Run:
     end = 0
     for name, own in lines.items():
         if any(line["kind"] == "train" for line in own):
-            stages.append(Stage(name, end, own, _grids(directory / name / "samples")))
+            folder = directory / name
+            stages.append(Stage(name, end, own, _grids(folder / "samples"), (folder / "model").exists()))
             end += own[-1]["step"]
     return Run(json.loads((directory / "environment.json").read_text(encoding="utf-8")), stages, end)
 
@@ -191,6 +201,11 @@ def _cards(run: Run) -> str:
         if losses := stage.series("validation", "loss"):
             first, last = losses[1][[0, -1]]
             cards.append((f"Validation loss, {stage.name}", _number(last), f"first {_number(first)}"))
+        if scores := stage.series("score", "overall"):
+            steps, values = scores
+            best = int(values.argmax())
+            note = f"best {_number(values[best])}, at step {_number(steps[best] - stage.start)}"
+            cards.append((f"Score, {stage.name}", _number(values[-1]), note))
     return "".join(
         f"<div><span>{escape(label)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>"
         for label, value, note in cards
@@ -248,8 +263,11 @@ def _smooth(values: Array, half_width: int) -> Array:
 def _lines(run: Run, chart: Chart) -> list[Line]:
     """The curves of a chart that the run has; smoothed where each step is a sample, which then lies beneath."""
     metrics, colours = chart.lines, [f"c{i}" for i in range(len(chart.lines))]
+    names = list(dict.fromkeys(name for stage in run.stages for line in stage.of(chart.kind) for name in line))
+    if chart.beside:
+        metrics = {name.replace("_", " "): name for name in names if name not in chart.beside}
+        colours = [f"c{i % _COLOURS}" for i in range(len(metrics))]
     if chart.bands:
-        names = {name for stage in run.stages for line in stage.of(chart.kind) for name in line}
         bands = sorted(name for name in names if name.startswith(chart.bands))
         metrics = {"t " + name.removeprefix(chart.bands).replace("-", "–"): name for name in bands}
         colours = [f"t{round(i)}" for i in np.linspace(0, 4, len(bands))]

@@ -23,13 +23,15 @@ _FEW = 12  # a piece with at most so many points shows them as dots
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows of the metrics of one kind: `lines`, or every metric whose name begins with `bands`."""
+    """What a chart shows of the metrics of one kind: `lines`, or every metric whose name begins with `bands`, or every
+    metric but those that `beside` names."""
 
     title: str
     note: str
     kind: str
     lines: dict[str, str] = field(default_factory=dict)  # legend: metric
     bands: str = ""  # a band of t follows it
+    beside: tuple[str, ...] = ()
     from_zero: bool = False  # else the axis fits the values, and is logarithmic where they span over 12 times
 
 

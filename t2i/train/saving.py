@@ -69,7 +69,7 @@ class Saver:
         loaded_step: int,
     ) -> None:
         self.mirror = mirror
-        self._saving, self._steps = config.checkpoint, config.train.steps
+        self._saving = config.checkpoint
         self._place, self._world, self._watch = place, world, watch
         self._open_mirror = lambda: mirror_of(config, place)
         self._shards, self._average, self._guard = shards, average, guard
@@ -87,9 +87,9 @@ class Saver:
         )
         self._writer.reserve(shards, average)
 
-    def when_due(self, step: int, state: State, observer: Observer) -> None:
-        """Begin a regular checkpoint, or an ephemeral one between them; the last of a stage is never skipped."""
-        saving, last = self._saving, step == self._steps
+    def when_due(self, step: int, state: State, observer: Observer, *, last: bool) -> None:
+        """Begin a regular checkpoint, or an ephemeral one between them; the `last` of a stage is never skipped."""
+        saving = self._saving
         if last or step % saving.every == 0:
             self._begin(step, state, observer, may_skip=not last)
         elif saving.ephemeral_every and step % saving.ephemeral_every == 0:

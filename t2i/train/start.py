@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,16 @@ class Start:
     """The guard's state; None: no step has been judged."""
     balance: dict[str, Any] | None = None
     """The state of gradient balancing; None: it starts anew, or there is none."""
+    scores: list[Any] = field(default_factory=list)
+    """The stage's scores so far; none of those that were taken otherwise."""
 
 
 _JUDGED_BY = ("data", "objective", "optimizer", "train")
 """Sections whose changes make earlier losses and norms no measure of later ones."""
+_SCORED_BY = ("sampling", "data.resolution") + tuple(
+    f"scoring.{name}" for name in ("scorer", "prompts", "images", "detector_weights", "clip")
+)
+"""Sections and fields whose changes make earlier scores no measure of later ones."""
 
 
 def mirror_of(config: RunConfig, place: StagePlace) -> WritableStore | None:
@@ -72,7 +78,8 @@ def restore(
         guard = state["guard"]
         if any(name.startswith(_JUDGED_BY) for name in changed):
             guard = {**guard, "losses": [], "log_norms": []}
-        return Start(origin, state["step"], state["skipped_updates"], state["data"], guard, state["balance"])
+        scores = [] if any(name.startswith(_SCORED_BY) for name in changed) else state.get("scores", [])
+        return Start(origin, state["step"], state["skipped_updates"], state["data"], guard, state["balance"], scores)
     if faults:
         raise CheckpointError(
             f"no checkpoint in {place.checkpoints} can be used: {'; '.join(faults)}; remove them to start "

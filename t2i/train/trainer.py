@@ -1,7 +1,7 @@
 """One stage of a run.
 
-The loop has one order: batch, step, average, guard, numbers, pictures, checkpoint. All ranks take part in every part;
-rank 0 alone writes numbers and pictures. Going back to an earlier checkpoint is another start from there.
+The loop has one order: batch, step, average, guard, numbers, score, pictures, checkpoint. All ranks take part in every
+part; rank 0 alone writes numbers and pictures. Going back to an earlier checkpoint is another start from there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,7 @@ import torch
 from data.loader import Batch, merge_states
 from t2i.build import build_conditioner, choose_dtype
 from t2i.config import RunConfig
-from t2i.engine.checkpoint import CheckpointError, Mirror, values_of
-from t2i.engine.shards import gather_full
-from t2i.model_folder import DENOISER, write_model
+from t2i.engine.checkpoint import CheckpointError, Mirror
 from t2i.pipeline import Pipeline
 from t2i.train.balance import build_balance
 from t2i.train.build import build_ema, build_engine, build_network, build_objective, denoiser_training_flops
@@ -28,15 +27,18 @@ from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_
 from t2i.train.intake import Intake
 from t2i.train.null_caption import find_null_caption, store_null_caption
 from t2i.train.observe import Observer, memory_gib, peak_flops
+from t2i.train.outcome import Departed
 from t2i.train.places import StagePlace
 from t2i.train.processes import World
 from t2i.train.profiling import Profiler
 from t2i.train.saving import Saver, build_mirror
+from t2i.train.scoring import Scorer, Scoring
 from t2i.train.stage_data import StageData
 from t2i.train.start import restore
 from t2i.train.step import Trained, TrainingStep
 from t2i.train.validate import Evaluator
 from t2i.train.watch import Watch, slowest
+from t2i.train.weights import gather_model, load_average
 
 
 class Back(NamedTuple):
@@ -58,6 +60,7 @@ class StageTrainer:
         world: this process.
         attempt: a word that all ranks share and no other start of the run does.
         watch: told that this rank gets on.
+        scorer: judges the pictures of `scoring`; None: the stage is not scored.
         back: what the trainer before left, if its guard asked to go back.
 
     Raises:
@@ -72,12 +75,14 @@ class StageTrainer:
         world: World,
         attempt: str,
         watch: Watch,
+        scorer: Scorer | None = None,
         back: Back | None = None,
     ) -> None:
         self.config = config
         self.place = place
         self.world, self.watch = world, watch
         self.steps = config.train.steps
+        """At which the stage ends: fewer once its score says so."""
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
         dtype = choose_dtype(config.engine.dtype, world.device)
@@ -98,6 +103,7 @@ class StageTrainer:
         self._dry_run = dry_run(self._train, config, place.name, world)
         start = restore(config, place, world, self.engine, self.ema, before=back.rollback.first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
+        self.scoring = Scoring(scorer, pipeline, world, place, watch.alive, start.scores) if scorer else None
         self.guard = back.guard if back else Guard(config.guard, start.guard)
         if back:
             self.guard.roll_back(back.rollback, start.guard)
@@ -133,6 +139,7 @@ class StageTrainer:
             "data": merge_states(self.world.gather(self.intake.state)),
             "guard": self.guard.state,
             "balance": self.balance.state if self.balance is not None else None,
+            "scores": self.scoring.state if self.scoring is not None else [],
         }
 
     # The loop
@@ -151,8 +158,10 @@ class StageTrainer:
         observer.event(self._origin)
         if self.world.is_main:
             store_null_caption(self.config, self.place, self.null_caption)
-        if self.step == 0:
-            self._evaluate(observer)
+        self._end_if_scored_enough(observer)
+        if self.step == 0 or self._scores_now():  # a departure may have left out what was due here
+            observer.take_back(self.step, ("score", "validation"))
+            self._evaluate(observer, leave)
         begun, folder = self.step, self.place.folder / "profile"
         with Profiler(self.config.profiling, folder, self.world.rank, self.world.device, observer.event) as profiler:
             while self.step < self.steps:
@@ -163,19 +172,19 @@ class StageTrainer:
                 if isinstance(decision, Rollback):
                     self.saver.go_back(decision, observer)
                     return Back(self.guard, decision, self.saver.mirror)
-                if self._due(self.config.validation.every):
-                    self._evaluate(observer)
-                self.saver.when_due(self.step, self._state, observer)
+                self._evaluate(observer, leave)
+                self.saver.when_due(self.step, self._state, observer, last=self.step == self.steps)
                 if isinstance(decision, Stop):
                     saved = self.saver.now(self.step, self._state, observer)
                     raise GuardError(f"stopped after step {self.step}, {saved}: {decision.reason}")
-        if begun < self.steps != self.saver.wait(observer):
+        if begun < self.step != self.saver.wait(observer):
             raise CheckpointError(
                 f"the last checkpoint of stage {self.place.name} was not written (events.log says why): mend it and "
                 "start the run again"
             )
         self.watch.alive("writing the model")
-        self._write_model()
+        write = self._gather_model()
+        self.world.from_main(lambda: write(self.place.model))
         self.saver.await_mirror(leave)
         return None
 
@@ -231,9 +240,13 @@ class StageTrainer:
         try:
             return self.intake.next(self.step + 1, reason_to_leave)
         except Exception as error:
-            saved = "not saved" if is_lost_contact(error) else self.saver.now(self.step, self._state, observer)
-            observer.event(f"stopped after step {self.step}, {saved}: {error}")
+            self._stop_saved(error, observer)
             raise
+
+    def _stop_saved(self, error: Exception, observer: Observer) -> None:
+        """Before an error that all ranks met ends the run: save, if the others can still be reached."""
+        saved = "not saved" if is_lost_contact(error) else self.saver.now(self.step, self._state, observer)
+        observer.event(f"stopped after step {self.step}, {saved}: {error}")
 
     def _due(self, every: int) -> bool:
         """The one rule for what happens every so many steps: then, and at the end of the stage."""
@@ -266,31 +279,50 @@ class StageTrainer:
             retried = {f"retried_{kind}": count for kind, count in retries.items()}
             observer.write("counters", self.step, {**counters, **retried})
 
-    def _load_average(self) -> None:
-        """Put the averaged weights into the evaluator's network."""
-        target = dict(self.evaluator.pipeline.denoiser.named_parameters())
-        for name, value in gather_full(self.engine.shards, self.ema.values):
-            if name.startswith(DENOISER):
-                target[name.removeprefix(DENOISER)].data.copy_(value)
+    # The averaged weights
 
-    def _evaluate(self, observer: Observer) -> None:
-        """Validation loss and sample grid with the averaged weights."""
-        validation = self.config.validation
-        if not validation.every:
+    def _scores_now(self) -> bool:
+        """Whether a score is due that has not been taken."""
+        return self.scoring is not None and self._due(self.config.scoring.every) and self.scoring.pending(self.step)
+
+    def _evaluate(self, observer: Observer, leave: Callable[[], str | None]) -> None:
+        """What is due of a score, which may end the stage here, validation loss and sample grid."""
+        began, validation = time.monotonic(), self.config.validation
+        if not (self._scores_now() or self._due(validation.every)):
             return
-        self._load_average()
+        load_average(self.engine.shards, self.ema.values, self.evaluator.pipeline.denoiser)
+        if self._scores_now():
+            self._score(began, observer, leave)
+        if not self._due(validation.every):
+            return
         if self.evaluator.heldout is not None:
             observer.write("validation", self.step, self.evaluator.loss())
         if validation.prompts:
             self.evaluator.grid(self.step)
 
-    def _write_model(self) -> None:
-        """The stage's model folder, raw and averaged weights: the stage is then done."""
-        raw, ema = (
-            {name: whole.cpu() for name, whole in gather_full(self.engine.shards, slices) if self.world.is_main}
-            for slices in (values_of(self.engine.shards), self.ema.values)
-        )
-        self.world.from_main(lambda: write_model(self.place.model, self.config, raw, ema, self.null_caption))
+    def _score(self, began: float, observer: Observer, leave: Callable[[], str | None]) -> None:
+        """Take the score, keep the model if it is the best so far, and see whether the stage ends here."""
+        assert self.scoring is not None
+        try:
+            score = self.scoring.measure(self.step, began, leave)
+        except Departed as error:
+            self._stop_saved(error, observer)
+            raise
+        observer.write("score", self.step, score.metrics)
+        if self.scoring.improves(score):
+            self.watch.alive("writing the best model")
+            observer.event(self.scoring.keep(score, self._gather_model()))
+        self._end_if_scored_enough(observer)
+
+    def _end_if_scored_enough(self, observer: Observer) -> None:
+        """Make this step the stage's last one if the score that was taken here says so, be it before a restart."""
+        if self.scoring is not None and (reason := self.scoring.why_go_on(self.step)) is not None:
+            observer.event(reason)
+            self.steps = self.step
+
+    def _gather_model(self) -> Callable[[Path], None]:
+        """What writes the model's folder, raw and averaged weights, on rank 0."""
+        return gather_model(self.config, self.engine.shards, self.ema.values, self.null_caption, self.world)
 
     def close(self) -> None:
         """Let a checkpoint under way be finished; release threads and memory."""

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SPOILED = str(ROOT / "tests" / "launch" / "spoiled.py")
 """A job whose ranks can be told to go wrong."""
 COSTS = {"stall_s", "skipped_checkpoints", "time", "step_s", "data_wait_s", "images_per_s", "tflops", "mfu"}
-COSTS |= {"memory_gib", "rank_s_max", "rank_s_median", "slowest_rank"}
+COSTS |= {"memory_gib", "rank_s_max", "rank_s_median", "slowest_rank", "held_s"}
 """Of the metrics, those that say what a step cost: no two runs have them alike."""
 
 

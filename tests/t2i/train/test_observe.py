@@ -33,6 +33,15 @@ def test_rewind_takes_back_the_stages_later_steps_alone(tmp_path: Path) -> None:
     assert lines(metrics)[-1] == ("b", 3)
 
 
+def test_what_comes_again_is_taken_back(tmp_path: Path) -> None:
+    metrics = JsonLines(tmp_path / "metrics.jsonl")
+    places = [("a", 2, "score"), ("b", 1, "score"), ("b", 2, "train"), ("b", 2, "score"), ("b", 2, "validation")]
+    for stage, step, kind in places:
+        metrics.write({"stage": stage, "step": step, "kind": kind})
+    metrics.take_back("b", 2, ("score", "validation"))
+    assert [(line["stage"], line["step"], line["kind"]) for line in metrics.lines()] == places[:3]
+
+
 def observer(directory: Path, active: bool, wandb_mode: str) -> Observer:
     tree = {"name": directory.name, "root": directory.parent, "train": {"steps": 3}, "logging": {"wandb": wandb_mode}}
     return Observer(RunConfig.model_validate(tree), "s", 0, active)
@@ -42,6 +51,7 @@ def test_ranks_other_than_0_write_nothing(tmp_path: Path) -> None:
     silent = observer(tmp_path, False, "online")
     silent.write("train", 1, {"loss": 1.0})
     silent.event("hello")
+    silent.take_back(1, ("train",))
     silent.progress()
     silent.close()
     assert list(tmp_path.iterdir()) == []

@@ -116,8 +116,8 @@ def test_page_is_well_formed_and_loads_nothing(rich: Path) -> None:
     assert all(v.startswith(("data:image/", "#")) for v in page.loaded)
     assert "@import" not in page.html
     assert re.findall(r"url\((?!#)", page.html) == []
-    assert page.tags.count("svg") == 9  # the ten charts less utilisation, which was not recorded
-    assert "Not recorded in this run so far: utilisation." in page.text
+    assert page.tags.count("svg") == 9  # the eleven charts less two, which were not recorded
+    assert "Not recorded in this run so far: score, utilisation." in page.text
 
 
 def test_text_from_files_is_escaped(rich: Path) -> None:
@@ -178,8 +178,33 @@ def test_one_stage_without_validation_or_samples(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path, [train("stage1", 1)])))
     assert page.tags.count("svg") == 7
     assert "Validation loss," not in page.text
-    assert "validation loss, validation loss by t, utilisation." in page.section("curves")
+    assert "validation loss, score, validation loss by t, utilisation." in page.section("curves")
     assert "this stage has drawn no samples yet." in page.text
+
+
+def score(step: int, overall: float, **values: object) -> dict:
+    about = {"prompts": 12, "images": 12, "complete": True, "held_s": 3.5}
+    line = {"kind": "score", "stage": "stage1", "step": step, "time": 1e9 + step, "overall": overall}
+    return line | {"single_object": overall / 2, "two_object": 0.0} | about | values
+
+
+def test_scores_are_drawn_by_task_and_what_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    lines = [train("stage1", s) for s in range(1, 21)]
+    lines += [score(0, 0.125), score(10, 0.625), score(20, 0.375), score(20, 0.9, complete=False)]
+    page = Page(write_report(write_run(tmp_path, lines)))
+    chart = re.search(r'<figure class="chart"><h3>Score</h3>.*?</figure>', page.section("curves"), re.DOTALL)[0]
+    keys = re.findall(r"--c:var\(--(c\d)\)\">([a-z ]+) <b>([\d.]+)</b>", chart)
+    assert keys == [("c0", "overall", "0.375"), ("c1", "single object", "0.1875"), ("c2", "two object", "0")]
+    cards = re.sub(r"<[^>]+>", "|", page.html[: page.html.index("<nav>")])
+    assert re.search(r"Score, stage1\|+0\.375\|+best 0\.625, at step 10\|", cards)
+    assert all(f"--c{n}:" in page.html for n in range(7))  # GenEval has six tasks and the overall score
+
+
+def test_a_stage_whose_model_is_there_is_done_at_whatever_step(tmp_path: Path) -> None:
+    (tmp_path / "stage1" / "model").mkdir(parents=True)
+    page = Page(write_report(write_run(tmp_path, [train("stage1", s) for s in range(1, 11)])))
+    assert re.search(r"Stages done\|+1 of 1\|", re.sub(r"<[^>]+>", "|", page.html))
+    assert "10 / 40" in page.section("stages")
 
 
 def test_a_grid_that_is_still_being_written_is_left_out(rich: Path) -> None:

@@ -62,7 +62,7 @@ def test_regular_ones_ephemeral_ones_and_the_last(tmp_path: Path) -> None:
     it, observer = saver(tmp_path, every=4, ephemeral_every=3), Quiet()
     seen = []
     for step in range(1, 11):
-        it.when_due(step, state, observer)  # type: ignore[arg-type]
+        it.when_due(step, state, observer, last=step == 10)  # type: ignore[arg-type]
         it.wait(observer)  # type: ignore[arg-type]
         seen.append(steps(tmp_path))
     # Of 3, 6 and 9, only until a regular one is newer; 10 is the stage's end.
