@@ -3,7 +3,7 @@
 - Means and covariances are of batches as they come, in fp64: no more than one batch of features is held for them.
 - The trace of the root in the Frechet distance is a sum of singular values, right to 14 digits where covariances are
   singular, too. ADM and others take `scipy.linalg.sqrtm` of the product, which is not symmetric: right to 8 digits,
-  with imaginary parts to ignore. Eigenvalues of the product made symmetric are right to 6: they are the squares.
+  with imaginary parts to ignore. Eigenvalues of the product made symmetric are no better, being squares.
 - Precision and recall need all features of both sets, in fp32; their distances are made block by block. ADM makes them
   in fp16 where none overflows, so its values may differ in the third digit.
 """
@@ -87,8 +87,8 @@ def _root(covariance: Array) -> Array:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance between Gaussians (Heusel et al. 2017, eq. 6): FID, if the features are pool_3.
 
-    |m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)). The last trace is the sum of the singular values of the product of
-    roots of A and B.
+    |m_a - m_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)). The last trace is the sum of the singular values of the
+    product of roots of A and B.
     """
     product = _root(a.covariance).T @ _root(b.covariance)
     trace = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0

@@ -104,7 +104,7 @@ class NpzImages:
                     file.seek(self._start + number * length)
                     data = file.read(length)
                 except (OSError, EOFError, zipfile.BadZipFile) as error:
-                    raise UserError(f"{self.path}: image {number} cannot be read: {error}") from error
+                    raise UserError(f"{self.path}: arr_0 cannot be read: {error}") from error
                 if len(data) < length:
                     raise UserError(f"{self.path}: ends within image {number} of {self._count}")
                 return np.frombuffer(data, np.uint8).reshape(height, width, 3).transpose(2, 0, 1)

@@ -113,7 +113,8 @@ def _inception_digest(path: Path) -> str:
 
 
 def _missing(name: Name, error: ModuleNotFoundError, extra: str) -> UserError:
-    return UserError(f"--features {name} needs the package {error.name}: pip install 'pixel-t2i[{extra}]'")
+    package = (error.name or "").partition(".")[0]
+    return UserError(f"--features {name} needs the package {package}: pip install 'pixel-t2i[{extra}]'")
 
 
 def first_channels(maps: Tensor) -> Tensor:
