@@ -1,7 +1,7 @@
-"""Distances between two sets of pictures by their features: the kernel distance (KID) and the Frechet distance.
+"""The kernel distance (KID) between two sets of pictures by their features; evaluation/fid has the Frechet distance.
 
-Features are float arrays, a row a picture. For the kernel distance the rows of both sets are pairs (here: of one
-caption), and a pair is compared with other pairs alone. That is unbiased whatever ties the two of a pair together, and
+Features are float arrays, a row a picture. The rows of both sets are pairs (here: of one caption), and a pair is
+compared with other pairs alone. That is unbiased whatever ties the two of a pair together, and
 a bootstrap over pairs is one over the rows and columns of one matrix.
 """
 
@@ -44,16 +44,3 @@ def kernel_distance(terms: Array, counts: Array) -> Array:
 def resamples(n: int, b: int) -> Array:
     """Counts (b, n) of b bootstrap samples of n pairs, always the same ones."""
     return np.random.default_rng(0).multinomial(n, np.full(n, 1.0 / n), size=b).astype(np.float64)
-
-
-def frechet_distance(x: Array, y: Array) -> float:
-    """Squared Frechet distance (Heusel et al. 2017) between the Gaussians fitted to features (n, d) and (m, d).
-
-    The trace of the root of the product of both covariances is the sum of the singular values of the (n, m) product of
-    the centred features, so n and m may be below d; the distance is biased upwards then, less with more pictures.
-    """
-    a, b = x - x.mean(0), y - y.mean(0)
-    n, m = len(a) - 1, len(b) - 1
-    root = np.linalg.svd(a @ b.T, compute_uv=False).sum() / np.sqrt(n * m)
-    shift = np.square(x.mean(0) - y.mean(0)).sum()
-    return float(shift + np.square(a).sum() / n + np.square(b).sum() / m - 2.0 * root)

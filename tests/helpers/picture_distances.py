@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from feature_distance import Array, frechet_distance, kernel_distance, pair_terms, resamples
-from pooled_features import efficientnet_lite0, pooled_features, vgg16_conv5
+import torch
+from feature_distance import Array, kernel_distance, pair_terms, resamples
+from pooled_features import pooled_features, vgg16_conv5
 from torch import Tensor
+
+from evaluation.fid.estimators import Gaussian, frechet_distance
+from evaluation.fid.networks import efficientnet_lite0
 
 RESAMPLES = 1000
 
@@ -47,13 +51,16 @@ class Comparison:
     """
 
     def __init__(self, pictures: Tensor, vgg16: Path, side: int) -> None:
-        self._networks = {"efficientnet_lite0": efficientnet_lite0(), "vgg16": vgg16_conv5(vgg16)}
-        self._side = side
+        lite0, _ = efficientnet_lite0(side, torch.device("cpu"))
+        self._networks = {
+            "efficientnet_lite0": lambda batch: lite0(batch).pooled,
+            "vgg16": vgg16_conv5(vgg16, side),
+        }
         self._expected = self._features(pictures)
         self._counts = np.concatenate([np.ones((1, len(pictures))), resamples(len(pictures), RESAMPLES)])
 
     def _features(self, pictures: Tensor) -> dict[str, Array]:
-        return {name: pooled_features(network, pictures, self._side) for name, network in self._networks.items()}
+        return {name: pooled_features(network, pictures) for name, network in self._networks.items()}
 
     def distances(self, pictures: Tensor) -> Distances:
         """Of as many pictures of the same captions, in their order; the resamples are always the same ones."""
@@ -61,5 +68,5 @@ class Comparison:
         for network, features in self._features(pictures).items():
             expected = self._expected[network]
             kids[network] = 1e3 * kernel_distance(pair_terms(features, expected), self._counts)
-            frechets[network] = frechet_distance(features, expected)
+            frechets[network] = frechet_distance(*(Gaussian.of(torch.from_numpy(it)) for it in (features, expected)))
         return Distances(kids, frechets)

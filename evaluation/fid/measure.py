@@ -1,0 +1,230 @@
+"""From sets of images to FID and its kin.
+
+The processes share the images out batch by batch, and rank 0 takes the features in the order of the images: what it
+finds is the same for any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.errors import UserError
+from evaluation.fid.estimators import (
+    NEIGHBOUR,
+    SPLIT,
+    Gaussian,
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    precision_recall,
+)
+from evaluation.fid.images import Images
+from evaluation.fid.networks import Features, Network
+from evaluation.fid.reference import KEPT, Reference, kept_numbers
+from t2i.train.processes import World
+
+USUAL_SAMPLES = 50_000
+"""Published FIDs are of so many."""
+
+Take = Callable[[Sequence[int], Features], object]
+
+
+def groups_of(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Numbers in batches."""
+    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
+
+
+def for_features(world: World, network: Network, images: Images, batch_size: int, what: str, take: Take) -> None:
+    """Hand rank 0 the features of all images, batch by batch and in order.
+
+    Args:
+        world: the processes, which share the images out.
+        network: whose features.
+        images: of which.
+        batch_size: images at a time.
+        what: the images' name on the progress bar.
+        take: called on rank 0 alone, with the numbers of a batch and its features, on the CPU.
+
+    Raises:
+        UserError: an image cannot be read; on every rank.
+    """
+    groups = groups_of(range(len(images)), batch_size)
+    mine = images.batches(groups[world.rank :: world.size])
+    with tqdm(total=len(images), desc=what, unit="image", disable=not world.is_main) as bar:
+        for first in range(0, len(groups), world.size):
+            found = world.gather(_next(network, mine))
+            for error in found:
+                if isinstance(error, UserError):
+                    raise error
+            # In the last round there may be fewer than ranks.
+            features = [it for it in found if isinstance(it, Features)]
+            for group, of_group in zip(groups[first : first + world.size], features, strict=True):
+                if world.is_main:
+                    take(group, of_group)
+                bar.update(len(group))
+
+
+def _next(network: Network, batches: Iterator[Tensor]) -> Features | UserError | None:
+    """Features of this rank's next batch, None after its last; its fault, for the others are waiting."""
+    try:
+        batch = next(batches, None)
+    except UserError as error:
+        return error
+    return None if batch is None else Features(*(part.float().cpu() for part in network.features(batch)))
+
+
+class Measured:
+    """A set of images, as rank 0 has it after all features came by; elsewhere it is empty.
+
+    Args:
+        network: whose features.
+        device: where covariances are summed up.
+        kept: numbers of the images that precision and recall are of.
+    """
+
+    def __init__(self, network: Network, device: torch.device, kept: Collection[int]) -> None:
+        self._moments = {kind: Moments(dim, device) for kind, dim in network.dims.items()}
+        self._kept = set(kept)
+        self._pooled: list[Tensor] = []
+        self.score = InceptionScore()
+
+    def take(self, numbers: Sequence[int], features: Features) -> None:
+        """The next images' features."""
+        self._moments["pooled"].add(features.pooled)
+        self._moments["spatial"].add(features.spatial)
+        self.score.add(features.logits)
+        self._pooled.append(features.pooled[[number in self._kept for number in numbers]])
+
+    def gaussians(self) -> dict[str, Gaussian]:
+        """`pooled` and `spatial`."""
+        return {kind: moments.gaussian() for kind, moments in self._moments.items()}
+
+    def pooled(self) -> Tensor:
+        """The kept images' pooled features, (n, d)."""
+        return torch.cat(self._pooled)
+
+
+def measure(
+    world: World, network: Network, images: Images, batch_size: int, what: str, kept: Collection[int]
+) -> Measured:
+    """Make the features of a set of images; the arguments are those of `for_features` and `Measured`.
+
+    Raises:
+        UserError: there is but one image, or one cannot be read.
+    """
+    if len(images) < 2:
+        raise UserError(f"the {what} are one image: at least 2 are needed, and thousands to say much")
+    measured = Measured(network, world.device, kept)
+    for_features(world, network, images, batch_size, what, measured.take)
+    return measured
+
+
+def compare(world: World, network: Network, samples: Images, reference: Reference, batch_size: int) -> dict[str, Any]:
+    """FID, sFID, Inception score, precision and recall of samples, on every rank.
+
+    Returns:
+        In JSON's types: `metrics`, by name; `left_out`, why others are not there; `warnings`; `samples`, `reference`,
+        `features` and `settings`, which say what was measured. The names of metrics of another network than Inception
+        end in its name.
+
+    Raises:
+        UserError: an image cannot be read, or the sets cannot be compared.
+    """
+    known, expected = reference.gaussians, None
+    if reference.images is not None:
+        count = len(reference.images)
+        kept = range(count) if known else kept_numbers(count)  # those in an .npz with statistics were kept already
+        expected = measure(world, network, reference.images, batch_size, "reference", kept)
+    found = measure(world, network, samples, batch_size, "samples", range(len(samples)))
+
+    def finish() -> dict[str, Any]:
+        theirs = known or (expected.gaussians() if expected else {})
+        values, left_out = metrics(found, theirs, expected, world.device)
+        return {
+            "metrics": {name + network.suffix: value for name, value in values.items()},
+            "left_out": {name + network.suffix: why for name, why in left_out.items()},
+            "warnings": warnings(network, samples, reference),
+            **described(network, samples, reference),
+            "settings": {"batch_size": batch_size, "split": SPLIT, "neighbour": NEIGHBOUR, "torch": torch.__version__},
+        }
+
+    return world.from_main(finish)
+
+
+def metrics(
+    found: Measured, theirs: dict[str, Gaussian], expected: Measured | None, device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Values by name, and why others are left out.
+
+    Args:
+        found: the samples.
+        theirs: the reference's Gaussians.
+        expected: the reference's images, if it has any.
+        device: where precision and recall are computed.
+    """
+    values, left_out, ours = dict[str, float](), dict[str, str](), found.gaussians()
+    for name, kind in (("fid", "pooled"), ("sfid", "spatial")):
+        if kind in theirs:
+            values[name] = frechet_distance(ours[kind], theirs[kind])
+        else:
+            left_out[name] = f"the reference has no statistics of {kind} features"
+    values["inception_score"], values["inception_score_std"] = found.score.result()
+    pooled = [it.pooled().to(device) for it in (expected, found) if it is not None]
+    if len(pooled) == 2 and min(map(len, pooled)) > NEIGHBOUR:
+        values["precision"], values["recall"] = precision_recall(*pooled)
+    else:
+        why = (
+            f"samples and reference must have more than {NEIGHBOUR} images each"
+            if expected
+            else "the reference has no images"
+        )
+        left_out |= {"precision": why, "recall": why}
+    return values, left_out
+
+
+def described(network: Network, samples: Images, reference: Reference) -> dict[str, Any]:
+    """What was measured, with its hashes."""
+    count = len(reference.images or ())
+    return {
+        "features": {
+            "network": network.name,
+            "weights_sha256": network.sha256,
+            "comparable_with_published": network.comparable,
+        },
+        "samples": {"sha256": samples.digest(), "images": len(samples), "size": list(samples.size)},
+        "reference": {
+            "sha256": reference.digest(),
+            "statistics": "read" if reference.gaussians else "measured",
+            "images": count,
+            "images_of_recall": count if reference.gaussians else len(kept_numbers(count)),
+            "about": reference.about,
+        },
+    }
+
+
+def warnings(network: Network, samples: Images, reference: Reference) -> list[str]:
+    """What to know before a value is believed, a sentence each."""
+    said, n = [], len(samples)
+    if not network.comparable:
+        said.append(f"these are features of {network.name}: not comparable with any published FID, sFID or the rest")
+    if n != USUAL_SAMPLES:
+        more = "fewer give a higher FID" if n < USUAL_SAMPLES else "more give a lower FID"
+        said.append(f"the samples are {n}, where published values are of {USUAL_SAMPLES}: {more}")
+    dims = network.dims.values()
+    if n <= max(dims):
+        said.append(f"the samples are {n}, of {' and '.join(map(str, dims))} features: a covariance is singular")
+    of = reference.about.get("images") if reference.gaussians else len(reference.images or ())
+    if of is not None and of <= max(dims):
+        said.append(f"the reference's statistics are of {of} images: a covariance is singular")
+    if reference.images is not None:
+        if len(reference.images) < min(KEPT, n):
+            said.append(f"precision and recall are of {len(reference.images)} images, where the usual number is {KEPT}")
+        if reference.images.size != samples.size:
+            sizes = [f"{width} x {height}" for height, width in (samples.size, reference.images.size)]
+            said.append(f"the samples are {sizes[0]} pixels and the reference {sizes[1]}: the resize is measured, too")
+    return said

@@ -1,0 +1,139 @@
+"""FID, sFID, Inception score, precision and recall of images, as ADM's evaluation suite has them.
+
+    python launch/fid.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz --out summary.json
+    python launch/fid.py IMAGES --size 256 --make-reference reference.npz
+
+Samples and reference are an `.npz` with `arr_0`, uint8 (N, H, W, 3), or a folder; a reference may hold the statistics
+of its features. Under `deepspeed` or `torchrun` the processes share the images; the values are the same for any number
+of them. `--features efficientnet-lite0` needs no weights from elsewhere, and compares with nothing published.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from evaluation.fid.images import open_images
+from evaluation.fid.measure import compare, groups_of, measure
+from evaluation.fid.networks import Name, Network, load
+from evaluation.fid.reference import kept_numbers, open_reference, write_reference
+from launch.process import joined_world, main
+from t2i.config_base import ConfigError
+from t2i.train.processes import World
+
+ROWS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception score",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def _options() -> Namespace:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], exit_on_error=False)
+    parser.add_argument("images", type=Path, help="the samples, or what to make a reference of: an .npz or a folder")
+    parser.add_argument("--reference", type=Path, help="what the samples are compared with: an .npz or a folder")
+    parser.add_argument("--make-reference", type=Path, help="write statistics of the images to this .npz instead")
+    parser.add_argument("--features", type=Name, default="inception", help="whose features")
+    parser.add_argument("--weights", type=Path, help="Inception's file; by default in torch.hub's cache")
+    parser.add_argument("--size", type=int, help="side in pixels that images of folders are cropped to as ADM's are")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time, of each process")
+    parser.add_argument("--out", type=Path, help="write what was found to this .json")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
+    try:
+        options = parser.parse_args()
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if (options.reference is None) == (options.make_reference is None):
+        raise ConfigError("give either --reference or --make-reference")
+    for name in ("size", "batch_size"):
+        if options[name] is not None and options[name] < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {options[name]}: must be at least 1")
+    if options.make_reference is not None:
+        if options.out is not None:
+            raise ConfigError("--out does nothing with --make-reference: leave it out")
+        if options.make_reference.suffix != ".npz":
+            raise ConfigError(f"--make-reference {options.make_reference}: the name ends in .npz")
+    return options
+
+
+def fid() -> None:
+    """Parse the command line and measure."""
+    options = _options()
+    with joined_world() as world:
+        # Convolutions and distances in fp32 proper: TF32 moves FID.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        world.from_main(lambda: _check_targets(options))
+        network = load(options.features, options.weights, world.device)
+        if options.make_reference is not None:
+            make_reference(world, network, options)
+        else:
+            score(world, network, options)
+
+
+def _check_targets(options: Namespace) -> None:
+    for path in (options.make_reference, options.out):
+        if path is not None and path.exists():
+            raise ConfigError(f"{path} is there already: remove it or give another name")
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.parent}")
+
+
+def score(world: World, network: Network, options: Namespace) -> None:
+    """Compare, print a table, and write the summary."""
+    reference = open_reference(options.reference, options.size, network)
+    samples = open_images(options.images, options.size)
+    found = compare(world, network, samples, reference, options.batch_size)
+    found["samples"]["path"], found["reference"]["path"] = str(options.images), str(options.reference)
+    found["settings"] |= {"crop": options.size, "device": world.device.type}
+    if not world.is_main:
+        return
+    print(table(found, network))
+    for warning in found["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if options.out is not None:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def table(found: dict[str, Any], network: Network) -> str:
+    """What was found, a line a metric; of other features than Inception's each says so."""
+    lines = [f"{found['samples']['images']} samples against {found['reference']['path']}, {network.name}"]
+    of = "" if network.comparable else f" ({network.name}, not comparable)"
+    for name, title in ROWS.items():
+        value = found["metrics"].get(name + network.suffix)
+        words = f"- ({found['left_out'][name + network.suffix]})" if value is None else f"{value:.4f}"
+        if name == "inception_score":
+            words += f" +- {found['metrics'][f'{name}_std{network.suffix}']:.4f} over splits"
+        lines.append(f"{title + of:<{len(of) + 16}} {words}")
+    return "\n".join(lines)
+
+
+def make_reference(world: World, network: Network, options: Namespace) -> None:
+    """Measure a reference set and write its statistics."""
+    images = open_images(options.images, options.size)
+    measured = measure(world, network, images, options.batch_size, "reference", ())
+
+    def write() -> None:
+        about = {
+            "features": network.name,
+            "weights_sha256": network.sha256,
+            "images": len(images),
+            "images_sha256": images.digest(),
+            "crop": options.size,
+        }
+        groups = groups_of(kept_numbers(len(images)), options.batch_size)
+        write_reference(options.make_reference, measured.gaussians(), about, images, groups)
+        print(f"statistics of {len(images)} images in {options.make_reference}", file=sys.stderr)
+
+    world.from_main(write)
+
+
+if __name__ == "__main__":
+    main(fid)
