@@ -111,7 +111,8 @@ def _rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"{table}: line {reader.line_num + 1}: {error}") from error  # of rows, the last that was read
+        # The reader counts the lines of whole rows: this one begins on the next.
+        raise UserError(f"{table}: line {reader.line_num + 1}: {error}") from error
 
 
 def _question(table: Path, line: int, row: dict[str, str]) -> Question:

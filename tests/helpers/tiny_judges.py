@@ -102,6 +102,7 @@ def save_llava(folder: Path) -> Path:
         )
     )
     _make_loud(model)
+    model.generation_config.suppress_tokens = [tokenizer.convert_tokens_to_ids("<image>")]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
