@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -23,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.parts import note_settings, write_aside
 from t2i.config_base import ConfigError
 from t2i.config_sampling import SamplingConfig
-from t2i.engine.checkpoint.format import sync
 from t2i.model_folder import FILES, WhichWeights
 from t2i.pipeline import Picture, Pipeline
 
@@ -87,27 +86,23 @@ class Samples:
         Raises:
             ConfigError: they are not, or the folder cannot be made.
         """
-        settings = self.sampling.model_dump(mode="json")
-        asked = {**made_of, "count": self.count, "size": self.size, "sampling": settings}
-        asked = json.loads(json.dumps(asked))
-        note = self.folder / "samples.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {self.out}: {self.folder} cannot be made: {error.strerror}") from error
-        if not note.exists():
-            _write_aside(note, [json.dumps(asked, indent=1).encode()])
-        elif (begun := json.loads(note.read_text())) != asked:
-            names = sorted(begun.keys() | asked.keys())
-            differ = ", ".join(name for name in names if begun.get(name) != asked.get(name))
-            raise ConfigError(f"--out {self.out}: {self.folder} holds parts of other samples ({differ}): remove it")
+        settings = self.sampling.model_dump(mode="json")
+        asked = {**made_of, "count": self.count, "size": self.size, "sampling": settings}
+        if differ := note_settings(self.folder / "samples.json", asked):
+            raise ConfigError(
+                f"--out {self.out}: {self.folder} holds parts of other samples ({', '.join(differ)}): remove it"
+            )
 
     def draw(self, pipeline: Pipeline, mine: Iterable[int], drawn: Callable[[], object]) -> None:
         """Draw these parts, and tell of each."""
         for part in mine:
             pictures = [Picture(str(i % self.classes), i // self.classes) for i in self.indices(part)]
             images = pipeline.draw(pictures, self.sampling).permute(0, 2, 3, 1).contiguous()
-            _write_aside(self.path(part), [images.numpy().tobytes()])
+            write_aside(self.path(part), [images.numpy().tobytes()])
             drawn()
 
     def assemble(self) -> None:
@@ -134,9 +129,12 @@ def weights_digest(model: Path, which: WhichWeights) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _write_aside(path: Path, pieces: Iterable[bytes]) -> None:
-    aside = path.with_suffix(".partial")
-    with aside.open("wb") as file:
-        file.writelines(pieces)
-    sync(aside)
-    os.replace(aside, path)
+def made_of(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, Any]:
+    """What every image of a model folder depends on besides sampling, size and prompt, in JSON's types."""
+    objective = pipeline.config.objective
+    return {
+        "weights": weights_digest(model, which),
+        "dtype": str(next(pipeline.denoiser.parameters()).dtype),
+        "noise_scale": objective.noise_scale,
+        "min_noise": objective.min_noise,
+    }

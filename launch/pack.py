@@ -155,7 +155,13 @@ def openmoji(target: Target, options: StoreOptions, size: int = 64, heldout: flo
 
 
 def shapes(
-    target: Target, options: StoreOptions, count: int, size: int = 64, heldout: float = 0.05, seed: int = 0
+    target: Target,
+    options: StoreOptions,
+    count: int,
+    size: int = 64,
+    heldout: float = 0.05,
+    seed: int = 0,
+    heldout_captions: float = 0.0,
 ) -> None:
     """Pack drawn scenes of one to four shapes, captioned in GenEval's grammar, with their ground truth.
 
@@ -163,9 +169,10 @@ def shapes(
         count: Number of scenes, the held-out ones included.
         size: Side of the pictures in pixels.
         heldout: Share of the scenes that goes into OUT/heldout.
-        seed: Decides the scenes.
+        seed: Decides the scenes, and which captions are held out.
+        heldout_captions: Share of the captions that never come up in OUT/train, for scores on what is new.
     """
-    target.pack(data.packing.shapes.contents(count, size, heldout, seed), options)
+    target.pack(data.packing.shapes.contents(count, size, heldout, seed, heldout_captions), options)
 
 
 def _open_file(url: str, options: StoreOptions) -> tuple[Store, str]:

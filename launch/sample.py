@@ -9,20 +9,16 @@ One prompt a line; picture n of prompt i is DIR/iiiii_n.png, with DIR/prompts.js
 from __future__ import annotations
 
 import json
-import re
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 from tqdm import tqdm
 
+from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
-from t2i.config_loading import validate_section
-from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Picture, Pipeline
 
 
@@ -36,18 +32,6 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _read_size(text: str, patch: int) -> tuple[int, int]:
-    """Height and width in pixels."""
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    sides = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not all(side > 0 and side % patch == 0 for side in sides):
-        raise ConfigError(
-            f"--size {text}: must be height x width in pixels, such as {4 * patch}x{6 * patch}, "
-            f"both multiples of model.patch_size ({patch})"
-        )
-    return sides
-
-
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -57,32 +41,22 @@ def _make_folder(path: Path) -> None:
 
 def sample() -> None:
     """Parse the command line and draw."""
-    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], exit_on_error=False)
-    parser.add_argument("--model", type=Path, required=True, help="model/ folder of a run")
+    parser = drawing_parser(__doc__)
+    add_size(parser)
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
     parser.add_argument("--pictures", type=int, default=1, help="pictures a prompt")
     parser.add_argument("--negative", default="", help="prompt that guidance leads away from, for all pictures")
-    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; by default the model's training resolution")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
-    parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
-    try:
-        options = parser.parse_args()
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    options = parsed(parser)
     prompts = _read_prompts(options.prompts)
     if options.pictures < 1:
         raise ConfigError(f"--pictures {options.pictures}: at least one picture a prompt")
     with joined_world() as world:
         pipeline = Pipeline.load(options.model, options.weights, world.device)
-        tree = {**pipeline.config.sampling.model_dump(), **options.sampling}
-        settings = validate_section(SamplingConfig, tree, "--sampling")
+        settings = sampling_of(pipeline.config, options.sampling)
         if options.negative and settings.guidance_scale == 1.0:
             raise ConfigError("--negative does nothing at guidance_scale 1: leave it out or raise the scale")
-        size = pipeline.config.data.size
-        if options.size is not None:
-            size = _read_size(options.size, pipeline.config.model.patch_size)
+        size = size_of(pipeline.config, options.size)
         pictures = [Picture(prompt, n, options.negative) for prompt in prompts for n in range(options.pictures)]
         # Neighbours, since they share prompts.
         first, end = (rank * len(pictures) // world.size for rank in (world.rank, world.rank + 1))

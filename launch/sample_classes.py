@@ -11,32 +11,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
-from evaluation.adm_npz import Samples, weights_digest
+from evaluation.adm_npz import Samples, made_of
+from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
-from t2i.config_loading import validate_section
-from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Pipeline
 
 
 def sample_classes() -> None:
     """Parse the command line and draw."""
-    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], exit_on_error=False)
-    parser.add_argument("--model", type=Path, required=True, help="model/ folder of a class-conditional run")
+    parser = drawing_parser(__doc__, "model/ folder of a class-conditional run")
     parser.add_argument("--out", type=Path, required=True, help="the .npz")
     parser.add_argument("--samples", type=int, default=50_000, help="how many images")
-    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
-    parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
-    try:
-        options = parser.parse_args()
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    options = parsed(parser)
     if options.samples < 1:
         raise ConfigError(f"--samples {options.samples}: at least one image")
     if options.out.suffix != ".npz":
@@ -46,21 +36,13 @@ def sample_classes() -> None:
         config = pipeline.config
         if config.model.condition != "class":
             raise ConfigError(f"--model {options.model} draws from captions: use launch/sample.py")
-        tree = {**config.sampling.model_dump(), **options.sampling}
-        settings = validate_section(SamplingConfig, tree, "--sampling")
+        settings = sampling_of(config, options.sampling)
         samples = Samples(options.out, options.samples, config.model.classes, config.data.size, settings)
         if world.from_main(options.out.exists):
             raise ConfigError(f"--out {options.out} is there already: remove it or give another name")
 
         def begin() -> list[int]:
-            samples.begin(
-                {
-                    "weights": weights_digest(options.model, options.weights),
-                    "dtype": str(next(pipeline.denoiser.parameters()).dtype),
-                    "noise_scale": config.objective.noise_scale,
-                    "min_noise": config.objective.min_noise,
-                }
-            )
+            samples.begin(made_of(pipeline, options.model, options.weights))
             return samples.missing()
 
         missing = world.from_main(begin)

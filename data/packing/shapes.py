@@ -7,6 +7,9 @@
 - The layout is close to fixed (a 2 x 2 grid with jitter), so a small model can learn it in minutes. Where the
   caption does not place two objects, the one named first stands on the left: GenEval does not score that,
   and it spares the model a coin toss.
+- Two things can be held out of training: scenes, at indices of their own, and captions, by their hash, wherever
+  they come up. Of the 16,248 captions 8 are of a single object and 64 of a colour: what such a caption names is in
+  others still.
 
 Lengths are fractions of the picture's side, x to the right and y down, (0, 0) the upper left corner.
 
@@ -15,9 +18,11 @@ Source: Ghosh et al., "GenEval" (2023), and its prompts/create_prompts.py and ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import cv2
@@ -193,28 +198,57 @@ def cover(obj: Object, size: int) -> tuple[slice, slice, NDArray[np.uint8]]:
     return slice(top, top + height), slice(left, left + width), coverage.astype(np.uint8, copy=False)
 
 
-def contents(count: int, size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
+def caption_is_held_out(caption: str, share: float, seed: int) -> bool:
+    """Tell whether training never sees this caption: of all captions about `share`; those of a smaller one among them.
+
+    Args:
+        caption: the whole caption, "a photo of ...".
+        share: `heldout_captions` of `contents`.
+        seed: `seed` of `contents`.
+    """
+    return float(uniform(key(seed, "shapes", "heldout captions", caption), 0)) < share
+
+
+def contents(
+    count: int, size: int = 64, heldout: float = 0.05, seed: int = 0, heldout_captions: float = 0.0
+) -> Contents:
     """List the scenes to pack.
 
     Args:
         count: scenes, the held-out ones included.
         size: side of the pictures in pixels, 8 to 4096.
         heldout: share of the scenes, 0 <= heldout < 1, that are held out, at indices kept for that.
-        seed: decides the scenes.
+        seed: decides the scenes, and which captions are held out.
+        heldout_captions: share of the captions, 0 to 0.5, that never come up in training, which has as many scenes
+            without them; the held-out scenes have all captions.
 
     Raises:
         UserError: an argument outside its range.
     """
     check_common(size, heldout)
-    check(1 <= count <= HELDOUT_START, "count", count, f"between 1 and {HELDOUT_START}")
+    check(0 <= heldout_captions <= 0.5, "heldout_captions", heldout_captions, "a share between 0 and 0.5")
+    # Where scenes are passed over, training goes farther, and has to be known index by index.
+    most = HELDOUT_START // 100 if heldout_captions else HELDOUT_START
+    check(1 <= count <= most, "count", count, f"between 1 and {most}")
     kept = round(count * heldout)
+    arguments = {"count": count, "size": size, "heldout": heldout, "seed": seed}
+    train: Sequence[int] = range(count - kept)
+    if heldout_captions:  # without it, packs are those of before it was there
+        arguments["heldout_captions"] = heldout_captions
+        train = _with_other_captions(count - kept, heldout_captions, seed)
     return Contents(
         name="shapes",
         about={"licence": "CC0-1.0", "credit": "drawn by data/packing/shapes.py"},
-        arguments={"count": count, "size": size, "heldout": heldout, "seed": seed},
-        splits={"train": range(count - kept), "heldout": range(HELDOUT_START, HELDOUT_START + kept)},
+        arguments=arguments,
+        splits={"train": train, "heldout": range(HELDOUT_START, HELDOUT_START + kept)},
         read=Each(partial(_sample, seed=seed, size=size)),
     )
+
+
+def _with_other_captions(count: int, share: float, seed: int) -> array[int]:
+    """The first `count` indices whose captions are not held out."""
+    good = (i for i in range(HELDOUT_START) if not caption_is_held_out(scene(seed, i).caption, share, seed))
+    return array("q", islice(good, count))
 
 
 def _sample(index: int, seed: int, size: int) -> Sample:

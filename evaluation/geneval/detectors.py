@@ -1,0 +1,43 @@
+"""The detectors by name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from evaluation.geneval.detection import Detector
+from evaluation.geneval.prompts import Metadata, official
+
+Name = Literal["mask2former", "shapes"]
+
+
+def build_detector(name: Name, weights: str | None, clip: str | None, device: torch.device) -> Detector:
+    """A detector.
+
+    Args:
+        name: which.
+        weights: of mask2former, as its `build` takes them; None: OpenMMLab's, from the usual caches.
+        clip: of CLIP, which tells the colours of mask2former's objects; None: from the usual caches.
+        device: where it computes.
+
+    Raises:
+        UserError: weights that are missing or not those expected.
+    """
+    if name == "shapes":
+        from evaluation.proving.detector import ShapeDetector
+
+        return ShapeDetector()
+    from evaluation.geneval import mask2former
+
+    given = {"weights": weights, "clip": clip}
+    return mask2former.build(**{name: value for name, value in given.items() if value}, device=device)
+
+
+def prompts_for(name: Name) -> list[Metadata]:
+    """What a detector is asked for unless a file of prompts is given: GenEval's own, or the proving ground's."""
+    if name == "shapes":
+        from evaluation.proving.prompts import proving_prompts
+
+        return proving_prompts()
+    return official()

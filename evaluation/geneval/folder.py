@@ -1,0 +1,138 @@
+"""GenEval's folder of images, written and read.
+
+    00000/metadata.jsonl      the prompt, one line
+    00000/samples/0000.png    its images
+    00000/grid.png            all of them in one
+
+A folder for each prompt, in the prompts' order. What others made is read as strictly as our own: a folder from which
+something is missing would get a score that looks like a whole one.
+
+Source: Ghosh et al., "GenEval" (2023), and its evaluation/evaluate_images.py.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Picture
+
+from data.errors import UserError
+from evaluation.geneval.detection import Image
+from evaluation.geneval.prompts import Metadata, read, to_lines
+from evaluation.parts import write_aside
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """One prompt and its images.
+
+    Attributes:
+        folder: the prompt's own, such as 00000.
+        metadata: of the prompt, GenEval's.
+        images: the files, in the order of their numbers.
+    """
+
+    folder: Path
+    metadata: Metadata
+    images: tuple[Path, ...]
+
+
+def image_path(root: Path, prompt: int, image: int) -> Path:
+    """The file of an image by its prompt's number and its own, both from 0."""
+    return root / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
+
+
+def begin_folder(root: Path, prompts: Sequence[Metadata]) -> None:
+    """Make the folders and write each prompt's line; what is there already stays.
+
+    Raises:
+        UserError: they cannot be made.
+    """
+    try:
+        for number, metadata in enumerate(prompts):
+            samples = image_path(root, number, 0).parent
+            samples.mkdir(parents=True, exist_ok=True)
+            line = samples.with_name("metadata.jsonl")
+            if not line.exists():
+                write_aside(line, [to_lines([metadata])])
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written to: {error.strerror}") from error
+
+
+def write_image(path: Path, image: Image) -> None:
+    """Write a PNG that is whole if it is there."""
+    buffer = io.BytesIO()
+    Picture.fromarray(image).save(buffer, "PNG")
+    write_aside(path, [buffer.getvalue()])
+
+
+def read_image(path: Path) -> Image:
+    """An image, uint8 (H, W, 3); transparency is dropped, grey becomes RGB.
+
+    Raises:
+        UserError: it is no image, or a damaged one.
+    """
+    try:
+        with Picture.open(path) as file:
+            return np.array(file.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged PNGs
+        raise UserError(f"{path} cannot be read as an image: make it again ({error})") from error
+
+
+def write_grid(it: Prompted) -> None:
+    """Write grid.png of a prompt's images, as nearly square as can be, row by row."""
+    images = [read_image(path) for path in it.images]
+    height, width = images[0].shape[:2]
+    columns = math.ceil(math.sqrt(len(images)))
+    grid = np.zeros((-(-len(images) // columns) * height, columns * width, 3), np.uint8)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
+    write_image(it.folder / "grid.png", grid)
+
+
+def read_folder(root: Path) -> list[Prompted]:
+    """All prompts of a folder, in their order.
+
+    Raises:
+        UserError: it is no such folder, or something is missing from it.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: there is no such folder of images")
+    folders = sorted((path for path in root.iterdir() if path.is_dir() and path.name.isdigit()), key=_number)
+    if not folders:
+        raise UserError(f"{root}: must hold a folder for each prompt: 00000/metadata.jsonl and 00000/samples/0000.png")
+    for number, folder in enumerate(folders):
+        if _number(folder) != number:
+            raise UserError(f"{root}: has {len(folders)} folders of prompts, but none numbered {number}: make it again")
+    found = [_read_prompt(folder) for folder in folders]
+    usual, _ = Counter(len(it.images) for it in found).most_common(1)[0]
+    for it in found:
+        if len(it.images) != usual:
+            raise UserError(f"{it.folder}: holds {len(it.images)} images where others hold {usual}: complete it")
+    return found
+
+
+def _read_prompt(folder: Path) -> Prompted:
+    line = folder / "metadata.jsonl"
+    if not line.exists():
+        raise UserError(f"{folder}: has no metadata.jsonl, which says what its images must show")
+    prompts = read(line)
+    if len(prompts) != 1:
+        raise UserError(f"{line}: must hold one line (has {len(prompts)})")
+    samples = folder / "samples"
+    files = samples.iterdir() if samples.is_dir() else ()
+    images = sorted((path for path in files if path.suffix == ".png" and path.stem.isdigit()), key=_number)
+    if not images:
+        raise UserError(f"{folder}: has no image samples/0000.png")
+    return Prompted(folder, prompts[0], tuple(images))
+
+
+def _number(path: Path) -> int:
+    return int(path.stem)

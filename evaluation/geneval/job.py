@@ -1,0 +1,196 @@
+"""GenEval as a job that may be killed at any moment, on any number of processes: draw, judge, sum up.
+
+In its folder it leaves
+
+    prompts.jsonl    what was asked for, as GenEval's own file
+    images/          GenEval's folder of images; images.json says what they are made from
+    verdicts/        what the detector found in each prompt's images; settings.json says which detector
+    results.jsonl    a line an image, with GenEval's fields
+    summary.json     scores and everything they depend on
+    report.html      every image with what was found in it
+
+An image is a function of the weights, the sampler, the seed, its prompt and its number, and is there whole or absent.
+A folder holds images of one kind; others are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from evaluation.geneval.folder import Prompted, begin_folder, image_path, read_folder, write_grid, write_image
+from evaluation.geneval.prompts import TASKS, Metadata, digest, read, to_lines
+from evaluation.parts import note_settings, write_aside, write_json
+from t2i.config_sampling import SamplingConfig
+from t2i.pipeline import Picture, Pipeline
+
+Number = tuple[int, int]
+"""An image: its prompt's number and its own under it, both from 0."""
+
+
+def choose(prompts: Sequence[Metadata], tasks: Collection[str], limit: int | None) -> tuple[list[int], str]:
+    """Leave out prompts.
+
+    Args:
+        tasks: those whose prompts stay; none: all.
+        limit: how many of each task stay, the first; None: all.
+
+    Returns:
+        Numbers of those that stay, and in words what was chosen; empty: they are all.
+
+    Raises:
+        UserError: none stay.
+    """
+    wanted, seen, kept = tasks or TASKS, Counter[str](), []
+    for number, metadata in enumerate(prompts):
+        seen[metadata["tag"]] += 1
+        if metadata["tag"] in wanted and (limit is None or seen[metadata["tag"]] <= limit):
+            kept.append(number)
+    if not kept:
+        raise UserError(f"--tasks {' '.join(tasks)}: there is no prompt of these")
+    if len(kept) == len(prompts):
+        return kept, ""
+    said = [f"the first {limit} of each task"] if limit else []
+    return kept, ", ".join([*said, *([f"of {', '.join(tasks)} alone"] if tasks else [])])
+
+
+def compare(prompted: Sequence[Prompted], prompts: Sequence[Metadata], where: str) -> None:
+    """Refuse images of other prompts than those of a file.
+
+    Raises:
+        UserError: naming the first that differs; `where` names the file.
+    """
+    if len(prompted) != len(prompts):
+        raise UserError(
+            f"{where} has {len(prompts)} prompts, and the images are of {len(prompted)}: give the file that they were "
+            "drawn from"
+        )
+    for it, asked in zip(prompted, prompts, strict=True):
+        if it.metadata != asked:
+            raise UserError(
+                f"{it.folder}/metadata.jsonl is not prompt {it.folder.name} of {where}, {asked['prompt']!r}: give the "
+                "file that the images were drawn from"
+            )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The images of a file of prompts in the making.
+
+    Attributes:
+        out: the job's folder.
+        prompts: what to draw; where two have the same words, their images are different ones all the same.
+        each: images a prompt.
+        size: height and width of an image, in pixels.
+        sampling: how they are drawn.
+    """
+
+    out: Path
+    prompts: Sequence[Metadata]
+    each: int
+    size: tuple[int, int]
+    sampling: SamplingConfig
+
+    def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Number]:
+        """Make the folder, or see that what is there is of the same images.
+
+        Args:
+            made_of: what else the images depend on, in JSON's types.
+            beside: what else is worth knowing of them.
+
+        Returns:
+            The images that are missing.
+
+        Raises:
+            UserError: it holds other images, or cannot be made.
+        """
+        note, root = self.out / "images.json", self.out / "images"
+        if root.exists() and not note.exists():
+            raise UserError(f"--out {self.out}: holds images/ that this job has not begun: give another name")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            settings = {
+                **made_of,
+                "prompts": digest(self.prompts),
+                "images_per_prompt": self.each,
+                "size": self.size,
+                "sampling": self.sampling.model_dump(mode="json"),
+            }
+            differ = note_settings(note, settings, beside)
+        except OSError as error:
+            raise UserError(f"--out {self.out}: cannot be written to: {error.strerror}") from error
+        if differ:
+            raise UserError(f"--out {self.out}: holds images made otherwise ({', '.join(differ)}): give another name")
+        write_aside(self.out / "prompts.jsonl", [to_lines(self.prompts)])
+        begin_folder(root, self.prompts)
+        return missing_images(self.out, len(self.prompts), self.each)
+
+    def draw(self, pipeline: Pipeline, mine: Sequence[Number], drawn: Callable[[], object]) -> None:
+        """Draw these images, and tell of each."""
+        before: Counter[str] = Counter()
+        first = []  # numbers of the pictures of its words that a prompt begins with
+        for metadata in self.prompts:
+            first.append(self.each * before[metadata["prompt"]])
+            before[metadata["prompt"]] += 1
+        pictures = [Picture(self.prompts[prompt]["prompt"], first[prompt] + image) for prompt, image in mine]
+        batches = pipeline.draw_batches(pictures, self.sampling, self.size)
+        for (prompt, image), pixels in zip(mine, chain.from_iterable(batches), strict=True):
+            write_image(image_path(self.out / "images", prompt, image), pixels.permute(1, 2, 0).numpy())
+            drawn()
+
+    def prompted(self) -> list[Prompted]:
+        """The prompts with their images, once all are there."""
+        return read_folder(self.out / "images")
+
+    def note_speed(self, images: int, seconds: float, devices: str) -> None:
+        """Write down how fast images were drawn, unless more have been timed before.
+
+        Args:
+            images: drawn by all processes.
+            seconds: that it took.
+            devices: of all processes, in words.
+        """
+        path = self.out / "speed.json"
+        if images and (not path.exists() or json.loads(path.read_text())["images"] < images):
+            rate = {"images_per_s": round(images / seconds, 4), "images": images, "seconds": round(seconds, 1)}
+            write_json(path, {**rate, "devices": devices})
+
+
+def missing_images(out: Path, prompts: int, each: int) -> list[Number]:
+    """The images that a job has not drawn yet."""
+    numbers = ((prompt, image) for prompt in range(prompts) for image in range(each))
+    return [number for number in numbers if not image_path(out / "images", *number).exists()]
+
+
+def drawn_images(out: Path) -> tuple[list[Prompted], dict[str, Any]]:
+    """The images that a job has drawn, and what is known of them, "prompts" and "drawn", for `outcome.finish`.
+
+    Raises:
+        UserError: it has drawn none, or not all.
+    """
+    note, speed = out / "images.json", out / "speed.json"
+    if not note.exists():
+        raise UserError(f"--out {out}: holds no images of this job: draw them, or give those of others as --images")
+    drawn = json.loads(note.read_text())
+    prompts, each = read(out / "prompts.jsonl"), drawn.pop("images_per_prompt")
+    if missing := missing_images(out, len(prompts), each):
+        raise UserError(
+            f"--out {out}: lacks {len(missing)} of {len(prompts) * each} images: go on drawing them before they are "
+            "scored"
+        )
+    about = {name: drawn.pop(name) for name in ("file", "kind", "choice")} | {"md5": drawn.pop("prompts")}
+    drawn["speed"] = json.loads(speed.read_text()) if speed.exists() else None
+    return read_folder(out / "images"), {"prompts": about, "drawn": drawn}
+
+
+def complete_grids(prompted: Iterable[Prompted]) -> None:
+    """Write the grids that are not there yet."""
+    for it in prompted:
+        if not (it.folder / "grid.png").exists():
+            write_grid(it)

@@ -1,0 +1,191 @@
+"""GenEval's prompts: the official 553 lines from classes, colours and six rules, and files of others.
+
+- `official` draws the lines anew, with the seed and in the order of draws that the authors used. NumPy does not promise
+  the same stream in every version, so the result is held against the hash of the published file before anyone gets it.
+- A prompt is the dictionary that the published file holds as one line: "tag" (the task), "include", for the task
+  "counting" "exclude", and "prompt", in this order.
+
+Source: Ghosh et al., "GenEval" (2023), and its prompts/create_prompts.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data.errors import UserError
+
+Metadata = dict[str, Any]
+
+Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+Relation = Literal["left of", "right of", "above", "below"]
+Color = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+TASKS: tuple[str, ...] = get_args(Task)
+RELATIONS: tuple[str, ...] = get_args(Relation)
+COLORS: tuple[str, ...] = get_args(Color)
+# COCO's classes in COCO's order, three of them in GenEval's words (computer mouse, tv remote, computer keyboard).
+CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+OFFICIAL_MD5 = "9a0ed515640279a48ed3380d90aec0ed"
+"""Of the published evaluation_metadata.jsonl."""
+
+_SEED = 43
+_DRAWN = 100
+"""Prompts drawn for each task but the first; those drawn twice count once."""
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
+# People are not asked for in a colour.
+_COLORABLE = CLASSES[1:]
+
+
+def official() -> list[Metadata]:
+    """Make the 553 official prompts, in the official order.
+
+    Raises:
+        UserError: this NumPy draws other numbers than the one that GenEval's authors had.
+    """
+    rng = np.random.default_rng(_SEED)
+    order = rng.choice(len(CLASSES), size=len(CLASSES), replace=False)
+    prompts = [_naming("single_object", _object(CLASSES[i])) for i in order]
+    rules: list[Callable[[np.random.Generator], Metadata]] = [_two_object, _counting, _colors, _position, _color_attr]
+    for rule in rules:
+        drawn = [rule(rng) for _ in range(_DRAWN)]
+        prompts += {prompt["prompt"]: prompt for prompt in drawn}.values()  # as they first came up
+    _check_official(prompts)
+    return prompts
+
+
+def _check_official(prompts: Sequence[Metadata]) -> None:
+    if digest(prompts) != OFFICIAL_MD5:
+        raise UserError(
+            f"NumPy {np.__version__} has another random stream than GenEval's prompts were drawn from (the md5 is "
+            f"{digest(prompts)} for {OFFICIAL_MD5}): install numpy 2.4, or give the published "
+            "evaluation_metadata.jsonl as a file of prompts"
+        )
+
+
+# One function a task. The draws are in the authors' order, scalars as scalars: a call with a size reads another stream.
+
+
+def _two_object(rng: np.random.Generator) -> Metadata:
+    a, b = rng.choice(len(CLASSES), size=2, replace=False)
+    return _naming("two_object", _object(CLASSES[a]), _object(CLASSES[b]))
+
+
+def _counting(rng: np.random.Generator) -> Metadata:
+    name = CLASSES[rng.choice(len(CLASSES))]
+    count = int(rng.integers(2, 4, endpoint=True))
+    prompt = f"a photo of {_NUMBERS[count]} {name}{'es' if name.endswith('s') else 's'}"
+    more = {"class": name, "count": count + 1}
+    return {"tag": "counting", "include": [_object(name, count)], "exclude": [more], "prompt": prompt}
+
+
+def _colors(rng: np.random.Generator) -> Metadata:
+    name = _COLORABLE[rng.choice(len(_COLORABLE))]
+    return _naming("colors", _object(name, color=COLORS[rng.choice(len(COLORS))]))
+
+
+def _position(rng: np.random.Generator) -> Metadata:
+    a, b = (CLASSES[i] for i in rng.choice(len(CLASSES), size=2, replace=False))
+    relation = RELATIONS[rng.choice(len(RELATIONS))]
+    # The object that the other is placed by comes first: rules look for it first.
+    include = [_object(b), {**_object(a), "position": [relation, 0]}]
+    prompt = f"a photo of {_with_article(a)} {relation} {_with_article(b)}"
+    return {"tag": "position", "include": include, "prompt": prompt}
+
+
+def _color_attr(rng: np.random.Generator) -> Metadata:
+    names = [_COLORABLE[i] for i in rng.choice(len(_COLORABLE), size=2, replace=False)]
+    colors = [COLORS[i] for i in rng.choice(len(COLORS), size=2, replace=False)]
+    return _naming("color_attr", *(_object(name, color=color) for name, color in zip(names, colors, strict=True)))
+
+
+def _object(name: str, count: int = 1, color: str | None = None) -> Metadata:
+    return {"class": name, "count": count, **({"color": color} if color else {})}
+
+
+def _naming(task: str, *objects: Metadata) -> Metadata:
+    """The prompt that names one object of each kind."""
+    names = (_with_article(" ".join([*filter(None, [it.get("color")]), it["class"]])) for it in objects)
+    return {"tag": task, "include": list(objects), "prompt": "a photo of " + " and ".join(names)}
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def to_lines(prompts: Sequence[Metadata]) -> bytes:
+    """The prompts as the published file holds them: a line of JSON each."""
+    return "".join(json.dumps(prompt) + "\n" for prompt in prompts).encode()
+
+
+def digest(prompts: Sequence[Metadata]) -> str:
+    """The md5 of `to_lines`: `OFFICIAL_MD5` for the official prompts."""
+    return hashlib.md5(to_lines(prompts), usedforsecurity=False).hexdigest()
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Few(_Line):
+    name: Annotated[str, Field(alias="class", min_length=1)]
+    count: Annotated[int, Field(ge=1)]
+
+
+class _Wanted(_Few):
+    color: Color | None = None
+    position: tuple[Relation, Annotated[int, Field(ge=0)]] | None = None
+
+
+class _Prompt(_Line):
+    tag: Task
+    include: Annotated[list[_Wanted], Field(min_length=1)]
+    exclude: list[_Few] = []
+    prompt: Annotated[str, Field(min_length=1)]
+    heldout: bool = False  # of the proving ground's: whether training never saw the caption
+
+    @model_validator(mode="after")
+    def _targets_come_first(self) -> _Prompt:
+        for i, item in enumerate(self.include):
+            if item.position and item.position[1] >= i:
+                raise ValueError(f"include.{i}.position must point to an object before it, so below {i}")
+        return self
+
+
+def read(path: Path) -> list[Metadata]:
+    """Read prompts from a file as the published one is: a line of JSON each. Wordings and classes are free.
+
+    Raises:
+        UserError: the file cannot be read, holds no prompt, or a line is not one; it is named.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"prompts {path}: {error.strerror}: give a file as GenEval's evaluation_metadata.jsonl"
+        ) from error
+    if not lines:
+        raise UserError(f"prompts {path}: the file is empty: it needs a line of JSON for each prompt")
+    for number, line in enumerate(lines, 1):
+        try:
+            _Prompt.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            message = first["msg"].removeprefix("Value error, ").replace(" at line 1 column", " at column")
+            raise UserError(f"prompts {path}, line {number}: {field + ': ' if field else ''}{message}") from error
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,236 @@
+"""A detector of drawn shapes (data/packing/shapes.py), in drawn pictures and in a model's. It learns nothing.
+
+1. Segmentation: a pixel belongs to the ground or to one of eight colours, by the nearest in CIELAB of the nine palette
+   colours and of the blends between ground and colour that an object's edge consists of.
+2. Objects: connected pixels of one colour. What is too small or too large for an object of these scenes is none.
+3. Coverage: how far a pixel is on the way from the ground's colour to the object's, both as measured in the picture:
+   a shade that is a little off costs nothing.
+4. Shape: each of the eight is drawn with the object's area and centre of gravity and moved and scaled in small steps to
+   where the two coverages agree best. The score is the best shape's agreement, their intersection over their union.
+
+Coverages are compared smoothed: the score is to tell how good a shape is, not how sharp its edge or noisy its picture.
+Objects must not touch others of their own colour; those of other colours they may.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data.packing.shapes import BACKGROUND, COLORS, PALETTE, SHAPES, Object, cover
+from evaluation.geneval.detection import Detection, Image, Thresholds
+
+ACCEPTED = 0.85
+"""An object is of a shape above this agreement."""
+
+_SMALLEST, _LARGEST = 0.015, 0.4
+"""Share of the picture that an object covers; drawn ones 0.025 to 0.25."""
+_LEAST_GROUND = 0.25
+"""Where less of the picture is ground, its colour is not measured; drawn scenes leave 0.48."""
+_BLUR = 0.02
+"""Deviation of the Gaussian that smooths coverages, as a share of the picture's side: 0.64 pixels of 32."""
+_STEPS = 128
+"""Sides and centres are multiples of the picture's side over this: of a quarter pixel of 32."""
+_MOST_MOVES = 8
+_REFINED = 3
+"""So many shapes, the best at first sight, are moved and scaled."""
+_OFF_COLOR = 0.25
+"""A pixel's distance from the way between ground and object, as a share of that way, that counts as noise."""
+
+Floats = NDArray[np.float32]
+
+
+class ShapeDetector:
+    """A `Detector` of the eight shapes, whose labels are their names, and of the eight colours of the palette.
+
+    Pictures are of a side of 32 pixels or more. An object is found once, as the shape that it agrees with best.
+    """
+
+    def __init__(self) -> None:
+        self.thresholds = Thresholds(score=ACCEPTED, counting=ACCEPTED)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Its name and constants."""
+        return {
+            "name": "shapes",
+            "accepted": ACCEPTED,
+            "area": [_SMALLEST, _LARGEST],
+            "blur": _BLUR,
+            "steps": _STEPS,
+        }
+
+    def detect(self, image: Image) -> list[Detection]:
+        """Every object of the picture, however badly it agrees; boxes are those of the shapes that fit best."""
+        labels = segment(image)
+        pixels, ground = image.astype(np.float32), ground_color(image, labels)
+        masks = components(labels)
+        taken = np.any([np.zeros(labels.shape, np.bool_), *masks], axis=0)
+        found = []
+        for mask in masks:
+            near = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+            covered = coverage(pixels, ink(pixels[mask], ground), ground)
+            agreement, shape = best_shape(np.where(mask | (near & ~taken), covered, np.float32(0)))
+            x0, y0, x1, y1 = (length * len(image) for length in shape.box)
+            found.append(Detection(shape.shape, agreement, (x0, y0, x1, y1), mask))
+        return found
+
+    def colors(self, image: Image, objects: Sequence[Detection]) -> list[str]:
+        """The palette's colour nearest in CIELAB to each object's."""
+        pixels, ground = image.astype(np.float32), ground_color(image, segment(image))
+        palette = lab(np.asarray([*PALETTE.values()]))
+        inks = (ink(pixels[it.mask], ground) for it in objects)
+        return [COLORS[int(np.linalg.norm(palette - lab(color[None]), axis=1).argmin())] for color in inks]
+
+
+# --- objects and their colours ---
+
+
+def lab(rgb: NDArray[np.generic]) -> Floats:
+    """CIELAB of colours (N, 3) of 0 to 255."""
+    return np.asarray(cv2.cvtColor(np.asarray(rgb, np.float32)[None] / 255, cv2.COLOR_RGB2Lab)[0])
+
+
+@cache
+def _blends() -> tuple[Floats, NDArray[np.intp]]:
+    """The colours of pixels covered by tenths, in CIELAB, (81, 3); and for each 0 for the ground, n + 1 for color n."""
+    ground, palette = np.asarray(BACKGROUND, np.float32), np.asarray([*PALETTE.values()], np.float32)
+    shares = np.arange(1, 11) / np.float32(10)
+    blends = ground + shares[None, :, None] * (palette - ground)[:, None]
+    names = (np.arange(len(palette)) + 1)[:, None] * (shares >= 0.5)
+    return lab(np.concatenate([ground[None], blends.reshape(-1, 3)])), np.concatenate([[0], names.ravel()])
+
+
+def segment(image: Image) -> NDArray[np.intp]:
+    """What each pixel belongs to, (H, W): 0 the ground, n + 1 the color n of the palette."""
+    blends, names = _blends()
+    squares = np.square(blends).sum(1) - 2 * lab(image.reshape(-1, 3)) @ blends.T  # less the pixel's own square
+    return np.asarray(names[squares.argmin(1)].reshape(image.shape[:2]))
+
+
+def ground_color(image: Image, labels: NDArray[np.intp]) -> Floats:
+    """The ground's colour (3,): the median of its pixels or, where these are few, the palette's."""
+    ground = labels == 0
+    measured = np.median(image[ground], axis=0) if ground.mean() > _LEAST_GROUND else BACKGROUND
+    return np.asarray(measured, np.float32)
+
+
+def components(labels: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
+    """The masks of connected pixels (8 neighbours) of one colour that may be objects by their size."""
+    found = []
+    for label in np.unique(labels[labels > 0]):
+        _, parts, stats, _ = cv2.connectedComponentsWithStats((labels == label).astype(np.uint8), connectivity=8)
+        shares = stats[:, cv2.CC_STAT_AREA] / labels.size
+        found += [parts == n for n in range(1, len(stats)) if _SMALLEST <= shares[n] <= _LARGEST]
+    return found
+
+
+def ink(pixels: Floats, ground: Floats) -> Floats:
+    """The colour (3,) of an object with these pixels (N, 3): the mean of those that no ground is mixed into."""
+    distance = np.linalg.norm(pixels - ground, axis=1)
+    return np.asarray(pixels[distance >= 0.8 * np.quantile(distance, 0.9)].mean(0))
+
+
+def coverage(pixels: Floats, color: Floats, ground: Floats) -> Floats:
+    """How much of each pixel (H, W, 3) the colour covers, 0 to 1; less of one that is no blend of it and the ground."""
+    way = color - ground
+    square = max(float(way @ way), 1.0)  # never zero: it is at least a grey level
+    along = (pixels - ground) @ way / square
+    off = np.linalg.norm(pixels - ground - along[..., None] * way, axis=-1) / math.sqrt(square)
+    return np.asarray(np.clip(along - np.maximum(off - _OFF_COLOR, 0), 0, 1), np.float32)
+
+
+# --- shapes ---
+
+Place = tuple[int, int, int]
+"""Where a shape is drawn: its side and the x and y of its centre, in steps."""
+_MOVES = [(d, 0, 0) for d in (-1, 1)] + [(0, d, 0) for d in (-1, 1)] + [(0, 0, d) for d in (-1, 1)]
+
+
+def best_shape(covered: Floats) -> tuple[float, Object]:
+    """The shape that agrees best with a coverage (H, W), and how well, 0 to 1; its lengths are shares of H."""
+    match = _Match(covered)
+    starts = [(match.agreement(shape, place), shape, place) for shape, place in match.first_places()]
+    best = max(match.climbed(*start) for start in sorted(starts, reverse=True)[:_REFINED])
+    agreement, shape, (side, x, y) = best
+    return agreement, Object(shape, COLORS[0], (x / _STEPS, y / _STEPS), side / _STEPS, 0)
+
+
+class _Match:
+    """One coverage, and how the shapes agree with it."""
+
+    def __init__(self, covered: Floats) -> None:
+        self._size = len(covered)
+        self._step = self._size / _STEPS
+        self._area, self._x, self._y = _area_and_centre(covered)
+        self._padded = np.pad(_smoothed(covered, self._size), self._size)
+
+    def first_places(self) -> list[tuple[str, Place]]:
+        """For every shape where it has the coverage's area and centre of gravity."""
+        found = []
+        for shape in SHAPES:
+            area, x, y = _unit_moments(shape)
+            side = math.sqrt(self._area / area)
+            side, x, y = (round(v / self._step) for v in (side, self._x - x * side, self._y - y * side))
+            found.append((shape, (side, x, y)))
+        return found
+
+    def agreement(self, shape: str, place: Place) -> float:
+        """Intersection over union of the two coverages, smoothed."""
+        side, x, y = (n * self._step for n in place)
+        drawn = _template(shape, self._size, side, x % 1, y % 1)
+        half = len(drawn) // 2
+        left, top = self._size + math.floor(x) - half, self._size + math.floor(y) - half
+        window = self._padded[top : top + 2 * half, left : left + 2 * half]
+        both = float(np.minimum(window, drawn).sum())
+        return both / (self._area + float(drawn.sum()) - both)
+
+    def climbed(self, agreement: float, shape: str, place: Place) -> tuple[float, str, Place]:
+        """The same after moves of one step each, as long as they help."""
+        for _ in range(_MOST_MOVES):
+            moved = [(place[0] + a, place[1] + b, place[2] + c) for a, b, c in _MOVES]
+            best, where = max((self.agreement(shape, to), to) for to in moved)
+            if best <= agreement:
+                break
+            agreement, place = best, where
+        return agreement, shape, place
+
+
+def _smoothed(covered: Floats, size: int) -> Floats:
+    return np.asarray(cv2.GaussianBlur(covered, (0, 0), _BLUR * size, borderType=cv2.BORDER_CONSTANT))
+
+
+def _area_and_centre(covered: Floats) -> tuple[float, float, float]:
+    """Area and centre of gravity (x, y), in pixels."""
+    area = float(covered.sum())
+    y, x = (np.arange(n, dtype=np.float32) + 0.5 for n in covered.shape)
+    return area, float(covered.sum(0) @ x) / area, float(covered.sum(1) @ y) / area
+
+
+def _drawn(shape: str, n: int, x: float, y: float, side: float) -> Floats:
+    """The coverage (n, n) of a shape; lengths are pixels."""
+    rows, columns, covered = cover(Object(shape, COLORS[0], (x / n, y / n), side / n, 0), n)
+    whole = np.zeros((n, n), np.float32)
+    whole[rows, columns] = covered / np.float32(255)
+    return whole
+
+
+@cache
+def _unit_moments(shape: str) -> tuple[float, float, float]:
+    """Area and centre of gravity of a shape whose box's longer side is 1 and centre (0, 0)."""
+    n, side = 256, 192
+    area, x, y = _area_and_centre(_drawn(shape, n, n / 2, n / 2, side))
+    return area / side**2, (x - n / 2) / side, (y - n / 2) / side
+
+
+@lru_cache(maxsize=1 << 14)
+def _template(shape: str, size: int, side: float, x: float, y: float) -> Floats:
+    """A smoothed shape for a picture of `size`, its centre (x, y), 0 to 1, from the middle of an even square."""
+    half = math.ceil(side / 2 + 4 * _BLUR * size) + 1
+    return _smoothed(_drawn(shape, 2 * half, half + x, half + y, side), size)

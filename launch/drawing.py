@@ -1,0 +1,78 @@
+"""What the command lines of the jobs that draw share: --model, --weights, --size and --sampling.FIELD."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
+from t2i.config_loading import validate_section
+from t2i.config_sampling import SamplingConfig
+
+
+def drawing_parser(
+    docstring: str | None, model: str = "model/ folder of a run", required: bool = True
+) -> ArgumentParser:
+    """A parser of the options that say which weights draw, and how.
+
+    Args:
+        docstring: of the job, whose first line is the help.
+        model: help of --model.
+        required: whether there is no job without it.
+    """
+    parser = ArgumentParser(description=(docstring or "").splitlines()[0], exit_on_error=False)
+    parser.add_argument("--model", type=Path, required=required, help=model)
+    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
+    parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
+    return parser
+
+
+def add_size(parser: ArgumentParser) -> None:
+    """Let the size be chosen."""
+    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; by default the model's training resolution")
+
+
+def parsed(parser: ArgumentParser) -> Namespace:
+    """What the process's command line says.
+
+    Raises:
+        ConfigError: something wrong, in one sentence.
+    """
+    try:
+        return parser.parse_args()
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def sampling_of(config: RunConfig, overrides: dict[str, Any]) -> SamplingConfig:
+    """How a model draws: its own settings, with --sampling's entered.
+
+    Raises:
+        ConfigError: a setting that is unknown or wrong.
+    """
+    return validate_section(SamplingConfig, {**config.sampling.model_dump(), **overrides}, "--sampling")
+
+
+def size_of(config: RunConfig, text: str | None) -> tuple[int, int]:
+    """Height and width in pixels that --size asks for; without it, those the model was trained at.
+
+    Raises:
+        ConfigError: not a size, or not one of whole patches.
+    """
+    if text is None:
+        return config.data.size
+    patch = config.model.patch_size
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(side > 0 and side % patch == 0 for side in sides):
+        raise ConfigError(
+            f"--size {text}: must be height x width in pixels, such as {4 * patch}x{6 * patch}, "
+            f"both multiples of model.patch_size ({patch})"
+        )
+    return sides

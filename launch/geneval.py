@@ -1,0 +1,198 @@
+"""Score a model by GenEval: draw four images for each prompt, find what is in them, and judge.
+
+    deepspeed launch/geneval.py --model runs/demo/sft/model --out DIR             # any number of processes; or python
+    python launch/geneval.py --images FOLDER --out DIR                            # images that others drew
+    python launch/geneval.py --model runs/prove/low/model --out DIR --detector shapes    # drawn shapes: no weights
+    python launch/geneval.py --write-prompts evaluation_metadata.jsonl            # the 553 official prompts
+
+DIR holds the images in GenEval's layout, results.jsonl, summary.json and report.html. A job that is killed goes on
+where it stood, on any number of processes, to the same images.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from tqdm import tqdm
+
+from data.errors import UserError
+from evaluation.adm_npz import made_of
+from evaluation.geneval.detectors import Name, build_detector, prompts_for
+from evaluation.geneval.folder import Prompted, read_folder
+from evaluation.geneval.job import Samples, choose, compare, complete_grids, drawn_images
+from evaluation.geneval.outcome import EACH, finish, kind_of, table
+from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
+from evaluation.geneval.verdicts import Verdicts
+from evaluation.parts import write_aside
+from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
+from launch.process import joined_world, main
+from t2i.config_base import ConfigError
+from t2i.pipeline import Pipeline
+from t2i.train.processes import World
+
+_OF_DRAWING = ("model", "sampling", "size", "images_per_prompt", "sample_only")
+_OF_PROMPTS = ("prompts", "tasks", "limit")
+
+
+def _parser() -> ArgumentParser:
+    parser = drawing_parser(__doc__, required=False)
+    add_size(parser)
+    parser.add_argument("--out", type=Path, help="folder for everything")
+    parser.add_argument("--images", type=Path, help="score this folder of images, in GenEval's layout, and draw none")
+    parser.add_argument("--score-only", action="store_true", help="score what was drawn in --out, and draw none")
+    parser.add_argument("--sample-only", action="store_true", help="draw, and score nothing")
+    parser.add_argument("--images-per-prompt", type=int, help=f"images drawn for each prompt (default: {EACH})")
+    parser.add_argument("--prompts", type=Path, help="file of prompts; by default the detector's")
+    parser.add_argument("--tasks", nargs="+", type=Literal[TASKS], help="leave out the prompts of other tasks")
+    parser.add_argument("--limit", type=int, help="take the first so many prompts of each task")
+    names = "mask2former, or shapes for drawn shapes and their prompts"
+    parser.add_argument("--detector", type=Name, default="mask2former", help=names)
+    parser.add_argument(
+        "--detector-weights", help="mask2former's: file, folder or name; by default OpenMMLab's, cached"
+    )
+    parser.add_argument("--clip", help="CLIP's, which tells colours: folder or name; by default the cached ones")
+    parser.add_argument("--self-check", action="store_true", help="see that mask2former finds what it should, and end")
+    parser.add_argument("--write-prompts", type=Path, help="write the official prompts to this file, and end")
+    return parser
+
+
+def geneval() -> None:
+    """Parse the command line and do the job."""
+    options = parsed(_parser())
+    if options.write_prompts is not None:
+        _write_prompts(options.write_prompts)
+        return
+    _check(options)
+    with joined_world() as world:
+        if options.self_check:
+            _self_check(world, options)
+            return
+        if options.images is None and not options.score_only:
+            _draw(world, options)
+        if not options.sample_only:
+            _score(world, options)
+
+
+def _write_prompts(path: Path) -> None:
+    prompts = official()
+    try:
+        write_aside(path, [to_lines(prompts)])
+    except OSError as error:
+        raise UserError(f"--write-prompts {path}: cannot be written: {error.strerror}") from error
+    print(f"{len(prompts)} prompts in {path}, md5 {digest(prompts)}")
+
+
+def _check(options: Namespace) -> None:
+    """Refuse options that are missing, wrong, or would do nothing."""
+    if options.detector == "shapes":
+        for name in ("detector_weights", "clip", "self_check"):
+            _refuse(options, name, "is of --detector mask2former")
+    if options.self_check:
+        return
+    if options.out is None:
+        raise ConfigError("--out is missing: give the folder for images, results.jsonl and report.html")
+    for name in ("images_per_prompt", "limit"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ConfigError(f"{_option(name)} {number}: must be at least 1")
+    if options.images is not None or options.score_only:
+        for name in _OF_DRAWING:
+            _refuse(options, name, f"is of drawing: leave out {'--score-only' if options.score_only else '--images'}")
+        if options.score_only:
+            for name in ("images", *_OF_PROMPTS):
+                _refuse(options, name, "was chosen when the images were drawn, which --score-only takes as they are")
+    elif options.model is None:
+        raise ConfigError("--model is missing: give the model/ folder of a run, or --images FOLDER to score others'")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse(options: Namespace, name: str, why: str) -> None:
+    if getattr(options, name):
+        raise ConfigError(f"{_option(name)} {why}")
+
+
+def _self_check(world: World, options: Namespace) -> None:
+    detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
+    print(detector.self_check())
+
+
+def _draw(world: World, options: Namespace) -> None:
+    prompts = read(options.prompts) if options.prompts else prompts_for(options.detector)
+    kept, choice = choose(prompts, options.tasks or (), options.limit)
+    file = options.prompts or ("proving ground" if options.detector == "shapes" else "GenEval")
+    beside = {"model": str(options.model), "file": str(file), "kind": kind_of(prompts), "choice": choice}
+    pipeline = Pipeline.load(options.model, options.weights, world.device)
+    if pipeline.config.model.condition == "class":
+        raise ConfigError(f"--model {options.model} draws from classes: GenEval needs one that draws from captions")
+    settings = sampling_of(pipeline.config, options.sampling)
+    size, each = size_of(pipeline.config, options.size), options.images_per_prompt or EACH
+    samples = Samples(options.out, [prompts[number] for number in kept], each, size, settings)
+    about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+    missing = world.from_main(lambda: samples.begin(about, beside))
+    # Neighbours, since they share prompts.
+    first, end = (rank * len(missing) // world.size for rank in (world.rank, world.rank + 1))
+    began = time.monotonic()
+    with tqdm(total=end - first, disable=not world.is_main, unit="image", desc="drawing") as bar:
+        samples.draw(pipeline, missing[first:end], bar.update)
+    world.barrier()
+    seconds, devices = time.monotonic() - began, f"{world.size} × {_device_name(world.device)}"
+    world.from_main(lambda: samples.note_speed(len(missing), seconds, devices))
+    complete_grids(samples.prompted()[world.rank :: world.size])
+    world.barrier()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _to_score(options: Namespace) -> tuple[list[Prompted], dict[str, Any]]:
+    """What is scored, and what is known of it."""
+    if options.images is None:
+        return drawn_images(options.out)
+    prompted = read_folder(options.images)
+    prompts = [it.metadata for it in prompted]
+    if options.prompts:
+        compare(prompted, read(options.prompts), f"--prompts {options.prompts}")
+    kept, choice = choose(prompts, options.tasks or (), options.limit)
+    file = str(options.prompts or f"metadata.jsonl of {options.images}")
+    about = {"file": file, "md5": digest(prompts), "kind": kind_of(prompts), "choice": choice}
+    return [prompted[number] for number in kept], {"prompts": about, "drawn": {"images": str(options.images)}}
+
+
+def _score(world: World, options: Namespace) -> None:
+    prompted, about = world.from_main(lambda: _to_score(options))
+    detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
+    verdicts = Verdicts(options.out, prompted, detector)
+    missing = world.from_main(verdicts.begin)
+    mine = missing[world.rank :: world.size]
+    with tqdm(total=len(mine), disable=not world.is_main, unit="prompt", desc="judging") as bar:
+        _together(world, lambda: verdicts.judge(mine, bar.update))
+    summary = world.from_main(lambda: finish(options.out, verdicts.read(), detector, about))
+    if world.is_main:
+        print(table(summary))
+        print(f"{options.out / 'report.html'} shows every image", file=sys.stderr)
+
+
+def _together(world: World, work: Callable[[], None]) -> None:
+    """Do every rank's share; a user's mistake that one meets is raised on all."""
+    fault: UserError | None = None
+    try:
+        work()
+    except UserError as error:
+        fault = error
+    for it in world.gather(fault):
+        if it is not None:
+            raise it
+
+
+if __name__ == "__main__":
+    main(geneval)

@@ -1,0 +1,103 @@
+"""GenEval's prompts: the published file byte for byte, and what is said of files that are not like it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.errors import UserError
+from evaluation.geneval import prompts
+from evaluation.geneval.prompts import Metadata
+
+
+def test_the_official_prompts_are_the_published_files() -> None:
+    metadata = prompts.official()
+    words = "".join(it["prompt"] + "\n" for it in metadata).encode()
+    assert hashlib.md5(prompts.to_lines(metadata)).hexdigest() == "9a0ed515640279a48ed3380d90aec0ed"
+    assert hashlib.md5(words).hexdigest() == "2307726efc2127aecc59ca4997159bd1"
+    assert prompts.digest(metadata) == prompts.OFFICIAL_MD5
+
+
+def test_the_tasks_have_as_many_prompts_as_the_paper_s_code_makes() -> None:
+    metadata = prompts.official()
+    assert len(metadata) == 553
+    tasks = Counter(it["tag"] for it in metadata)
+    assert tuple(tasks) == prompts.TASKS
+    assert list(tasks.values()) == [80, 99, 80, 94, 100, 100]
+    counts = Counter(it["include"][0]["count"] for it in metadata if it["tag"] == "counting")
+    assert counts == {2: 26, 3: 28, 4: 26}
+
+
+def test_another_random_stream_of_numpy_is_said_before_anyone_gets_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: np.random.Generator(np.random.MT19937(seed)))
+    with pytest.raises(UserError, match=r"NumPy .* another random stream .* install numpy .* or give the published"):
+        prompts.official()
+
+
+def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(prompts.to_lines(prompts.official()))
+    again = prompts.read(path)
+    assert again == prompts.official()
+    assert prompts.to_lines(again) == path.read_bytes()
+
+
+def dog(**fields: Any) -> Metadata:
+    include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, **fields}]
+    return {"tag": "position", "include": include, "prompt": "a cat and a dog"}
+
+
+def test_other_wordings_and_classes_are_read_and_have_another_digest(tmp_path: Path) -> None:
+    # U+2028 ends a line for str.splitlines, but not in a file of JSON lines.
+    asked = {**dog(color="red", position=["left of", 0]), "prompt": "Two shapes\u2028\u2013 a blob and a star"}
+    asked["include"][0]["class"] = "blob"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(asked, ensure_ascii=False), "utf-8")
+    assert prompts.read(path) == [asked]
+    assert prompts.digest([asked]) != prompts.digest([{**asked, "prompt": "a blob left of a star"}])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "Invalid JSON"),
+        ('{"tag": "colors"', "Invalid JSON"),
+        ("[]", "should be an object"),
+        ({**dog(), "tag": "colours"}, "tag: .*'colors'"),
+        ({**dog(), "prompt": ""}, "prompt: .*at least 1 character"),
+        ({"tag": "colors", "prompt": "a dog"}, "include: Field required"),
+        ({**dog(), "include": []}, "include: .*at least 1 item"),
+        ({**dog(), "exlude": []}, "exlude: Extra"),
+        ({**dog(), "exclude": [{"class": "dog"}]}, r"exclude\.0\.count: Field required"),
+        (dog(count=0), r"include\.1\.count: .*greater than or equal to 1"),
+        (dog(count=True), r"include\.1\.count: .*valid integer"),
+        (dog(count="1"), r"include\.1\.count: .*valid integer"),
+        (dog(colour="red"), r"include\.1\.colour: Extra"),
+        (dog(color="teal"), r"include\.1\.color: .*'purple'"),
+        (dog(position=["on", 0]), r"include\.1\.position\.0: .*'left of'"),
+        (dog(position=["above"]), r"include\.1\.position\.1: Field required"),
+        (dog(position=["above", 1]), r"include\.1\.position must point to an object before it"),
+        (dog(position=["above", -1]), r"include\.1\.position\.1: .*greater than or equal to 0"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(line: str | Metadata, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    wrong = line if isinstance(line, str) else json.dumps(line)
+    path.write_text("\n".join([json.dumps(dog()), wrong, json.dumps(dog())]))
+    with pytest.raises(UserError, match=rf"prompts .*prompts\.jsonl, line 2: .*{said}"):
+        prompts.read(path)
+
+
+def test_a_file_that_is_empty_or_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: No such file"):
+        prompts.read(path)
+    path.touch()
+    with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: the file is empty"):
+        prompts.read(path)
