@@ -12,30 +12,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, Literal
-
-from jsonargparse import ArgumentError, ArgumentParser
+from typing import Any
 
 from data.errors import UserError
-from evaluation.adm_npz import weights_digest
+from evaluation.adm_npz import made_of
 from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
+from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
-from t2i.config_loading import validate_section
-from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
 
-def _parse() -> Any:
-    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], exit_on_error=False)
+def _parse() -> Namespace:
+    parser = drawing_parser(__doc__, "model/ folder of a run, which draws", required=False)
     parser.add_argument("--benchmark", type=Path, required=True, help="folder with prompts/ and dpg_bench.csv")
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures, answers and scores")
-    parser.add_argument("--model", type=Path, help="model/ folder of a run, which draws")
-    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
-    parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
     parser.add_argument("--images", type=Path, help="grids that others made, one a prompt, named by its id")
     parser.add_argument("--score-only", action="store_true", help="score the grids in --out")
     parser.add_argument("--resolution", type=int, help="side of a picture in pixels; by default the model's")
@@ -45,16 +40,12 @@ def _parse() -> Any:
     parser.add_argument("--write-questions", type=Path, help="write what such a judge has to answer, and stop")
     parser.add_argument("--sample-only", action="store_true", help="draw, and stop")
     parser.add_argument("--parity", action="store_true", help="count as the official code does, faults included")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
-    try:
-        options = parser.parse_args()
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+    options = parsed(parser)
     _check(options)
     return options
 
 
-def _check(options: Any) -> None:
+def _check(options: Namespace) -> None:
     def one_of(*names: str) -> str:
         given = [name for name in names if getattr(options, name)]
         if len(given) != 1:
@@ -78,28 +69,21 @@ def _check(options: Any) -> None:
         raise UserError(f"--pic-num {options.pic_num}: 1 to {PICTURES}")
 
 
-def _draw(world: World, options: Any, asked: benchmark.Benchmark) -> None:
+def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
     pipeline = Pipeline.load(options.model, options.weights, world.device)
     config = pipeline.config
     if config.model.condition != "text":
         raise UserError(f"--model {options.model} draws classes, and DPG-Bench's prompts are captions")
-    settings = validate_section(SamplingConfig, {**config.sampling.model_dump(), **options.sampling}, "--sampling")
     height, width = config.data.size
     resolution = options.resolution or height
     if options.resolution is None and height != width:
         raise UserError(f"--resolution must be given, since the model was trained at {height} x {width} pixels")
     if resolution % config.model.patch_size:
         raise UserError(f"--resolution {resolution} must be a multiple of model.patch_size ({config.model.patch_size})")
-    drawing = Drawing(options.out, asked.items, resolution, settings)
-    made_of = {
-        "weights": options.weights,
-        "weights_blake2b": world.from_main(lambda: weights_digest(options.model, options.weights)),
-        "prompts_sha256": asked.prompts_sha256,
-        "dtype": str(next(pipeline.denoiser.parameters()).dtype),
-        "noise_scale": config.objective.noise_scale,
-        "min_noise": config.objective.min_noise,
-    }
-    job.draw(world, pipeline, drawing, made_of)
+    drawing = Drawing(options.out, asked.items, resolution, sampling_of(config, options.sampling))
+    drawn_from = {"which": options.weights, "prompts_sha256": asked.prompts_sha256}
+    drawn_from |= made_of(pipeline, options.model, options.weights)
+    job.draw(world, pipeline, drawing, drawn_from, {"model": str(options.model)})
 
 
 def _read_note(out: Path) -> dict[str, Any]:
@@ -112,17 +96,14 @@ def _read_note(out: Path) -> dict[str, Any]:
     return note | {"speed": json.loads(speed.read_text()) if speed.exists() else None}
 
 
-def _score(world: World, options: Any, asked: benchmark.Benchmark) -> None:
+def _score(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
     drawn_with = None if options.images else world.from_main(lambda: _read_note(options.out))
     resolution = drawn_with["resolution"] if drawn_with else options.resolution
     pictures, folder = options.pic_num or PICTURES, options.images or options.out / "grids"
     examined = job.look_over(world, asked, folder, resolution, pictures, options.parity)
-    hashes = examined.hashes(asked)
-    if options.write_questions:
-        to = options.write_questions
-        count = world.from_main(
-            lambda: write_questions(to, hashes, examined.items, examined.grids, resolution, pictures)
-        )
+    hashes, items = examined.hashes(asked), examined.items
+    if to := options.write_questions:
+        count = world.from_main(lambda: write_questions(to, hashes, items, examined.grids, resolution, pictures))
         if world.is_main:
             print(f"{count} questions in {to}")
         return
@@ -132,19 +113,14 @@ def _score(world: World, options: Any, asked: benchmark.Benchmark) -> None:
         model = judge.load(options.judge, world.device)
         answers = job.ask(world, model, examined, options.out)
         about = {"name": model.name, "weights_blake2b": model.weights_blake2b}
-
-    def finish() -> str:
-        if options.answers:
-            name, read = read_answers(options.answers, hashes, examined.items, pictures)
-            digest = hashlib.sha256(options.answers.read_bytes()).hexdigest()
-            told = {"name": name, "answers_sha256": digest}
-        else:
-            read, told = answers, about
-        return job.table(job.sum_up(options.out, asked, examined, told, read, options.parity, drawn_with))
-
-    shown = world.from_main(finish)
+    else:
+        name, answers = world.from_main(lambda: read_answers(options.answers, hashes, items, pictures))
+        about = {"name": name, "answers_sha256": hashlib.sha256(options.answers.read_bytes()).hexdigest()}
+    summary = world.from_main(
+        lambda: job.sum_up(options.out, asked, examined, about, answers, options.parity, drawn_with)
+    )
     if world.is_main:
-        print(shown)
+        print(job.table(summary))
 
 
 def dpg() -> None:

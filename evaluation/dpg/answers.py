@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from evaluation.dpg.grids import boxes, write_aside
+from evaluation.dpg.grids import boxes
 from evaluation.dpg.rules import Item
+from evaluation.parts import write_aside
 
 Answers = dict[str, list[dict[int, str]]]
 """By prompt, picture and question."""
@@ -54,7 +55,7 @@ def write_questions(
         for question in item.questions
     ]
     try:
-        write_aside(path, "".join(json.dumps(line) + "\n" for line in [{"judge": None, **header}, *lines]).encode())
+        write_aside(path, [f"{json.dumps(line)}\n".encode() for line in [{"judge": None, **header}, *lines]])
     except OSError as error:
         raise UserError(f"--write-questions {path} cannot be written: {error.strerror}") from error
     return len(lines)

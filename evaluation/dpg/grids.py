@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from data.errors import UserError
 from evaluation.dpg.rules import Item
+from evaluation.parts import note_settings, write_aside
 from t2i.config_sampling import SamplingConfig
-from t2i.engine.checkpoint.format import sync
 from t2i.pipeline import Picture, Pipeline
 
 PICTURES = 4
@@ -107,31 +105,25 @@ class Drawing:
         """Where one of its pictures is until then."""
         return self.out / "tiles" / f"{item.id}_{number}.png"
 
-    def begin(self, made_of: dict[str, Any]) -> None:
+    def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
         """Make the folders, or see that the pictures that are there are of the same drawing.
 
         Args:
             made_of: what else the pictures depend on, in JSON's types.
+            beside: what else is worth knowing of them.
 
         Raises:
             UserError: they are not, or the folders cannot be made.
         """
-        settings = self.sampling.model_dump(mode="json")
-        asked = json.loads(json.dumps({**made_of, "resolution": self.resolution, "sampling": settings}))
+        settings = {**made_of, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")}
         try:
             for name in ("grids", "tiles"):
                 (self.out / name).mkdir(parents=True, exist_ok=True)
+            differ = note_settings(self.out / "grids.json", settings, beside)
         except OSError as error:
-            raise UserError(f"--out {self.out} cannot be made: {error.strerror}") from error
-        note = self.out / "grids.json"
-        if not note.exists():
-            write_aside(note, json.dumps(asked, indent=1).encode())
-        elif (begun := json.loads(note.read_text())) != asked:
-            names = sorted(begun.keys() | asked.keys())
-            differ = ", ".join(name for name in names if begun.get(name) != asked.get(name))
-            raise UserError(
-                f"--out {self.out} was begun with other settings ({differ}): remove it or give another name"
-            )
+            raise UserError(f"--out {self.out} cannot be written to: {error.strerror}") from error
+        if differ:
+            raise UserError(f"--out {self.out} holds grids drawn otherwise ({', '.join(differ)}): give another name")
 
     def unfinished(self) -> list[Item]:
         """Prompts without a grid."""
@@ -165,12 +157,4 @@ class Drawing:
 def _save(path: Path, image: np.ndarray[Any, Any]) -> None:
     content = io.BytesIO()
     Image.fromarray(image).save(content, "png")
-    write_aside(path, content.getvalue())
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file such that it is there whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(content)
-    sync(aside)
-    os.replace(aside, path)
+    write_aside(path, [content.getvalue()])

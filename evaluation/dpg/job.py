@@ -14,24 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from data.errors import UserError
 from evaluation.dpg import rules
 from evaluation.dpg.answers import Answers
 from evaluation.dpg.benchmark import Benchmark
-from evaluation.dpg.grids import PICTURES, Drawing, crops, examine, find, write_aside
+from evaluation.dpg.grids import PICTURES, Drawing, crops, examine, find
 from evaluation.dpg.judge import Judge
 from evaluation.dpg.rules import Item
+from evaluation.parts import write_aside, write_json
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
 
-def draw(world: World, pipeline: Pipeline, drawing: Drawing, made_of: dict[str, Any]) -> None:
-    """Draw what is missing, and put it together; the last drawing's speed comes into `speed.json`."""
+def draw(world: World, pipeline: Pipeline, drawing: Drawing, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
+    """Draw what is missing, and put it together; how fast the last job drew comes into `speed.json`."""
 
     def begin() -> tuple[list[tuple[Item, int]], list[Item]]:
-        drawing.begin(made_of)
+        drawing.begin(made_of, beside)
         return drawing.missing(), drawing.unfinished()
 
     missing, unfinished = world.from_main(begin)
@@ -47,9 +49,12 @@ def draw(world: World, pipeline: Pipeline, drawing: Drawing, made_of: dict[str, 
     if world.is_main:
         drawing.end()
         if missing:
-            speed = {"pictures": len(missing), "seconds": seconds, "pictures_per_s": len(missing) / seconds}
-            speed |= {"processes": world.size, "device": world.device.type}
-            write_aside(drawing.out / "speed.json", json.dumps(speed, indent=1).encode())
+            rate = {"pictures_per_s": len(missing) / seconds, "pictures": len(missing), "seconds": seconds}
+            write_json(drawing.out / "speed.json", {**rate, "devices": f"{world.size} × {_name(world.device)}"})
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def ask(world: World, judge: Judge, examined: Examined, out: Path) -> Answers:
             continue
         pictures = crops(examined.grids[item.id], examined.resolution, examined.pictures)
         answers = [[judge.answer(picture, it.text) for it in item.questions] for picture in pictures]
-        write_aside(path, json.dumps({"asked": asked, "answers": answers}, indent=1).encode())
+        write_json(path, {"asked": asked, "answers": answers})
     world.barrier()
 
     def read(item: Item) -> list[dict[int, str]]:
@@ -194,8 +199,8 @@ def sum_up(
         "drawn_with": drawn_with,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_aside(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results).encode())
-    write_aside(out / "summary.json", json.dumps(summary, indent=1).encode())
+    write_aside(out / "results.jsonl", [f"{json.dumps(result)}\n".encode() for result in results])
+    write_json(out / "summary.json", summary)
     return summary
 
 

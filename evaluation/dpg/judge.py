@@ -54,7 +54,8 @@ def load(name: str, device: torch.device) -> Judge:
         if kind is None:
             raise UserError(f"--judge {name} ({config.__name__}) is no model that answers questions about a picture")
         processor = AutoProcessor.from_pretrained(name)
-        model = kind.from_pretrained(name, dtype="auto").to(device).eval()
+        model: Any = kind.from_pretrained(name, dtype="auto")
+        model.to(device).eval()
     except (OSError, ImportError, ValueError) as error:
         if isinstance(error, UserError):
             raise

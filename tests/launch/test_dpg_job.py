@@ -89,10 +89,10 @@ def test_from_a_model_to_the_table(dpg: Dpg, model: Path, judge: Path, capsys: p
     assert (found["prompts"], found["pictures_per_prompt"], found["resolution"]) == (2, 4, 16)
     assert sum(found["answers"].values()) == 7 * 4
     drawn = found["drawn_with"]
-    assert (drawn["weights"], drawn["sampling"]["steps"], drawn["sampling"]["seed"]) == ("ema", 2, 0)
-    assert (drawn["speed"]["pictures"], drawn["speed"]["processes"]) == (8, 1)
+    assert (drawn["which"], drawn["sampling"]["steps"], drawn["sampling"]["seed"]) == ("ema", 2, 0)
+    assert (drawn["speed"]["pictures"], drawn["speed"]["devices"]) == (8, "1 × CPU")
     hashed = hashlib.blake2b((model / "ema.safetensors").read_bytes(), digest_size=16).hexdigest()
-    assert drawn["weights_blake2b"] == hashed
+    assert drawn["weights"] == hashed
     assert set(files(out / "grids")) == {"cat1.png", "dog2.png"}
     assert not (out / "tiles").exists()
     # The answers are those of the judge to each tile.
@@ -263,7 +263,7 @@ def test_a_resolution_that_cannot_be_drawn(dpg: Dpg, model: Path) -> None:
     out = dpg("--model", model, "--resolution", "24", "--sample-only", *FEW)
     assert Image.open(out / "grids" / "cat1.png").size == (48, 48)
     assert not (out / "summary.json").exists()
-    with pytest.raises(UserError, match=r"was begun with other settings \(resolution\): remove it or give another"):
+    with pytest.raises(UserError, match=r"holds grids drawn otherwise \(resolution\): give another"):
         dpg("--model", model, "--sample-only", *FEW)
 
 
@@ -276,5 +276,5 @@ def test_two_processes_make_the_same_files(dpg: Dpg, model: Path, judge: Path, c
         assert files(tmp_path / "both" / name) == files(alone / name)
     assert results(tmp_path / "both") == results(alone)
     one, two = summary(alone), summary(tmp_path / "both")
-    assert (one["drawn_with"].pop("speed")["processes"], two["drawn_with"].pop("speed")["processes"]) == (1, 2)
+    assert [it["drawn_with"].pop("speed")["devices"] for it in (one, two)] == ["1 × CPU", "2 × CPU"]
     assert one == two

@@ -31,7 +31,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def draw_all(drawing: Drawing, pipeline: Pipeline) -> dict[str, bytes]:
-    drawing.begin({})
+    drawing.begin({}, {})
     drawing.draw(pipeline, drawing.missing(), lambda count: None)
     drawing.assemble(drawing.unfinished())
     drawing.end()
@@ -62,7 +62,7 @@ def test_a_job_that_was_cut_short_goes_on_at_the_next_picture(
     tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes], before: int
 ) -> None:
     drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
-    drawing.begin({})
+    drawing.begin({}, {})
     drawing.draw(pipeline, drawing.missing()[:before], lambda count: None)
     drawing.assemble(ITEMS[: before // 4])
     missing = [(item.id, number) for item, number in drawing.missing()]
@@ -73,22 +73,22 @@ def test_a_job_that_was_cut_short_goes_on_at_the_next_picture(
 
 def test_a_half_written_picture_is_drawn_again(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
     drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
-    drawing.begin({})
-    (tmp_path / "cut" / "tiles" / "cat1_0.png.partial").write_bytes(grids["cat1.png"][:100])
+    drawing.begin({}, {})
+    (tmp_path / "cut" / "tiles" / "cat1_0.partial").write_bytes(grids["cat1.png"][:100])
     assert len(drawing.missing()) == 8
     assert draw_all(drawing, pipeline) == grids
 
 
 def test_grids_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
-    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"})
-    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"})
-    with pytest.raises(UserError, match=r"was begun with other settings \(resolution, weights\): remove it or give"):
-        Drawing(tmp_path, ITEMS, 24, SAMPLING).begin({"weights": "b"})
-    with pytest.raises(UserError, match=r"other settings \(sampling\)"):
-        Drawing(tmp_path, ITEMS, 16, SamplingConfig(steps=3)).begin({"weights": "a"})
+    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"}, {"model": "there"})
+    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"}, {"model": "there"})
+    with pytest.raises(UserError, match=r"holds grids drawn otherwise \(resolution, weights\): give another name"):
+        Drawing(tmp_path, ITEMS, 24, SAMPLING).begin({"weights": "b"}, {"model": "elsewhere"})
+    with pytest.raises(UserError, match=r"drawn otherwise \(sampling.seed, sampling.steps\)"):
+        Drawing(tmp_path, ITEMS, 16, SamplingConfig(steps=3)).begin({"weights": "a"}, {"model": "there"})
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out .*file cannot be made"):
-        Drawing(tmp_path / "file", ITEMS, 16, SAMPLING).begin({})
+    with pytest.raises(UserError, match="--out .*file cannot be written to"):
+        Drawing(tmp_path / "file", ITEMS, 16, SAMPLING).begin({}, {})
 
 
 def test_images_are_found_by_their_prompts(tmp_path: Path) -> None:
