@@ -1,0 +1,160 @@
+"""Pictures in DPG-Bench's layout: one image a prompt, named by its id, a 2 x 2 grid of four pictures.
+
+- They stand top left, top right, bottom left, bottom right; the resolution is the side of one in pixels.
+- A picture is a function of the weights, the sampler, the seed, the prompt and its number. Each is a file until its
+  grid is put together, so what a killed job has drawn is there for the next, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data.errors import UserError
+from evaluation.dpg.rules import Item
+from evaluation.parts import note_settings, write_aside
+from t2i.config_sampling import SamplingConfig
+from t2i.pipeline import Picture, Pipeline
+
+PICTURES = 4
+"""Of a prompt."""
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def boxes(resolution: int, pictures: int) -> list[tuple[int, int, int, int]]:
+    """Left, upper, right and lower edges in pixels of a grid's pictures."""
+    corners = [(column * resolution, row * resolution) for row in range(2) for column in range(2)]
+    return [(left, upper, left + resolution, upper + resolution) for left, upper in corners[:pictures]]
+
+
+def find(folder: Path) -> dict[str, Path]:
+    """A folder's images by the ids of their prompts: their names up to the first dot.
+
+    Raises:
+        UserError: there is no such folder, or two images are of one prompt.
+    """
+    found: dict[str, Path] = {}
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    for path in paths:
+        name = path.name.split(".")[0]
+        if name in found:
+            raise UserError(f"{folder} holds two images of one prompt, {found[name].name} and {path.name}: remove one")
+        found[name] = path
+    return found
+
+
+def examine(path: Path, resolution: int, pictures: int) -> str:
+    """The SHA-256 of an image's file.
+
+    Raises:
+        UserError: it cannot be read whole, or is no grid of pictures of this resolution (nor, if one is scored, one).
+    """
+    try:
+        content = path.read_bytes()
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read: {error}: draw it anew") from error
+    side = 2 * resolution
+    if image.size != (side, side) and not (pictures == 1 and image.size == (resolution, resolution)):
+        raise UserError(
+            f"{path} is {image.width} x {image.height} pixels: a grid of 2 x 2 pictures of --resolution {resolution} "
+            f"has {side} x {side}"
+        )
+    return hashlib.sha256(content).hexdigest()
+
+
+def crops(path: Path, resolution: int, pictures: int) -> list[Image.Image]:
+    """A grid's pictures."""
+    with Image.open(path) as image:
+        return [image.convert("RGB").crop(box) for box in boxes(resolution, pictures)]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Grids in the making.
+
+    Attributes:
+        out: the job's folder; the grids come into `grids/`, single pictures into `tiles/`.
+        items: the prompts.
+        resolution: side of a picture in pixels.
+        sampling: how they are drawn.
+    """
+
+    out: Path
+    items: Sequence[Item]
+    resolution: int
+    sampling: SamplingConfig
+
+    def grid(self, item: Item) -> Path:
+        """Where a prompt's grid is."""
+        return self.out / "grids" / f"{item.id}.png"
+
+    def tile(self, item: Item, number: int) -> Path:
+        """Where one of its pictures is until then."""
+        return self.out / "tiles" / f"{item.id}_{number}.png"
+
+    def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
+        """Make the folders, or see that the pictures that are there are of the same drawing.
+
+        Args:
+            made_of: what else the pictures depend on, in JSON's types.
+            beside: what else is worth knowing of them.
+
+        Raises:
+            UserError: they are not, or the folders cannot be made.
+        """
+        settings = {**made_of, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")}
+        try:
+            for name in ("grids", "tiles"):
+                (self.out / name).mkdir(parents=True, exist_ok=True)
+            differ = note_settings(self.out / "grids.json", settings, beside)
+        except OSError as error:
+            raise UserError(f"--out {self.out} cannot be written to: {error.strerror}") from error
+        if differ:
+            raise UserError(f"--out {self.out} holds grids drawn otherwise ({', '.join(differ)}): give another name")
+
+    def unfinished(self) -> list[Item]:
+        """Prompts without a grid."""
+        return [item for item in self.items if not self.grid(item).exists()]
+
+    def missing(self) -> list[tuple[Item, int]]:
+        """Pictures that have to be drawn: prompts and numbers."""
+        wanted = [(item, number) for item in self.unfinished() for number in range(PICTURES)]
+        return [(item, number) for item, number in wanted if not self.tile(item, number).exists()]
+
+    def draw(self, pipeline: Pipeline, mine: Sequence[tuple[Item, int]], drawn: Callable[[int], object]) -> None:
+        """Draw these pictures, and tell of each batch how many it was."""
+        pictures = [Picture(item.prompt, number) for item, number in mine]
+        names = iter(mine)
+        for batch in pipeline.draw_batches(pictures, self.sampling, (self.resolution, self.resolution)):
+            for image in batch:
+                _save(self.tile(*next(names)), image.permute(1, 2, 0).numpy())
+            drawn(len(batch))
+
+    def assemble(self, mine: Sequence[Item]) -> None:
+        """Put these prompts' grids together."""
+        for item in mine:
+            tiles = [np.asarray(Image.open(self.tile(item, number))) for number in range(PICTURES)]
+            _save(self.grid(item), np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])]))
+
+    def end(self) -> None:
+        """Remove the single pictures."""
+        shutil.rmtree(self.out / "tiles")
+
+
+def _save(path: Path, image: np.ndarray[Any, Any]) -> None:
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "png")
+    write_aside(path, [content.getvalue()])

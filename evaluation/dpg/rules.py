@@ -1,0 +1,199 @@
+"""DPG-Bench's rules: from the answers about a prompt's pictures to its score, and from all prompts to the table.
+
+- A question scores 1 if its answer is "yes", else 0, and 0 if any question that it depends on scores 0, so that zeros
+  run down whole chains: without a dog there is no collar, nor the collar's colour.
+- A picture's score is the mean over its questions, a prompt's the mean over its pictures, the total the mean over the
+  prompts, times 100. A category's is the mean over all its questions about all pictures, as they count in the total.
+
+`parity` counts as the official code does, whose numbers differ in four ways (one process of it is meant: several mix up
+their categories, since each goes through them in an order of its own that no seed holds; the total is not touched):
+
+- The first row of the questions is skipped (benchmark.py). Where another depends on it, its prompt falls out.
+- Categories are counted on the last picture alone and before anything is zeroed, not on the total's footing.
+- What fails falls out of the mean: it is neither 0 nor an error. We list it.
+- Questions are zeroed in the file's order, so that one that stands above its parent misses what zeroes the parent.
+
+Source: Hu et al., "ELLA: Equip Diffusion Models with LLM for Enhanced Semantic Alignment" (2024), and its
+dpg_bench/compute_dpg_bench.py; Cho et al., "Davidsonian Scene Graph" (2024), for the dependencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import UserError
+from data.randomness import key
+
+Result = dict[str, Any]
+"""One prompt's line of results.jsonl: id, prompt, score and images (0 to 1), and its questions, of each what is asked
+and, by picture, the answers and the scores before and after zeroing."""
+
+PROMPTS = 1065
+"""Of the benchmark."""
+MPLUG = "damo/mplug_visual-question-answering_coco_large_en"
+"""The benchmark's judge, by its name on ModelScope."""
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a picture.
+
+    Attributes:
+        number: within its prompt, from 1.
+        text: the question.
+        category: broad and detailed, such as "entity - whole".
+        parents: numbers of the questions that must be answered with yes for this one to count.
+    """
+
+    number: int
+    text: str
+    category: str
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and its questions, in the file's order."""
+
+    id: str
+    prompt: str
+    questions: tuple[Question, ...]
+
+
+def is_yes(answer: str) -> bool:
+    """Whether an answer is "yes", whatever its case, the space around it and a full stop behind it.
+
+    The official code takes "yes" alone. Its judge answers so; chat models write "Yes.", too.
+    """
+    return answer.strip().removesuffix(".").lower() == "yes"
+
+
+def is_no(answer: str) -> bool:
+    """Whether an answer is "no", in the same sense; what is neither counts as no, but tells of a judge out of place."""
+    return answer.strip().removesuffix(".").lower() == "no"
+
+
+def zeroing_order(item: Item, parity: bool = False) -> list[int]:
+    """The numbers of a prompt's questions, parents before children; in parity, as they stand.
+
+    Raises:
+        UserError: there are none, one depends on a question that is not there or, without parity, on itself.
+    """
+    known = [question.number for question in item.questions]
+    if not known:
+        raise UserError(f"{item.id} has no question")
+    for question in item.questions:
+        for parent in question.parents:
+            if parent not in known:
+                raise UserError(
+                    f"{item.id}: question {question.number} depends on question {parent}, which is not there"
+                )
+    if parity:
+        return known
+    try:
+        return list(TopologicalSorter({it.number: it.parents for it in item.questions}).static_order())
+    except CycleError as error:
+        round_trip = ", ".join(map(str, error.args[1]))
+        raise UserError(f"{item.id}: questions {round_trip} depend on each other in a circle") from error
+
+
+def zeroed(item: Item, scores: Mapping[int, int], parity: bool = False) -> dict[int, int]:
+    """A picture's scores by question, with those zeroed that depend on one at zero."""
+    parents = {question.number: question.parents for question in item.questions}
+    after = dict(scores)
+    for number in zeroing_order(item, parity):
+        if any(after[parent] == 0 for parent in parents[number]):
+            after[number] = 0
+    return after
+
+
+def score(item: Item, answers: Sequence[Mapping[int, str]], parity: bool = False) -> Result:
+    """A prompt's result.
+
+    Args:
+        answers: for each picture, the answer to each question by its number.
+
+    Raises:
+        UserError: see `zeroing_order`.
+    """
+    before = [{it.number: int(is_yes(answered[it.number])) for it in item.questions} for answered in answers]
+    after = [zeroed(item, scores, parity) for scores in before]
+    images = [sum(scores.values()) / len(scores) for scores in after]
+    questions = [
+        {
+            "proposition_id": it.number,
+            "dependency": list(it.parents),
+            "category": it.category,
+            "question": it.text,
+            "answers": [answered[it.number] for answered in answers],
+            "before": [scores[it.number] for scores in before],
+            "after": [scores[it.number] for scores in after],
+        }
+        for it in item.questions
+    ]
+    mean = sum(images) / len(images)
+    return {"id": item.id, "prompt": item.prompt, "score": mean, "images": images, "questions": questions}
+
+
+def _interval(resampled: NDArray[np.float64]) -> list[float]:
+    """Where the middle 95 % lie."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def summarise(results: Sequence[Result], parity: bool = False, seed: int = 0) -> dict[str, Any]:
+    """The table of all prompts, in percent, with 95 % intervals of the bootstrap over prompts.
+
+    Returns:
+        `total` and its `interval`; `prompts`; how many `answers` are `yes`, `no` and `other`; and for each category, in
+        `broad` and `detailed`, its `score`, `interval` and `questions`, the answers that were counted.
+    """
+    count = len(results)
+    drawn = np.random.default_rng(key(seed, "dpg", "bootstrap")).multinomial(count, [1 / count] * count, _RESAMPLES)
+    scores = np.array([result["score"] for result in results])
+    cells: dict[str, dict[str, NDArray[np.float64]]] = {"broad": {}, "detailed": {}}
+    for n, result in enumerate(results):
+        for question in result["questions"]:
+            counted = question["before"][-1:] if parity else question["after"]
+            category = question["category"]
+            for level, name in (("broad", category.split("-")[0].strip()), ("detailed", category)):
+                cells[level].setdefault(name, np.zeros((2, count)))[:, n] += (sum(counted), len(counted))
+
+    def cell(sums: NDArray[np.float64]) -> dict[str, Any]:
+        right, asked = sums @ drawn.T  # a resample may hold no prompt that asks for the category
+        interval = _interval(100 * right[asked > 0] / asked[asked > 0])
+        return {
+            "score": float(100 * sums[0].sum() / sums[1].sum()),
+            "interval": interval,
+            "questions": int(sums[1].sum()),
+        }
+
+    answers = [answer for result in results for question in result["questions"] for answer in question["answers"]]
+    told = {"yes": sum(map(is_yes, answers)), "no": sum(map(is_no, answers))}
+    return {
+        "total": float(100 * scores.mean()),
+        "interval": _interval(100 * (drawn @ scores) / count),
+        "prompts": count,
+        "answers": told | {"other": len(answers) - sum(told.values())},
+        **{level: {name: cell(sums) for name, sums in sorted(named.items())} for level, named in cells.items()},
+    }
+
+
+def title(judge_name: str, scored: int, prompts: int) -> str:
+    """What a score may be called: the benchmark's name is for its own judge on all of its prompts.
+
+    Args:
+        judge_name: who answered.
+        scored: prompts in the mean.
+        prompts: prompts of the user's copy.
+    """
+    official = judge_name == MPLUG and prompts == PROMPTS
+    name = "DPG-Bench" if official else f"DPG questions, judged by {judge_name}"
+    return name if scored == prompts == PROMPTS else f"{name}, {scored} of {prompts} prompts"

@@ -1,0 +1,125 @@
+"""Grids in the official layout: drawn, resumed at any picture, and looked over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_model import write_random_model
+
+from data.errors import UserError
+from evaluation.dpg.grids import Drawing, boxes, crops, examine, find
+from evaluation.dpg.rules import Item
+from t2i.config_sampling import SamplingConfig
+from t2i.pipeline import Picture, Pipeline
+
+ITEMS = [Item("cat1", "a red circle", ()), Item("dog2", "a blue star", ())]
+SAMPLING = SamplingConfig(steps=2, batch_size=3, seed=4)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = write_random_model(tmp_path_factory.mktemp("model") / "model")
+    return Pipeline.load(folder, "ema", torch.device("cpu"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def draw_all(drawing: Drawing, pipeline: Pipeline) -> dict[str, bytes]:
+    drawing.begin({}, {})
+    drawing.draw(pipeline, drawing.missing(), lambda count: None)
+    drawing.assemble(drawing.unfinished())
+    drawing.end()
+    return files(drawing.out / "grids")
+
+
+@pytest.fixture
+def grids(tmp_path: Path, pipeline: Pipeline) -> dict[str, bytes]:
+    return draw_all(Drawing(tmp_path / "whole", ITEMS, 16, SAMPLING), pipeline)
+
+
+def test_pictures_stand_in_the_official_order(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
+    assert list(grids) == ["cat1.png", "dog2.png"]
+    for item in ITEMS:
+        expected = pipeline.draw([Picture(item.prompt, n) for n in range(4)], SAMPLING).permute(0, 2, 3, 1).numpy()
+        image = np.asarray(Image.open(tmp_path / "whole" / "grids" / f"{item.id}.png"))
+        assert image.shape == (32, 32, 3)
+        tiles = [image[:16, :16], image[:16, 16:], image[16:, :16], image[16:, 16:]]
+        assert np.array_equal(np.stack(tiles), expected)
+        assert len({tile.tobytes() for tile in tiles}) == 4
+        cut = crops(tmp_path / "whole" / "grids" / f"{item.id}.png", 16, 4)
+        assert np.array_equal(np.stack([np.asarray(it) for it in cut]), expected)
+        assert len(crops(tmp_path / "whole" / "grids" / f"{item.id}.png", 16, 1)) == 1
+
+
+@pytest.mark.parametrize("before", range(8))
+def test_a_job_that_was_cut_short_goes_on_at_the_next_picture(
+    tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes], before: int
+) -> None:
+    drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
+    drawing.begin({}, {})
+    drawing.draw(pipeline, drawing.missing()[:before], lambda count: None)
+    drawing.assemble(ITEMS[: before // 4])
+    missing = [(item.id, number) for item, number in drawing.missing()]
+    assert missing == [(item.id, number) for item in ITEMS for number in range(4)][before:]
+    assert draw_all(drawing, pipeline) == grids
+    assert drawing.missing() == [] and not (tmp_path / "cut" / "tiles").exists()
+
+
+def test_a_half_written_picture_is_drawn_again(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
+    drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
+    drawing.begin({}, {})
+    (tmp_path / "cut" / "tiles" / "cat1_0.partial").write_bytes(grids["cat1.png"][:100])
+    assert len(drawing.missing()) == 8
+    assert draw_all(drawing, pipeline) == grids
+
+
+def test_grids_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"}, {"model": "there"})
+    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"}, {"model": "there"})
+    with pytest.raises(UserError, match=r"holds grids drawn otherwise \(resolution, weights\): give another name"):
+        Drawing(tmp_path, ITEMS, 24, SAMPLING).begin({"weights": "b"}, {"model": "elsewhere"})
+    with pytest.raises(UserError, match=r"drawn otherwise \(sampling.seed, sampling.steps\)"):
+        Drawing(tmp_path, ITEMS, 16, SamplingConfig(steps=3)).begin({"weights": "a"}, {"model": "there"})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*file cannot be written to"):
+        Drawing(tmp_path / "file", ITEMS, 16, SAMPLING).begin({}, {})
+
+
+def test_images_are_found_by_their_prompts(tmp_path: Path) -> None:
+    for name in ("cat1.png", "dog2.v2.jpg", "readme.txt"):
+        (tmp_path / name).touch()
+    assert {name: path.name for name, path in find(tmp_path).items()} == {"cat1": "cat1.png", "dog2": "dog2.v2.jpg"}
+    (tmp_path / "cat1.JPG").touch()
+    with pytest.raises(UserError, match="holds two images of one prompt, cat1.JPG and cat1.png: remove one"):
+        find(tmp_path)
+    with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
+        find(tmp_path / "nowhere")
+
+
+def test_an_image_that_is_no_grid(tmp_path: Path) -> None:
+    path = tmp_path / "cat1.png"
+    Image.new("RGB", (32, 32)).save(path)
+    assert len(examine(path, 16, 4)) == 64
+    with pytest.raises(UserError, match=r"cat1.png is 32 x 32 pixels: a grid .* of --resolution 32 has 64 x 64"):
+        examine(path, 32, 4)
+    assert len(examine(path, 32, 1)) == 64
+    with pytest.raises(UserError, match="cat1.png is 32 x 32 pixels"):
+        examine(path, 24, 1)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match="cat1.png cannot be read: .*: draw it anew"):
+        examine(path, 16, 4)
+    path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="cat1.png cannot be read: "):
+        examine(path, 16, 4)
+
+
+def test_boxes() -> None:
+    assert boxes(8, 4) == [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
+    assert boxes(8, 2) == boxes(8, 4)[:2]
