@@ -44,6 +44,8 @@ class Table:
     title: str
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+    words: bool = False
+    """Its cells are words, not numbers."""
 
 
 def measured(

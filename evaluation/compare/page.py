@@ -23,7 +23,7 @@ from t2i.train.report_charts import Chart, Line, Piece, draw
 from t2i.train.report_parts import absent, cards, figure, smooth_pieces, table, write_page
 from t2i.train.run_folder import Stage, read_grid
 
-_COLOURS = 8  # that the page has for curves
+_COLOURS = 7  # that the page has for curves
 _TILE_SIDE = 320  # pixels
 
 _CHARTS = [
@@ -96,7 +96,7 @@ def _tables(names: list[str], tables: list[Table]) -> str:
             for cell, has_changes in zip(row.cells, marked, strict=True):
                 cells += [cell.text, cell.change + " *" * cell.significant] if has_changes else [cell.text]
             rows.append(cells)
-        parts.append(f"<h3>{escape(it.title)}</h3>" + (table(head, rows) if rows else ""))
+        parts.append(f"<h3>{escape(it.title)}</h3>" + (table(head, rows, len(head) if it.words else 1) if rows else ""))
         parts += [f'<p class="lead">{escape(note)}</p>' for note in it.notes]
     return "".join(parts) or absent("There is nothing to compare yet.")
 

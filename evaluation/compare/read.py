@@ -35,11 +35,6 @@ class Scores:
     def overall(self) -> float | None:
         return self.summary.get("overall")
 
-    def task(self, name: str) -> dict[str, Any]:
-        """Score, interval, number of images; empty if it was not scored."""
-        found: dict[str, Any] = self.summary["tasks"].get(name, {})
-        return found
-
     @cached_property
     def results(self) -> list[dict[str, Any]] | None:
         """The lines of results.jsonl; None without it.

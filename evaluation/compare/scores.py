@@ -9,13 +9,16 @@ from typing import Any
 from evaluation.compare.cells import Row, Table, all_members, measured, told, union, worded
 from evaluation.compare.paired import CannotSay, Difference, Paired, over_seeds, paired_bootstrap
 from evaluation.compare.read import Column, Member, Scores
-from evaluation.compare.settings import differing, flatten
+from evaluation.compare.settings import Flat, differing, flatten
 from t2i.train.run_folder import Stage
 
 Pick = Callable[[Member], Scores | None]
 
-_NO_SCORE = ("kind", "stage", "step", "time")  # of a line of metrics
-_OUTCOMES = ("overall", "overall_interval", "tasks", "correct_images", "correct_prompts")  # of a summary
+_NO_SCORE = ("kind", "stage", "step", "time", "prompts", "images", "complete", "held_s")  # of a line of metrics
+_OUTCOMES = {"overall", "overall_interval", "tasks", "absent_tasks", "held_out", "correct_images", "correct_prompts"}
+_OUTCOMES |= {"prompts", "images", "images_sha256"}  # of a summary
+_JUDGE = ("detector", "thresholds")  # of a summary: what scores must share to be compared
+_OVERALL, _HELD_OUT = "overall", "held out"
 _SEEDS_NOTE = (
     "A paired interval speaks of these weights, over prompts; another seed of the same recipe may differ by more."
 )
@@ -25,7 +28,7 @@ _SEEDS_NOTE = (
 
 
 def score_tables(columns: Sequence[Column]) -> list[Table]:
-    """Each stage's newest scores in metrics.jsonl, and its best overall one."""
+    """Each stage's newest scores in metrics.jsonl that were not cut short, and its best overall one."""
     stages = union(member.stages for member in all_members(columns))
     found = [_score_table(columns, stage) for stage in stages]
     return [table for table in found if table is not None]
@@ -34,7 +37,7 @@ def score_tables(columns: Sequence[Column]) -> list[Table]:
 def _score_table(columns: Sequence[Column], name: str) -> Table | None:
     def newest(member: Member) -> dict[str, Any]:
         lines = member.stages[name].of("score") if name in member.stages else []
-        return lines[-1] if lines else {}
+        return next((line for line in reversed(lines) if line.get("complete", True)), {})
 
     def value(score: str) -> Callable[[Member], float | None]:
         return lambda it: newest(it).get(score)
@@ -64,61 +67,60 @@ def geneval_tables(columns: Sequence[Column]) -> list[Table]:
     if not scored:
         return []
     if all(len(scores) == 1 for scores in scored):
-        return [_geneval_table(columns, "GenEval", lambda it: next(iter(it.scores.values()), None))]
-    return [_geneval_table(columns, f"GenEval, {folder}", _of_folder(folder)) for folder in union(scored)]
+        return _of_geneval(columns, "GenEval", lambda it: next(iter(it.scores.values()), None))
+    return [table for it in union(scored) for table in _of_geneval(columns, f"GenEval, {it}", _of_folder(it))]
 
 
 def _of_folder(folder: str) -> Pick:
     return lambda it: it.scores.get(folder)
 
 
+def _of_geneval(columns: Sequence[Column], title: str, pick: Pick) -> list[Table]:
+    how = _how(columns, pick)
+    return [
+        _geneval_table(columns, title, pick),
+        *([Table(f"{title}: drawn and judged otherwise", how, words=True)] if how else []),
+    ]
+
+
 def _geneval_table(columns: Sequence[Column], title: str, pick: Pick) -> Table:
     found = [scores for member in all_members(columns) if (scores := pick(member)) is not None]
     tasks = union(scores.summary["tasks"] for scores in found)
-    rows = {"overall": _score_row(columns, "overall", pick, _overall)}
-    rows |= {task: _score_row(columns, "  " + task.replace("_", " "), pick, _task(task)) for task in tasks}
+    rows = {_OVERALL: _score_row(columns, _OVERALL, pick, _OVERALL)}
+    rows |= {task: _score_row(columns, "  " + task.replace("_", " "), pick, task) for task in tasks}
+    if any("held_out" in scores.summary for scores in found):
+        rows[_HELD_OUT] = _score_row(columns, _HELD_OUT, pick, _HELD_OUT)
     notes = []
     for number, column in enumerate(columns[1:], 1):
         paired, said = _judge(columns[0], column, pick)
         notes += said
-        differences = {"overall": paired.overall} | paired.tasks if paired else {}
+        differences = {_OVERALL: paired.overall} | paired.tasks if paired else {}
         for name in [name for name, it in differences.items() if it.significant and name in rows]:
-            row = rows[name]
-            row.cells[number] = replace(row.cells[number], significant=True)
+            rows[name].cells[number] = replace(rows[name].cells[number], significant=True)
     if any(cell.significant for row in rows.values() for cell in row.cells):
         notes.append("* the paired 95 % interval of the difference leaves out 0.")
     if any(set(scores.summary["tasks"]) != set(tasks) for scores in found):
         notes.append("The overall scores are means of different tasks: they cannot be compared.")
     images = measured("images", columns, lambda it: _images(pick(it)), ",.0f")
-    return Table(title, [*rows.values(), images, *_how(columns, pick)], notes)
+    return Table(title, [*rows.values(), images], union([notes]))
 
 
-def _overall(scores: Scores) -> tuple[float | None, list[float] | None]:
-    return scores.summary.get("overall"), scores.summary.get("overall_interval")
-
-
-def _task(name: str) -> Callable[[Scores], tuple[float | None, list[float] | None]]:
-    def get(scores: Scores) -> tuple[float | None, list[float] | None]:
-        task = scores.summary["tasks"].get(name, {})
-        return task.get("score"), task.get("interval")
-
-    return get
-
-
-def _score_row(
-    columns: Sequence[Column], label: str, pick: Pick, get: Callable[[Scores], tuple[float | None, list[float] | None]]
-) -> Row:
+def _score_row(columns: Sequence[Column], label: str, pick: Pick, name: str) -> Row:
     """A score, with its interval where the column is one run."""
 
-    def score(member: Member) -> float | None:
+    def entry(member: Member) -> dict[str, Any]:
         scores = pick(member)
-        return None if scores is None else get(scores)[0]
+        if scores is None:
+            return {}
+        if name not in (_OVERALL, _HELD_OUT):
+            return scores.summary["tasks"].get(name, {})
+        its = scores.summary if name == _OVERALL else scores.summary.get("held_out", {})
+        return {"score": its.get("overall"), "interval": its.get("overall_interval")}
 
-    row = measured(label, columns, score, ".3f", points=True)
+    row = measured(label, columns, lambda it: entry(it).get("score"), ".3f", points=True)
     for number, column in enumerate(columns):
-        scores = pick(column.members[0])
-        interval = get(scores)[1] if scores is not None and len(column.members) == 1 else None
-        if interval:
+        interval = entry(column.members[0]).get("interval")
+        if interval and len(column.members) == 1:
             cell = row.cells[number]
             row.cells[number] = replace(cell, text=f"{cell.text} [{interval[0]:.3f}, {interval[1]:.3f}]")
     return row
@@ -132,7 +134,7 @@ def _images(scores: Scores | None) -> float | None:
 def _how(columns: Sequence[Column], pick: Pick) -> list[Row]:
     """What else differs in the summaries: how the pictures were drawn and judged."""
 
-    def flat(member: Member) -> dict[str, Any]:
+    def flat(member: Member) -> Flat:
         scores = pick(member)
         return {} if scores is None else flatten({k: v for k, v in scores.summary.items() if k not in _OUTCOMES})
 
@@ -141,7 +143,7 @@ def _how(columns: Sequence[Column], pick: Pick) -> list[Row]:
     def setting(name: str) -> Callable[[Member], str | None]:
         return lambda it: worded(flat(it), name)
 
-    return [told(f"  {name}", columns, setting(name)) for name in differing(found)]
+    return [told(name, columns, setting(name)) for name in differing(found)]
 
 
 # --- what may be said of a difference ---
@@ -149,35 +151,34 @@ def _how(columns: Sequence[Column], pick: Pick) -> list[Row]:
 
 def _judge(first: Column, other: Column, pick: Pick) -> tuple[Paired | None, list[str]]:
     """The paired differences, if there are any, and sentences about them."""
-    if not any(pick(it) for it in first.members) or not any(pick(it) for it in other.members):
+    sides = [[scores for it in column.members if (scores := pick(it))] for column in (first, other)]
+    if not all(sides):
         return None, []
     name = f"{other.name} less {first.name}"
-    said, paired = [], None
     try:
-        paired = paired_bootstrap(_results(first, pick), _results(other, pick))
-        said.append(f"{name}: {_words(paired.overall)} (paired bootstrap over {paired.prompts} prompts)")
+        _same_judge([*sides[0], *sides[1]])
+        paired = paired_bootstrap(_results(sides[0]), _results(sides[1]))
     except CannotSay as reason:
-        said.append(f"{name}: whether the difference is more than chance over prompts cannot be said: {reason}")
-    scores = [
-        [s.overall for it in side.members if (s := pick(it)) and s.overall is not None] for side in (first, other)
-    ]
+        return None, [f"{name}: whether the difference is more than chance cannot be said: {reason}"]
+    said = [f"{name}: {_words(paired.overall)} (paired bootstrap over {paired.prompts} prompts)"]
+    overall = [[scores.overall for scores in side if scores.overall is not None] for side in sides]
     try:
-        runs = f"{len(scores[0])} and {len(scores[1])}"
-        said.append(f"{name}: {_words(over_seeds(*scores))} (Welch's t over {runs} training runs)")
+        runs = f"{len(overall[0])} and {len(overall[1])}"
+        return paired, [*said, f"{name}: {_words(over_seeds(*overall))} (Welch's t over {runs} training runs)"]
     except CannotSay:
-        said += [_SEEDS_NOTE] if paired else []
-    return paired, said
+        return paired, [*said, _SEEDS_NOTE]
 
 
-def _results(column: Column, pick: Pick) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    for member in column.members:
-        scores = pick(member)
-        if scores is None or scores.results is None:
-            where = member.path if scores is None else scores.folder
-            raise CannotSay(f"{where} has no results.jsonl")
-        lines += scores.results
-    return lines
+def _same_judge(scores: Sequence[Scores]) -> None:
+    judges = [flatten({key: it.summary.get(key) for key in _JUDGE}) for it in scores]
+    if names := differing(judges):
+        raise CannotSay(f"they were not judged alike ({', '.join(names)})")
+
+
+def _results(side: Sequence[Scores]) -> list[dict[str, Any]]:
+    if missing := [it.folder for it in side if it.results is None]:
+        raise CannotSay(f"{missing[0]} has no results.jsonl")
+    return [line for it in side for line in it.results or []]
 
 
 def _words(difference: Difference) -> str:

@@ -34,7 +34,7 @@ def settings_table(columns: Sequence[Column]) -> Table:
     runs = [member for member in all_members(columns) if member.config]
     title = "Settings that differ"
     if len(runs) < 2:
-        return Table(title, [], ["There are not two runs with a config here."])
+        return Table(title, [], ["There are not two runs with a config here."], words=True)
     rows = []
     stages = [[name for name in run.settings if name != SHARED] for run in runs]
     if any(names != stages[0] for names in stages):
@@ -49,7 +49,8 @@ def settings_table(columns: Sequence[Column]) -> Table:
             rows += [told(f"{stage}: {name}", columns, _setting(stage, name)) for stage in its]
     for name in differing([run.about for run in runs]):
         rows.append(told(f"environment: {name}", columns, _about(name)))
-    return Table(title, rows, [] if rows else ["None: the runs differ in neither settings nor code, machine and data."])
+    none = "None: the runs differ in neither settings nor code, machine and data."
+    return Table(title, rows, [] if rows else [none], words=True)
 
 
 def _setting(stage: str, name: str) -> Callable[[Member], str | None]:
@@ -88,13 +89,13 @@ def _stage_table(columns: Sequence[Column], name: str) -> Table:
         row("MFU, median", _of(lambda values: 100 * np.median(values), "train", "mfu"), ".1f", " %"),
         row("memory, peak", _of(np.max, "train", "memory_gib"), ".2f", " GiB"),
         row("skipped updates", lambda it: it.last.get("skipped_updates"), ",.0f"),
-        row("validation loss, first", _of(_first, "validation", "loss"), ".4g"),
-        row("validation loss, last", _of(_last, "validation", "loss"), ".4g"),
-        *(row(f"  t {_band(band)}", _of(_last, "validation", band), ".4g") for band in bands),
-        row("validation loss, best", _of(np.min, "validation", "loss"), ".4g"),
+        row("validation loss, first", _of(_first, "validation", "loss"), "#.4g"),
+        row("validation loss, last", _of(_last, "validation", "loss"), "#.4g"),
+        *(row(f"  t {_band(band)}", _of(_last, "validation", band), "#.4g") for band in bands),
+        row("validation loss, best", _of(np.min, "validation", "loss"), "#.4g"),
         words("  of step", _best_step),
-        row("training loss, end", _of(_at_the_end, "train", "loss"), ".4g"),
-        *(row(f"  {term.removeprefix('loss_')}", _of(_at_the_end, "train", term), ".4g") for term in terms),
+        row("training loss, end", _of(_at_the_end, "train", "loss"), "#.4g"),
+        *(row(f"  {term.removeprefix('loss_')}", _of(_at_the_end, "train", term), "#.4g") for term in terms),
     ]
     return Table(f"Stage {name}", rows)
 

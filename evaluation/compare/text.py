@@ -48,7 +48,11 @@ def _table(names: list[str], table: Table) -> str:
     for head, row, marks in zip(_labels(table), texts, changes, strict=True):
         line = head.ljust(label)
         for text, mark, width, wide in zip(row, marks, widths, wides, strict=True):
-            line += "  " + text.rjust(width) + ("  " + mark.rjust(wide) if wide else "")
+            line += (
+                "  "
+                + (text.ljust(width) if table.words else text.rjust(width))
+                + ("  " + mark.rjust(wide) if wide else "")
+            )
         lines.append(line.rstrip())
     rule = "-" * max(map(len, lines))
     notes = [textwrap.fill(note, _WIDTH, initial_indent="  ", subsequent_indent="    ") for note in table.notes]

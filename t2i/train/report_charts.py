@@ -32,8 +32,8 @@ class Chart:
     kind: str
     lines: dict[str, str] = field(default_factory=dict)  # legend: metric
     bands: str = ""  # a band of t follows it
-    over: Literal["steps", "hours"] = "steps"
     from_zero: bool = False  # else the axis fits the values, and is logarithmic where they span over 12 times
+    over: Literal["steps", "hours"] = "steps"
 
 
 @dataclass(frozen=True)

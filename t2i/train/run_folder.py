@@ -62,11 +62,12 @@ class Stage:
         return float(self._clock[-1])
 
     def series(self, kind: str, metric: str, over: Literal["steps", "hours"] = "steps") -> Piece | None:
-        """A metric over the steps or hours since the run's start, where it was finite; None if it never was."""
+        """A metric over the steps or hours since the run's start, where it was finite and complete; None if it never
+        was."""
         found = [
             (self.start + line["step"] if over == "steps" else (self.start_s + second) / 3600, line[metric])
             for line, second in zip(self.lines, self._clock, strict=True)
-            if line["kind"] == kind and line.get(metric) is not None
+            if line["kind"] == kind and line.get(metric) is not None and line.get("complete", True)
         ]
         if not found:
             return None
