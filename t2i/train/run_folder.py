@@ -26,6 +26,7 @@ class Stage:
     start_s: float  # and their seconds
     lines: list[dict[str, Any]]  # its metrics
     grids: list[tuple[int, Path]]  # step and picture
+    done: bool  # whether its model is there
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
@@ -42,7 +43,7 @@ class Stage:
 
     @property
     def progress(self) -> float:
-        return float(self.last["step"] / self.last["total_steps"])
+        return 1.0 if self.done else float(self.last["step"] / self.last["total_steps"])
 
     @property
     def images(self) -> int:
@@ -107,7 +108,8 @@ def read_stages(directory: Path) -> list[Stage]:
     start, start_s = 0, 0.0
     for name, own in lines.items():
         if any(line["kind"] == "train" for line in own):
-            stages.append(Stage(name, start, start_s, own, _grids(directory / name / "samples")))
+            folder = directory / name
+            stages.append(Stage(name, start, start_s, own, _grids(folder / "samples"), (folder / "model").exists()))
             start, start_s = start + stages[-1].end, start_s + stages[-1].seconds
     return stages
 
