@@ -7,14 +7,16 @@ dark theme. The legend is HTML, so it wraps on a phone.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-Piece = tuple[Array, Array]  # steps since the run's start, values: what one stage has of a curve
+Piece = tuple[Array, Array]  # steps or hours since the run's start, values: what one stage has of a curve
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 336, 24, 164  # the plot inside a view of 340 x 178
 _POINTS = 600  # points a curve keeps (the extremes of each bin, so no spike is lost)
@@ -33,6 +35,7 @@ class Chart:
     bands: str = ""  # a band of t follows it
     beside: tuple[str, ...] = ()
     from_zero: bool = False  # else the axis fits the values, and is logarithmic where they span over 12 times
+    over: Literal["steps", "hours"] = "steps"
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,26 @@ class Line:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where steps and values lie in the view. `bottom` and `top` are logarithms if `log`."""
+    """Where steps (or hours) and values lie in the view. `bottom` and `top` are logarithms if `log`."""
 
     right: float
     bottom: float
     top: float
     log: bool
 
-    def across(self, steps: Array | float) -> Array:
-        return np.asarray(_LEFT + steps / self.right * (_RIGHT - _LEFT))
+    def across(self, x: Array | float) -> Array:
+        return np.asarray(_LEFT + x / self.right * (_RIGHT - _LEFT))
 
     def up(self, values: Array | float) -> Array:
         share = ((np.log10(values) if self.log else values) - self.bottom) / (self.top - self.bottom)
         return np.asarray(_BOTTOM - share * (_BOTTOM - _TOP))
 
 
-def draw(chart: Chart, lines: list[Line], starts: dict[str, int], end: int) -> str:
-    """One chart of at least one line, over `end` steps; `starts` has the steps before each stage."""
+def draw(chart: Chart, lines: list[Line], starts: Mapping[str, float], end: float) -> str:
+    """One chart of at least one line, over `end` steps or hours; `starts` has those before each stage."""
     axes = _fit(lines, end, chart.from_zero)
     marks = _stages({stage: float(axes.across(start)) for stage, start in starts.items()})
-    parts = "".join([*marks, *_grid(axes), *(_curve(line, axes) for line in lines)])
+    parts = "".join([*marks, *_grid(axes, whole=chart.over == "steps"), *(_curve(line, axes) for line in lines)])
     svg = f'<svg viewBox="0 0 340 178" role="img" aria-label="{chart.title}">{parts}</svg>'
     latest = [(line.colour, escape(line.label), line.pieces[-1][1][-1]) for line in lines]
     keys = "".join(f'<span style="--c:var(--{c})">{label} <b>{last:.4g}</b></span>' for c, label, last in latest)
@@ -74,23 +77,24 @@ def draw(chart: Chart, lines: list[Line], starts: dict[str, int], end: int) -> s
     return f'<figure class="chart">{head}{svg}<figcaption>{chart.note}</figcaption></figure>'
 
 
-def _fit(lines: list[Line], end: int, from_zero: bool) -> _Axes:
+def _fit(lines: list[Line], end: float, from_zero: bool) -> _Axes:
     values = np.concatenate([y for line in lines for _, y in line.raw or line.pieces])
     low, high = float(min(0.0, values.min()) if from_zero else values.min()), float(values.max())
     log = low > 0 and high > 12 * low
     bottom, top = (math.log10(low), math.log10(high)) if log else (low, high)
     margin = 0.05 * (top - bottom) or 0.05 * abs(top) or 1.0
-    return _Axes(max(end, 1) * 1.01, bottom if from_zero else bottom - margin, top + margin, log)
+    return _Axes((end or 1) * 1.01, bottom if from_zero else bottom - margin, top + margin, log)
 
 
-def _grid(axes: _Axes) -> list[str]:
+def _grid(axes: _Axes, whole: bool) -> list[str]:
+    """Rules and ticks, those of the lower axis at `whole` numbers alone."""
     parts = []
     for tick in _log_ticks(10**axes.bottom, 10**axes.top) if axes.log else _ticks(axes.bottom, axes.top):
         y = axes.up(tick)
         parts.append(f'<path class="rule" d="M{_LEFT},{y:.1f}H{_RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{_tick(tick)}</text>')
     for tick in _ticks(0, axes.right):
-        if tick == int(tick):
+        if not whole or tick == int(tick):
             x = axes.across(tick)
             parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 11}" text-anchor="middle">{_tick(tick)}</text>')
     return parts

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i.train.report import _smooth, write_report
+from t2i.train.report import write_report
+from t2i.train.report_parts import smooth
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "path", "use", "rect"}
 
@@ -221,8 +222,8 @@ def test_a_pause_does_not_count_as_wall_time(tmp_path: Path) -> None:
 
 def test_smoothing_keeps_a_line_straight_inside_and_a_constant_everywhere() -> None:
     line = np.arange(50.0)
-    np.testing.assert_allclose(_smooth(line, 4)[8:-8], line[8:-8])
-    np.testing.assert_allclose(_smooth(np.full(7, 3.0), 4), 3.0)
+    np.testing.assert_allclose(smooth(line, 4)[8:-8], line[8:-8])
+    np.testing.assert_allclose(smooth(np.full(7, 3.0), 4), 3.0)
 
 
 @pytest.mark.parametrize("name", ["environment.json", "config.yaml"])

@@ -1,0 +1,47 @@
+"""Two or more runs side by side: what differs in their settings, what training cost and came to, and their scores.
+
+    python launch/compare.py runs/prove runs/prove_wider
+    python launch/compare.py runs/prove-0 runs/prove-1 runs/prove-2 runs/wider-0 runs/wider-1 runs/wider-2
+    python launch/compare.py runs/a runs/b --out compared           # and curves and pictures, in compared/compare.html
+
+Runs of the same code whose settings differ in the seed alone become one column: mean and standard deviation. A folder
+with a GenEval summary.json and no run is taken, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from evaluation.compare.page import check_columns, write_comparison
+from evaluation.compare.read import read_columns
+from evaluation.compare.tables import all_tables
+from evaluation.compare.text import as_text
+from launch.command import run
+
+
+def compare(runs: list[str], /, out: str | None = None, seeds: Literal["together", "apart"] = "together") -> None:
+    """Print runs side by side.
+
+    Args:
+        runs: Folders of runs, or of GenEval scores; the others are held against the first.
+        out: Folder for compare.html, a page with curves and pictures besides.
+        seeds: Whether runs that differ in nothing but the seed make one column.
+    """
+    columns = read_columns([Path(it) for it in runs], together=seeds == "together")
+    if out is not None:
+        check_columns(columns)
+    sections = all_tables(columns)
+    print(as_text(columns, sections))
+    if out is not None:
+        print(f"\nthe page is {write_comparison(Path(out), columns, sections)}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    return run((compare,), args, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What a run has left in its folder, read back for reports and comparisons; it may still go on, or have been killed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from t2i.train.observe import JsonLines
+from t2i.train.report_charts import Array, Piece
+
+_PAUSE_S = 3600.0  # a longer silence in metrics.jsonl is a run that was down, not a slow step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the run that has trained a step."""
+
+    name: str
+    start: int  # steps of all stages before it
+    start_s: float  # and their seconds
+    lines: list[dict[str, Any]]  # its metrics
+    grids: list[tuple[int, Path]]  # step and picture
+    done: bool  # whether its model is there
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line of training."""
+        return self.of("train")[-1]
+
+    @property
+    def end(self) -> int:
+        """Steps it has come to."""
+        return int(self.lines[-1]["step"])
+
+    @property
+    def progress(self) -> float:
+        return 1.0 if self.done else float(self.last["step"] / self.last["total_steps"])
+
+    @property
+    def images(self) -> int:
+        return int(self.last["step"] * self.last["batch_size"])
+
+    @cached_property
+    def _clock(self) -> Array:
+        """Seconds from the stage's start to each line: an estimate for the first, then the time between lines."""
+        first = self.lines[0]
+        gaps = np.diff([line["time"] for line in self.lines])
+        estimate = first["step"] * first.get("step_s", 0.0)
+        return np.cumsum([estimate, *np.where(gaps <= _PAUSE_S, gaps, 0.0)])
+
+    @property
+    def seconds(self) -> float:
+        """What it took so far, without pauses."""
+        return float(self._clock[-1])
+
+    def series(self, kind: str, metric: str, over: Literal["steps", "hours"] = "steps") -> Piece | None:
+        """A metric over the steps or hours since the run's start, where it was finite and complete; None if it never
+        was."""
+        found = [
+            (self.start + line["step"] if over == "steps" else (self.start_s + second) / 3600, line[metric])
+            for line, second in zip(self.lines, self._clock, strict=True)
+            if line["kind"] == kind and line.get(metric) is not None and line.get("complete", True)
+        ]
+        if not found:
+            return None
+        x, y = zip(*found, strict=True)
+        return np.array(x, float), np.array(y, float)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says. Stages are in the order in which they began."""
+
+    environment: dict[str, Any]
+    stages: list[Stage]
+    end: int  # steps of all stages
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        FileNotFoundError: it has no environment.json or no config.yaml.
+    """
+    for name in ("environment.json", "config.yaml"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}: a report needs the folder of a run that has begun")
+    stages = read_stages(directory)
+    end = stages[-1].start + stages[-1].end if stages else 0
+    return Run(json.loads((directory / "environment.json").read_text(encoding="utf-8")), stages, end)
+
+
+def read_stages(directory: Path) -> list[Stage]:
+    """The stages in a run's metrics.jsonl, in the order in which they began; none if it is not there."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in JsonLines(directory / "metrics.jsonl").lines():
+        lines.setdefault(line["stage"], []).append(line)
+    stages: list[Stage] = []
+    start, start_s = 0, 0.0
+    for name, own in lines.items():
+        if any(line["kind"] == "train" for line in own):
+            folder = directory / name
+            stages.append(Stage(name, start, start_s, own, _grids(folder / "samples"), (folder / "model").exists()))
+            start, start_s = start + stages[-1].end, start_s + stages[-1].seconds
+    return stages
+
+
+def _grids(folder: Path) -> list[tuple[int, Path]]:
+    """Step and picture of each grid that is whole: its description is written after it."""
+    described = [path.with_suffix(".png") for path in folder.glob("step_*.json")]
+    return sorted((int(path.stem.removeprefix("step_")), path) for path in described)
+
+
+def read_grid(path: Path) -> tuple[dict[str, Any], list[Image.Image]]:
+    """A grid's description and its pictures, as many as the description has prompts."""
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    grid = Image.open(path)
+    width, height = grid.width // about["columns"], grid.height // about["rows"]
+    places = [divmod(i, about["columns"]) for i in range(len(about["prompts"]))]
+    return about, [
+        grid.crop((column * width, row * height, (column + 1) * width, (row + 1) * height)) for row, column in places
+    ]
