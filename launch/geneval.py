@@ -33,6 +33,7 @@ from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
 from evaluation.geneval.self_check import self_check
 from evaluation.geneval.verdicts import Verdicts
 from evaluation.parts import write_aside
+from evaluation.proving.bounds import bounds
 from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -178,6 +179,8 @@ def _score(world: World, options: Namespace, detector: Detector) -> None:
     mine = missing[world.rank :: world.size]
     with tqdm(total=len(mine), disable=not world.is_main, unit="prompt", desc="judging") as bar:
         _together(world, lambda: verdicts.judge(mine, bar.update))
+    if options.detector == "shapes":
+        about["bounds"] = world.from_main(lambda: bounds(prompted, detector))
     summary = world.from_main(lambda: finish(options.out, verdicts.read(), detector, about))
     if world.is_main:
         print(table(summary))

@@ -64,7 +64,7 @@ def finish(
         judged: for each prompt its images.
         detector: who judged.
         about: what is known of the images: "prompts" (`kind`, `choice`, `file`, `md5`), "drawn" (what they were made
-            with).
+            with); of the proving ground "bounds", too.
     """
     images = [image for of_prompt in judged for image in of_prompt]
     sizes = sorted({(image.height, image.width) for image in images})
@@ -76,6 +76,7 @@ def finish(
         **summarise(results),
         # Of the proving ground: the same for captions that training never saw.
         **({"held_out": summarise(held_out)} if held_out else {}),
+        **({"bounds": about["bounds"]} if "bounds" in about else {}),
         "notes": notes_on(prompts["kind"], prompts["choice"], each),
         "images_per_prompt": each,
         "size": sizes[0] if len(sizes) == 1 else "several",
@@ -105,4 +106,6 @@ def table(summary: Mapping[str, Any]) -> str:
     lines = [f"{'':13}   score   95 % interval   prompts   images"]
     for name, (it, score, (low, high)) in rows.items():
         lines.append(f"{name:13}   {score:5.3f}  {low:5.3f} to {high:5.3f} {it['prompts']:9,} {it['images']:8,}")
-    return "\n".join([*lines, *summary["notes"]])
+    bounds = summary.get("bounds", {})
+    beside = [f"{name.replace('_', ' ')}: {score:.3f}" for name, score in bounds.items() if score is not None]
+    return "\n".join([*lines, *([", ".join(beside)] if beside else []), *summary["notes"]])

@@ -71,14 +71,18 @@ def _cards(summary: Mapping[str, Any]) -> str:
     if it := summary.get("held_out"):
         count = f"{it['prompts']:,} captions not trained on"
         cards.append(_card("held out", it["overall"], it["overall_interval"], count))
+    notes = {"drawn_scenes": "the best that can be had", "shuffled_prompts": "chance"}
+    for name, score in summary.get("bounds", {}).items():
+        if score is not None:
+            cards.append(_card(_words(name), score, None, notes[name]))
     return "".join(cards)
 
 
-def _card(label: str, score: float, interval: Sequence[float], note: str, kind: str = "") -> str:
-    low, high = (f"{100 * edge:.1f}" for edge in interval)
+def _card(label: str, score: float, interval: Sequence[float] | None, note: str, kind: str = "") -> str:
+    said = f"<small>95 %: {100 * interval[0]:.1f} to {100 * interval[1]:.1f}</small>" if interval else ""
     return (
         f'<div{kind}><span>{escape(label)}</span><b>{100 * score:.1f} %</b><meter value="{score:.4f}"></meter>'
-        f"<small>95 %: {low} to {high}</small><small>{escape(note)}</small></div>"
+        f"{said}<small>{escape(note)}</small></div>"
     )
 
 

@@ -1,0 +1,34 @@
+"""Bounds: a folder of the prompts' own scenes scores as they do, and by chance next to nothing."""
+
+import pytest
+
+from data.packing.shapes import draw
+from evaluation.geneval.folder import begin_folder, image_path, read_folder, write_image
+from evaluation.proving.bounds import bounds
+from evaluation.proving.detector import ShapeDetector
+from evaluation.proving.prompts import proving_prompts, proving_scenes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Every eighth prompt, each with a picture of the scene of the one before it."""
+    root = tmp_path_factory.mktemp("bounds")
+    chosen = [(it, of) for it, of in zip(proving_prompts(), proving_scenes(), strict=True) if of.task != "counting"]
+    chosen = chosen[::8]
+    begin_folder(root, [prompt for prompt, _ in chosen])
+    for number in range(len(chosen)):
+        write_image(image_path(root, number, 0), draw(chosen[number - 1][1], 32))
+    return read_folder(root)
+
+
+def test_the_bounds_are_of_the_scenes_and_of_the_images(folder):
+    found = bounds(folder, ShapeDetector())
+    # The images are wrong for their prompts, which is no matter to either bound.
+    assert found["drawn_scenes"] > 0.97
+    assert 0 < found["shuffled_prompts"] < 0.15
+
+
+def test_prompts_from_elsewhere_have_no_scenes(folder):
+    elsewhere = [type(it)(it.folder, {**it.metadata, "prompt": "a ring, perhaps"}, it.images) for it in folder]
+    found = bounds(elsewhere, ShapeDetector())
+    assert found["drawn_scenes"] is None and found["shuffled_prompts"] is not None
