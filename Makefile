@@ -4,6 +4,7 @@
 # make lint    ruff and mypy
 # make bench   what is measured rather than asserted, but for what takes long, which is:
 # make step    a training step with each of its economies off in turn, a quarter of an hour
+# make prove   trains a small model on drawn shapes and scores it: the yardstick for changes of recipe; SEEDS=3 for more
 # make soak    training killed at 25 moments and resumed: nothing lost, nothing different
 # make ablation  the paper's loss taken apart: four short runs, compared in .cache/ablation/table.md
 # make xxl     one optimizer step of the full-size model on a CPU with 24 GiB: its memory and seconds, by part
@@ -19,7 +20,9 @@ LONG := %/train_step.py %/kill_soak.py %/ablation.py %/xxl.py
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test test-s3 lint bench step soak ablation xxl clean
+SEEDS ?= 1
+
+.PHONY: setup demo prove test test-s3 lint bench step soak ablation xxl clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +36,17 @@ demo: setup
 	python launch/pack.py openmoji --out $(DATA)/openmoji --size 64
 	python launch/pack.py shapes --out $(DATA)/shapes --size 64 --count 20000
 	deepspeed --log_level error --num_gpus 2 launch/curriculum.py --config configs/demo.yaml
+
+# Runs prove, prove1, prove2, ... differ in their seed alone.
+prove: setup
+	python launch/pack.py shapes --out .cache/prove/shapes --size 32 --count 100000 --heldout 0.01 --heldout_captions 0.1
+	@runs=; for seed in $$(seq 0 $$(($(SEEDS) - 1))); do \
+		run=runs/prove$${seed#0}; runs="$$runs $$run"; \
+		deepspeed --log_level error --num_gpus 1 launch/stage1.py --config configs/prove.yaml \
+			--name $${run#runs/} --seed $$seed && \
+		deepspeed --log_level error --num_gpus 2 launch/geneval.py --detector shapes \
+			--model $$run/scenes/model --out $$run/geneval || exit 1; \
+	done; [ $(SEEDS) = 1 ] || python launch/compare.py $$runs
 
 test: setup
 	pytest
