@@ -36,11 +36,12 @@ def test_the_interval_is_that_of_resampled_prompts() -> None:
 
 
 def test_pairs_see_what_overlapping_intervals_hide() -> None:
-    """Every tenth prompt is gained and none lost, on prompts of which half are hopeless."""
+    """Five of 90 prompts are gained and none is lost."""
     hopeless = [[False] * 4] * 45 + [[True] * 4] * 45
     gained = [[True] * 4] * 5 + hopeless[5:]
     found = paired_bootstrap(results("colors", hopeless), results("colors", gained)).overall
     assert found.significant and found.interval[1] < 0.12
+    assert paired_bootstrap(results("colors", gained), results("colors", hopeless)).overall.significant  # a loss
     half_width = 1.96 * np.sqrt(0.25 / 90)  # of either score by itself
     assert 0.5 + half_width > 0.5 + found.value - half_width  # they overlap
 
