@@ -184,7 +184,20 @@ def test_a_name_is_looked_up_in_the_cache(
     assert build("some/detector", folders[1]).identity["weights"]["model"] == "some/detector"
 
 
-def test_what_is_missing_is_said_with_where_to_get_it(folders: tuple[str, str], tmp_path: Path) -> None:
+def test_a_file_name_is_looked_up_where_torch_keeps_checkpoints_and_its_hash_checked(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / OPENMMLAB).write_bytes(b"half of it")
+    with pytest.raises(UserError, match=r"checkpoints/mask2former_swin-s.*\.pth is damaged.*its name says 743b7d99"):
+        build(clip=folders[1])
+
+
+def test_what_is_missing_is_said_with_where_to_get_it(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     for weights in ("no/such-model", "/no/such/file.pth", OPENMMLAB):
         with pytest.raises(UserError) as caught:
             build(weights, folders[1])
