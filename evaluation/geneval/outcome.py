@@ -32,13 +32,14 @@ def kind_of(prompts: Sequence[Metadata]) -> str:
     return "reworded" if reworded else "other"
 
 
-def notes_on(kind: str, choice: str, each: int) -> list[str]:
+def notes_on(kind: str, choice: str, each: int, detector: Mapping[str, Any]) -> list[str]:
     """Sentences on why the scores are not GenEval's, as published ones are.
 
     Args:
         kind: of the file of prompts, as `kind_of` has it.
         choice: which of its prompts were scored, in words; empty: all.
         each: images a prompt.
+        detector: its identity.
     """
     notes = []
     if kind == "reworded":
@@ -51,6 +52,9 @@ def notes_on(kind: str, choice: str, each: int) -> list[str]:
         notes.append(f"A part of the prompts was scored: {choice}.")
     if each != EACH:
         notes.append(f"Images a prompt: {each}, where GenEval has {EACH}.")
+    others = [it["file"] for it in detector.values() if isinstance(it, Mapping) and it.get("pinned") is False]
+    if others:
+        notes.append(f"The detector's weights are not those of published scores: {', '.join(others)}.")
     return notes
 
 
@@ -77,7 +81,7 @@ def finish(
         # Of the proving ground: the same for captions that training never saw.
         **({"held_out": summarise(held_out)} if held_out else {}),
         **({"bounds": about["bounds"]} if "bounds" in about else {}),
-        "notes": notes_on(prompts["kind"], prompts["choice"], each),
+        "notes": notes_on(prompts["kind"], prompts["choice"], each, detector.identity),
         "images_per_prompt": each,
         "size": sizes[0] if len(sizes) == 1 else "several",
         "prompt_file": prompts,

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from random_model import write_random_model
 from tiny import run, start
+from tiny_geneval import save_clip, save_mask2former
 
 import launch.geneval
 from data.errors import UserError
@@ -147,6 +148,10 @@ def test_a_scored_folder_is_left_as_it_is(model: Path, scored: Path, job: Job, t
     kept |= {path: path.stat().st_mtime_ns for path in (out / "verdicts").iterdir()}
     job("--model", str(model), "--limit", "1", *FEW)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert summary(out)["drawn"]["speed"] == summary(scored)["drawn"]["speed"]
+    (out / "speed.json").unlink()
+    job("--model", str(model), "--limit", "1", *FEW)
+    assert summary(out)["drawn"]["speed"] is None
 
 
 def test_an_image_that_has_changed_is_judged_again(scored: Path, job: Job, tmp_path: Path) -> None:
@@ -218,6 +223,23 @@ def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -
         "The prompts are not GenEval's official 553: their scores compare with no published ones.",
         "A part of the prompts was scored: the first 1 of each task.",
         "Images a prompt: 2, where GenEval has 4.",
+    ]
+
+
+def test_genevals_own_prompts_by_genevals_own_detector(model: Path, job: Job, tmp_path: Path) -> None:
+    """Of tiny random weights."""
+    clip, weights = save_clip(tmp_path / "clip"), save_mask2former(tmp_path / "mask2former")
+    of_weights = ["--clip", str(clip), "--detector-weights", str(weights)]
+    few = ["--images-per-prompt", "1", "--sampling.steps", "1", "--limit", "1"]
+    out = job("--model", str(model), *few, *of_weights)
+    assert read(out / "prompts.jsonl") == [next(it for it in official() if it["tag"] == task) for task in TASKS]
+    found = summary(out)
+    assert found["detector"]["weights"]["pinned"] is False and found["prompt_file"]["kind"] == "official"
+    file = "model.safetensors"
+    assert found["notes"] == [
+        "A part of the prompts was scored: the first 1 of each task.",
+        "Images a prompt: 1, where GenEval has 4.",
+        f"The detector's weights are not those of published scores: {file}, {file}.",
     ]
 
 
