@@ -226,7 +226,7 @@ def test_rank_0_alone_takes_the_features_in_the_order_of_the_images(sets: Path) 
 
     Ranks(3).run(job)
     assert [rank for rank, _, _ in taken] == [0] * 5
-    assert sum((numbers for _, numbers, _ in taken), []) == list(range(40))
+    assert [number for _, numbers, _ in taken for number in numbers] == list(range(40))
     assert [count for _, _, count in taken] == [9, 9, 9, 9, 4]
 
 
