@@ -1,9 +1,10 @@
 """FID, sFID, Inception score, precision and recall, of features: the mathematics alone.
 
 - Means and covariances are of batches as they come, in fp64: no more than one batch of features is held for them.
-- The trace of the root in the Frechet distance is a sum of singular values, right to 14 digits where covariances are
-  singular, too. ADM and others take `scipy.linalg.sqrtm` of the product, which is not symmetric: right to 8 digits,
-  with imaginary parts to ignore. Eigenvalues of the product made symmetric are no better, being squares.
+- The trace of the root in the Frechet distance is a sum of singular values. ADM and others take `scipy.linalg.sqrtm` of
+  the product of the covariances, which is not symmetric: as exact where both are well conditioned, right to 8 digits
+  where they are nearly singular, with imaginary parts to ignore, and slower. Eigenvalues of the product made symmetric
+  are no better than that, being squares.
 - Precision and recall need all features of both sets, in fp32; their distances are made block by block. ADM makes them
   in fp16 where none overflows, so its values may differ in the third digit.
 """

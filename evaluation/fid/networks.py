@@ -3,7 +3,8 @@
 - `inception`: Inception of 2015-12-05, which all published FIDs are of, in torch-fidelity's port (the `eval` extra),
   whose resize to 299 px is TensorFlow 1's. Its weights are a file, known by its SHA-256: no other one is unpickled.
 - `efficientnet_lite0`: EfficientNet-Lite0 from the package registry (the `demo` extra). Real ImageNet features, so
-  that everything runs where Inception's weights cannot be had; nothing published compares with its distances.
+  that everything runs where Inception's weights cannot be had; nothing published compares with its distances. Its
+  spatial features are of a linear layer, so its sFID is large, and says nothing of fewer than thousands of images.
 
 Features of an image, fp32, of which each network has three:
 

@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fid(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fid:
-    """Run the job in the folder; what it prints. {name} stands for a network whose features are means."""
+    """Run the job in the folder; what it prints."""
 
     def run(*words: str) -> str:
         monkeypatch.chdir(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from evaluation.fid import measure as measuring
 from evaluation.fid import reference as references
 from evaluation.fid.estimators import Gaussian, InceptionScore, frechet_distance, precision_recall
 from evaluation.fid.images import open_images
-from evaluation.fid.measure import compare, groups_of, measure
+from evaluation.fid.measure import compare, for_features, groups_of, measure
 from evaluation.fid.networks import Features, Network, load
 from evaluation.fid.reference import kept_numbers, open_reference, write_reference
 from t2i.train.processes import World
@@ -212,6 +213,21 @@ class Ranks:
 def test_values_are_the_same_for_any_number_of_processes(sets: Path, size: int) -> None:
     expected = compared(sets)
     assert Ranks(size).run(lambda world: compared(sets, world=world)) == [expected] * size
+
+
+def test_rank_0_alone_takes_the_features_in_the_order_of_the_images(sets: Path) -> None:
+    samples, taken = open_images(sets / "samples.npz", None), list[tuple[int, list[int], int]]()
+
+    def job(world: World) -> None:
+        def take(numbers: Sequence[int], features: Features) -> None:
+            taken.append((world.rank, list(numbers), len(features.pooled)))
+
+        for_features(world, NETWORK, samples, 9, "samples", take)
+
+    Ranks(3).run(job)
+    assert [rank for rank, _, _ in taken] == [0] * 5
+    assert [number for _, numbers, _ in taken for number in numbers] == list(range(40))
+    assert [count for _, _, count in taken] == [9, 9, 9, 9, 4]
 
 
 def test_a_fault_of_one_rank_is_raised_on_all(sets: Path) -> None:
