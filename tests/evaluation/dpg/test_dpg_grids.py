@@ -84,7 +84,7 @@ def test_grids_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"}, {"model": "there"})
     with pytest.raises(UserError, match=r"holds grids drawn otherwise \(resolution, weights\): give another name"):
         Drawing(tmp_path, ITEMS, 24, SAMPLING).begin({"weights": "b"}, {"model": "elsewhere"})
-    with pytest.raises(UserError, match=r"drawn otherwise \(sampling.seed, sampling.steps\)"):
+    with pytest.raises(UserError, match=r"drawn otherwise \(sampling.batch_size, sampling.seed, sampling.steps\)"):
         Drawing(tmp_path, ITEMS, 16, SamplingConfig(steps=3)).begin({"weights": "a"}, {"model": "there"})
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out .*file cannot be written to"):
