@@ -75,6 +75,7 @@ def test_other_wordings_and_classes_are_read_and_have_another_digest(tmp_path: P
         ({**dog(), "include": []}, "include: .*at least 1 item"),
         ({**dog(), "exlude": []}, "exlude: Extra"),
         ({**dog(), "exclude": [{"class": "dog"}]}, r"exclude\.0\.count: Field required"),
+        (dog(**{"class": ""}), r"include\.1\.class: .*at least 1 character"),
         (dog(count=0), r"include\.1\.count: .*greater than or equal to 1"),
         (dog(count=True), r"include\.1\.count: .*valid integer"),
         (dog(count="1"), r"include\.1\.count: .*valid integer"),

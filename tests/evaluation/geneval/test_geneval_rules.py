@@ -60,6 +60,12 @@ def test_thresholds_are_the_detector_s() -> None:
     assert judge(asking(item("dog")), BLANK, detector).correct
     detector.thresholds = Thresholds(score=0.5)
     assert not judge(asking(item("dog")), BLANK, detector).correct
+    # Squares of 10 px whose centres are 4 px apart: 0.1 of their extents is half of that, and too much.
+    left = asking(item("cat"), item("dog", position=["left of", 0]))
+    detector = FakeDetector([square("dog", 20, 20), square("cat", 24, 20)])
+    assert not judge(left, BLANK, detector).correct
+    detector.thresholds = Thresholds(position=0.09)
+    assert judge(left, BLANK, detector).correct
 
 
 def test_a_verdict_tells_of_all_that_counts_whatever_was_asked_for() -> None:
