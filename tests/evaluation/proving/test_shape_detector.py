@@ -56,6 +56,12 @@ def test_drawn_scenes_are_read_exactly(size, count, blur, noise):
     assert np.mean(right) >= 0.99
 
 
+def test_soft_edges_are_forgiven():
+    rng = np.random.default_rng(0)
+    scenes = [scene(1, HELDOUT_START + index) for index in range(300)]
+    assert np.mean([read_exactly(it, disturbed(draw(it, 32), rng, 0.7, 0), 32) for it in scenes]) > 0.96
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_is_most_like_itself_by_far(shape, monkeypatch):
     images = [of_objects(Object(shape, "blue", (0.5, 0.48), side, 0)) for side in (0.28, 0.32, 0.36, 0.5)]
@@ -109,6 +115,15 @@ def test_a_circle_of_two_colours_is_none():
     blue = of_objects(Object("circle", "blue", (0.5, 0.5), 0.4, 0))
     image[:, 16:] = blue[:, 16:]
     assert len(DETECTOR.detect(image)) == 2 and not accepted(image)
+
+
+def test_pixels_of_other_colours_count_against_an_object():
+    """Black ones lie far on the way from the ground to red, but beside it."""
+    image = of_objects(Object("circle", "red", (0.5, 0.5), 0.45, 0))
+    peppered = image.copy()
+    peppered[10:22:2, 10:22:2] = PALETTE["black"]
+    before, after = (DETECTOR.detect(it)[0].score for it in (image, peppered))
+    assert before > 0.95 and after < before - 0.07
 
 
 def test_a_ring_whose_hole_has_a_colour_is_no_circle():
