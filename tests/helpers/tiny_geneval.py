@@ -39,7 +39,10 @@ def save_clip(folder: Path, activation: str = "quick_gelu") -> Path:
     tokenizer = CLIPTokenizer({token: n for n, token in enumerate(vocabulary)}, [])
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    common = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    common = {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "initializer_factor": 10.0,  # else all sentences are alike
+    }  # fmt: skip
     text = {
         "vocab_size": len(vocabulary), "max_position_embeddings": 77, "hidden_act": activation,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
