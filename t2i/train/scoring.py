@@ -263,15 +263,18 @@ def read_best(folder: Path, scores: Scores) -> float | None:
 
 def _try_to_replace(folder: Path, score: Score, write: Callable[[Path], None]) -> str | None:
     """Write a model and its score aside and rename; why that was not possible, if it was not."""
-    aside = folder.with_name(f".{folder.name}.new")
+    room = folder.with_name(f".{folder.name}.new")
+    aside = room / folder.name  # what is torn lies in the room too, also where `write` itself writes aside
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # of a start that was killed
+        shutil.rmtree(room, ignore_errors=True)  # of a start that was killed
+        room.mkdir(parents=True)
         write(aside)
         write_durably(aside / BEST, json.dumps({"step": score.step, **score.values}))
         commit(aside, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         return str(error)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)  # a full disk should not stay full
     return None
 
 
