@@ -218,6 +218,19 @@ def test_a_score_by_another_judge_is_no_comparison(tmp_path: Path) -> None:
     ]
 
 
+def test_the_same_weights_in_another_place_are_the_same_judge(tmp_path: Path) -> None:
+    lines = gained("colors", 40, 10)
+
+    def noted(name: str, sha256: str) -> str:
+        detector = {"colors": {"model": f"/{name}/clip", "file": f"{name}.bin", "sha256": sha256}}
+        path = write_scores(tmp_path / name, lines, detector=detector)
+        return scores(first, path)[0].notes[0]
+
+    first = write_scores(tmp_path / "a", lines, detector={"colors": {"model": "b", "file": "b", "sha256": "c0ffee"}})
+    assert "not significant (paired bootstrap over 40 prompts)" in noted("here", "c0ffee")
+    assert noted("there", "bead").endswith("they were not judged alike (detector.colors.sha256)")
+
+
 def test_without_results_nothing_is_said_of_chance(tmp_path: Path) -> None:
     a, b = (write_scores(tmp_path / name, gained("colors", 40, 10)) for name in "ab")
     (b / "results.jsonl").unlink()
