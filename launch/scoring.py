@@ -7,7 +7,7 @@ import torch
 from evaluation.geneval.detectors import Name, build_detector, prompts_for
 from evaluation.geneval.during_training import GenEvalScorer
 from t2i.config_scoring import ScoringConfig
-from t2i.train.scoring import Scorer
+from t2i.train.scorers import Scorer
 
 
 def build_scorer(config: ScoringConfig, device: torch.device) -> Scorer:

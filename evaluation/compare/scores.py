@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from evaluation.compare.cells import Row, Table, all_members, measured, told, union, worded
-from evaluation.compare.paired import CannotSay, Difference, Paired, over_seeds, paired_bootstrap
+from evaluation.compare.paired import CannotSay, Difference, over_seeds, paired_bootstrap
 from evaluation.compare.read import Column, Member, Scores
 from evaluation.compare.settings import Flat, differing, flatten
 from t2i.train.run_folder import Stage
@@ -18,9 +19,14 @@ _NO_SCORE = ("kind", "stage", "step", "time", "prompts", "images", "complete", "
 _OUTCOMES = {"overall", "overall_interval", "tasks", "absent_tasks", "held_out", "correct_images", "correct_prompts"}
 _OUTCOMES |= {"prompts", "images", "images_sha256"}  # of a summary
 _JUDGE = ("detector", "thresholds")  # of a summary: what scores must share to be compared
+_PLACES = ("model", "file")  # and of that, where weights were found: their hash tells which they are
 _OVERALL, _HELD_OUT = "overall", "held out"
 _SEEDS_NOTE = (
     "A paired interval speaks of these weights, over prompts; another seed of the same recipe may differ by more."
+)
+_STAR_NOTE = (
+    "* the 95 % interval of the difference leaves out 0, that of Welch's t where both have several runs and else the "
+    "paired one: by chance alone, one row in 20 does."
 )
 
 
@@ -92,13 +98,12 @@ def _geneval_table(columns: Sequence[Column], title: str, pick: Pick) -> Table:
         rows[_HELD_OUT] = _score_row(columns, _HELD_OUT, pick, _HELD_OUT)
     notes = []
     for number, column in enumerate(columns[1:], 1):
-        paired, said = _judge(columns[0], column, pick)
+        differences, said = _judge(columns[0], column, pick)
         notes += said
-        differences = {_OVERALL: paired.overall} | paired.tasks if paired else {}
         for name in [name for name, it in differences.items() if it.significant and name in rows]:
             rows[name].cells[number] = replace(rows[name].cells[number], significant=True)
     if any(cell.significant for row in rows.values() for cell in row.cells):
-        notes.append("* the paired 95 % interval of the difference leaves out 0.")
+        notes.append(_STAR_NOTE)
     if any(set(scores.summary["tasks"]) != set(tasks) for scores in found):
         notes.append("The overall scores are means of different tasks: they cannot be compared.")
     images = measured("images", columns, lambda it: _images(pick(it)), ",.0f")
@@ -149,29 +154,40 @@ def _how(columns: Sequence[Column], pick: Pick) -> list[Row]:
 # --- what may be said of a difference ---
 
 
-def _judge(first: Column, other: Column, pick: Pick) -> tuple[Paired | None, list[str]]:
-    """The paired differences, if there are any, and sentences about them."""
+def _judge(first: Column, other: Column, pick: Pick) -> tuple[dict[str, Difference], list[str]]:
+    """The differences of the overall and the tasks' scores, as far as something can be said of them, and sentences.
+
+    Of several runs each they are those over runs: seeds differ by more than the paired interval of their pooled images.
+    """
     sides = [[scores for it in column.members if (scores := pick(it))] for column in (first, other)]
     if not all(sides):
-        return None, []
+        return {}, []
     name = f"{other.name} less {first.name}"
     try:
         _same_judge([*sides[0], *sides[1]])
         paired = paired_bootstrap(_results(sides[0]), _results(sides[1]))
     except CannotSay as reason:
-        return None, [f"{name}: whether the difference is more than chance cannot be said: {reason}"]
+        return {}, [f"{name}: whether the difference is more than chance cannot be said: {reason}"]
     said = [f"{name}: {_words(paired.overall)} (paired bootstrap over {paired.prompts} prompts)"]
-    overall = [[scores.overall for scores in side if scores.overall is not None] for side in sides]
-    try:
-        runs = f"{len(overall[0])} and {len(overall[1])}"
-        return paired, [*said, f"{name}: {_words(over_seeds(*overall))} (Welch's t over {runs} training runs)"]
-    except CannotSay:
-        return paired, [*said, _SEEDS_NOTE]
+    over_runs = {}
+    for row in (_OVERALL, *paired.tasks):
+        with suppress(CannotSay):
+            over_runs[row] = over_seeds(*(_values(side, row) for side in sides))
+    if _OVERALL not in over_runs:
+        return {_OVERALL: paired.overall} | paired.tasks, [*said, _SEEDS_NOTE]
+    runs = " and ".join(str(len(_values(side, _OVERALL))) for side in sides)
+    return over_runs, [*said, f"{name}: {_words(over_runs[_OVERALL])} (Welch's t over {runs} training runs)"]
+
+
+def _values(side: Sequence[Scores], row: str) -> list[float]:
+    """A score of each run that has it."""
+    found = [it.overall if row == _OVERALL else it.summary["tasks"].get(row, {}).get("score") for it in side]
+    return [value for value in found if value is not None]
 
 
 def _same_judge(scores: Sequence[Scores]) -> None:
     judges = [flatten({key: it.summary.get(key) for key in _JUDGE}) for it in scores]
-    if names := differing(judges):
+    if names := [name for name in differing(judges) if name.rpartition(".")[2] not in _PLACES]:
         raise CannotSay(f"they were not judged alike ({', '.join(names)})")
 
 

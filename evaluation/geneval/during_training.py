@@ -1,4 +1,4 @@
-"""GenEval as a scorer of training (t2i/train/scoring.py): its rules over a detector, without files and intervals."""
+"""GenEval as a scorer of training (t2i/train/scorers.py): its rules over a detector, without files and intervals."""
 
 from __future__ import annotations
 

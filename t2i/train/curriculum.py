@@ -34,7 +34,7 @@ from t2i.train.places import StagePlace, stage_places
 from t2i.train.preflight import check_start
 from t2i.train.processes import LOCK, RunLock, World
 from t2i.train.report import write_report
-from t2i.train.scoring import BuildScorer, Scorer, build_scorers
+from t2i.train.scorers import BuildScorer, Scorer, build_scorers
 from t2i.train.stage_data import Opened, StageData, open_data
 from t2i.train.trainer import Back, StageTrainer
 from t2i.train.watch import Watch, tell

@@ -22,50 +22,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from data.errors import UserError
-from t2i.config import RunConfig
-from t2i.config_scoring import ScoringConfig
 from t2i.engine.checkpoint.format import commit, write_durably
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.outcome import Departed
 from t2i.train.places import StagePlace
 from t2i.train.processes import World
+from t2i.train.scorers import OVERALL, Scorer
 
-OVERALL = "overall"
-"""The one of a scorer's numbers that decisions go by; higher is better."""
 BEST = "best.json"
 """In the best model's folder: step and score."""
 
 Scores = Sequence[tuple[int, float | None]]
 """Step and overall score of each time that a stage was scored, in order; None: cut short."""
-
-
-class Scorer(Protocol):
-    """Judges pictures of its prompts; the same on every rank."""
-
-    @property
-    def prompts(self) -> Sequence[str]:
-        """What to draw."""
-
-    @property
-    def tasks(self) -> Sequence[str]:
-        """The task of each prompt."""
-
-    def judge(self, index: int, image: Tensor) -> Any:
-        """What there is to say, in JSON's types, of a picture of prompt `index`, uint8 (3, H, W) on the host."""
-
-    def summary(self, results: Sequence[Any]) -> dict[str, float]:
-        """Scores by name, "overall" and the tasks', of what `judge` said of some of the pictures, at least one."""
-
-
-BuildScorer = Callable[[ScoringConfig, torch.device], Scorer]
-"""Makes a stage's scorer, from its settings and the device to work on."""
 
 
 # Pure rules
@@ -263,47 +235,16 @@ def read_best(folder: Path, scores: Scores) -> float | None:
 
 def _try_to_replace(folder: Path, score: Score, write: Callable[[Path], None]) -> str | None:
     """Write a model and its score aside and rename; why that was not possible, if it was not."""
-    aside = folder.with_name(f".{folder.name}.new")
+    room = folder.with_name(f".{folder.name}.new")
+    aside = room / folder.name  # what is torn lies in the room too, also where `write` itself writes aside
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # of a start that was killed
+        shutil.rmtree(room, ignore_errors=True)  # of a start that was killed
+        room.mkdir(parents=True)
         write(aside)
         write_durably(aside / BEST, json.dumps({"step": score.step, **score.values}))
         commit(aside, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         return str(error)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)  # a full disk should not stay full
     return None
-
-
-# A run's scorers
-
-
-def build_scorers(settings: dict[int, RunConfig], build: BuildScorer, world: World) -> dict[int, Scorer]:
-    """The scorers of those stages that are scored; stages with the same one share it. A collective.
-
-    Args:
-        settings: of each stage, by its number.
-        build: makes one.
-
-    Raises:
-        UserError: on every rank alike, what the first rank that cannot have its scorer met.
-    """
-    made: dict[tuple[str, str | None, str | None], Scorer] = {}
-    scorers: dict[int, Scorer] = {}
-    fault: UserError | None = None
-    try:
-        for index, config in settings.items():
-            asked = config.scoring
-            if not asked.every:
-                continue
-            kind = (asked.scorer, asked.detector_weights, asked.clip)
-            if kind not in made:
-                made[kind] = build(asked, world.device)
-            scorer = scorers[index] = made[kind]
-            if asked.prompts > len(scorer.prompts):
-                raise UserError(f"scoring.prompts {asked.prompts} are asked for, and it has {len(scorer.prompts)}")
-    except UserError as error:
-        fault = UserError(f"scoring.scorer {asked.scorer}: {error}")
-    if (first := next((it for it in world.gather(fault) if it is not None), None)) is not None:
-        raise first
-    return scorers

@@ -32,7 +32,8 @@ from t2i.train.places import StagePlace
 from t2i.train.processes import World
 from t2i.train.profiling import Profiler
 from t2i.train.saving import Saver, build_mirror
-from t2i.train.scoring import Scorer, Scoring
+from t2i.train.scorers import Scorer
+from t2i.train.scoring import Scoring
 from t2i.train.stage_data import StageData
 from t2i.train.start import restore
 from t2i.train.step import Trained, TrainingStep

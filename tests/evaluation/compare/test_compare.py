@@ -218,6 +218,19 @@ def test_a_score_by_another_judge_is_no_comparison(tmp_path: Path) -> None:
     ]
 
 
+def test_the_same_weights_in_another_place_are_the_same_judge(tmp_path: Path) -> None:
+    lines = gained("colors", 40, 10)
+
+    def noted(name: str, sha256: str) -> str:
+        detector = {"colors": {"model": f"/{name}/clip", "file": f"{name}.bin", "sha256": sha256}}
+        path = write_scores(tmp_path / name, lines, detector=detector)
+        return scores(first, path)[0].notes[0]
+
+    first = write_scores(tmp_path / "a", lines, detector={"colors": {"model": "b", "file": "b", "sha256": "c0ffee"}})
+    assert "not significant (paired bootstrap over 40 prompts)" in noted("here", "c0ffee")
+    assert noted("there", "bead").endswith("they were not judged alike (detector.colors.sha256)")
+
+
 def test_without_results_nothing_is_said_of_chance(tmp_path: Path) -> None:
     a, b = (write_scores(tmp_path / name, gained("colors", 40, 10)) for name in "ab")
     (b / "results.jsonl").unlink()
@@ -226,17 +239,30 @@ def test_without_results_nothing_is_said_of_chance(tmp_path: Path) -> None:
     assert rows(table)["overall"] == ["0.250 [0.210, 0.290]", "0.250 [0.210, 0.290]"]
 
 
-def test_seeds_of_two_recipes(tmp_path: Path) -> None:
+def seeds_of(tmp_path: Path, rights: dict[float, tuple[int, int, int]]) -> list[Path]:
+    """Three runs of each recipe, with as many of 40 prompts right."""
     runs = []
-    for lr, gain in ((0.1, 0), (0.2, 8)):
-        for seed in range(3):
+    for lr, counts in rights.items():
+        for seed, right in enumerate(counts):
             runs.append(write_run(tmp_path / f"{lr}-{seed}", [], seed=seed, optimizer={"lr": lr}))
-            write_scores(runs[-1] / "geneval", gained("colors", 40, 10 + seed + gain))
-    (table,) = scores(*runs)
+            write_scores(runs[-1] / "geneval", gained("colors", 40, right))
+    return runs
+
+
+def test_seeds_of_two_recipes(tmp_path: Path) -> None:
+    (table,) = scores(*seeds_of(tmp_path, {0.1: (10, 11, 12), 0.2: (18, 19, 20)}))
     assert rows(table)["overall"] == ["0.275 ± 0.025", "0.475 ± 0.025 +0.200 *"]
+    assert rows(table)["colors"] == rows(table)["overall"]
     assert "significant (paired bootstrap over 40 prompts)" in table.notes[0]
     # t is 2.7764 at 4 degrees of freedom, the difference's deviation 0.025 * sqrt(2 / 3): 0.2 less and more 0.0567
     assert "overall +0.200 [+0.143, +0.257], significant (Welch's t over 3 and 3 training runs)" in table.notes[1]
+
+
+def test_what_seeds_differ_by_is_no_difference_of_recipes(tmp_path: Path) -> None:
+    """Every model gains many prompts or none: images of many prompts say much of each, and three runs little."""
+    (table,) = scores(*seeds_of(tmp_path, {0.1: (10, 10, 11), 0.2: (10, 11, 30)}))
+    assert ", significant (paired" in table.notes[0] and ", not significant (Welch" in table.notes[1]
+    assert [rows(table)[name][1] for name in ("overall", "colors")] == ["0.425 ± 0.282 +0.167"] * 2
 
 
 def test_several_folders_of_scores_go_by_their_names(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from t2i.train import scoring
 from t2i.train.outcome import Departed
 from t2i.train.places import StagePlace
 from t2i.train.processes import World
-from t2i.train.scoring import Score, Scores, Scoring, build_scorers, promotes, read_best, spread
+from t2i.train.scorers import build_scorers
+from t2i.train.scoring import Score, Scores, Scoring, promotes, read_best, spread
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -182,12 +183,20 @@ def test_a_departure_ends_it_and_nothing_is_noted(tmp_path: Path) -> None:
     assert it.scores == [(200, 0.5)] and it.pending(300)
 
 
+@dataclass(frozen=True)
 class Echo(World):
-    """A rank of several that hears of itself alone, and counts how often."""
+    """A rank of several that hears of itself alone, or from the third round on of another, too."""
+
+    theirs: tuple[int, int] = (0, 0)
+    heard: list[list[int]] = field(default_factory=list)
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
-        self.heard.append(list(numbers))  # type: ignore[attr-defined]
-        return [int(number) for number in numbers]
+        self.heard.append([int(number) for number in numbers])
+        theirs = self.theirs if len(self.heard) > 2 else (0, 0)
+        return [own + other for own, other in zip(self.heard[-1], theirs, strict=True)]
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item, "asked over there"]
 
     def from_main(self, make: Any) -> Any:
         return make()
@@ -199,10 +208,9 @@ def test_ranks_share_the_pictures_and_agree_equally_often(tmp_path: Path, batch_
     shares, agreements = [], set()
     for rank in range(3):
         world = Echo(rank, 3, CPU)
-        object.__setattr__(world, "heard", [])
         results, done = scoring_of(tmp_path, Drawing(config), (), world)._rounds(0.0, stay)
         shares.append([place for place, _ in results])
-        agreements.add(len(world.heard))  # type: ignore[attr-defined]
+        agreements.add(len(world.heard))
         assert done == 20
     assert sorted(place for share in shares for place in share) == list(range(20))
     assert agreements == {-(-20 // (3 * batch_size))}
@@ -211,6 +219,16 @@ def test_ranks_share_the_pictures_and_agree_equally_often(tmp_path: Path, batch_
         done = sorted(place for share in shares for place in share[: rounds * batch_size])
         assert done == list(range(3 * batch_size * rounds))
     assert all(second > first for share in shares for first, second in pairwise(share))
+
+
+def test_what_one_rank_says_all_of_them_heed(tmp_path: Path) -> None:
+    config = config_of(batch_size=2, minutes=1e6)
+    world = Echo(0, 2, CPU, theirs=(1, 0))
+    results, done = scoring_of(tmp_path, Drawing(config), (), world)._rounds(0.0, stay)
+    assert [place for place, _ in results] == [0, 1, 4, 5] and done == 8
+    assert world.heard == [[0, 0]] * 3  # this rank is in time
+    with pytest.raises(Departed, match="asked over there"):
+        scoring_of(tmp_path, Drawing(config), (), Echo(0, 2, CPU, theirs=(0, 1)))._rounds(0.0, stay)
 
 
 # The best model
@@ -261,7 +279,7 @@ def test_a_disk_that_does_not_take_the_best_model_keeps_the_one_before(tmp_path:
     it.keep(score_of(100, 0.3), lambda folder: write(folder, "100"))
 
     def fail(folder: Path) -> None:
-        write(folder, "torn")
+        write(folder.with_name(f".{folder.name}"), "torn")  # a model is written aside, too
         raise OSError("No space left on device")
 
     assert "cannot be kept: No space left" in it.keep(score_of(200, 0.4), fail)
