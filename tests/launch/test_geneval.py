@@ -24,6 +24,7 @@ from data.errors import UserError
 from data.packing.shapes import draw
 from evaluation.geneval.folder import begin_folder, image_path, write_image
 from evaluation.geneval.prompts import TASKS, official, read, to_lines
+from evaluation.proving.detector import ACCEPTED
 from evaluation.proving.prompts import proving_prompts, proving_scenes
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.processes import World
@@ -207,7 +208,7 @@ def test_results_have_genevals_fields(drawn: Path, job: Job) -> None:
         counts = {item["class"]: item["count"] for item in prompts[number]["include"]}
         assert {label: len(boxes) for label, boxes in details.items()} == counts
         for x0, y0, x1, y1, score in (box for boxes in details.values() for box in boxes):
-            assert 0 <= x0 < x1 <= 48 and 0 <= y0 < y1 <= 48 and 0.85 < score <= 1
+            assert 0 <= x0 < x1 <= 48 and 0 <= y0 < y1 <= 48 and ACCEPTED < score <= 1
 
 
 def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -> None:
@@ -217,7 +218,7 @@ def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -
     assert made["sampling"]["seed"] == 0 and made["sampling"]["steps"] == 2
     assert made["speed"]["images"] == 12 and made["speed"]["images_per_s"] > 0
     assert found["size"] == [16, 16] and found["images_per_prompt"] == 2
-    assert found["detector"]["name"] == "shapes" and found["thresholds"]["score"] == 0.85
+    assert found["detector"]["name"] == "shapes" and found["thresholds"]["score"] == ACCEPTED
     assert len(found["prompt_file"]["md5"]) == 32 and found["prompt_file"]["file"] == "proving ground"
     assert found["notes"] == [
         "The prompts are not GenEval's official 553: their scores compare with no published ones.",
