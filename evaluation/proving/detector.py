@@ -62,6 +62,7 @@ class ShapeDetector:
 
     def __init__(self) -> None:
         self.thresholds = Thresholds(score=ACCEPTED, counting=ACCEPTED)
+        self.classes = SHAPES
 
     @property
     def identity(self) -> dict[str, Any]:
