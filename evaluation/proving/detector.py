@@ -72,9 +72,13 @@ class ShapeDetector:
             "accepted": ACCEPTED,
             "area": [_SMALLEST, _LARGEST],
             "faintest": _FAINTEST,
+            "least_ground": _LEAST_GROUND,
             "blur": _BLUR,
             "soft": list(_SOFT),
             "steps": _STEPS,
+            "most_moves": _MOST_MOVES,
+            "refined": _REFINED,
+            "off_color": _OFF_COLOR,
         }
 
     def detect(self, image: Image) -> list[Detection]:
