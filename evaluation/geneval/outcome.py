@@ -28,7 +28,10 @@ def kind_of(prompts: Sequence[Metadata]) -> str:
         return "official"
     if len(prompts) != OFFICIAL:
         return "other"
-    reworded = [{**it, "prompt": ""} for it in prompts] == [{**it, "prompt": ""} for it in official()]
+    theirs = official()
+    if list(prompts) == theirs:  # with fields in another order
+        return "official"
+    reworded = [{**it, "prompt": ""} for it in prompts] == [{**it, "prompt": ""} for it in theirs]
     return "reworded" if reworded else "other"
 
 

@@ -142,6 +142,7 @@ def test_scores_stand_first(page: Page) -> None:
 def test_prompts_that_are_not_the_official_ones_are_said() -> None:
     prompts = official()
     assert kind_of(prompts) == "official" and notes_on("official", "", 4, {"name": "a"}) == []
+    assert kind_of([dict(sorted(it.items())) for it in prompts]) == "official"
     assert kind_of([{**it, "prompt": f"{it['prompt']}, in detail"} for it in prompts]) == "reworded"
     assert kind_of([*prompts[1:], prompts[0]]) == kind_of(prompts[:-1]) == "other"
     changed = [{**prompts[0], "include": [{"class": "cat", "count": 2}]}, *prompts[1:]]
