@@ -55,6 +55,9 @@ def _options() -> Namespace:
     for name in ("size", "batch_size"):
         if options[name] is not None and options[name] < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {options[name]}: must be at least 1")
+    sets = [path for path in (options.images, options.reference) if path is not None]
+    if options.size is not None and all(path.suffix == ".npz" for path in sets):
+        raise ConfigError(f"--size {options.size} is of folders, and an .npz is taken as it is: leave it out")
     if options.make_reference is not None:
         if options.out is not None:
             raise ConfigError("--out does nothing with --make-reference: leave it out")

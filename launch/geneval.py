@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.errors import UserError
 from evaluation.adm_npz import made_of
 from evaluation.geneval.detection import Detector
-from evaluation.geneval.detectors import Name, build_detector, prompts_for
+from evaluation.geneval.detectors import Name, build_detector, check_classes, prompts_for
 from evaluation.geneval.folder import Prompted, read_folder
 from evaluation.geneval.job import Samples, choose, compare, complete_grids, drawn_images
 from evaluation.geneval.outcome import EACH, finish, kind_of, table
@@ -85,7 +85,7 @@ def geneval() -> None:
             print(self_check(detector))
             return
         if options.images is None and not options.score_only:
-            _draw(world, options)
+            _draw(world, options, detector)
         _score(world, options, detector)
 
 
@@ -129,9 +129,13 @@ def _refuse(options: Namespace, name: str, why: str) -> None:
         raise ConfigError(f"{_option(name)} {why}")
 
 
-def _draw(world: World, options: Namespace) -> None:
+def _draw(world: World, options: Namespace, detector: Detector | None = None) -> None:
+    """Draw what is missing; a detector that is to judge it is asked first whether it can."""
     prompts = read(options.prompts) if options.prompts else prompts_for(options.detector)
     kept, choice = choose(prompts, options.tasks or (), options.limit)
+    chosen = [prompts[number] for number in kept]
+    if detector is not None:
+        check_classes(chosen, detector)
     file = options.prompts or ("proving ground" if options.detector == "shapes" else "GenEval")
     beside = {"model": str(options.model), "file": str(file), "kind": kind_of(prompts), "choice": choice}
     pipeline = Pipeline.load(options.model, options.weights, world.device)
@@ -139,7 +143,7 @@ def _draw(world: World, options: Namespace) -> None:
         raise ConfigError(f"--model {options.model} draws from classes: GenEval needs one that draws from captions")
     settings = sampling_of(pipeline.config, options.sampling)
     size, each = size_of(pipeline.config, options.size), options.images_per_prompt or EACH
-    samples = Samples(options.out, [prompts[number] for number in kept], each, size, settings)
+    samples = Samples(options.out, chosen, each, size, settings)
     about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
     missing = world.from_main(lambda: samples.begin(about, beside))
     # Neighbours, since they share prompts.
@@ -174,8 +178,11 @@ def _to_score(options: Namespace) -> tuple[list[Prompted], dict[str, Any]]:
 
 def _score(world: World, options: Namespace, detector: Detector) -> None:
     prompted, about = world.from_main(lambda: _to_score(options))
+    check_classes([it.metadata for it in prompted], detector)
     verdicts = Verdicts(options.out, prompted, detector)
     missing = world.from_main(verdicts.begin)
+    if world.is_main:
+        (options.out / "summary.json").unlink(missing_ok=True)  # of what was there before, and this job may be killed
     mine = missing[world.rank :: world.size]
     with tqdm(total=len(mine), disable=not world.is_main, unit="prompt", desc="judging") as bar:
         _together(world, lambda: verdicts.judge(mine, bar.update))

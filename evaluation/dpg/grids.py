@@ -116,10 +116,13 @@ class Drawing:
             UserError: they are not, or the folders cannot be made.
         """
         settings = {**made_of, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")}
+        note = self.out / "grids.json"
+        if not note.exists() and any(any(self.out.glob(f"{name}/*")) for name in ("grids", "tiles")):
+            raise UserError(f"--out {self.out} holds pictures that this job has not begun: give another name")
         try:
             for name in ("grids", "tiles"):
                 (self.out / name).mkdir(parents=True, exist_ok=True)
-            differ = note_settings(self.out / "grids.json", settings, beside)
+            differ = note_settings(note, settings, beside)
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be written to: {error.strerror}") from error
         if differ:

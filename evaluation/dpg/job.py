@@ -187,7 +187,7 @@ def sum_up(
     results = [rules.score(item, answers[item.id], parity) for item in examined.items]
     table = rules.summarise(results, parity)
     summary = {
-        "name": rules.title(judge["name"], table["prompts"], len(benchmark.items)),
+        "name": rules.title(judge["name"], table["prompts"], len(benchmark.items), benchmark.prompts_sha256),
         **table,
         "pictures_per_prompt": examined.pictures,
         "resolution": examined.resolution,

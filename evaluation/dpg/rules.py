@@ -34,8 +34,8 @@ Result = dict[str, Any]
 """One prompt's line of results.jsonl: id, prompt, score and images (0 to 1), and its questions, of each what is asked
 and, by picture, the answers and the scores before and after zeroing."""
 
-PROMPTS = 1065
-"""Of the benchmark."""
+PROMPTS_SHA256 = "e1e089ca304591daec49055baff1eecc7fdbff932fa4a818a51bf4bb6543e980"
+"""Of the benchmark's 1065 prompts as published, as `benchmark.Benchmark` has it."""
 MPLUG = "damo/mplug_visual-question-answering_coco_large_en"
 """The benchmark's judge, by its name on ModelScope."""
 _RESAMPLES = 2000
@@ -186,14 +186,17 @@ def summarise(results: Sequence[Result], parity: bool = False, seed: int = 0) ->
     }
 
 
-def title(judge_name: str, scored: int, prompts: int) -> str:
-    """What a score may be called: the benchmark's name is for its own judge on all of its prompts.
+def title(judge_name: str, scored: int, prompts: int, prompts_sha256: str) -> str:
+    """What a score may be called: the benchmark's name is for its own judge on all of its own prompts.
 
     Args:
         judge_name: who answered.
         scored: prompts in the mean.
         prompts: prompts of the user's copy.
+        prompts_sha256: of that.
     """
-    official = judge_name == MPLUG and prompts == PROMPTS
-    name = "DPG-Bench" if official else f"DPG questions, judged by {judge_name}"
-    return name if scored == prompts == PROMPTS else f"{name}, {scored} of {prompts} prompts"
+    published = prompts_sha256 == PROMPTS_SHA256
+    name = f"DPG questions{'' if published else ' about other prompts'}, judged by {judge_name}"
+    if published and judge_name == MPLUG:
+        name = "DPG-Bench"
+    return name if published and scored == prompts else f"{name}, {scored} of {prompts} prompts"

@@ -4,7 +4,7 @@
   classifier); the object's colour is that which its picture is most alike to.
 - An object's picture is the image with #999999 wherever it is not, cut to its box, and prepared as OpenAI's CLIP does:
   short side to 224 pixels by Pillow's antialiased bicubic filter, the centre 224 x 224 of that.
-- fp32; GenEval ran the image side in half precision.
+- fp32; GenEval ran both sides in half precision, by autocast.
 
 Source: Ghosh et al. 2023, evaluation/evaluate_images.py.
 """

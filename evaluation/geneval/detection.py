@@ -48,6 +48,8 @@ class Detector(Protocol):
     """Finds objects and names colours."""
 
     thresholds: Thresholds
+    classes: tuple[str, ...]
+    """All that it can find, by the names that prompts have for it."""
 
     @property
     def identity(self) -> dict[str, Any]:

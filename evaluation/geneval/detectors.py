@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
+from data.errors import UserError
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.prompts import Metadata, official
 
@@ -32,6 +34,22 @@ def build_detector(name: Name, weights: str | None, clip: str | None, device: to
 
     given = {"weights": weights, "clip": clip}
     return mask2former.build(**{name: value for name, value in given.items() if value}, device=device)
+
+
+def check_classes(prompts: Sequence[Metadata], detector: Detector) -> None:
+    """See that a detector can find what prompts ask for: what it does not know, every model would score 0 at.
+
+    Raises:
+        UserError: there is a class that it does not know; the first is named.
+    """
+    for it in prompts:
+        for item in (*it["include"], *it.get("exclude", ())):
+            if item["class"] not in detector.classes:
+                raise UserError(
+                    f"the prompt {it['prompt']!r} asks for the class {item['class']!r}, which the detector "
+                    f"{detector.identity['name']} cannot find: choose another --detector, or name it as one of "
+                    f"{', '.join(detector.classes[:3])} ... {detector.classes[-1]}"
+                )
 
 
 def prompts_for(name: Name) -> list[Metadata]:

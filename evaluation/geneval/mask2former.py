@@ -124,6 +124,7 @@ class Mask2FormerDetector:
         device: torch.device | str = "cpu",
     ) -> None:
         self.thresholds = Thresholds()
+        self.classes: tuple[str, ...] = CLASSES
         self._network = network.eval().requires_grad_(False).to(device)
         self._weights, self._clip, self._device = weights, clip, torch.device(device)
 

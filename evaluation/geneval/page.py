@@ -44,6 +44,7 @@ def write_page(path: Path, name: str, summary: Mapping[str, Any], judged: Sequen
     tasks = {"all": "all tasks"} | {task: _words(task) for task in summary["tasks"]}
     verdicts = {"all": "right and wrong", "right": "right", "wrong": "wrong"}
     page = Template(template).substitute(
+        title=escape(summary["name"]),
         name=escape(name),
         cards=_cards(summary),
         notes="".join(f"<aside>{escape(note)}</aside>" for note in summary["notes"]),
@@ -69,7 +70,7 @@ def _cards(summary: Mapping[str, Any]) -> str:
             count = f"{it['prompts']:,} prompts, {it['images']:,} images"
             cards.append(_card(_words(task), it["score"], it["interval"], count))
     if it := summary.get("held_out"):
-        count = f"{it['prompts']:,} captions not trained on"
+        count = f"{it['prompts']:,} held-out captions"
         cards.append(_card("held out", it["overall"], it["overall_interval"], count))
     notes = {"drawn_scenes": "the best that can be had", "shuffled_prompts": "chance"}
     for name, score in summary.get("bounds", {}).items():
@@ -134,7 +135,7 @@ def _box(label: str, box: Sequence[float], wanted: Sequence[str], scale: float) 
     )
 
 
-_SCORES = ("overall", "overall_interval", "tasks", "absent_tasks", "notes", "held_out")
+_SCORES = ("name", "overall", "overall_interval", "tasks", "absent_tasks", "notes", "held_out")
 
 
 def _settings(summary: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ class _Seen:
     """A detector's answers on one image, so that many prompts can be judged by it for the price of one."""
 
     def __init__(self, detector: Detector, image: Image) -> None:
-        self.thresholds, self.identity = detector.thresholds, detector.identity
+        self.thresholds, self.classes, self.identity = detector.thresholds, detector.classes, detector.identity
         self._objects = detector.detect(image)
         colors = detector.colors(image, self._objects)
         self._color_of = {id(it): color for it, color in zip(self._objects, colors, strict=True)}

@@ -62,6 +62,7 @@ class ShapeDetector:
 
     def __init__(self) -> None:
         self.thresholds = Thresholds(score=ACCEPTED, counting=ACCEPTED)
+        self.classes = SHAPES
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,9 +72,13 @@ class ShapeDetector:
             "accepted": ACCEPTED,
             "area": [_SMALLEST, _LARGEST],
             "faintest": _FAINTEST,
+            "least_ground": _LEAST_GROUND,
             "blur": _BLUR,
             "soft": list(_SOFT),
             "steps": _STEPS,
+            "most_moves": _MOST_MOVES,
+            "refined": _REFINED,
+            "off_color": _OFF_COLOR,
         }
 
     def detect(self, image: Image) -> list[Detection]:

@@ -84,7 +84,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_from_a_model_to_the_table(dpg: Dpg, model: Path, judge: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = dpg("--model", model, "--judge", judge, *FEW)
     found = summary(out)
-    assert found["name"] == f"DPG questions, judged by {judge}, 2 of 2 prompts"
+    assert found["name"] == f"DPG questions about other prompts, judged by {judge}, 2 of 2 prompts"
     assert found["name"] in capsys.readouterr().out
     assert (found["prompts"], found["pictures_per_prompt"], found["resolution"]) == (2, 4, 16)
     assert sum(found["answers"].values()) == 7 * 4
@@ -132,7 +132,7 @@ def test_answers_from_elsewhere_worked_by_hand(dpg: Dpg, others: list[str | Path
     dpg(*others, "--write-questions", tmp_path / "q.jsonl")
     answers = answered(tmp_path / "q.jsonl", tmp_path / "a.jsonl", NOES, MPLUG)
     found = summary(dpg(*others, "--answers", answers))
-    assert found["name"] == f"DPG questions, judged by {MPLUG}, 2 of 2 prompts"
+    assert found["name"] == f"DPG questions about other prompts, judged by {MPLUG}, 2 of 2 prompts"
     # cat1: picture 0 loses 1, 2, 3 (1/4 left), picture 3 loses 2, 3 (2/4): (1/4 + 1 + 1 + 1/2) / 4.
     # dog2: picture 1 loses 3 and 2 (1/3 left), picture 3 loses 1 and 2 (1/3): (1 + 1/3 + 1 + 1/3) / 4.
     cat, dog = results(tmp_path / "out")
@@ -152,7 +152,7 @@ def test_in_parity_the_first_prompt_falls_out_and_categories_are_the_last_pictur
     dpg(*others, "--parity", "--write-questions", tmp_path / "q.jsonl")
     answers = answered(tmp_path / "q.jsonl", tmp_path / "a.jsonl", NOES)
     found = summary(dpg(*others, "--parity", "--answers", answers))
-    assert found["name"] == "DPG questions, judged by someone, 1 of 2 prompts"
+    assert found["name"] == "DPG questions about other prompts, judged by someone, 1 of 2 prompts"
     assert found["dropped"] == {"cat1": "cat1: question 2 depends on question 1, which is not there"}
     assert found["total"] == pytest.approx(100 * 2 / 3)
     # Before zeroing, the last picture says no to question 1 alone.
@@ -271,7 +271,7 @@ def test_two_processes_make_the_same_files(dpg: Dpg, model: Path, judge: Path, c
     alone = dpg("--model", model, "--judge", judge, *FEW)
     words = ["--model", model, "--judge", judge, "--benchmark", copy, "--out", tmp_path / "both", *FEW]
     told = run("torchrun", "dpg.py", *map(str, words), ranks=2)
-    assert "DPG questions, judged by" in told
+    assert "DPG questions about other prompts, judged by" in told
     for name in ("grids", "answers"):
         assert files(tmp_path / "both" / name) == files(alone / name)
     assert results(tmp_path / "both") == results(alone)

@@ -123,6 +123,8 @@ def test_what_is_left_out_says_why(fid: Fid, folder: Path, simple: None) -> None
         ("samples --make-reference r.npz --out s.json", "--out does nothing with --make-reference"),
         ("samples --reference real.npz --out real.npz", "real.npz is there already"),
         ("samples --reference real.npz --size 0", "--size 0: must be at least 1"),
+        ("samples.npz --reference real.npz --size 8", "--size 8 is of folders, and an .npz is taken as it is"),
+        ("real.npz --make-reference r.npz --size 8", "--size 8 is of folders"),
         ("samples --reference real.npz --batch-size -1", "--batch-size -1: must be at least 1"),
         ("none --reference real.npz", r"none: must be a folder of images or an \.npz with arr_0"),
         ("samples --reference none.npz", r"none.npz: must be a folder of images or an \.npz with arr_0"),

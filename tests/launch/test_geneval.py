@@ -24,6 +24,7 @@ from data.errors import UserError
 from data.packing.shapes import draw
 from evaluation.geneval.folder import begin_folder, image_path, write_image
 from evaluation.geneval.prompts import TASKS, official, read, to_lines
+from evaluation.proving.detector import ACCEPTED
 from evaluation.proving.prompts import proving_prompts, proving_scenes
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.processes import World
@@ -207,7 +208,7 @@ def test_results_have_genevals_fields(drawn: Path, job: Job) -> None:
         counts = {item["class"]: item["count"] for item in prompts[number]["include"]}
         assert {label: len(boxes) for label, boxes in details.items()} == counts
         for x0, y0, x1, y1, score in (box for boxes in details.values() for box in boxes):
-            assert 0 <= x0 < x1 <= 48 and 0 <= y0 < y1 <= 48 and 0.85 < score <= 1
+            assert 0 <= x0 < x1 <= 48 and 0 <= y0 < y1 <= 48 and ACCEPTED < score <= 1
 
 
 def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -> None:
@@ -217,7 +218,8 @@ def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -
     assert made["sampling"]["seed"] == 0 and made["sampling"]["steps"] == 2
     assert made["speed"]["images"] == 12 and made["speed"]["images_per_s"] > 0
     assert found["size"] == [16, 16] and found["images_per_prompt"] == 2
-    assert found["detector"]["name"] == "shapes" and found["thresholds"]["score"] == 0.85
+    assert found["name"] == "Proving ground" and not any("Held out" in note for note in found["notes"])
+    assert found["detector"]["name"] == "shapes" and found["thresholds"]["score"] == ACCEPTED
     assert len(found["prompt_file"]["md5"]) == 32 and found["prompt_file"]["file"] == "proving ground"
     assert found["notes"] == [
         "The prompts are not GenEval's official 553: their scores compare with no published ones.",
@@ -235,6 +237,7 @@ def test_genevals_own_prompts_by_genevals_own_detector(model: Path, job: Job, tm
     assert read(out / "prompts.jsonl") == [next(it for it in official() if it["tag"] == task) for task in TASKS]
     found = summary(out)
     assert found["detector"]["weights"]["pinned"] is False and found["prompt_file"]["kind"] == "official"
+    assert found["name"] == "GenEval's rules"
     file = "model.safetensors"
     assert found["notes"] == [
         "A part of the prompts was scored: the first 1 of each task.",
@@ -252,6 +255,7 @@ def test_captions_that_training_never_saw_are_scored_apart(drawn: Path, job: Job
     found = summary(job("--images", str(images), "--detector", "shapes"))
     assert found["held_out"]["prompts"] == 3 and found["held_out"]["correct_images"] == pytest.approx(4 / 6)
     assert found["prompts"] == 12 and found["correct_images"] == pytest.approx(13 / 24)
+    assert "captions that training never saw if its scenes were packed as those of make prove" in found["notes"][-1]
 
 
 def test_part_of_a_folder_is_scored_and_said_to_be_a_part(drawn: Path, job: Job, capsys: Any) -> None:
@@ -289,6 +293,26 @@ def test_a_damaged_image_is_named(scored: Path, job: Job, tmp_path: Path) -> Non
     image_path(out / "images", 2, 1).write_bytes(b"")
     with pytest.raises(UserError, match="00002/samples/0001.png cannot be read as an image"):
         job("--score-only", "--detector", "shapes")
+    assert (out / "verdicts").is_dir() and not (out / "summary.json").exists()  # that was of other images
+
+
+def test_what_the_detector_cannot_find_is_told_and_not_scored_0(
+    model: Path, drawn: Path, job: Job, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_bytes(to_lines(official()))
+    with pytest.raises(UserError, match="asks for the class 'bench', which the detector shapes cannot find: choose"):
+        job("--model", str(model), "--prompts", str(tmp_path / "prompts.jsonl"), *FEW)
+    assert not (tmp_path / "out").exists()
+    weights = ["--clip", str(save_clip(tmp_path / "clip"))]
+    weights += ["--detector-weights", str(save_mask2former(tmp_path / "mask2former"))]
+    with pytest.raises(UserError, match="the class .*, which the detector Mask2Former Swin-S cannot find: choose"):
+        job("--images", str(drawn), *weights)
+    images = Path(shutil.copytree(drawn, tmp_path / "images"))
+    asked = read(images / "00002" / "metadata.jsonl")[0]
+    more = {**asked, "exclude": [{"class": "blob", "count": 1}]}
+    (images / "00002" / "metadata.jsonl").write_bytes(to_lines([more]))
+    with pytest.raises(UserError, match="the class 'blob', which the detector shapes cannot find"):
+        job("--images", str(images), "--detector", "shapes")
 
 
 def test_a_mistake_that_one_process_meets_is_raised_on_all() -> None:

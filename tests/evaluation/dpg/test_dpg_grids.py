@@ -91,6 +91,16 @@ def test_grids_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
         Drawing(tmp_path / "file", ITEMS, 16, SAMPLING).begin({}, {})
 
 
+@pytest.mark.parametrize("kind", ["grids", "tiles"])
+def test_pictures_that_nothing_is_known_of_are_not_taken_for_the_models(tmp_path: Path, kind: str) -> None:
+    (tmp_path / kind).mkdir()
+    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({}, {})  # killed before the note was written
+    (tmp_path / "grids.json").unlink()
+    (tmp_path / kind / "cat1.png").touch()
+    with pytest.raises(UserError, match="holds pictures that this job has not begun: give another name"):
+        Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({}, {})
+
+
 def test_images_are_found_by_their_prompts(tmp_path: Path) -> None:
     for name in ("cat1.png", "dog2.v2.jpg", "readme.txt"):
         (tmp_path / name).touch()

@@ -7,7 +7,7 @@ import pytest
 from data.errors import UserError
 from evaluation.dpg.rules import (
     MPLUG,
-    PROMPTS,
+    PROMPTS_SHA256,
     Item,
     Question,
     Result,
@@ -144,9 +144,11 @@ def test_answers_that_are_neither_yes_nor_no_are_counted() -> None:
     assert summarise([odd])["answers"] == {"yes": 0, "no": 1, "other": 1}
 
 
-def test_only_the_official_judge_on_all_prompts_makes_it_dpg_bench() -> None:
-    assert title(MPLUG, PROMPTS, PROMPTS) == "DPG-Bench"
-    assert title(MPLUG, 1064, PROMPTS) == "DPG-Bench, 1064 of 1065 prompts"
-    assert title("a/judge", PROMPTS, PROMPTS) == "DPG questions, judged by a/judge"
-    assert title("a/judge", 7, PROMPTS) == "DPG questions, judged by a/judge, 7 of 1065 prompts"
-    assert title(MPLUG, 2, 2) == f"DPG questions, judged by {MPLUG}, 2 of 2 prompts"
+def test_only_the_official_judge_on_all_published_prompts_makes_it_dpg_bench() -> None:
+    assert title(MPLUG, 1065, 1065, PROMPTS_SHA256) == "DPG-Bench"
+    assert title(MPLUG, 1064, 1065, PROMPTS_SHA256) == "DPG-Bench, 1064 of 1065 prompts"
+    assert title("a/judge", 1065, 1065, PROMPTS_SHA256) == "DPG questions, judged by a/judge"
+    assert title("a/judge", 7, 1065, PROMPTS_SHA256) == "DPG questions, judged by a/judge, 7 of 1065 prompts"
+    # As many, but in other words.
+    others = f"DPG questions about other prompts, judged by {MPLUG}, 1065 of 1065 prompts"
+    assert title(MPLUG, 1065, 1065, "0" * 64) == others

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.geneval.outcome import kind_of, notes_on
+from evaluation.geneval.outcome import kind_of, name_of, notes_on
 from evaluation.geneval.page import write_page
 from evaluation.geneval.prompts import Metadata, official
 from evaluation.geneval.summary import summarise
@@ -68,7 +68,11 @@ class Page(HTMLParser):
 @pytest.fixture
 def page(tmp_path: Path) -> Page:
     summary: dict[str, Any] = summarise([image.result for images in IMAGES for image in images])
-    summary |= {"notes": ["Not <all> of it."], "detector": {"name": "by & by", "weights": {"sha256": "abc"}}}
+    summary |= {
+        "name": "GenEval's rules",
+        "notes": ["Not <all> of it."],
+        "detector": {"name": "by & by", "weights": {"sha256": "abc"}},
+    }
     write_page(tmp_path / "report.html", "a <model>", summary, IMAGES)
     return Page(tmp_path / "report.html")
 
@@ -120,7 +124,8 @@ def test_tasks_and_verdicts_can_be_chosen(page: Page) -> None:
 
 def test_foreign_text_stays_text(page: Page) -> None:
     (title,) = (text for _, text in page.all("title"))
-    assert title == "a <model> · GenEval"
+    assert title == "a <model> · GenEval's rules"
+    assert [text for _, text in page.all("h1")] == ["GenEval's rules"]
     assert [text for _, text in page.all("h3")] == [CAT["prompt"], LEFT["prompt"]]
     assert [text.strip() for _, text in page.all("aside")] == ["Not <all> of it."]
     cells = [text.strip() for _, text in page.all("td")]
@@ -137,6 +142,7 @@ def test_scores_stand_first(page: Page) -> None:
 def test_prompts_that_are_not_the_official_ones_are_said() -> None:
     prompts = official()
     assert kind_of(prompts) == "official" and notes_on("official", "", 4, {"name": "a"}) == []
+    assert kind_of([dict(sorted(it.items())) for it in prompts]) == "official"
     assert kind_of([{**it, "prompt": f"{it['prompt']}, in detail"} for it in prompts]) == "reworded"
     assert kind_of([*prompts[1:], prompts[0]]) == kind_of(prompts[:-1]) == "other"
     changed = [{**prompts[0], "include": [{"class": "cat", "count": 2}]}, *prompts[1:]]
@@ -144,3 +150,17 @@ def test_prompts_that_are_not_the_official_ones_are_said() -> None:
     (said,) = notes_on("reworded", "", 4, {})
     assert "in other words" in said
     assert len(notes_on("other", "the first 2 of each task", 1, {})) == 3
+
+
+def test_only_what_compares_with_published_scores_is_called_geneval() -> None:
+    pinned, others = ({"name": "a", "weights": {"file": "b.pth", "pinned": is_so}} for is_so in (True, False))
+    assert name_of(notes_on("official", "", 4, pinned), pinned) == "GenEval"
+    for kind, choice, each, detector in (
+        ("reworded", "", 4, pinned),
+        ("other", "", 4, pinned),
+        ("official", "the first 2 of each task", 4, pinned),
+        ("official", "", 1, pinned),
+        ("official", "", 4, others),
+    ):
+        assert name_of(notes_on(kind, choice, each, detector), detector) == "GenEval's rules"
+    assert name_of([], {"name": "shapes"}) == "Proving ground"

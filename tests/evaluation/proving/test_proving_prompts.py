@@ -60,9 +60,8 @@ def test_every_task_has_genevals_form():
 
 
 def test_genevals_reader_takes_them(tmp_path):
-    lines = [{name: value for name, value in it.items() if name != "heldout"} for it in PROMPTS]
-    (tmp_path / "prompts.jsonl").write_bytes(geneval.to_lines(lines))
-    assert geneval.read(tmp_path / "prompts.jsonl") == lines
+    (tmp_path / "prompts.jsonl").write_bytes(geneval.to_lines(PROMPTS))
+    assert geneval.read(tmp_path / "prompts.jsonl") == PROMPTS
 
 
 def test_captions_are_distinct_and_tasks_equal_as_far_as_captions_allow():
