@@ -29,7 +29,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,eval]'
 	touch $@
 
 demo: setup
@@ -49,7 +49,7 @@ prove: setup
 	done; [ $(SEEDS) = 1 ] || python launch/compare.py $$runs
 
 test: setup
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 # The packages first: where they cannot be had, this fails, while the tests alone would skip.
 test-s3: setup
