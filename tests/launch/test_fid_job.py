@@ -19,8 +19,8 @@ from PIL import Image
 import launch.fid
 from data.errors import UserError
 from evaluation.fid import networks
-from evaluation.fid.images import sha256_of
 from evaluation.fid.networks import Features, Network
+from t2i.engine.checkpoint.format import sha256
 from t2i.train.processes import World
 
 ROOT = Path(__file__).parents[2]
@@ -73,9 +73,9 @@ def test_table_and_summary(fid: Fid, folder: Path, simple: None) -> None:
     printed = fid("samples.npz", "--reference", "real.npz", "--out", "summary.json")
     found = json.loads((folder / "summary.json").read_text())
     assert found["samples"] == {
-        "sha256": sha256_of(folder / "samples.npz"), "images": 12, "size": [16, 16], "path": "samples.npz",
+        "sha256": sha256(folder / "samples.npz"), "images": 12, "size": [16, 16], "path": "samples.npz",
     }  # fmt: skip
-    assert found["reference"]["sha256"] == sha256_of(folder / "real.npz")
+    assert found["reference"]["sha256"] == sha256(folder / "real.npz")
     assert found["features"] == {
         "network": "inception", "weights_sha256": "1" * 64, "comparable_with_published": True,
     }  # fmt: skip
@@ -141,7 +141,7 @@ def test_missing_weights_are_one_sentence(fid: Fid, folder: Path) -> None:
 
 def test_inception_with_random_weights(fid: Fid, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = random_inception(folder)
-    monkeypatch.setattr(networks, "INCEPTION_SHA256", sha256_of(weights))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", sha256(weights))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder))
     (folder / "checkpoints").mkdir()
     weights.rename(folder / "checkpoints" / networks.INCEPTION_URL.rpartition("/")[2])
