@@ -270,7 +270,7 @@ def test_a_resolution_that_cannot_be_drawn(dpg: Dpg, model: Path) -> None:
 def test_two_processes_make_the_same_files(dpg: Dpg, model: Path, judge: Path, copy: Path, tmp_path: Path) -> None:
     alone = dpg("--model", model, "--judge", judge, *FEW)
     words = ["--model", model, "--judge", judge, "--benchmark", copy, "--out", tmp_path / "both", *FEW]
-    told = run("torchrun", "dpg.py", *map(str, words), ranks=2)
+    told = run("forked", "dpg.py", *map(str, words), ranks=2)
     assert "DPG questions, judged by" in told
     for name in ("grids", "answers"):
         assert files(tmp_path / "both" / name) == files(alone / name)

