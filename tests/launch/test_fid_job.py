@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fid_inception import random_inception
+from in_process import run_in_process
 from PIL import Image
 from tiny import run
 
@@ -19,7 +19,6 @@ from data.errors import UserError
 from evaluation.fid import networks
 from evaluation.fid.networks import Features, Network
 from t2i.engine.checkpoint.format import sha256
-from t2i.train.processes import World
 
 Fid = Callable[..., str]
 
@@ -48,9 +47,7 @@ def fid(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     def run(*words: str) -> str:
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(launch.fid, "joined_world", lambda: nullcontext(World(0, 1, torch.device("cpu"))))
-        monkeypatch.setattr("sys.argv", ["fid.py", *words])
-        launch.fid.fid()
+        run_in_process(launch.fid, *words)
         return capsys.readouterr().out
 
     return run

@@ -8,12 +8,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from in_process import run_in_process
 from PIL import Image
 from random_model import write_random_model
 from tiny import run, start
@@ -28,7 +28,6 @@ from evaluation.geneval.prompts import TASKS, official, read, to_lines
 from evaluation.proving.detector import ACCEPTED
 from evaluation.proving.prompts import proving_prompts, proving_scenes
 from t2i.pipeline import Picture, Pipeline
-from t2i.train.processes import World
 
 Job = Callable[..., Path]
 FEW = ["--images-per-prompt", "2", "--sampling", '{"batch_size": 3, "steps": 2}', "--detector", "shapes"]
@@ -41,14 +40,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(tmp_path: Path) -> Job:
     """Run the job in this process; its folder."""
 
     def work(*words: str, out: Path | None = None) -> Path:
         out = out or tmp_path / "out"
-        monkeypatch.setattr(launch.geneval, "joined_world", lambda: nullcontext(World(0, 1, torch.device("cpu"))))
-        monkeypatch.setattr("sys.argv", ["geneval.py", "--out", str(out), *words])
-        launch.geneval.geneval()
+        run_in_process(launch.geneval, "--out", out, *words)
         return out
 
     return work
@@ -58,10 +55,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 def scored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a job that was left alone, on one prompt of each task."""
     out = tmp_path_factory.mktemp("scored") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.geneval, "joined_world", lambda: nullcontext(World(0, 1, torch.device("cpu"))))
-        patch.setattr("sys.argv", ["geneval.py", "--model", str(model), "--out", str(out), "--limit", "1", *FEW])
-        launch.geneval.geneval()
+    run_in_process(launch.geneval, "--model", model, "--out", out, "--limit", "1", *FEW)
     return out
 
 
@@ -338,14 +332,12 @@ def test_options_that_do_not_fit(job: Job, tmp_path: Path, said: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["geneval.py", "--model", "m"])
+def test_without_a_folder_to_write_to() -> None:
     with pytest.raises(UserError, match="--out is missing"):
-        launch.geneval.geneval()
+        run_in_process(launch.geneval, "--model", "m")
 
 
-def test_the_official_prompts_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["geneval.py", "--write-prompts", str(tmp_path / "prompts.jsonl")])
-    launch.geneval.geneval()
+def test_the_official_prompts_are_written(tmp_path: Path, capsys: Any) -> None:
+    run_in_process(launch.geneval, "--write-prompts", tmp_path / "prompts.jsonl")
     assert read(tmp_path / "prompts.jsonl") == official()
     assert "md5 9a0ed515640279a48ed3380d90aec0ed" in capsys.readouterr().out
