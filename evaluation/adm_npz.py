@@ -4,16 +4,12 @@
   of the weights, the sampler, the seed and i.
 - The images are drawn in parts of one batch, shared out over the processes. A part is a file beside the `.npz` that is
   written aside and renamed, so what a killed job has drawn is there for the next, on any number of processes.
-- The `.npz` is put together part by part: 50,000 images of 256 px are 9.8 GB, more than a rank should hold.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.npz import write_npz
 from evaluation.parts import note_settings, write_aside
 from t2i.config_base import ConfigError
 from t2i.config_sampling import SamplingConfig
-from t2i.model_folder import FILES, WhichWeights
 from t2i.pipeline import Picture, Pipeline
 
 Images = NDArray[np.uint8]
@@ -108,33 +104,6 @@ class Samples:
     def assemble(self) -> None:
         """Write the `.npz` of all parts, and remove them."""
         labels = np.arange(self.count, dtype=np.int64) % self.classes
-        shape = (self.count, *self.size, 3)
-        aside = self.out.with_name(self.out.name + ".partial")
-        # A member's date is ZipInfo's own, so that equal samples are equal files.
-        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in self.parts:
-                    file.write(self.path(part).read_bytes())
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
-                np.lib.format.write_array(file, labels)
-        os.replace(aside, self.out)
+        images = (self.path(part).read_bytes() for part in self.parts)
+        write_npz(self.out, (self.count, *self.size, 3), images, {"arr_1": labels})
         shutil.rmtree(self.folder)
-
-
-def weights_digest(model: Path, which: WhichWeights) -> str:
-    """A hash of a model folder's weights."""
-    with (model / FILES[which]).open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def made_of(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, Any]:
-    """What every image of a model folder depends on besides sampling, size and prompt, in JSON's types."""
-    objective = pipeline.config.objective
-    return {
-        "weights": weights_digest(model, which),
-        "dtype": str(next(pipeline.denoiser.parameters()).dtype),
-        "noise_scale": objective.noise_scale,
-        "min_noise": objective.min_noise,
-    }

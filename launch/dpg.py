@@ -10,19 +10,19 @@ answered, --answers FILE. Only with the answers of mPLUG, the official judge, is
 
 from __future__ import annotations
 
-import hashlib
 import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from evaluation.adm_npz import made_of
 from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
+from evaluation.drawing import made_of, read_speed
 from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
+from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
@@ -92,8 +92,7 @@ def _read_note(out: Path) -> dict[str, Any]:
         note: dict[str, Any] = json.loads((out / "grids.json").read_text())
     except OSError as error:
         raise UserError(f"--out {out} holds no grids: draw them with --model") from error
-    speed = out / "speed.json"
-    return note | {"speed": json.loads(speed.read_text()) if speed.exists() else None}
+    return note | {"speed": read_speed(out)}
 
 
 def _score(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
@@ -115,7 +114,7 @@ def _score(world: World, options: Namespace, asked: benchmark.Benchmark) -> None
         about = {"name": model.name, "weights_blake2b": model.weights_blake2b}
     else:
         name, answers = world.from_main(lambda: read_answers(options.answers, hashes, items, pictures))
-        about = {"name": name, "answers_sha256": hashlib.sha256(options.answers.read_bytes()).hexdigest()}
+        about = {"name": name, "answers_sha256": sha256(options.answers)}
     summary = world.from_main(
         lambda: job.sum_up(options.out, asked, examined, about, answers, options.parity, drawn_with)
     )

@@ -1,4 +1,5 @@
-"""What the command lines of the jobs that draw share: --model, --weights, --size and --sampling.FIELD."""
+"""What the command lines of the jobs that draw and score share; of those that draw, --model, --weights, --size and
+--sampling.FIELD."""
 
 from __future__ import annotations
 
@@ -15,21 +16,27 @@ from t2i.config_loading import validate_section
 from t2i.config_sampling import SamplingConfig
 
 
+def job_parser(docstring: str | None) -> ArgumentParser:
+    """A parser without options; a job's first line of documentation is its help."""
+    parser = ArgumentParser(description=(docstring or "").splitlines()[0], exit_on_error=False)
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
+    return parser
+
+
 def drawing_parser(
     docstring: str | None, model: str = "model/ folder of a run", required: bool = True
 ) -> ArgumentParser:
     """A parser of the options that say which weights draw, and how.
 
     Args:
-        docstring: of the job, whose first line is the help.
+        docstring: of the job.
         model: help of --model.
         required: whether there is no job without it.
     """
-    parser = ArgumentParser(description=(docstring or "").splitlines()[0], exit_on_error=False)
+    parser = job_parser(docstring)
     parser.add_argument("--model", type=Path, required=required, help=model)
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
     parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
     return parser
 
 

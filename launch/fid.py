@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from evaluation.fid.images import open_images
 from evaluation.fid.measure import compare, groups_of, measure
 from evaluation.fid.networks import Name, Network, load
 from evaluation.fid.reference import kept_numbers, open_reference, write_reference
+from launch.drawing import job_parser, parsed
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
 from t2i.train.processes import World
@@ -36,7 +37,7 @@ ROWS = {
 
 
 def _options() -> Namespace:
-    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], exit_on_error=False)
+    parser = job_parser(__doc__)
     parser.add_argument("images", type=Path, help="the samples, or what to make a reference of: an .npz or a folder")
     parser.add_argument("--reference", type=Path, help="what the samples are compared with: an .npz or a folder")
     parser.add_argument("--make-reference", type=Path, help="write statistics of the images to this .npz instead")
@@ -45,16 +46,12 @@ def _options() -> Namespace:
     parser.add_argument("--size", type=int, help="side in pixels that images of folders are cropped to as ADM's are")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time, of each process")
     parser.add_argument("--out", type=Path, help="write what was found to this .json")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
-    try:
-        options = parser.parse_args()
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    options = parsed(parser)
     if (options.reference is None) == (options.make_reference is None):
         raise ConfigError("give either --reference or --make-reference")
     for name in ("size", "batch_size"):
-        if options[name] is not None and options[name] < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {options[name]}: must be at least 1")
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {number}: must be at least 1")
     sets = [path for path in (options.images, options.reference) if path is not None]
     if options.size is not None and all(path.suffix == ".npz" for path in sets):
         raise ConfigError(f"--size {options.size} is of folders, and an .npz is taken as it is: leave it out")

@@ -12,18 +12,15 @@ where it stood, on any number of processes, to the same images.
 from __future__ import annotations
 
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from data.errors import UserError
-from evaluation.adm_npz import made_of
+from evaluation.drawing import draw_together, made_of
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.detectors import Name, build_detector, check_classes, prompts_for
 from evaluation.geneval.folder import Prompted, read_folder
@@ -146,20 +143,9 @@ def _draw(world: World, options: Namespace, detector: Detector | None = None) ->
     samples = Samples(options.out, chosen, each, size, settings)
     about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
     missing = world.from_main(lambda: samples.begin(about, beside))
-    # Neighbours, since they share prompts.
-    first, end = (rank * len(missing) // world.size for rank in (world.rank, world.rank + 1))
-    began = time.monotonic()
-    with tqdm(total=end - first, disable=not world.is_main, unit="image", desc="drawing") as bar:
-        samples.draw(pipeline, missing[first:end], bar.update)
-    world.barrier()
-    seconds, devices = time.monotonic() - began, f"{world.size} × {_device_name(world.device)}"
-    world.from_main(lambda: samples.note_speed(len(missing), seconds, devices))
+    draw_together(world, options.out, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
     complete_grids(world.from_main(samples.prompted)[world.rank :: world.size])
     world.barrier()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _to_score(options: Namespace) -> tuple[list[Prompted], dict[str, Any]]:
@@ -185,25 +171,13 @@ def _score(world: World, options: Namespace, detector: Detector) -> None:
         (options.out / "summary.json").unlink(missing_ok=True)  # of what was there before, and this job may be killed
     mine = missing[world.rank :: world.size]
     with tqdm(total=len(mine), disable=not world.is_main, unit="prompt", desc="judging") as bar:
-        _together(world, lambda: verdicts.judge(mine, bar.update))
+        world.together(lambda: verdicts.judge(mine, bar.update))
     if options.detector == "shapes":
         about["bounds"] = world.from_main(lambda: bounds(prompted, detector))
     summary = world.from_main(lambda: finish(options.out, verdicts.read(), detector, about))
     if world.is_main:
         print(table(summary))
         print(f"{options.out / 'report.html'} shows every image", file=sys.stderr)
-
-
-def _together(world: World, work: Callable[[], None]) -> None:
-    """Do every rank's share; a user's mistake that one meets is raised on all."""
-    fault: UserError | None = None
-    try:
-        work()
-    except UserError as error:
-        fault = error
-    for it in world.gather(fault):
-        if it is not None:
-            raise it
 
 
 if __name__ == "__main__":

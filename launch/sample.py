@@ -58,11 +58,11 @@ def sample() -> None:
             raise ConfigError("--negative does nothing at guidance_scale 1: leave it out or raise the scale")
         size = size_of(pipeline.config, options.size)
         pictures = [Picture(prompt, n, options.negative) for prompt in prompts for n in range(options.pictures)]
-        # Neighbours, since they share prompts.
-        first, end = (rank * len(pictures) // world.size for rank in (world.rank, world.rank + 1))
+        mine = world.share(range(len(pictures)))  # neighbours, since they share prompts
         world.from_main(lambda: _make_folder(options.out))
-        images = chain.from_iterable(pipeline.draw_batches(pictures[first:end], settings, size))
-        for i, image in enumerate(tqdm(images, total=end - first, disable=not world.is_main, unit="picture"), first):
+        images = chain.from_iterable(pipeline.draw_batches([pictures[i] for i in mine], settings, size))
+        with_bar = tqdm(images, total=len(mine), disable=not world.is_main, unit="picture")
+        for i, image in zip(mine, with_bar, strict=True):
             prompt, number = divmod(i, options.pictures)
             path = options.out / f"{prompt:05d}_{number}.png"
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

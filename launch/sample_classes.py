@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation.adm_npz import Samples, made_of
+from evaluation.adm_npz import Samples
+from evaluation.drawing import made_of
 from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError

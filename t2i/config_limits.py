@@ -16,4 +16,4 @@ class LimitsConfig(Section):
     """Longest that training may stand still after that: in a step, a validation batch, a round of scoring, a save."""
     wall_clock_minutes: float = Field(0.0, ge=0)
     """Minutes after which a run saves and leaves, to be started again, as where a scheduler ends jobs; 0: no limit. A
-    start and a score (scoring.minutes) must fit into them: a score that is interrupted is taken anew at the next start."""
+    start and a score (scoring.minutes) must fit into them: a score that is cut short by leaving is taken anew."""

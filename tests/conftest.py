@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_forked
 from moto.server import ThreadedMotoServer
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ACCESS_KEY, SECRET = "AKIATHEACCESSKEY", "theverysecretkey"
-ROOT = Path(__file__).parents[1]
 
 
 class Launcher:
     """Runs a worker script on several processes; rank 0 prints one JSON object as its last line."""
 
     def __call__(self, script: Path, world_size: int, *arguments: str) -> Any:
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        done = subprocess.run(
-            [sys.executable, *command, str(script), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        ended = run_forked(script, list(arguments), world_size)
+        assert ended.codes == [0] * world_size, ended.stdout + ended.stderr
+        return json.loads(ended.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture(autouse=True)

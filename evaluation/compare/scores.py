@@ -11,11 +11,10 @@ from evaluation.compare.cells import Row, Table, all_members, measured, told, un
 from evaluation.compare.paired import CannotSay, Difference, over_seeds, paired_bootstrap
 from evaluation.compare.read import Column, Member, Scores
 from evaluation.compare.settings import Flat, differing, flatten
-from t2i.train.run_folder import Stage
+from t2i.train.run_folder import NO_SCORES, Stage
 
 Pick = Callable[[Member], Scores | None]
 
-_NO_SCORE = ("kind", "stage", "step", "time", "prompts", "images", "complete", "held_s")  # of a line of metrics
 _OUTCOMES = {"overall", "overall_interval", "tasks", "absent_tasks", "held_out", "correct_images", "correct_prompts"}
 _OUTCOMES |= {"prompts", "images", "images_sha256"}  # of a summary
 _JUDGE = ("detector", "thresholds")  # of a summary: what scores must share to be compared
@@ -48,7 +47,7 @@ def _score_table(columns: Sequence[Column], name: str) -> Table | None:
     def value(score: str) -> Callable[[Member], float | None]:
         return lambda it: newest(it).get(score)
 
-    scores = union((key for key in newest(it) if key not in _NO_SCORE) for it in all_members(columns))
+    scores = union((key for key in newest(it) if key not in NO_SCORES) for it in all_members(columns))
     if not scores:
         return None
     rows = [told("of step", columns, lambda it: f"{newest(it)['step']:,}" if newest(it) else None)]

@@ -20,7 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from data.errors import UserError
 from evaluation.dpg.rules import Item
-from evaluation.parts import note_settings, write_aside
+from evaluation.drawing import write_png
+from evaluation.parts import note_settings
 from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Picture, Pipeline
 
@@ -143,21 +144,15 @@ class Drawing:
         names = iter(mine)
         for batch in pipeline.draw_batches(pictures, self.sampling, (self.resolution, self.resolution)):
             for image in batch:
-                _save(self.tile(*next(names)), image.permute(1, 2, 0).numpy())
+                write_png(self.tile(*next(names)), image.permute(1, 2, 0).numpy())
             drawn(len(batch))
 
     def assemble(self, mine: Sequence[Item]) -> None:
         """Put these prompts' grids together."""
         for item in mine:
             tiles = [np.asarray(Image.open(self.tile(item, number))) for number in range(PICTURES)]
-            _save(self.grid(item), np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])]))
+            write_png(self.grid(item), np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])]))
 
     def end(self) -> None:
         """Remove the single pictures."""
         shutil.rmtree(self.out / "tiles")
-
-
-def _save(path: Path, image: np.ndarray[Any, Any]) -> None:
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, "png")
-    write_aside(path, [content.getvalue()])

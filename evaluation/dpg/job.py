@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from data.errors import UserError
@@ -24,37 +22,25 @@ from evaluation.dpg.benchmark import Benchmark
 from evaluation.dpg.grids import PICTURES, Drawing, crops, examine, find
 from evaluation.dpg.judge import Judge
 from evaluation.dpg.rules import Item
+from evaluation.drawing import draw_together
 from evaluation.parts import write_aside, write_json
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
 
 def draw(world: World, pipeline: Pipeline, drawing: Drawing, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
-    """Draw what is missing, and put it together; how fast the last job drew comes into `speed.json`."""
+    """Draw what is missing, and put it together."""
 
     def begin() -> tuple[list[tuple[Item, int]], list[Item]]:
         drawing.begin(made_of, beside)
         return drawing.missing(), drawing.unfinished()
 
     missing, unfinished = world.from_main(begin)
-    # Neighbours, since they share prompts.
-    first, end = (rank * len(missing) // world.size for rank in (world.rank, world.rank + 1))
-    begun = time.perf_counter()
-    with tqdm(total=end - first, disable=not world.is_main, unit="picture") as bar:
-        drawing.draw(pipeline, missing[first:end], bar.update)
-    world.barrier()
-    seconds = time.perf_counter() - begun
+    draw_together(world, drawing.out, missing, lambda mine, drawn: drawing.draw(pipeline, mine, drawn))
     drawing.assemble(unfinished[world.rank :: world.size])
     world.barrier()
     if world.is_main:
         drawing.end()
-        if missing:
-            rate = {"pictures_per_s": len(missing) / seconds, "pictures": len(missing), "seconds": seconds}
-            write_json(drawing.out / "speed.json", {**rate, "devices": f"{world.size} × {_name(world.device)}"})
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 @dataclass(frozen=True)

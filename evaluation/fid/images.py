@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data.decode import Pixels, decode, image_size
 from data.errors import BadSample, UserError
+from t2i.engine.checkpoint.format import sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _THREADS = 8
@@ -44,12 +45,6 @@ class Images(Protocol):
         Raises:
             UserError: an image cannot be read, or is of another size.
         """
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_images(path: Path, crop: int | None) -> Images:
@@ -92,7 +87,7 @@ class NpzImages:
         return self._count
 
     def digest(self) -> str:
-        return sha256_of(self.path)
+        return sha256(self.path)
 
     def batches(self, groups: Iterable[Sequence[int]]) -> Iterator[Tensor]:
         height, width = self.size
@@ -141,7 +136,7 @@ class FolderImages:
 
     def digest(self) -> str:
         def line(file: Path) -> str:
-            return f"{sha256_of(file)}  {file.relative_to(self.path).as_posix()}\n"
+            return f"{sha256(file)}  {file.relative_to(self.path).as_posix()}\n"
 
         with ThreadPoolExecutor(_THREADS) as pool:
             return hashlib.sha256("".join(pool.map(line, self.files)).encode()).hexdigest()

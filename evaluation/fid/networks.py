@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
 from data.errors import UserError
-from evaluation.fid.images import sha256_of
 from t2i.diffusion.perceptual import IMAGENET_MEAN, IMAGENET_STD
+from t2i.engine.checkpoint.format import sha256
 
 Name = Literal["inception", "efficientnet-lite0"]
 
@@ -89,14 +89,14 @@ def load(name: Name, weights: Path | None, device: torch.device) -> Network:
         if weights is not None:
             raise UserError(f"--weights {weights}: efficientnet-lite0 has its own in its package: leave the option out")
         network, path = efficientnet_lite0(224, device)
-        return _network(name, sha256_of(path), network)
+        return _network(name, sha256(path), network)
     path = weights or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_URL.rpartition("/")[2])
     return _network(name, _inception_digest(path), inception(path, device))
 
 
-def _network(name: Name, sha256: str, features: Callable[[Tensor], Features]) -> Network:
+def _network(name: Name, digest: str, features: Callable[[Tensor], Features]) -> Network:
     one = features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    return Network(name, sha256, features, {"pooled": one.pooled.shape[1], "spatial": one.spatial.shape[1]})
+    return Network(name, digest, features, {"pooled": one.pooled.shape[1], "spatial": one.spatial.shape[1]})
 
 
 def _inception_digest(path: Path) -> str:
@@ -104,7 +104,7 @@ def _inception_digest(path: Path) -> str:
         raise UserError(
             f"{path}: Inception's weights are not there: fetch {INCEPTION_URL} to it, or name the file with --weights"
         )
-    found = sha256_of(path)
+    found = sha256(path)
     if found != INCEPTION_SHA256:
         raise UserError(
             f"{path}: is not torch-fidelity's Inception, but a file of SHA-256 {found}, not {INCEPTION_SHA256}: "

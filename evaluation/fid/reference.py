@@ -11,7 +11,6 @@ ADM's own have no `about`: they are of Inception, and of so many images as ADM s
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from numpy.typing import NDArray
 
 from data.errors import UserError
 from evaluation.fid.estimators import Gaussian
-from evaluation.fid.images import Images, open_images, sha256_of
+from evaluation.fid.images import Images, open_images
 from evaluation.fid.networks import Network
+from evaluation.npz import write_npz
+from t2i.engine.checkpoint.format import sha256
 
 KEPT = 10_000
 """Images of a reference set that precision and recall are of."""
@@ -51,7 +52,7 @@ class Reference:
 
     def digest(self) -> str:
         """SHA-256 of an `.npz`, or of a folder as `Images` has it."""
-        return self.images.digest() if self.images else sha256_of(self.path)
+        return self.images.digest() if self.images else sha256(self.path)
 
 
 def open_reference(path: Path, crop: int | None, network: Network) -> Reference:
@@ -127,18 +128,9 @@ def write_reference(
     arrays: dict[str, NDArray[Any]] = {"about": np.array(json.dumps(about, sort_keys=True))}
     for kind, (mean, covariance) in _NAMES.items():
         arrays |= {mean: gaussians[kind].mean, covariance: gaussians[kind].covariance}
-    aside = path.with_name(path.name + ".partial")
+    shape = (sum(map(len, groups)), *images.size, 3)
+    kept = (batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes() for batch in images.batches(groups))
     try:
-        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for name, array in arrays.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as file:
-                    np.lib.format.write_array(file, array)
-            with archive.open(zipfile.ZipInfo(f"{_IMAGES}.npy"), "w", force_zip64=True) as file:
-                shape = (sum(map(len, groups)), *images.size, 3)
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for batch in images.batches(groups):
-                    file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-        os.replace(aside, path)
+        write_npz(path, shape, kept, arrays)
     except OSError as error:
         raise UserError(f"--make-reference {path}: cannot be written: {error.strerror}") from error

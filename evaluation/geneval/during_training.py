@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.prompts import Metadata
 from evaluation.geneval.rules import judge
-from evaluation.geneval.summary import summarise
+from evaluation.geneval.summary import counted, summarise
 
 
 class GenEvalScorer:
@@ -31,7 +30,7 @@ class GenEvalScorer:
         """Of a picture of prompt `index`, uint8 (3, H, W), what a summary reads of a line of results.jsonl."""
         metadata = self._metadata[index]
         verdict = judge(metadata, image.permute(1, 2, 0).contiguous().numpy(), self._detector)
-        return {"tag": metadata["tag"], "metadata": json.dumps(metadata), "correct": verdict.correct}
+        return counted(metadata, verdict.correct)
 
     def summary(self, results: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The score of each task that there is, and "overall"."""

@@ -12,7 +12,6 @@ Source: Ghosh et al., "GenEval" (2023), and its evaluation/evaluate_images.py.
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image as Picture
 
 from data.errors import UserError
+from evaluation.drawing import write_png
 from evaluation.geneval.detection import Image
 from evaluation.geneval.prompts import Metadata, read, to_lines
 from evaluation.parts import write_aside
@@ -65,13 +65,6 @@ def begin_folder(root: Path, prompts: Sequence[Metadata]) -> None:
         raise UserError(f"{root}: cannot be written to: {error.strerror}") from error
 
 
-def write_image(path: Path, image: Image) -> None:
-    """Write a PNG that is whole if it is there."""
-    buffer = io.BytesIO()
-    Picture.fromarray(image).save(buffer, "PNG")
-    write_aside(path, [buffer.getvalue()])
-
-
 def read_image(path: Path) -> Image:
     """An image, uint8 (H, W, 3); transparency is dropped, grey becomes RGB.
 
@@ -94,7 +87,7 @@ def write_grid(it: Prompted) -> None:
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
-    write_image(it.folder / "grid.png", grid)
+    write_png(it.folder / "grid.png", grid)
 
 
 def read_folder(root: Path) -> list[Prompted]:

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from evaluation.geneval.folder import Prompted, begin_folder, image_path, read_folder, write_grid, write_image
+from evaluation.drawing import read_speed, write_png
+from evaluation.geneval.folder import Prompted, begin_folder, image_path, read_folder, write_grid
 from evaluation.geneval.prompts import TASKS, Metadata, digest, read, to_lines
-from evaluation.parts import note_settings, write_aside, write_json
+from evaluation.parts import note_settings, write_aside
 from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Picture, Pipeline
 
@@ -131,8 +132,8 @@ class Samples:
         begin_folder(root, self.prompts)
         return missing_images(self.out, len(self.prompts), self.each)
 
-    def draw(self, pipeline: Pipeline, mine: Sequence[Number], drawn: Callable[[], object]) -> None:
-        """Draw these images, and tell of each."""
+    def draw(self, pipeline: Pipeline, mine: Sequence[Number], drawn: Callable[[int], object]) -> None:
+        """Draw these images, and tell of each that it is one more."""
         before: Counter[str] = Counter()
         first = []  # numbers of the pictures of its words that a prompt begins with
         for metadata in self.prompts:
@@ -141,25 +142,12 @@ class Samples:
         pictures = [Picture(self.prompts[prompt]["prompt"], first[prompt] + image) for prompt, image in mine]
         batches = pipeline.draw_batches(pictures, self.sampling, self.size)
         for (prompt, image), pixels in zip(mine, chain.from_iterable(batches), strict=True):
-            write_image(image_path(self.out / "images", prompt, image), pixels.permute(1, 2, 0).numpy())
-            drawn()
+            write_png(image_path(self.out / "images", prompt, image), pixels.permute(1, 2, 0).numpy())
+            drawn(1)
 
     def prompted(self) -> list[Prompted]:
         """The prompts with their images, once all are there."""
         return read_folder(self.out / "images")
-
-    def note_speed(self, images: int, seconds: float, devices: str) -> None:
-        """Write down how fast images were drawn, unless more have been timed before.
-
-        Args:
-            images: drawn by all processes.
-            seconds: that it took.
-            devices: of all processes, in words.
-        """
-        path = self.out / "speed.json"
-        if images and (not path.exists() or json.loads(path.read_text())["images"] < images):
-            rate = {"images_per_s": round(images / seconds, 4), "images": images, "seconds": round(seconds, 1)}
-            write_json(path, {**rate, "devices": devices})
 
 
 def missing_images(out: Path, prompts: int, each: int) -> list[Number]:
@@ -174,7 +162,7 @@ def drawn_images(out: Path) -> tuple[list[Prompted], dict[str, Any]]:
     Raises:
         UserError: it has drawn none, or not all.
     """
-    note, speed = out / "images.json", out / "speed.json"
+    note = out / "images.json"
     if not note.exists():
         raise UserError(f"--out {out}: holds no images of this job: draw them, or give those of others as --images")
     drawn = json.loads(note.read_text())
@@ -186,7 +174,7 @@ def drawn_images(out: Path) -> tuple[list[Prompted], dict[str, Any]]:
         )
     about = {name: drawn.pop(name) for name in ("file", "kind", "choice")} | {"md5": drawn.pop("prompts")}
     del drawn["size"]  # the images tell
-    drawn["speed"] = json.loads(speed.read_text()) if speed.exists() else None
+    drawn["speed"] = read_speed(out)
     return read_folder(out / "images"), {"prompts": about, "drawn": drawn}
 
 

@@ -57,7 +57,7 @@ def judge(metadata: Metadata, image: Image, detector: Detector) -> Verdict:
         matched.append(None if reason else found)
         reasons += [reason] if reason else []
     for item in metadata.get("exclude", []):
-        count = count_of(used, item["class"])
+        count = len(of_class(used, item["class"]))
         if count >= item["count"]:
             reasons.append(f"{item['class']}: fewer than {item['count']} expected, {count} found")
     return Verdict(not reasons, "\n".join(reasons), used)
@@ -78,11 +78,6 @@ def counting(detections: Sequence[Detection], task: str, thresholds: Thresholds)
 def of_class(detections: Sequence[Detection], label: str) -> list[Detection]:
     """Those of one class, in the order given."""
     return [it for it in detections if it.label == label]
-
-
-def count_of(detections: Sequence[Detection], label: str) -> int:
-    """How many are of one class."""
-    return len(of_class(detections, label))
 
 
 def relative_position(a: Box, b: Box, share: float) -> set[str]:

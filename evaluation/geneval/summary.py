@@ -13,6 +13,7 @@ Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from data.errors import UserError
 from data.randomness import key, uniform
-from evaluation.geneval.prompts import TASKS
+from evaluation.geneval.prompts import TASKS, Metadata
 
 Result = dict[str, Any]
 """A line of results.jsonl: filename, tag, prompt, correct, reason, and metadata and details as strings of JSON."""
@@ -30,6 +31,11 @@ Result = dict[str, Any]
 RESAMPLES = 2000
 _LEVEL = 0.95
 _Floats = NDArray[np.float64]
+
+
+def counted(metadata: Metadata, correct: bool) -> Result:
+    """Of an image's line, what `summarise` reads."""
+    return {"tag": metadata["tag"], "metadata": json.dumps(metadata), "correct": correct}
 
 
 def summarise(results: Sequence[Result], seed: int = 0) -> dict[str, Any]:

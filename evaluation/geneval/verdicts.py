@@ -6,7 +6,6 @@ judged again. All are of one detector; a folder with those of another is refused
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from evaluation.geneval.prompts import Metadata
 from evaluation.geneval.rules import Verdict, judge
 from evaluation.geneval.summary import Result
 from evaluation.parts import note_settings, write_json
+from t2i.engine.checkpoint.format import sha256
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Verdicts:
         image = read_image(path)
         verdict = judge(metadata, image, self._detector)
         height, width = image.shape[:2]
-        return Judged(_digest(path), height, width, _line(self._name(path), metadata, verdict))
+        return Judged(sha256(path), height, width, _line(self._name(path), metadata, verdict))
 
     def _name(self, path: Path) -> str:
         return os.path.relpath(path, self._out)
@@ -104,11 +104,7 @@ class Verdicts:
             return False
         it = self._prompted[number]
         known = [(image.result["filename"], image.result["metadata"], image.digest) for image in self._read(number)]
-        return known == [(self._name(path), json.dumps(it.metadata), _digest(path)) for path in it.images]
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        return known == [(self._name(path), json.dumps(it.metadata), sha256(path)) for path in it.images]
 
 
 def _line(filename: str, metadata: Metadata, verdict: Verdict) -> Result:

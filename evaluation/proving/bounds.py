@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from evaluation.geneval.detection import Detection, Detector, Image
 from evaluation.geneval.folder import Prompted, read_image
 from evaluation.geneval.prompts import Metadata
 from evaluation.geneval.rules import judge
-from evaluation.geneval.summary import Result, summarise
+from evaluation.geneval.summary import counted, summarise
 from evaluation.proving.prompts import proving_scenes, shuffled
 
 _SHUFFLES = 10
@@ -58,7 +57,7 @@ def _of_scenes(prompts: Sequence[Metadata], size: tuple[int, ...], detector: Det
 
 
 def _overall(asked: Sequence[tuple[Metadata, Image]], detector: Detector) -> float:
-    overall: float = summarise([_line(it, judge(it, image, detector).correct) for it, image in asked])["overall"]
+    overall: float = summarise([counted(it, judge(it, image, detector).correct) for it, image in asked])["overall"]
     return overall
 
 
@@ -69,14 +68,9 @@ def _by_chance(prompted: Sequence[Prompted], detector: Detector) -> float:
     for seed in range(_SHUFFLES):
         others = shuffled([it.metadata for it in prompted], seed)
         results = [
-            _line(other, judge(other, image, eyes).correct)
+            counted(other, judge(other, image, eyes).correct)
             for other, of_prompt, eyes_of_prompt in zip(others, images, seen, strict=True)
             for image, eyes in zip(of_prompt, eyes_of_prompt, strict=True)
         ]
         found.append(summarise(results)["overall"])
     return float(np.mean(found))
-
-
-def _line(metadata: Metadata, correct: bool) -> Result:
-    """What a summary reads of a line of results.jsonl."""
-    return {"tag": metadata["tag"], "metadata": json.dumps(metadata), "correct": correct}

@@ -8,6 +8,7 @@ in "counting" and "position", too: that is more than GenEval asks there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import islice, zip_longest
 
 from data.packing.contents import check
@@ -43,7 +44,8 @@ def proving_prompts(count: int = 552, seed: int = 0, heldout_captions: float = 0
     ]
 
 
-def proving_scenes(count: int = 552, seed: int = 0) -> list[Scene]:
+@cache
+def proving_scenes(count: int = 552, seed: int = 0) -> tuple[Scene, ...]:
     """The scenes whose captions `proving_prompts` has, in its order: drawn, they are what a perfect model makes.
 
     Raises:
@@ -56,7 +58,7 @@ def proving_scenes(count: int = 552, seed: int = 0) -> list[Scene]:
         found[it.task].setdefault(it.caption, it)
     rounds = zip_longest(*(of_task.values() for of_task in found.values()))
     taken = islice((it for one_each in rounds for it in one_each if it), count)
-    return sorted(taken, key=lambda it: TASKS.index(it.task))
+    return tuple(sorted(taken, key=lambda it: TASKS.index(it.task)))
 
 
 def metadata(scene: Scene) -> Metadata:

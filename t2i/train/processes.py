@@ -52,6 +52,24 @@ class World:
             raise message[1]
         return message[0]
 
+    def together(self, make: Callable[[], T]) -> T:
+        """What this rank makes; a UserError of any rank, of the first that has one, is raised on every rank."""
+        made: list[T] = []
+        fault: UserError | None = None
+        try:
+            made.append(make())
+        except UserError as error:
+            fault = error
+        for it in self.gather(fault):
+            if it is not None:
+                raise it
+        return made[0]
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of what all share out: neighbours, in order, and one more than another rank's at most."""
+        first, end = (rank * len(items) // self.size for rank in (self.rank, self.rank + 1))
+        return items[first:end]
+
     def gather(self, item: T) -> list[T]:
         """Every rank's item, in rank order, on every rank."""
         items: list[Any] = [item]

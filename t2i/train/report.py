@@ -15,7 +15,7 @@ from PIL import Image
 
 from t2i.train.report_charts import Chart, Line, draw
 from t2i.train.report_parts import absent, cards, duration, figure, number, smooth_pieces, table, write_page
-from t2i.train.run_folder import Run, read_grid, read_run
+from t2i.train.run_folder import NO_SCORES, Run, read_grid, read_run
 
 _STRIP_GRIDS = 16  # thumbnails a stage shows, evenly spread, the first and the last among them
 _TILE_SIDE, _THUMBNAIL_SIDE = 640, 480  # pixels
@@ -33,7 +33,7 @@ _CHARTS = [
         "Score",
         "Of pictures of prompts, by task; higher is better. A score that was cut short is left out.",
         "score",
-        beside=("kind", "stage", "step", "time", "prompts", "images", "complete", "held_s"),
+        beside=NO_SCORES,
         from_zero=True,
     ),
     Chart("Training loss by t", "Flow matching: t is 0 in pure noise, 1 in the image.", "train", bands="loss_fm_t"),

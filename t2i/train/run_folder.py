@@ -14,6 +14,8 @@ from PIL import Image
 from t2i.train.observe import JsonLines
 from t2i.train.report_charts import Array, Piece
 
+NO_SCORES = ("kind", "stage", "step", "time", "prompts", "images", "complete", "held_s")
+"""What a line of scores holds besides scores."""
 _PAUSE_S = 3600.0  # a longer silence in metrics.jsonl is a run that was down, not a slow step
 
 

@@ -50,21 +50,17 @@ def build_scorers(settings: dict[int, RunConfig], build: BuildScorer, world: Wor
         UserError: on every rank alike, what the first rank that cannot have its scorer met.
     """
     made: dict[tuple[str, str | None, str | None], Scorer] = {}
-    scorers: dict[int, Scorer] = {}
-    fault: UserError | None = None
-    try:
-        for index, config in settings.items():
-            asked = config.scoring
-            if not asked.every:
-                continue
-            kind = (asked.scorer, asked.detector_weights, asked.clip)
+
+    def scorer_of(asked: ScoringConfig) -> Scorer:
+        kind = (asked.scorer, asked.detector_weights, asked.clip)
+        try:
             if kind not in made:
                 made[kind] = build(asked, world.device)
-            scorer = scorers[index] = made[kind]
-            if asked.prompts > len(scorer.prompts):
-                raise UserError(f"scoring.prompts {asked.prompts} are asked for, and it has {len(scorer.prompts)}")
-    except UserError as error:
-        fault = UserError(f"scoring.scorer {asked.scorer}: {error}")
-    if (first := next((it for it in world.gather(fault) if it is not None), None)) is not None:
-        raise first
-    return scorers
+            known = len(made[kind].prompts)
+            if asked.prompts > known:
+                raise UserError(f"scoring.prompts {asked.prompts} are asked for, and it has {known}")
+        except UserError as error:
+            raise UserError(f"scoring.scorer {asked.scorer}: {error}") from error
+        return made[kind]
+
+    return world.together(lambda: {i: scorer_of(it.scoring) for i, it in settings.items() if it.scoring.every})

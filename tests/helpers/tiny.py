@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from forked import ROOT, free_port, run_forked
 from PIL import Image
 
 from data.packing import pack, shapes
 from data.randomness import key, uniform
 
-ROOT = Path(__file__).parents[2]
 SPOILED = str(ROOT / "tests" / "launch" / "spoiled.py")
 """A job whose ranks can be told to go wrong."""
 COSTS = {"stall_s", "skipped_checkpoints", "time", "step_s", "data_wait_s", "images_per_s", "tflops", "mfu"}
@@ -121,7 +120,12 @@ def start(launcher: str, script: str, *arguments: str, ranks: int = 2) -> subpro
 
 
 def run(launcher: str, script: str, *arguments: str, ranks: int = 2, code: int = 0) -> str:
-    """Run a job to its end; its output."""
+    """Run a job to its end, under a launcher or "forked"; its output."""
+    if launcher == "forked":
+        ended = run_forked(ROOT / "launch" / script, list(arguments), ranks)
+        output = ended.stdout + ended.stderr
+        assert ended.codes == [code] * ranks, output
+        return output
     process = start(launcher, script, *arguments, ranks=ranks)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == code, output
@@ -140,13 +144,6 @@ def ranks_of(config: Path) -> list[int]:
             if str(config) in words and any(word.endswith(".py") for word in words[1:3]):
                 found.append(int(entry.name))
     return found
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
 
 
 def node_command(launcher: str, node: int, hostfile: Path, address: str, port: int) -> list[str]:

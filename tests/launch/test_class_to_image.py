@@ -1,4 +1,4 @@
-"""Class-conditional runs under the real launchers, and the samples that their models draw for ADM's evaluation."""
+"""Class-conditional runs, and the samples that their models draw for ADM's evaluation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trained(images: Path, tmp_path_factory) -> Path:
     """The folder of a run on two processes."""
     root = tmp_path_factory.mktemp("trained")
     config = write_config(root / "config.yaml", tiny_classes(images, root))
-    run("deepspeed", "class_to_image.py", "--config", str(config))
+    run("forked", "class_to_image.py", "--config", str(config))
     return root / "tiny"
 
 
@@ -64,7 +64,7 @@ def test_one_process_with_other_micro_batches_drops_and_learns_the_same(
     changes = {"train": {"steps": 8, "batch_size": 8, "micro_batch_size": 4}, "validation": {"every": 0}}
     tree = tiny_classes(images, tmp_path, **changes)
     tree["engine"] = {"dtype": "fp32", "checkpoint_blocks": True}
-    run("python", "class_to_image.py", "--config", str(write_config(tmp_path / "config.yaml", tree)), ranks=1)
+    run("forked", "class_to_image.py", "--config", str(write_config(tmp_path / "config.yaml", tree)), ranks=1)
     mine, theirs = losses(tmp_path / "tiny"), losses(trained)
     for step in range(1, 9):
         assert mine["train", step] == pytest.approx(theirs["train", step], rel=1e-4)
@@ -86,7 +86,7 @@ def test_folders_that_are_not_the_models_classes_are_refused(images: Path, tmp_p
 def samples(trained: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("samples") / "one.npz"
     model = str(trained / "classes" / "model")
-    run("python", "sample_classes.py", "--model", model, "--out", str(out), *DRAW, ranks=1)
+    run("forked", "sample_classes.py", "--model", model, "--out", str(out), *DRAW, ranks=1)
     return out
 
 
@@ -124,10 +124,10 @@ def test_killed_and_gone_on_with_on_two_processes_it_is_the_same_file(
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.bin")}
     assert 2 <= len(kept) < 6 and not out.exists()
-    output = run("python", "sample_classes.py", *command[:-1], '{"batch_size": 2, "steps": 5}', ranks=1, code=2)
+    output = run("forked", "sample_classes.py", *command[:-1], '{"batch_size": 2, "steps": 5}', ranks=1, code=2)
     assert "holds parts of other samples (sampling.steps)" in output.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in parts.glob("*.bin")} == kept
     damaged = min(kept)
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    run("torchrun", "sample_classes.py", *command)
+    run("forked", "sample_classes.py", *command)
     assert out.read_bytes() == samples.read_bytes() and not parts.exists()

@@ -159,7 +159,7 @@ def test_more_runs_than_a_page_has_colours_for(tmp_path: Path, capsys: pytest.Ca
 def test_what_training_leaves_can_be_compared(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = tiny_config(scenes, tmp_path / "runs", stages=[{"name": "low"}])
     tree["train"]["steps"] = 4
-    run("python", "curriculum.py", "--config", str(write_config(tmp_path / "config.yaml", tree)))
+    run("forked", "curriculum.py", "--config", str(write_config(tmp_path / "config.yaml", tree)), ranks=1)
     first, second = tmp_path / "runs/tiny", tmp_path / "runs/copy"
     shutil.copytree(first, second)
     config = (second / "config.yaml").read_text()

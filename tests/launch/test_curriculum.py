@@ -123,7 +123,7 @@ def test_a_shard_that_changes_stops_the_run_saved_and_mended_it_goes_on(scenes: 
     assert f"stopped after step {step}, saved" in (tmp_path / "tiny" / "events.log").read_text()
     for shard, was in zip(shards, times, strict=True):
         os.utime(shard, ns=(was, was))
-    assert f"going on from step_{step:08d}" in run("deepspeed", "stage1.py", "--config", str(config))
+    assert f"going on from step_{step:08d}" in run("forked", "stage1.py", "--config", str(config))
     trained = [line["step"] for line in metrics(tmp_path / "tiny") if line["kind"] == "train"]
     assert trained == list(range(1, 25))
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(unbroken: 
         if path.is_file() and path.name not in ("run.lock", "outcome.json")
     }
     options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path), "--model.width", "24"]
-    output = run("python", "stage2.py", *options, ranks=1, code=2)
+    output = run("forked", "stage2.py", *options, ranks=1, code=2)
     assert "is of another model" in output.splitlines()[-1]
     after = {
         path: path.stat().st_mtime_ns
@@ -158,7 +158,7 @@ def test_a_stage_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(un
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     metrics_before = (tmp_path / "tiny" / "metrics.jsonl").read_text()
     options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path)]
-    output = run("python", "stage2.py", *options, ranks=1, code=2)
+    output = run("forked", "stage2.py", *options, ranks=1, code=2)
     assert "can be used" in output.splitlines()[-1]
     assert "torn" in output.splitlines()[-1] and "checksum" in output.splitlines()[-1]
     assert (tmp_path / "tiny" / "metrics.jsonl").read_text() == metrics_before
@@ -168,17 +168,17 @@ def test_another_text_length_is_refused(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "high" / "model")
     options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path), "--text.length", "8"]
-    output = run("python", "stage2.py", *options, ranks=1, code=2)
+    output = run("forked", "stage2.py", *options, ranks=1, code=2)
     assert "text.length 12, this run has" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("launcher", "ranks", "engine"),
     [
-        ("python", 1, {}),
+        ("forked", 1, {}),
         ("torchrun", 2, {"name": "fsdp", "state_folder": "files"}),
-        ("deepspeed", 2, {"zero_stage": 3}),
-        ("deepspeed", 4, {"name": "fsdp", "replicas": 2, "checkpoint_blocks": True}),
+        ("forked", 2, {"zero_stage": 3}),
+        ("forked", 4, {"name": "fsdp", "replicas": 2, "checkpoint_blocks": True}),
     ],
 )
 def test_other_engines_and_numbers_of_processes_compute_the_same(
@@ -203,7 +203,7 @@ def test_other_engines_and_numbers_of_processes_compute_the_same(
 
 def test_a_run_that_leaves_out_pads(unbroken: Path, scenes: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_config(scenes, tmp_path))
-    run("python", "curriculum.py", "--config", str(config), "--model.text_padding", "mask", ranks=1)
+    run("forked", "curriculum.py", "--config", str(config), "--model.text_padding", "mask", ranks=1)
     lines, attended = metrics(tmp_path / "tiny"), metrics(unbroken)
     assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in attended]
     losses, others = ([it["loss"] for it in found if it["kind"] == "validation"] for found in (lines, attended))
@@ -225,8 +225,8 @@ def test_pictures_do_not_depend_on_processes_or_neighbours(unbroken: Path, tmp_p
     (tmp_path / "one.txt").write_text(prompts[2])
     common = ["--model", model, "--pictures", "2"]
     run("torchrun", "sample.py", *common, "--prompts", str(tmp_path / "three.txt"), "--out", str(tmp_path / "two"))
-    run("python", "sample.py", *common, "--prompts", str(tmp_path / "three.txt"), "--out", str(tmp_path / "a"), ranks=1)
-    run("python", "sample.py", *common, "--prompts", str(tmp_path / "one.txt"), "--out", str(tmp_path / "b"), ranks=1)
+    run("forked", "sample.py", *common, "--prompts", str(tmp_path / "three.txt"), "--out", str(tmp_path / "a"), ranks=1)
+    run("forked", "sample.py", *common, "--prompts", str(tmp_path / "one.txt"), "--out", str(tmp_path / "b"), ranks=1)
     names = sorted(path.name for path in (tmp_path / "two").glob("*.png"))
     assert names == [f"{prompt:05d}_{n}.png" for prompt in range(3) for n in range(2)]
     for name in names:

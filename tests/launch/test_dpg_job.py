@@ -6,13 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dpg_copy import ROWS, write_copy
+from in_process import run_in_process
 from PIL import Image
 from random_model import write_random_model
 from tiny import run
@@ -22,7 +22,6 @@ from transformers import AutoProcessor, ViltForQuestionAnswering
 import launch.dpg
 from data.errors import UserError
 from evaluation.dpg.rules import MPLUG
-from t2i.train.processes import World
 
 Dpg = Callable[..., Path]
 FEW = ("--sampling.steps", "2", "--sampling.batch_size", "3")
@@ -44,14 +43,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def dpg(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dpg:
+def dpg(copy: Path, tmp_path: Path) -> Dpg:
     """Run the job in one process; its folder."""
-    monkeypatch.setattr(launch.dpg, "joined_world", lambda: nullcontext(World(0, 1, torch.device("cpu"))))
 
     def start(*words: str | Path, out: str = "out", benchmark: Path = copy) -> Path:
-        argv = ["dpg.py", "--benchmark", str(benchmark), "--out", str(tmp_path / out), *map(str, words)]
-        monkeypatch.setattr("sys.argv", argv)
-        launch.dpg.dpg()
+        run_in_process(launch.dpg, "--benchmark", benchmark, "--out", tmp_path / out, *words)
         return tmp_path / out
 
     return start
@@ -90,7 +86,7 @@ def test_from_a_model_to_the_table(dpg: Dpg, model: Path, judge: Path, capsys: p
     assert sum(found["answers"].values()) == 7 * 4
     drawn = found["drawn_with"]
     assert (drawn["which"], drawn["sampling"]["steps"], drawn["sampling"]["seed"]) == ("ema", 2, 0)
-    assert (drawn["speed"]["pictures"], drawn["speed"]["devices"]) == (8, "1 × CPU")
+    assert (drawn["speed"]["images"], drawn["speed"]["devices"]) == (8, "1 × CPU")
     hashed = hashlib.blake2b((model / "ema.safetensors").read_bytes(), digest_size=16).hexdigest()
     assert drawn["weights"] == hashed
     assert set(files(out / "grids")) == {"cat1.png", "dog2.png"}
@@ -270,7 +266,7 @@ def test_a_resolution_that_cannot_be_drawn(dpg: Dpg, model: Path) -> None:
 def test_two_processes_make_the_same_files(dpg: Dpg, model: Path, judge: Path, copy: Path, tmp_path: Path) -> None:
     alone = dpg("--model", model, "--judge", judge, *FEW)
     words = ["--model", model, "--judge", judge, "--benchmark", copy, "--out", tmp_path / "both", *FEW]
-    told = run("torchrun", "dpg.py", *map(str, words), ranks=2)
+    told = run("forked", "dpg.py", *map(str, words), ranks=2)
     assert "DPG questions about other prompts, judged by" in told
     for name in ("grids", "answers"):
         assert files(tmp_path / "both" / name) == files(alone / name)

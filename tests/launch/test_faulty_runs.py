@@ -50,7 +50,7 @@ def model(root: Path) -> dict[str, torch.Tensor]:
 
 def test_a_nan_on_one_rank_costs_one_update_and_reaches_nothing(scenes: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("FAULTS", json.dumps({"5": math.nan}))
-    run("deepspeed", SPOILED, "--config", str(config_of(scenes, tmp_path)))
+    run("forked", SPOILED, "--config", str(config_of(scenes, tmp_path)))
     (line,) = lines(tmp_path, "skipped.jsonl")
     assert (line["kind"], line["step"]) == ("veto", 5) and re.search("gradient norm is (nan|inf)", line["reason"])
     assert len(line["ids"]) == len(set(line["ids"])) == 8
@@ -67,7 +67,7 @@ def test_too_many_spikes_go_back_and_leave_the_batches_out_killed_or_not(
     roots = [tmp_path / name for name in ("whole", "cut")]
     for root in roots:
         root.mkdir()
-    output = run("python", SPOILED, "--config", str(config_of(scenes, roots[0])), ranks=1)
+    output = run("forked", SPOILED, "--config", str(config_of(scenes, roots[0])), ranks=1)
     assert "going back, to leave out the batches of steps 7 to 9" in output
     assert output.count("going on from step_00000006") == 1
     kinds = [(line["kind"], line["step"]) for line in lines(roots[0], "skipped.jsonl")]
@@ -80,9 +80,9 @@ def test_too_many_spikes_go_back_and_leave_the_batches_out_killed_or_not(
     path = str(config_of(scenes, roots[1], checkpoint={"every": 3, "ephemeral_every": 1}))
     for step in (9, 10):
         monkeypatch.setenv("KILLED_AT", str(step))
-        run("python", SPOILED, "--config", path, ranks=1, code=-9)
+        run("forked", SPOILED, "--config", path, ranks=1, code=-9)
     monkeypatch.delenv("KILLED_AT")
-    run("python", SPOILED, "--config", path, ranks=1)
+    run("forked", SPOILED, "--config", path, ranks=1)
     assert lines(roots[1], "skipped.jsonl") == lines(roots[0], "skipped.jsonl")
     # Gradients are balanced by what steps 2, 4, ... from 0 measured, but for those vetoed and left out.
     weights = [
@@ -101,7 +101,7 @@ def test_what_going_back_does_not_help_stops_the_run_saved(scenes: Path, tmp_pat
     # From the first step on, so that there is no checkpoint to go back to; then again, soon after.
     monkeypatch.setenv("FAULTS", json.dumps({"1": math.inf, "2": math.nan, "4": math.nan, "6": math.nan}))
     path = str(config_of(scenes, tmp_path))
-    output = run("python", SPOILED, "--config", path, ranks=1, code=2)
+    output = run("forked", SPOILED, "--config", path, ranks=1, code=2)
     assert output.count("starting from scratch") == 2
     assert "stopped after step 6, saved" in output.splitlines()[-1]
     outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())
@@ -111,7 +111,7 @@ def test_what_going_back_does_not_help_stops_the_run_saved(scenes: Path, tmp_pat
         ("stop", 6)
     ]
     monkeypatch.setenv("FAULTS", "{}")  # mended
-    output = run("python", SPOILED, "--config", path, ranks=1)
+    output = run("forked", SPOILED, "--config", path, ranks=1)
     assert "going on from step_00000006" in output
     assert trained(tmp_path)[-1] == 14
     assert json.loads((tmp_path / "tiny" / "outcome.json").read_text())["outcome"] == "done"
@@ -138,5 +138,5 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks_and_it_goes_on(
     waiting, hanging = (path.read_text() for path in sorted((tmp_path / "tiny" / "stacks").iterdir()))
     assert "spoiled.py" in hanging and "in step 5" in hanging and "all_reduce" in waiting
     monkeypatch.delenv("HANGS_AT")
-    assert "going on from step_00000003" in run("deepspeed", SPOILED, *options)
+    assert "going on from step_00000003" in run("forked", SPOILED, *options)
     assert trained(tmp_path) == list(range(1, 15))

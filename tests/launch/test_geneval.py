@@ -8,12 +8,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from in_process import run_in_process
 from PIL import Image
 from random_model import write_random_model
 from tiny import run, start
@@ -22,12 +22,12 @@ from tiny_geneval import save_clip, save_mask2former
 import launch.geneval
 from data.errors import UserError
 from data.packing.shapes import draw
-from evaluation.geneval.folder import begin_folder, image_path, write_image
+from evaluation.drawing import write_png
+from evaluation.geneval.folder import begin_folder, image_path
 from evaluation.geneval.prompts import TASKS, official, read, to_lines
 from evaluation.proving.detector import ACCEPTED
 from evaluation.proving.prompts import proving_prompts, proving_scenes
 from t2i.pipeline import Picture, Pipeline
-from t2i.train.processes import World
 
 Job = Callable[..., Path]
 FEW = ["--images-per-prompt", "2", "--sampling", '{"batch_size": 3, "steps": 2}', "--detector", "shapes"]
@@ -40,14 +40,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def job(tmp_path: Path) -> Job:
     """Run the job in this process; its folder."""
 
     def work(*words: str, out: Path | None = None) -> Path:
         out = out or tmp_path / "out"
-        monkeypatch.setattr(launch.geneval, "joined_world", lambda: nullcontext(World(0, 1, torch.device("cpu"))))
-        monkeypatch.setattr("sys.argv", ["geneval.py", "--out", str(out), *words])
-        launch.geneval.geneval()
+        run_in_process(launch.geneval, "--out", out, *words)
         return out
 
     return work
@@ -57,10 +55,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 def scored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a job that was left alone, on one prompt of each task."""
     out = tmp_path_factory.mktemp("scored") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.geneval, "joined_world", lambda: nullcontext(World(0, 1, torch.device("cpu"))))
-        patch.setattr("sys.argv", ["geneval.py", "--model", str(model), "--out", str(out), "--limit", "1", *FEW])
-        launch.geneval.geneval()
+    run_in_process(launch.geneval, "--model", model, "--out", out, "--limit", "1", *FEW)
     return out
 
 
@@ -72,8 +67,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     begin_folder(root, proving_prompts(12))
     for number, scene in enumerate(scenes):
         picture = draw(scene, 48)
-        write_image(image_path(root, number, 0), picture)
-        write_image(image_path(root, number, 1), picture[:1, :1].repeat(48, 0).repeat(48, 1))
+        write_png(image_path(root, number, 0), picture)
+        write_png(image_path(root, number, 1), picture[:1, :1].repeat(48, 0).repeat(48, 1))
     return root
 
 
@@ -159,7 +154,7 @@ def test_an_image_that_has_changed_is_judged_again(scored: Path, job: Job, tmp_p
     out = copy(scored, tmp_path / "out")
     prompts = read(out / "prompts.jsonl")
     scene = next(it for it in proving_scenes() if it.caption == prompts[3]["prompt"])
-    write_image(image_path(out / "images", 3, 1), draw(scene, 48))
+    write_png(image_path(out / "images", 3, 1), draw(scene, 48))
     job("--score-only", "--detector", "shapes")
     assert not results(scored)[7]["correct"] and results(out)[7]["correct"]
     assert [it for i, it in enumerate(results(out)) if i != 7] == [it for i, it in enumerate(results(scored)) if i != 7]
@@ -315,17 +310,6 @@ def test_what_the_detector_cannot_find_is_told_and_not_scored_0(
         job("--images", str(images), "--detector", "shapes")
 
 
-def test_a_mistake_that_one_process_meets_is_raised_on_all() -> None:
-    class Two(World):
-        def gather(self, item: Any) -> list[Any]:
-            return [item, UserError("of the other")]
-
-    work: list[str] = []
-    with pytest.raises(UserError, match="of the other"):
-        launch.geneval._together(Two(0, 2, torch.device("cpu")), lambda: work.append("done"))
-    assert work == ["done"]
-
-
 def test_a_folder_of_images_that_are_not_the_jobs_is_refused(
     model: Path, drawn: Path, job: Job, tmp_path: Path
 ) -> None:
@@ -371,14 +355,12 @@ def test_options_that_do_not_fit(job: Job, tmp_path: Path, said: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["geneval.py", "--model", "m"])
+def test_without_a_folder_to_write_to() -> None:
     with pytest.raises(UserError, match="--out is missing"):
-        launch.geneval.geneval()
+        run_in_process(launch.geneval, "--model", "m")
 
 
-def test_the_official_prompts_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["geneval.py", "--write-prompts", str(tmp_path / "prompts.jsonl")])
-    launch.geneval.geneval()
+def test_the_official_prompts_are_written(tmp_path: Path, capsys: Any) -> None:
+    run_in_process(launch.geneval, "--write-prompts", tmp_path / "prompts.jsonl")
     assert read(tmp_path / "prompts.jsonl") == official()
     assert "md5 9a0ed515640279a48ed3380d90aec0ed" in capsys.readouterr().out

@@ -83,8 +83,8 @@ def test_asked_to_leave_in_every_way_a_run_goes_on_as_if_nothing_had_happened(sc
     # It ends two steps later, and so does one that nothing disturbed.
     whole = tmp_path / "whole"
     whole.mkdir()
-    run("deepspeed", "stage1.py", "--config", str(config), "--train.steps", str(last + 2))
-    run("deepspeed", "stage1.py", "--config", str(config_of(scenes, whole, last + 2)))
+    run("forked", "stage1.py", "--config", str(config), "--train.steps", str(last + 2))
+    run("forked", "stage1.py", "--config", str(config_of(scenes, whole, last + 2)))
     assert outcome(tmp_path)["outcome"] == outcome(whole)["outcome"] == "done"
     for name in ("model", "ema"):
         found, expected = (load_file(r / "tiny" / "low" / "model" / f"{name}.safetensors") for r in (tmp_path, whole))
@@ -103,7 +103,7 @@ def test_a_launcher_that_dies_and_ctrl_c_leave_a_saved_run(
 def test_the_clock_ends_a_run(scenes: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LATE_AT", "3")
     options = ["--config", str(config_of(scenes, tmp_path, 9)), "--limits.wall_clock_minutes", "1000"]
-    output = run("python", SPOILED, *options, ranks=1, code=75)
+    output = run("forked", SPOILED, *options, ranks=1, code=75)
     assert "limits.wall_clock_minutes 1000 are over; the same command goes on from what is saved" in output
     assert outcome(tmp_path)["outcome"] == "resumable"
     assert saved_at(tmp_path) == 3

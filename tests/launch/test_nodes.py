@@ -39,7 +39,7 @@ def curves(folder: Path) -> list[dict[str, float]]:
 def expected(scenes: Path, tmp_path_factory) -> list[Any]:
     """The curves of two ranks on one node."""
     folder = tmp_path_factory.mktemp("one")
-    run("torchrun", "stage1.py", "--config", config_in(folder, scenes))
+    run("forked", "stage1.py", "--config", config_in(folder, scenes))
     found = curves(folder)
     assert [line["step"] for line in found] == [1, 2, 3]
     # A rank has as many threads as its node has cores for it, and they add in another order.

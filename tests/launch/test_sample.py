@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
+from in_process import run_in_process
 from PIL import Image
 from random_model import write_random_model
 
 import launch.sample
 from t2i.config_base import ConfigError
 from t2i.config_sampling import SamplingConfig
-from t2i.train.processes import World
 
 Sample = Callable[..., Path]
 
@@ -26,18 +24,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def sample(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sample:
+def sample(model: Path, tmp_path: Path) -> Sample:
     """Run the job with a few steps; the folder of its pictures."""
 
     def run(*words: str, prompts: str = "a red circle\n\na blue star\n") -> Path:
         (tmp_path / "prompts.txt").write_text(prompts)
-        world = World(0, 1, torch.device("cpu"))
-        monkeypatch.setattr(launch.sample, "joined_world", lambda: nullcontext(world))
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         few = ["--sampling.steps", "2", "--sampling.batch_size", "2", "--out", str(out)]
-        argv = ["--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), *few, *words]
-        monkeypatch.setattr("sys.argv", ["sample.py", *argv])
-        launch.sample.sample()
+        run_in_process(launch.sample, "--model", model, "--prompts", tmp_path / "prompts.txt", *few, *words)
         return out
 
     return run

@@ -51,7 +51,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 def plain(scenes: Path, tmp_path_factory) -> Path:
     """A run that nobody scores."""
     root = tmp_path_factory.mktemp("plain")
-    run("python", SCORED, "--config", str(config_of(scenes, root)), ranks=1)
+    run("forked", SCORED, "--config", str(config_of(scenes, root)), ranks=1)
     return root
 
 
@@ -59,7 +59,7 @@ def plain(scenes: Path, tmp_path_factory) -> Path:
 def ended(scenes: Path, tmp_path_factory) -> Path:
     """One whose first stage ends by its scores at step 4 of 9."""
     root = tmp_path_factory.mktemp("ended")
-    run("python", SCORED, "--config", str(config_of(scenes, root, scoring=RULE)), ranks=1)
+    run("forked", SCORED, "--config", str(config_of(scenes, root, scoring=RULE)), ranks=1)
     return root
 
 
@@ -83,7 +83,7 @@ def test_a_stage_that_its_scores_end_is_done_and_the_next_goes_on_from_there(end
     assert json.loads((folder / "outcome.json").read_text())["outcome"] == "done"
     report = (folder / "report.html").read_text()
     assert 'aria-label="Score"' in report and "<b>2 of 2</b>" in report  # the stage that ended early is done
-    assert "done already: low, high" in run("python", SCORED, "--config", str(ended / "config.yaml"), ranks=1)
+    assert "done already: low, high" in run("forked", SCORED, "--config", str(ended / "config.yaml"), ranks=1)
 
 
 def test_the_best_model_is_kept_with_its_score(ended: Path) -> None:
@@ -103,7 +103,7 @@ def test_left_during_a_score_and_killed_before_its_model_a_stage_comes_to_the_sa
     for fault, code in (("leaving", 75), ("saving", -9), ("writing", -9), ("", 0)):
         monkeypatch.setenv("FAULT", fault)
         assert not (tmp_path / "tiny" / "low" / "model").exists()
-        outputs.append(run("python", SCORED, "--config", path, "--checkpoint.every", "99", ranks=1, code=code))
+        outputs.append(run("forked", SCORED, "--config", path, "--checkpoint.every", "99", ranks=1, code=code))
     for step, output in zip((2, 2, 4), outputs[1:], strict=True):
         assert f"low: going on from step_{step:08d}" in output
     found, expected = (
@@ -119,7 +119,7 @@ def scored_anew(plain: Path, root: Path, *options: str, script: str = SCORED, ra
     shutil.copytree(plain / "tiny", root / "tiny")
     shutil.rmtree(root / "tiny" / "low" / "model")
     given = ["--config", str(plain / "config.yaml"), "--root", str(root), "--scoring.every", "3", *options]
-    run("torchrun" if ranks > 1 else "python", script, *given, ranks=ranks)
+    run("forked", script, *given, ranks=ranks)
     (line,) = [line for line in of(root, "score") if line["stage"] == "low"]
     assert line["step"] == 9 and line["complete"]
     assert same(weights(root, "low/best"), weights(root, "low/model"))
@@ -144,6 +144,6 @@ def test_drawn_shapes_are_scored_by_task(plain: Path, tmp_path: Path) -> None:
 
 def test_weights_that_are_missing_are_said_before_anything_is_trained(scenes: Path, tmp_path: Path) -> None:
     options = ["--config", str(config_of(scenes, tmp_path)), "--scoring.every", "4", "--scoring.clip", "/nowhere"]
-    output = run("python", "stage1.py", *options, ranks=1, code=2)
+    output = run("forked", "stage1.py", *options, ranks=1, code=2)
     assert "error: scoring.scorer geneval: clip '/nowhere' is neither a folder" in output.splitlines()[-1]
     assert not (tmp_path / "tiny" / "low").exists()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from data.errors import UserError
 from evaluation.fid import networks
 from evaluation.fid.estimators import InceptionScore, precision_recall
-from evaluation.fid.images import sha256_of
 from evaluation.fid.networks import Features, first_channels, load, with_map
+from t2i.engine.checkpoint.format import sha256
 
 CPU = torch.device("cpu")
 
@@ -54,10 +54,10 @@ def test_the_map_of_each_batch_comes_with_its_features() -> None:
 
 def test_inception_is_adms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = random_inception(tmp_path)
-    monkeypatch.setattr(networks, "INCEPTION_SHA256", sha256_of(path))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", sha256(path))
     network = load("inception", path, CPU)
     assert network.dims == {"pooled": 2048, "spatial": 2023}
-    assert (network.comparable, network.suffix, network.sha256) == (True, "", sha256_of(path))
+    assert (network.comparable, network.suffix, network.sha256) == (True, "", sha256(path))
 
     images = torch.randint(0, 256, (12, 3, 32, 40), dtype=torch.uint8)
     images[:6] //= 4
@@ -111,7 +111,7 @@ def test_inception_needs_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_missing_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "w.pth").write_bytes(b"")
-    monkeypatch.setattr(networks, "INCEPTION_SHA256", sha256_of(tmp_path / "w.pth"))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", sha256(tmp_path / "w.pth"))
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(UserError, match=r"needs the package torch_fidelity: pip install 'pixel-t2i\[eval\]'"):
         load("inception", tmp_path / "w.pth", CPU)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from data.errors import UserError
-from evaluation.geneval.folder import begin_folder, image_path, read_folder, read_image, write_grid, write_image
+from evaluation.drawing import write_png
+from evaluation.geneval.folder import begin_folder, image_path, read_folder, read_image, write_grid
 
 CIRCLE = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}
 STARS = {
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     begin_folder(root, [CIRCLE, STARS])
     for prompt in range(2):
         for image in range(3):
-            write_image(image_path(root, prompt, image), plain(100 * prompt + 10 * image))
+            write_png(image_path(root, prompt, image), plain(100 * prompt + 10 * image))
     return root
 
 
@@ -58,7 +59,7 @@ def test_folders_and_images_come_by_number_whatever_their_digits(tmp_path: Path)
         samples.mkdir(parents=True)
         (tmp_path / str(prompt) / "metadata.jsonl").write_text(json.dumps({**CIRCLE, "prompt": str(prompt)}))
         for image in range(11):
-            write_image(samples / f"{image}.png", plain(image))
+            write_png(samples / f"{image}.png", plain(image))
     (tmp_path / "notes").mkdir()
     found = read_folder(tmp_path)
     assert [it.metadata["prompt"] for it in found] == [str(prompt) for prompt in range(11)]
@@ -69,7 +70,7 @@ def test_folders_and_images_come_by_number_whatever_their_digits(tmp_path: Path)
 def test_a_grid_shows_its_images_row_by_row(tmp_path: Path, images: int, rows: int, columns: int) -> None:
     begin_folder(tmp_path, [CIRCLE])
     for image in range(images):
-        write_image(image_path(tmp_path, 0, image), plain(10 + image))
+        write_png(image_path(tmp_path, 0, image), plain(10 + image))
     write_grid(read_folder(tmp_path)[0])
     grid = read_image(tmp_path / "00000" / "grid.png")
     assert grid.shape == (rows * 4, columns * 6, 3)
@@ -112,7 +113,7 @@ def test_a_malformed_folder_is_refused(folder: Path, mistake: str) -> None:
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
 def test_a_damaged_image_is_refused(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "0000.png"
-    write_image(path, np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
+    write_png(path, np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     with pytest.raises(UserError, match=r"0000.png cannot be read as an image: make it again"):
         read_image(path)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from evaluation.geneval.detection import Box, Detection, Thresholds
 from evaluation.geneval.prompts import RELATIONS, Metadata
-from evaluation.geneval.rules import Verdict, count_of, counting, judge, relative_position
+from evaluation.geneval.rules import Verdict, counting, judge, of_class, relative_position
 
 
 def asking(*include: dict[str, Any], exclude: tuple[str, int] | None = None, tag: str = "two_object") -> Metadata:
@@ -48,8 +48,8 @@ def test_of_each_class_the_sixteen_most_confident_count() -> None:
     cat = thing("cat", 0.4)
     counted = counting([cat, *dogs], "counting", Thresholds(counting=0.3))
     assert [it.score for it in counted] == [it.score for it in (*dogs[:0:-1], cat)]
-    assert count_of(counted, "dog") == 16
-    assert count_of(counted, "cat") == 1
+    assert len(of_class(counted, "dog")) == 16
+    assert len(of_class(counted, "cat")) == 1
     assert not verdict(asking(item("dog", 17)), dogs).correct
     assert verdict(asking(item("dog", 16)), dogs).correct
     assert verdict(asking(item("dog"), exclude=("dog", 17)), dogs).correct  # as the official code has it

@@ -3,7 +3,8 @@
 import pytest
 
 from data.packing.shapes import draw
-from evaluation.geneval.folder import begin_folder, image_path, read_folder, write_image
+from evaluation.drawing import write_png
+from evaluation.geneval.folder import begin_folder, image_path, read_folder
 from evaluation.proving.bounds import bounds
 from evaluation.proving.detector import ShapeDetector
 from evaluation.proving.prompts import proving_prompts, proving_scenes
@@ -17,7 +18,7 @@ def folder(tmp_path_factory):
     chosen = chosen[::8]
     begin_folder(root, [prompt for prompt, _ in chosen])
     for number in range(len(chosen)):
-        write_image(image_path(root, number, 0), draw(chosen[number - 1][1], 32))
+        write_png(image_path(root, number, 0), draw(chosen[number - 1][1], 32))
     return read_folder(root)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +72,27 @@ def test_what_rank_0_raises_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         world.from_main(lambda: 1 // 0)
     assert world.gather("item") == ["item"]
+
+
+def test_a_mistake_that_one_rank_meets_is_raised_on_all() -> None:
+    class Two(World):
+        def gather(self, item: Any) -> list[Any]:
+            return [item, UserError("of the other")]
+
+    def fail() -> None:
+        raise UserError("its own")
+
+    two, work = Two(0, 2, torch.device("cpu")), list[str]()
+    with pytest.raises(UserError, match="of the other"):
+        two.together(lambda: work.append("done"))
+    assert work == ["done"]
+    with pytest.raises(UserError, match="its own"):
+        two.together(fail)
+    assert World(0, 1, torch.device("cpu")).together(os.getpid) == os.getpid()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_share_out_all_of_it_as_neighbours(ranks: int) -> None:
+    shares = [World(rank, ranks, torch.device("cpu")).share(range(7)) for rank in range(ranks)]
+    assert [it for share in shares for it in share] == list(range(7))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,0 +1,80 @@
+"""What jobs that draw pictures from a model have in common: what a picture depends on, how the processes share the work
+out, how fast they were, and pictures as files that are whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.parts import write_aside, write_json
+from t2i.model_folder import FILES, WhichWeights
+from t2i.pipeline import Pipeline
+from t2i.train.processes import World
+
+T = TypeVar("T")
+
+_SPEED = "speed.json"
+
+
+def made_of(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, Any]:
+    """What every picture of a model folder depends on besides sampling, size and prompt, in JSON's types."""
+    with (model / FILES[which]).open("rb") as file:
+        weights = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    objective = pipeline.config.objective
+    return {
+        "weights": weights,
+        "dtype": str(next(pipeline.denoiser.parameters()).dtype),
+        "noise_scale": objective.noise_scale,
+        "min_noise": objective.min_noise,
+    }
+
+
+def draw_together(
+    world: World, out: Path, missing: Sequence[T], draw: Callable[[Sequence[T], Callable[[int], object]], object]
+) -> None:
+    """Have the processes draw what is missing, and note how fast they were. A collective.
+
+    Args:
+        out: the job's folder.
+        missing: the pictures, the same on every rank; neighbours, since they share prompts, are drawn by one.
+        draw: draws some of them, and calls what it is given with how many it has just drawn.
+    """
+    mine = world.share(missing)
+    began = time.perf_counter()
+    with tqdm(total=len(mine), disable=not world.is_main, unit="image", desc="drawing") as bar:
+        draw(mine, bar.update)
+    world.barrier()
+    seconds = time.perf_counter() - began
+    world.from_main(lambda: _note_speed(out / _SPEED, len(missing), seconds, world))
+
+
+def _note_speed(path: Path, images: int, seconds: float, world: World) -> None:
+    """Write down how fast images were drawn, unless more have been timed before."""
+    if images and (not path.exists() or json.loads(path.read_text())["images"] < images):
+        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+        rate = {"images_per_s": round(images / seconds, 4), "images": images, "seconds": round(seconds, 1)}
+        write_json(path, {**rate, "devices": f"{world.size} × {device}"})
+
+
+def read_speed(out: Path) -> dict[str, Any] | None:
+    """What `draw_together` noted in a job's folder; None: nothing."""
+    path = out / _SPEED
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_png(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write an image, uint8 (H, W, 3), as a PNG that is whole if it is there."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    write_aside(path, [buffer.getvalue()])
