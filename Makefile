@@ -42,7 +42,7 @@ prove: setup
 	python launch/pack.py shapes --out .cache/prove/shapes --size 32 --count 100000 --heldout 0.01 --heldout_captions 0.1
 	@runs=; for seed in $$(seq 0 $$(($(SEEDS) - 1))); do \
 		run=runs/prove$${seed#0}; runs="$$runs $$run"; \
-		deepspeed --log_level error --num_gpus 1 launch/stage1.py --config configs/prove.yaml \
+		deepspeed --log_level error --num_gpus 2 launch/stage1.py --config configs/prove.yaml \
 			--name $${run#runs/} --seed $$seed && \
 		deepspeed --log_level error --num_gpus 2 launch/geneval.py --detector shapes \
 			--model $$run/scenes/model --out $$run/geneval || exit 1; \

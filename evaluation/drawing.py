@@ -40,23 +40,36 @@ def made_of(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, A
     }
 
 
+def unfinished_batches(pictures: Sequence[T], batch_size: int, is_missing: Callable[[T], bool]) -> list[Sequence[T]]:
+    """Those batches of a job's pictures from which any is missing.
+
+    A batch is made of the same pictures whatever is there already and however many processes draw: a kernel may round
+    a picture's numbers otherwise at another place of its batch.
+    """
+    batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
+    return [batch for batch in batches if any(map(is_missing, batch))]
+
+
 def draw_together(
-    world: World, out: Path, missing: Sequence[T], draw: Callable[[Sequence[T], Callable[[int], object]], object]
+    world: World,
+    out: Path,
+    batches: Sequence[Sequence[T]],
+    draw: Callable[[Sequence[T], Callable[[int], object]], object],
 ) -> None:
-    """Have the processes draw what is missing, and note how fast they were. A collective.
+    """Have the processes draw whole batches, and note how fast they were. A collective.
 
     Args:
         out: the job's folder.
-        missing: the pictures, the same on every rank; neighbours, since they share prompts, are drawn by one.
-        draw: draws some of them, and calls what it is given with how many it has just drawn.
+        batches: of pictures, the same on every rank; neighbours, since they share prompts, are drawn by one.
+        draw: draws the pictures of some of them, and calls what it is given with how many it has just drawn.
     """
-    mine = world.share(missing)
+    mine = [picture for batch in world.share(batches) for picture in batch]
     began = time.perf_counter()
     with tqdm(total=len(mine), disable=not world.is_main, unit="image", desc="drawing") as bar:
         draw(mine, bar.update)
     world.barrier()
     seconds = time.perf_counter() - began
-    world.from_main(lambda: _note_speed(out / _SPEED, len(missing), seconds, world))
+    world.from_main(lambda: _note_speed(out / _SPEED, sum(map(len, batches)), seconds, world))
 
 
 def _note_speed(path: Path, images: int, seconds: float, world: World) -> None:

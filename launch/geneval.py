@@ -142,8 +142,8 @@ def _draw(world: World, options: Namespace, detector: Detector | None = None) ->
     size, each = size_of(pipeline.config, options.size), options.images_per_prompt or EACH
     samples = Samples(options.out, chosen, each, size, settings)
     about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
-    missing = world.from_main(lambda: samples.begin(about, beside))
-    draw_together(world, options.out, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
+    batches = world.from_main(lambda: samples.begin(about, beside))
+    draw_together(world, options.out, batches, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
     complete_grids(world.from_main(samples.prompted)[world.rank :: world.size])
     world.barrier()
 

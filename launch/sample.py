@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from evaluation.drawing import unfinished_batches
 from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -58,7 +59,9 @@ def sample() -> None:
             raise ConfigError("--negative does nothing at guidance_scale 1: leave it out or raise the scale")
         size = size_of(pipeline.config, options.size)
         pictures = [Picture(prompt, n, options.negative) for prompt in prompts for n in range(options.pictures)]
-        mine = world.share(range(len(pictures)))  # neighbours, since they share prompts
+        # Whole batches, so that a picture has its place in one for any number of processes.
+        batches = unfinished_batches(range(len(pictures)), settings.batch_size, lambda _: True)
+        mine = [i for batch in world.share(batches) for i in batch]
         world.from_main(lambda: _make_folder(options.out))
         images = chain.from_iterable(pipeline.draw_batches([pictures[i] for i in mine], settings, size))
         with_bar = tqdm(images, total=len(mine), disable=not world.is_main, unit="picture")

@@ -1,8 +1,9 @@
 """Pictures from prompts.
 
 A picture is a function of the weights, the sampler, the seed, its size, its prompts and its number under them: never
-of the pictures beside it, its place in a file or the number of processes. Batches have one fixed size (the last one is
-filled up), since kernels may round differently for different sizes.
+of the pictures beside it. Batches have one fixed size (the last one is filled up), since kernels may round differently
+for different sizes. Some do so, too, for another place in a batch or another number of threads: jobs that promise the
+same files draw whole batches, made of the same pictures for any number of processes.
 """
 
 from __future__ import annotations

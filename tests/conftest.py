@@ -13,6 +13,8 @@ from forked import run_forked
 from moto.server import ThreadedMotoServer
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Two tests run at a time; and a kernel may round otherwise with another number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 ACCESS_KEY, SECRET = "AKIATHEACCESSKEY", "theverysecretkey"
 
 

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data.errors import UserError
 from evaluation.dpg.rules import Item
-from evaluation.drawing import write_png
+from evaluation.drawing import unfinished_batches, write_png
 from evaluation.parts import note_settings
 from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Picture, Pipeline
@@ -133,18 +133,22 @@ class Drawing:
         """Prompts without a grid."""
         return [item for item in self.items if not self.grid(item).exists()]
 
-    def missing(self) -> list[tuple[Item, int]]:
-        """Pictures that have to be drawn: prompts and numbers."""
-        wanted = [(item, number) for item in self.unfinished() for number in range(PICTURES)]
-        return [(item, number) for item, number in wanted if not self.tile(item, number).exists()]
+    def _is_missing(self, picture: tuple[Item, int]) -> bool:
+        return not (self.grid(picture[0]).exists() or self.tile(*picture).exists())
+
+    def missing(self) -> list[Sequence[tuple[Item, int]]]:
+        """Batches of pictures, prompts and numbers, from which any has to be drawn."""
+        pictures = [(item, number) for item in self.items for number in range(PICTURES)]
+        return unfinished_batches(pictures, self.sampling.batch_size, self._is_missing)
 
     def draw(self, pipeline: Pipeline, mine: Sequence[tuple[Item, int]], drawn: Callable[[int], object]) -> None:
-        """Draw these pictures, and tell of each batch how many it was."""
+        """Draw these pictures, whole batches, and tell of each batch how many it was; those that are there stay."""
         pictures = [Picture(item.prompt, number) for item, number in mine]
         names = iter(mine)
         for batch in pipeline.draw_batches(pictures, self.sampling, (self.resolution, self.resolution)):
             for image in batch:
-                write_png(self.tile(*next(names)), image.permute(1, 2, 0).numpy())
+                if self._is_missing(picture := next(names)):
+                    write_png(self.tile(*picture), image.permute(1, 2, 0).numpy())
             drawn(len(batch))
 
     def assemble(self, mine: Sequence[Item]) -> None:

@@ -31,7 +31,7 @@ from t2i.train.processes import World
 def draw(world: World, pipeline: Pipeline, drawing: Drawing, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
     """Draw what is missing, and put it together."""
 
-    def begin() -> tuple[list[tuple[Item, int]], list[Item]]:
+    def begin() -> tuple[list[Sequence[tuple[Item, int]]], list[Item]]:
         drawing.begin(made_of, beside)
         return drawing.missing(), drawing.unfinished()
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from evaluation.drawing import read_speed, write_png
+from evaluation.drawing import read_speed, unfinished_batches, write_png
 from evaluation.geneval.folder import Prompted, begin_folder, image_path, read_folder, write_grid
 from evaluation.geneval.prompts import TASKS, Metadata, digest, read, to_lines
 from evaluation.parts import note_settings, write_aside
@@ -98,7 +98,7 @@ class Samples:
     size: tuple[int, int]
     sampling: SamplingConfig
 
-    def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Number]:
+    def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Sequence[Number]]:
         """Make the folder, or see that what is there is of the same images.
 
         Args:
@@ -106,7 +106,7 @@ class Samples:
             beside: what else is worth knowing of them.
 
         Returns:
-            The images that are missing.
+            The batches from which images are missing.
 
         Raises:
             UserError: it holds other images, or cannot be made.
@@ -130,10 +130,12 @@ class Samples:
             raise UserError(f"--out {self.out}: holds images made otherwise ({', '.join(differ)}): give another name")
         write_aside(self.out / "prompts.jsonl", [to_lines(self.prompts)])
         begin_folder(root, self.prompts)
-        return missing_images(self.out, len(self.prompts), self.each)
+        missing = set(missing_images(self.out, len(self.prompts), self.each))
+        numbers = [(prompt, image) for prompt in range(len(self.prompts)) for image in range(self.each)]
+        return unfinished_batches(numbers, self.sampling.batch_size, missing.__contains__)
 
     def draw(self, pipeline: Pipeline, mine: Sequence[Number], drawn: Callable[[int], object]) -> None:
-        """Draw these images, and tell of each that it is one more."""
+        """Draw these images, whole batches, and tell of each that it is one more; those that are there stay."""
         before: Counter[str] = Counter()
         first = []  # numbers of the pictures of its words that a prompt begins with
         for metadata in self.prompts:
@@ -142,7 +144,8 @@ class Samples:
         pictures = [Picture(self.prompts[prompt]["prompt"], first[prompt] + image) for prompt, image in mine]
         batches = pipeline.draw_batches(pictures, self.sampling, self.size)
         for (prompt, image), pixels in zip(mine, chain.from_iterable(batches), strict=True):
-            write_png(image_path(self.out / "images", prompt, image), pixels.permute(1, 2, 0).numpy())
+            if not (path := image_path(self.out / "images", prompt, image)).exists():
+                write_png(path, pixels.permute(1, 2, 0).numpy())
             drawn(1)
 
     def prompted(self) -> list[Prompted]:

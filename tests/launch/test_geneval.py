@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from in_process import run_in_process
@@ -103,7 +104,9 @@ def test_an_image_is_a_function_of_prompt_and_number(scored: Path, model: Path) 
     for number, it in enumerate(prompts):
         for n in range(2):
             with Image.open(image_path(scored / "images", number, n)) as image:
-                assert image.tobytes() == expected[it["prompt"], n].permute(1, 2, 0).numpy().tobytes()
+                # At another place in a batch a kernel may round otherwise.
+                away = np.asarray(image).astype(int) - expected[it["prompt"], n].permute(1, 2, 0).numpy()
+                assert np.abs(away).max() <= 1
     assert len({*pngs(scored).values()}) == 12 + 6  # with the grids, all are different
 
 

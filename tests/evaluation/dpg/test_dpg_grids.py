@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def draw_all(drawing: Drawing, pipeline: Pipeline) -> dict[str, bytes]:
     drawing.begin({}, {})
-    drawing.draw(pipeline, drawing.missing(), lambda count: None)
+    drawing.draw(pipeline, [*chain.from_iterable(drawing.missing())], lambda count: None)
     drawing.assemble(drawing.unfinished())
     drawing.end()
     return files(drawing.out / "grids")
@@ -45,8 +46,8 @@ def grids(tmp_path: Path, pipeline: Pipeline) -> dict[str, bytes]:
 
 def test_pictures_stand_in_the_official_order(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
     assert list(grids) == ["cat1.png", "dog2.png"]
-    for item in ITEMS:
-        expected = pipeline.draw([Picture(item.prompt, n) for n in range(4)], SAMPLING).permute(0, 2, 3, 1).numpy()
+    pictures = pipeline.draw([Picture(item.prompt, n) for item in ITEMS for n in range(4)], SAMPLING)
+    for item, expected in zip(ITEMS, pictures.permute(0, 2, 3, 1).numpy().reshape(2, 4, 16, 16, 3), strict=True):
         image = np.asarray(Image.open(tmp_path / "whole" / "grids" / f"{item.id}.png"))
         assert image.shape == (32, 32, 3)
         tiles = [image[:16, :16], image[:16, 16:], image[16:, :16], image[16:, 16:]]
@@ -63,10 +64,11 @@ def test_a_job_that_was_cut_short_goes_on_at_the_next_picture(
 ) -> None:
     drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
     drawing.begin({}, {})
-    drawing.draw(pipeline, drawing.missing()[:before], lambda count: None)
+    pictures = [(item, number) for item in ITEMS for number in range(4)]
+    drawing.draw(pipeline, pictures[:before], lambda count: None)
     drawing.assemble(ITEMS[: before // 4])
-    missing = [(item.id, number) for item, number in drawing.missing()]
-    assert missing == [(item.id, number) for item in ITEMS for number in range(4)][before:]
+    whole = before // SAMPLING.batch_size * SAMPLING.batch_size
+    assert [*chain.from_iterable(drawing.missing())] == pictures[whole:]
     assert draw_all(drawing, pipeline) == grids
     assert drawing.missing() == [] and not (tmp_path / "cut" / "tiles").exists()
 
@@ -75,7 +77,7 @@ def test_a_half_written_picture_is_drawn_again(tmp_path: Path, pipeline: Pipelin
     drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
     drawing.begin({}, {})
     (tmp_path / "cut" / "tiles" / "cat1_0.partial").write_bytes(grids["cat1.png"][:100])
-    assert len(drawing.missing()) == 8
+    assert sum(map(len, drawing.missing())) == 8
     assert draw_all(drawing, pipeline) == grids
 
 
