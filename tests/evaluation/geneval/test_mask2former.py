@@ -140,14 +140,16 @@ def test_a_training_run_around_it_does_not_change_the_precision(detector: Mask2F
     hook = detector._network.register_forward_hook(
         lambda *_: during.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
     )
-    before = torch.get_float32_matmul_precision()
+    before, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     try:
         with torch.autocast("cpu", torch.bfloat16):
             assert scores(detector.detect(image)) == alone
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = tf32
         hook.remove()
     assert during == [("highest", False)]
 
