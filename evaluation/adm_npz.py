@@ -8,23 +8,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from evaluation.drawing import read_speed
 from evaluation.npz import write_npz
-from evaluation.parts import note_settings, write_aside
+from evaluation.parts import note_settings, write_aside, write_json
 from t2i.config_base import ConfigError
 from t2i.config_sampling import SamplingConfig
-from t2i.pipeline import Picture, Pipeline
+from t2i.engine.checkpoint.format import sha256
+from t2i.pipeline import Picture, Pipeline, batches_of
 
-Images = NDArray[np.uint8]
+_NOTE = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,14 @@ class Samples:
         """A part's file: its images' bytes, (n, H, W, 3)."""
         return self.folder / f"{part:06d}.bin"
 
-    def missing(self) -> list[int]:
-        """The parts that are not there whole."""
+    def missing(self) -> list[range]:
+        """The images of the parts that are not there whole."""
 
         def whole(part: int) -> bool:
             path = self.path(part)
             return path.exists() and path.stat().st_size == len(self.indices(part)) * math.prod(self.size) * 3
 
-        return [part for part in self.parts if not whole(part)]
+        return [self.indices(part) for part in self.parts if not whole(part)]
 
     def begin(self, made_of: dict[str, Any]) -> None:
         """Make the folder, or see that the parts that are there are of the same samples.
@@ -88,22 +90,37 @@ class Samples:
             raise ConfigError(f"--out {self.out}: {self.folder} cannot be made: {error.strerror}") from error
         settings = self.sampling.model_dump(mode="json")
         asked = {**made_of, "count": self.count, "size": self.size, "sampling": settings}
-        if differ := note_settings(self.folder / "samples.json", asked):
+        if differ := note_settings(self.folder / _NOTE, asked):
             raise ConfigError(
                 f"--out {self.out}: {self.folder} holds parts of other samples ({', '.join(differ)}): remove it"
             )
 
-    def draw(self, pipeline: Pipeline, mine: Iterable[int], drawn: Callable[[], object]) -> None:
-        """Draw these parts, and tell of each."""
-        for part in mine:
-            pictures = [Picture(str(i % self.classes), i // self.classes) for i in self.indices(part)]
+    def draw(self, pipeline: Pipeline, mine: Sequence[int], drawn: Callable[[int], object]) -> None:
+        """Draw these images, whole parts, and tell of each part how many it was."""
+        for indices in batches_of(mine, self.sampling.batch_size):
+            pictures = [Picture(str(i % self.classes), i // self.classes) for i in indices]
             images = pipeline.draw(pictures, self.sampling).permute(0, 2, 3, 1).contiguous()
-            write_aside(self.path(part), [images.numpy().tobytes()])
-            drawn()
+            write_aside(self.path(indices[0] // self.sampling.batch_size), [images.numpy().tobytes()])
+            drawn(len(indices))
 
     def assemble(self) -> None:
-        """Write the `.npz` of all parts, and remove them."""
+        """Write the `.npz` of all parts and what is known of it, and remove them."""
         labels = np.arange(self.count, dtype=np.int64) % self.classes
         images = (self.path(part).read_bytes() for part in self.parts)
         write_npz(self.out, (self.count, *self.size, 3), images, {"arr_1": labels})
+        note = json.loads((self.folder / _NOTE).read_text())
+        write_json(_about(self.out), {"sha256": sha256(self.out), **note, "speed": read_speed(self.folder)})
         shutil.rmtree(self.folder)
+
+
+def _about(out: Path) -> Path:
+    return out.with_suffix(".json")
+
+
+def drawn_as(out: Path, digest: str) -> dict[str, Any] | None:
+    """What an `.npz` of samples was drawn with, and how fast; None: nothing is known of a file of this SHA-256."""
+    path = _about(out)
+    known = json.loads(path.read_text()) if out.suffix == ".npz" and path.exists() else None
+    if not isinstance(known, dict) or known.pop("sha256", None) != digest:
+        return None
+    return known

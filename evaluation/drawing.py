@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluation.parts import write_aside, write_json
 from t2i.model_folder import FILES, WhichWeights
-from t2i.pipeline import Pipeline
+from t2i.pipeline import Pipeline, batches_of
 from t2i.train.processes import World
 
 T = TypeVar("T")
@@ -46,8 +46,7 @@ def unfinished_batches(pictures: Sequence[T], batch_size: int, is_missing: Calla
     A batch is made of the same pictures whatever is there already and however many processes draw: a kernel may round
     a picture's numbers otherwise at another place of its batch.
     """
-    batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-    return [batch for batch in batches if any(map(is_missing, batch))]
+    return [batch for batch in batches_of(pictures, batch_size) if any(map(is_missing, batch))]
 
 
 def draw_together(

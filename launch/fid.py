@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from evaluation.adm_npz import drawn_as
 from evaluation.fid.images import open_images
 from evaluation.fid.measure import compare, groups_of, measure
 from evaluation.fid.networks import Name, Network, load
@@ -92,6 +93,8 @@ def score(world: World, network: Network, options: Namespace) -> None:
     samples = open_images(options.images, options.size)
     found = compare(world, network, samples, reference, options.batch_size)
     found["samples"]["path"], found["reference"]["path"] = str(options.images), str(options.reference)
+    if (drawn := drawn_as(options.images, found["samples"]["sha256"])) is not None:
+        found["samples"]["drawn"] = drawn
     found["settings"] |= {"crop": options.size, "device": world.device.type}
     if not world.is_main:
         return

@@ -16,11 +16,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.drawing import unfinished_batches
 from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
-from t2i.pipeline import Picture, Pipeline
+from t2i.pipeline import Picture, Pipeline, batches_of
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -60,7 +59,7 @@ def sample() -> None:
         size = size_of(pipeline.config, options.size)
         pictures = [Picture(prompt, n, options.negative) for prompt in prompts for n in range(options.pictures)]
         # Whole batches, so that a picture has its place in one for any number of processes.
-        batches = unfinished_batches(range(len(pictures)), settings.batch_size, lambda _: True)
+        batches = batches_of(range(len(pictures)), settings.batch_size)
         mine = [i for batch in world.share(batches) for i in batch]
         world.from_main(lambda: _make_folder(options.out))
         images = chain.from_iterable(pipeline.draw_batches([pictures[i] for i in mine], settings, size))

@@ -4,7 +4,7 @@
 
 50,000 images, `arr_0` uint8 (N, H, W, 3), and their classes, `arr_1`; image i is of class i modulo the number of
 classes and the same for any number of processes. A job that is killed goes on where it stood; what it has drawn lies
-beside the `.npz`, in a folder that all processes see.
+beside the `.npz`, in a folder that all processes see. What they were drawn with, and how fast, is in samples.json.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from evaluation.adm_npz import Samples
-from evaluation.drawing import made_of
+from evaluation.drawing import draw_together, made_of
 from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -39,18 +37,16 @@ def sample_classes() -> None:
             raise ConfigError(f"--model {options.model} draws from captions: use launch/sample.py")
         settings = sampling_of(config, options.sampling)
         samples = Samples(options.out, options.samples, config.model.classes, config.data.size, settings)
-        if world.from_main(options.out.exists):
+        # Beside its parts, it may lack what is known of it.
+        if world.from_main(lambda: options.out.exists() and not samples.folder.exists()):
             raise ConfigError(f"--out {options.out} is there already: remove it or give another name")
 
-        def begin() -> list[int]:
+        def begin() -> list[range]:
             samples.begin(made_of(pipeline, options.model, options.weights))
             return samples.missing()
 
         missing = world.from_main(begin)
-        mine = missing[world.rank :: world.size]
-        with tqdm(total=len(mine), disable=not world.is_main, unit="batch") as bar:
-            samples.draw(pipeline, mine, bar.update)
-        world.barrier()
+        draw_together(world, samples.folder, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
         world.from_main(samples.assemble)
         if world.is_main:
             print(f"{options.samples} images in {options.out}", file=sys.stderr)

@@ -88,6 +88,11 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
             f"{where}: scoring.every {config.scoring.every}: prompts are scored, so model.condition must be text, "
             f"not {config.model.condition}; 0 turns scores off"
         )
+    if config.scoring.every and config.scoring.scorer == "shapes" and len(set(config.data.size)) > 1:
+        raise ConfigError(
+            f"{where}: data.resolution {config.data.size_text}: scoring.scorer shapes finds objects in squares alone; "
+            "scoring.every 0 turns scores off"
+        )
     for index, stage in enumerate(config.stages):
         _check_stage(stage, where)
         stage_config(config, index)

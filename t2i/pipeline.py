@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.sampling import choose_solver, guided_steps, guided_velocity, time_grid
 from t2i.model_folder import WhichWeights, read_model
 from t2i.models.conditions import Conditioner, stack_conditions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ def starting_noise(
 ) -> Tensor:
     """The noise (3, H, W) that a picture starts from, of standard deviation `scale`."""
     return slot_noise(key(seed, "sample", picture.prompt), [picture.number], (3, *size), device, scale)[0]
+
+
+def batches_of(pictures: Sequence[T], batch_size: int) -> list[Sequence[T]]:
+    """In which batches pictures are drawn. Processes that share them out take whole ones."""
+    return [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
 
 
 def states_of_batches(
@@ -107,7 +115,7 @@ class Pipeline:
         times = time_grid(sampling.steps, sampling.timeshift)
         guided = guided_steps(times, sampling.cfg_interval, sampling.solver)
         solve = choose_solver(sampling.solver, sampling.order)
-        batches = [pictures[i : i + sampling.batch_size] for i in range(0, len(pictures), sampling.batch_size)]
+        batches = batches_of(pictures, sampling.batch_size)
         captions = [[text for it in batch for text in (it.prompt, it.negative)] for batch in batches]
         null_caption = self.null_caption.to(self.device, self.conditioner.dtype)
         for batch, states in zip(batches, states_of_batches(self.conditioner, null_caption, captions), strict=True):

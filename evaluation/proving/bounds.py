@@ -10,9 +10,8 @@ import numpy as np
 from data.packing.shapes import draw
 from evaluation.geneval.detection import Detection, Detector, Image
 from evaluation.geneval.folder import Prompted, read_image
-from evaluation.geneval.prompts import Metadata
 from evaluation.geneval.rules import judge
-from evaluation.geneval.summary import counted, summarise
+from evaluation.geneval.summary import Result, counted, summarise
 from evaluation.proving.prompts import proving_scenes, shuffled
 
 _SHUFFLES = 10
@@ -40,37 +39,36 @@ def bounds(prompted: Sequence[Prompted], detector: Detector) -> dict[str, Any]:
     Returns:
         "drawn_scenes": of the prompts' own scenes, drawn at the images' size: what a perfect model would have; None
         where a prompt is none of the proving ground's.
-        "shuffled_prompts": of the same images judged by other prompts: chance, the mean over ten shuffles.
+        "shuffled_prompts": of the same images judged by other prompts: chance, the mean over ten shuffles; None where
+        there is one prompt alone.
     """
-    sides = {read_image(it.images[0]).shape[:2] for it in prompted}
-    return {
-        "drawn_scenes": _of_scenes([it.metadata for it in prompted], max(sides), detector),
-        "shuffled_prompts": _by_chance(prompted, detector),
-    }
+    return {"drawn_scenes": _of_scenes(prompted, detector), "shuffled_prompts": _by_chance(prompted, detector)}
 
 
-def _of_scenes(prompts: Sequence[Metadata], size: tuple[int, ...], detector: Detector) -> float | None:
+def _of_scenes(prompted: Sequence[Prompted], detector: Detector) -> float | None:
     scenes = {it.caption: it for it in proving_scenes()}
-    if any(it["prompt"] not in scenes for it in prompts) or len(set(size)) > 1:
+    results = []
+    for it in prompted:
+        if it.metadata["prompt"] not in scenes:
+            return None
+        image = draw(scenes[it.metadata["prompt"]], len(read_image(it.images[0])))
+        results.append(counted(it.metadata, judge(it.metadata, image, detector).correct))
+    return _overall(results)
+
+
+def _by_chance(prompted: Sequence[Prompted], detector: Detector) -> float | None:
+    if len(prompted) == 1:
         return None
-    return _overall([(it, draw(scenes[it["prompt"]], size[0])) for it in prompts], detector)
+    shuffles = [shuffled([it.metadata for it in prompted], seed) for seed in range(_SHUFFLES)]
+    results: list[list[Result]] = [[] for _ in shuffles]
+    for number, it in enumerate(prompted):
+        for image in map(read_image, it.images):
+            seen = _Seen(detector, image)
+            for of_shuffle, asked in zip(results, shuffles, strict=True):
+                of_shuffle.append(counted(asked[number], judge(asked[number], image, seen).correct))
+    return float(np.mean([_overall(of_shuffle) for of_shuffle in results]))
 
 
-def _overall(asked: Sequence[tuple[Metadata, Image]], detector: Detector) -> float:
-    overall: float = summarise([counted(it, judge(it, image, detector).correct) for it, image in asked])["overall"]
+def _overall(results: Sequence[Result]) -> float:
+    overall: float = summarise(results)["overall"]
     return overall
-
-
-def _by_chance(prompted: Sequence[Prompted], detector: Detector) -> float:
-    images = [[read_image(path) for path in it.images] for it in prompted]
-    seen = [[_Seen(detector, image) for image in of_prompt] for of_prompt in images]
-    found = []
-    for seed in range(_SHUFFLES):
-        others = shuffled([it.metadata for it in prompted], seed)
-        results = [
-            counted(other, judge(other, image, eyes).correct)
-            for other, of_prompt, eyes_of_prompt in zip(others, images, seen, strict=True)
-            for image, eyes in zip(of_prompt, eyes_of_prompt, strict=True)
-        ]
-        found.append(summarise(results)["overall"])
-    return float(np.mean(found))

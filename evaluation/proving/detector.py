@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from data.errors import UserError
 from data.packing.shapes import BACKGROUND, COLORS, PALETTE, SHAPES, Object, cover
 from evaluation.geneval.detection import Detection, Image, Thresholds
 
@@ -57,7 +58,8 @@ Floats = NDArray[np.float32]
 class ShapeDetector:
     """A `Detector` of the eight shapes, whose labels are their names, and of the eight colours of the palette.
 
-    Pictures are of a side of 32 pixels or more. An object is found once, as the shape that it agrees with best.
+    Pictures are squares; it is measured at sides of 32 pixels and more. An object is found once, as the shape that it
+    agrees with best.
     """
 
     def __init__(self) -> None:
@@ -82,7 +84,16 @@ class ShapeDetector:
         }
 
     def detect(self, image: Image) -> list[Detection]:
-        """Every object, however badly it agrees; boxes, finer than pixels, are of the shapes that fit best."""
+        """Every object, however badly it agrees; boxes, finer than pixels, are of the shapes that fit best.
+
+        Raises:
+            UserError: the picture is no square.
+        """
+        height, width = image.shape[:2]
+        if height != width:
+            raise UserError(
+                f"the detector shapes finds objects in squares, not in {height} x {width} pixels: draw squares"
+            )
         labels = segment(image)
         pixels, ground = image.astype(np.float32), ground_color(image, labels)
         masks = components(labels)

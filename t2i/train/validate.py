@@ -21,7 +21,7 @@ from t2i.diffusion.flow import flow_matching_loss, interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import Terms, add_bands, band_names
 from t2i.models.conditions import stack_conditions
-from t2i.pipeline import Picture, Pipeline
+from t2i.pipeline import Picture, Pipeline, batches_of
 from t2i.train.means import GlobalMeans
 from t2i.train.processes import World
 from t2i.train.schedule import training_times
@@ -70,7 +70,8 @@ class Evaluator:
         """Draw the config's prompts, each rank its share, and write the grid with its description."""
         validation, sampling = self.pipeline.config.validation, self.pipeline.config.sampling
         pictures = [Picture(prompt) for prompt in validation.prompts]
-        own = pictures[self.world.rank :: self.world.size]
+        batches = self.world.share(batches_of(pictures, sampling.batch_size))
+        own = [picture for batch in batches for picture in batch]
         drawn = [self.pipeline.draw([], sampling)]
         self.alive("drawing the sample grid")
         for batch in self.pipeline.draw_batches(own, sampling):
@@ -80,12 +81,9 @@ class Evaluator:
         shares = self.world.gather(mine.numpy())
         if not self.world.is_main:
             return
-        images = np.empty((len(pictures), *mine.shape[1:]), np.uint8)
-        for rank, share in enumerate(shares):
-            images[rank :: self.world.size] = share
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:06d}.png"
-        Image.fromarray(tile(images, validation.columns)).save(path)
+        Image.fromarray(tile(np.concatenate(shares), validation.columns)).save(path)
         description = {
             "prompts": validation.prompts,
             "columns": validation.columns,

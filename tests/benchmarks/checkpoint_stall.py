@@ -125,7 +125,7 @@ def saving(training: Training, folder: Path, saves: int) -> dict[str, Any]:
         outcome = writer.save(number, training.engine.shards, training.ema.values, {})
         assert outcome.begun
         stalls.append(slowest(world, outcome.stall_s))
-        while number % 2 and max(world.gather(writer._thread.is_alive())):  # type: ignore[union-attr]
+        while number % 2 and max(world.gather(writer._thread.is_alive())):
             beside.append(timed(world, training.step))
         assert writer.wait() == number
         if number % 2 == 0:
@@ -173,12 +173,12 @@ def measure(world: World, folder: Path, scale: int) -> dict[str, Any]:
     out: dict[str, Any] = {"parameters": training.parameters, "state_mb": round(size / 1e6), "step_s": step_s}
     fast = saving(training, folder / "fast", SAVES)
     fast["torch_save_s"] = median([timed(world, lambda: torch_save(training, folder / "torch")) for _ in range(3)])
-    deepspeed = training.engine._engine  # type: ignore[attr-defined]
+    deepspeed = training.engine._engine
     plain = [timed(world, lambda: deepspeed.save_checkpoint(str(folder / "deepspeed"), tag="a")) for _ in range(3)]
     fast["save_checkpoint_s"] = median(plain)
     fast |= {"save_mb_s": round(size / 1e6 / fast["durable_s"]), **loading(training, folder / "fast", size)}
     fsync = os.fsync
-    os.fsync = slow_fsync  # type: ignore[assignment]
+    os.fsync = slow_fsync
     try:
         slow = saving(training, folder / "slow", 2)
         slow |= overtaking(training, folder / "overtaken")

@@ -56,7 +56,7 @@ def test_requests_begin_in_order_and_their_results_and_errors_arrive() -> None:
             raise ValueError("three")
         return n * n
 
-    futures = [fetcher.submit(lambda _, n=n: request(n), 10) for n in range(6)]  # type: ignore[misc]
+    futures = [fetcher.submit(lambda _, n=n: request(n), 10) for n in range(6)]
     assert [future.result(5) for n, future in enumerate(futures) if n != 3] == [0, 1, 4, 16, 25]
     with pytest.raises(ValueError, match="three"):
         futures[3].result(5)
@@ -90,7 +90,7 @@ def test_faults_are_counted_and_throttling_lowers_the_limit() -> None:
 
     def request(on_fault: object) -> str:
         for kind in ("broken", "throttled", "throttled"):
-            on_fault(kind)  # type: ignore[operator]
+            on_fault(kind)
         return "done"
 
     fetcher._last_congestion -= 10
@@ -107,7 +107,7 @@ def test_closing_ends_what_waits_and_what_is_under_way() -> None:
     def request(on_fault: object) -> None:
         go.wait(10)
         try:
-            on_fault("timeout")  # type: ignore[operator]
+            on_fault("timeout")
         except FetcherClosed:
             ended.set()
             raise
@@ -130,7 +130,7 @@ def test_what_is_needed_first_begins_first() -> None:
         begun.append(n)
 
     busy = [fetcher.submit(lambda _: go.wait(10)) for _ in range(fetcher.limit)]
-    later = [fetcher.submit(lambda _, n=n: request(n), need=n) for n in (5, 3, 9, 1, 3)]  # type: ignore[misc]
+    later = [fetcher.submit(lambda _, n=n: request(n), need=n) for n in (5, 3, 9, 1, 3)]
     go.set()
     for future in [*busy, *later]:
         future.result(10)
@@ -148,7 +148,7 @@ def test_an_errand_runs_in_turn_and_a_fault_in_it_is_one_requests() -> None:
             raise ValueError("one")
         return n
 
-    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(4)], need=0)  # type: ignore[misc]
+    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(4)], need=0)
     assert [futures[n].result(5) for n in (0, 2, 3)] == [0, 2, 3]
     with pytest.raises(ValueError, match="one"):
         futures[1].result(5)
@@ -167,7 +167,7 @@ def test_closing_in_the_middle_of_an_errand_drops_its_rest_and_keeps_what_is_the
             go.wait(10)
         return n
 
-    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(3)], need=0)  # type: ignore[misc]
+    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(3)], need=0)
     assert reached.wait(5)
     fetcher.close()
     go.set()

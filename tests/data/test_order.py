@@ -16,7 +16,7 @@ from data.order import SourceOrder, check_layout, check_sources, interval, mix
 
 def make(counts: list[int], lanes: int, block: int, **kwargs: object) -> SourceOrder:
     settings_ = {"seed": 1, "stage": "pretrain", "name": "a", **kwargs}
-    return SourceOrder(counts=counts, lanes=lanes, shuffle_block=block, **settings_)  # type: ignore[arg-type]
+    return SourceOrder(counts=counts, lanes=lanes, shuffle_block=block, **settings_)
 
 
 def lane_epoch(order: SourceOrder, lane: int, epoch: int) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ def watched(index: SourceIndex, readahead: int) -> tuple[SourceIndex, Watched]:
         index.versions,
         index.counts,
         {},
-        held=offsets,  # type: ignore[arg-type]
+        held=offsets,
     )
     return copy, store
 

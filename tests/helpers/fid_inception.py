@@ -14,7 +14,7 @@ def random_inception(folder: Path) -> Path:
         "torch_fidelity.feature_extractor_inceptionv3", reason="the extra 'eval' (torch-fidelity) is not installed"
     )
 
-    class Unloaded(module.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
+    class Unloaded(module.FeatureExtractorInceptionV3):
         def load_state_dict(self, state: object, strict: bool = True) -> None:
             """Nothing is there to be loaded."""
 

@@ -91,7 +91,7 @@ def every_shape(denoiser: dict[str, tuple[int, ...]], features: int) -> dict[str
 def lightning(weights: dict[str, Tensor], **more: Any) -> dict[str, Any]:
     """What Lightning puts around a state dict."""
     state = OrderedDict(weights)
-    state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
+    state._metadata = OrderedDict({"": {"version": 1}})
     moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}}
     return {
         "epoch": 2,

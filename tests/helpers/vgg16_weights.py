@@ -41,7 +41,7 @@ class _Arrays(pickle.Unpickler):
     """Refuses everything but numpy arrays."""
 
     KNOWN = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }

@@ -57,9 +57,9 @@ def kill_writing(folder: Path, *args: Any) -> None:
     write_model(folder, *args)
 
 
-Saver.when_due = kill_saving  # type: ignore[method-assign]
+Saver.when_due = kill_saving
 weights.write_model = kill_writing
-job.build_scorer = lambda config, device: Brightness()  # type: ignore[attr-defined]
+job.build_scorer = lambda config, device: Brightness()
 
 if __name__ == "__main__":
     main(lambda: job.train(__doc__ or "", only=None))

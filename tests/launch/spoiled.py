@@ -50,8 +50,8 @@ def loss_spoiled(self: Objective, *args: Any, **kwargs: Any) -> Any:
     return (loss * FAULTS.get(now, 1.0) if SPOILS else loss), terms
 
 
-TrainingStep.__call__ = step_noted  # type: ignore[method-assign]
-Objective.__call__ = loss_spoiled  # type: ignore[method-assign]
+TrainingStep.__call__ = step_noted
+Objective.__call__ = loss_spoiled
 
 if __name__ == "__main__":
     main(lambda: train(__doc__ or "", only=0))

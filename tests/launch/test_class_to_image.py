@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import draw_classes, run, start, tiny_classes, write_config
 
+from evaluation.adm_npz import drawn_as
 from t2i.config_base import ConfigError
 from t2i.config_loading import stage_config, validate_config
+from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.stage_data import open_data
 
@@ -97,7 +99,18 @@ def test_the_npz_is_adms(samples: Path) -> None:
     assert drawn.shape == (COUNT, SIDE, SIDE, 3) and drawn.dtype == np.uint8
     assert labels.tolist() == [i % 3 for i in range(COUNT)]
     assert len(np.unique(drawn.reshape(COUNT, -1), axis=0)) == COUNT
-    assert [path.name for path in samples.parent.iterdir()] == ["one.npz"]
+    assert sorted(path.name for path in samples.parent.iterdir()) == ["one.json", "one.npz"]
+
+
+def test_beside_the_npz_is_what_it_was_drawn_with(samples: Path, tmp_path: Path) -> None:
+    found = drawn_as(samples, sha256(samples))
+    assert found is not None
+    assert found["count"] == COUNT and found["size"] == [SIDE, SIDE] and found["sampling"]["steps"] == 4
+    assert found["speed"]["images"] == COUNT and found["speed"]["images_per_s"] > 0
+    assert drawn_as(samples, "0" * 64) is None  # another file of this name
+    assert drawn_as(tmp_path / "none.npz", sha256(samples)) is None
+    (tmp_path / "one.json").write_text("[]")  # nothing of ours
+    assert drawn_as(tmp_path / "one.npz", sha256(samples)) is None
 
 
 def test_an_image_is_a_function_of_its_index(samples: Path, trained: Path) -> None:
@@ -129,5 +142,8 @@ def test_killed_and_gone_on_with_on_two_processes_it_is_the_same_file(
     assert {path: path.stat().st_mtime_ns for path in parts.glob("*.bin")} == kept
     damaged = min(kept)
     damaged.write_bytes(damaged.read_bytes()[:-1])
+    out.touch()  # killed after the parts were put together, and before they were removed
     run("forked", "sample_classes.py", *command)
     assert out.read_bytes() == samples.read_bytes() and not parts.exists()
+    output = run("forked", "sample_classes.py", *command, ranks=1, code=2)
+    assert "two.npz is there already" in output.splitlines()[-1]

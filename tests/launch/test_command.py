@@ -55,7 +55,7 @@ def perhaps(source: str | None = None, /, *, place: Place) -> None:
 
 def did(words: str, *jobs: object) -> object:
     SEEN.clear()
-    assert run(jobs, words.split(), "A test.") == 0  # type: ignore[arg-type]
+    assert run(jobs, words.split(), "A test.") == 0
     (seen,) = SEEN
     return seen
 

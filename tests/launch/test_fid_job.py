@@ -82,6 +82,15 @@ def test_table_and_summary(fid: Fid, folder: Path, simple: None) -> None:
     assert [line.split()[0] for line in lines[1:]] == ["FID", "sFID", "Inception", "precision", "recall"]
 
 
+def test_the_summary_has_what_samples_were_drawn_with(fid: Fid, folder: Path, simple: None) -> None:
+    known = {"sampling": {"steps": 25}, "speed": {"images_per_s": 8.5}}
+    for digest, expected in ((sha256(folder / "samples.npz"), known), ("0" * 64, None)):
+        (folder / "samples.json").write_text(json.dumps({"sha256": digest, **known}))
+        fid("samples.npz", "--reference", "real.npz", "--out", "summary.json")
+        assert json.loads((folder / "summary.json").read_text())["samples"].get("drawn") == expected
+        (folder / "summary.json").unlink()
+
+
 def test_a_folder_scores_as_its_npz_and_a_made_reference_as_its_images(fid: Fid, folder: Path, simple: None) -> None:
     found = []
     fid("real.npz", "--make-reference", "reference.npz", "--batch-size", "4")

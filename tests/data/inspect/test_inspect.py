@@ -114,7 +114,7 @@ def test_a_fault_of_the_store_ends_it(tmp_path: Path) -> None:
     def fail(*_: object, **__: object) -> bytes:
         raise StoreError("reading 00000.tar: gone for 10 minutes")
 
-    index.store.read = fail  # type: ignore[method-assign]
+    index.store.read = fail
     with pytest.raises(StoreError, match="gone for"):
         inspect(index, Rules(), ANY_SIZE)
 

@@ -349,7 +349,7 @@ def test_a_row_group_as_large_as_the_file_is_not_held_in_memory(tmp_path: Path) 
     most = 0
     tracemalloc.start()
     for n, row in enumerate(contents.read(contents.splits["train"])):
-        assert row.key == f"{n:09d}"  # type: ignore[union-attr]
+        assert row.key == f"{n:09d}"
         most = max(most, pa.total_allocated_bytes() - held)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -427,7 +427,7 @@ def test_neighbours_are_read_together_where_that_is_cheaper(tmp_path: Path) -> N
         made = [*contents.read(contents.splits["train"])]
         asked = [stop - start for _, start, stop in store.reads if stop - start > 512]
         assert len(made) == 9 and max(asked) // 2048 <= most and len(asked) >= 9 / most
-        assert [s.members["jpg"] for s in made] == [jpeg(n) for n in contents.splits["train"]]  # type: ignore[union-attr]
+        assert [s.members["jpg"] for s in made] == [jpeg(n) for n in contents.splits["train"]]
 
 
 def test_repacking_what_was_packed_changes_no_member(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_40000_shards_are_compared_at_once() -> None:
     names = [f"{n:06d}.tar" for n in range(40_000)]
     infos = [ObjectInfo(name, n, f"{n:032x}", 0.0) for n, name in enumerate(names)]
     store = MemoryStore({})
-    store.list = lambda suffix="": infos  # type: ignore[method-assign]
+    store.list = lambda suffix="": infos
     sizes = np.arange(40_000)
     source = SourceIndex(
         "s", store, tuple(names), sizes, tuple(i.version for i in infos), np.ones(40_000, np.int64), {}

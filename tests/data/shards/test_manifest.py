@@ -102,7 +102,7 @@ def test_offsets_are_energons_file(tmp_path: Path) -> None:
 
 def test_offsets_that_cannot_be_are_refused() -> None:
     good = [0, 1024, 4096]
-    assert from_bytes(to_bytes(np.array(good)), 4096).tolist() == good  # type: ignore[union-attr]
+    assert from_bytes(to_bytes(np.array(good)), 4096).tolist() == good
     for wrong in ([], [0], [0, 1024, 1024], [1024, 0, 4096], [0, 1000, 4096], [-512, 1024, 4096], [0, 1024, 4097]):
         assert from_bytes(to_bytes(np.array(wrong, np.int64)), 4096) is None
     assert from_bytes(to_bytes(np.array(good))[:-1], 4096) is None

@@ -39,7 +39,7 @@ def test_every_image_comes_once_with_its_class() -> None:
     seen: Counter[str] = Counter()
     for info in infos:
         with tarfile.open(fileobj=io.BytesIO(folder.read(info.name)), mode="r:") as tar:
-            contents = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+            contents = {member.name: tar.extractfile(member).read() for member in tar}
         for name, content in contents.items():
             if not name.endswith(".cls"):
                 key, label = name.rpartition(".")[0], contents[name.rpartition(".")[0] + ".cls"]

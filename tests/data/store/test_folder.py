@@ -41,7 +41,7 @@ FOLDER = {
 
 def members(content: bytes | bytearray) -> dict[str, bytes]:
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        return {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+        return {info.name: tar.extractfile(info).read() for info in tar}
 
 
 def test_images_and_what_lies_beside_them_are_the_samples_of_their_folder() -> None:

@@ -202,9 +202,7 @@ def test_a_metadata_service_that_accepts_and_is_mute_is_waited_for(bare: str, mo
 def test_the_users_own_patience_with_the_metadata_service_may_be_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def patience() -> tuple[int, int]:
         session = data.store.s3_client.open_session("here", StoreOptions())
-        return tuple(  # type: ignore[return-value]
-            session.get_config_variable(f"metadata_service_{name}") for name in ("num_attempts", "timeout")
-        )
+        return tuple(session.get_config_variable(f"metadata_service_{name}") for name in ("num_attempts", "timeout"))
 
     monkeypatch.delenv("AWS_METADATA_SERVICE_TIMEOUT", raising=False)
     assert patience() == (2, 2)
@@ -249,7 +247,7 @@ def dripping(content: bytes, piece: int, seconds: float, requests: int) -> Calla
         except OSError:
             request.close_connection = True  # the client gave it up
 
-    answer.seen = seen  # type: ignore[attr-defined]
+    answer.seen = seen
     return answer
 
 

@@ -289,7 +289,7 @@ def test_a_file_that_changes_between_the_attempts_of_a_read(
     assert kinds == ["broken", "broken", "timeout"]
     errors = iter([errno.EIO])
     with pytest.raises(DataError, match="a changed"):
-        store.read("a", on_fault=lambda _: (tmp_path / "a").unlink() or store.write("a", b"another"))  # type: ignore[func-returns-value]
+        store.read("a", on_fault=lambda _: (tmp_path / "a").unlink() or store.write("a", b"another"))
     errors = iter([errno.EIO] * 999)
     with pytest.raises(StoreError, match=r"reading .*/a: .*made up"):
         open_store(str(tmp_path), StoreOptions(retry_minutes=0.001)).read("a")

@@ -25,7 +25,7 @@ def read(path: Path, groups: list[list[int]], crop: int | None = None) -> list[t
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_is_read_at_any_ascending_numbers(tmp_path: Path, save) -> None:  # type: ignore[no-untyped-def]
+def test_an_npz_is_read_at_any_ascending_numbers(tmp_path: Path, save) -> None:
     images = pixels(7)
     save(tmp_path / "samples.npz", arr_0=images, arr_1=np.arange(7))
     opened = open_images(tmp_path / "samples.npz", None)

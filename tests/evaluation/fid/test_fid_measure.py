@@ -195,10 +195,10 @@ class Ranks:
             object.__setattr__(self, "ranks", ranks)
 
         def gather(self, item: Any) -> list[Any]:
-            self.ranks.items[self.rank] = item  # type: ignore[attr-defined]
-            self.ranks.barrier.wait()  # type: ignore[attr-defined]
-            items = list(self.ranks.items)  # type: ignore[attr-defined]
-            self.ranks.barrier.wait()  # type: ignore[attr-defined]
+            self.ranks.items[self.rank] = item
+            self.ranks.barrier.wait()
+            items = list(self.ranks.items)
+            self.ranks.barrier.wait()
             return items
 
         def from_main(self, make: Any) -> Any:

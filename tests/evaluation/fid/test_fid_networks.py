@@ -86,7 +86,7 @@ def test_inception_is_adms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert precision_recall(found.pooled[::2], found.pooled[1::2]) == (theirs["precision"], theirs["recall"])
 
 
-class Listed(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Listed(torch.utils.data.Dataset):
     def __init__(self, images: Tensor) -> None:
         self.images = images
 

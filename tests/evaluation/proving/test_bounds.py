@@ -5,6 +5,7 @@ import pytest
 from data.packing.shapes import draw
 from evaluation.drawing import write_png
 from evaluation.geneval.folder import begin_folder, image_path, read_folder
+from evaluation.proving import bounds as bounds_module
 from evaluation.proving.bounds import bounds
 from evaluation.proving.detector import ShapeDetector
 from evaluation.proving.prompts import proving_prompts, proving_scenes
@@ -33,3 +34,14 @@ def test_prompts_from_elsewhere_have_no_scenes(folder):
     elsewhere = [type(it)(it.folder, {**it.metadata, "prompt": "a ring, perhaps"}, it.images) for it in folder]
     found = bounds(elsewhere, ShapeDetector())
     assert found["drawn_scenes"] is None and found["shuffled_prompts"] is not None
+
+
+def test_one_prompt_has_no_other_to_be_judged_by(folder):
+    assert bounds(folder[:1], ShapeDetector())["shuffled_prompts"] is None
+
+
+def test_scenes_are_drawn_at_the_size_of_their_images(folder, monkeypatch):
+    sides = []
+    monkeypatch.setattr(bounds_module, "draw", lambda scene, side: sides.append(side) or draw(scene, side))
+    bounds(folder[:3], ShapeDetector())
+    assert sides == [32] * 3

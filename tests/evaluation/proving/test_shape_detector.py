@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from spoiled_shapes import disturbed, drawn, spoiled_pictures
 
+from data.errors import UserError
 from data.packing.shapes import BACKGROUND, COLORS, HELDOUT_START, PALETTE, SHAPES, Object, Scene, draw, scene
 from evaluation.proving import detector as shapes_detector
 from evaluation.proving.detector import ShapeDetector
@@ -199,3 +200,8 @@ def test_counter_of_all_pairs():
             found = accepted(image)
             told[tuple(it.label for it in found) == (shape,) and DETECTOR.colors(image, found) == [color]] += 1
     assert told == {True: 64}
+
+
+def test_pictures_that_are_no_squares_are_refused():
+    with pytest.raises(UserError, match="in squares, not in 32 x 64 pixels"):
+        ShapeDetector().detect(np.full((32, 64, 3), BACKGROUND, np.uint8))

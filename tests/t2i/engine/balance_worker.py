@@ -49,7 +49,7 @@ def two_backwards() -> float:
     """Of flow matching alone, and of all that there is with the perceptual terms, on the whole batch."""
     gradients = []
     for perceptual in (0.0, 0.5):
-        objective = Objective(LossWeights(perceptual, perceptual, 0.0, GATE, 0.05), StubDistance(), StubFeatures())  # type: ignore[arg-type]
+        objective = Objective(LossWeights(perceptual, perceptual, 0.0, GATE, 0.05), StubDistance(), StubFeatures())
         loss = loss_of(TEMPLATE, STEP, torch.arange(BATCH), 1, objective)
         gradients.append(torch.autograd.grad(loss, TEMPLATE.denoiser.head.weight)[0])
     flow, both = gradients

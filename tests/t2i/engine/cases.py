@@ -56,7 +56,7 @@ class StubFeatures:
         return [patchify(image, PATCH).tanh() @ matrix]
 
 
-OBJECTIVE = Objective(LossWeights(0.5, 0.5, 0.5, GATE, 0.05), StubDistance(), StubFeatures())  # type: ignore[arg-type]
+OBJECTIVE = Objective(LossWeights(0.5, 0.5, 0.5, GATE, 0.05), StubDistance(), StubFeatures())
 
 
 def network() -> TrainingNetwork:

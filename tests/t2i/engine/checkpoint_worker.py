@@ -22,7 +22,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     if world.rank == 1:
         fsync = os.fsync
-        os.fsync = lambda fd: (time.sleep(0.2), fsync(fd))[1]  # type: ignore[assignment, func-returns-value]
+        os.fsync = lambda fd: (time.sleep(0.2), fsync(fd))[1]
     value = torch.full((10,), float(world.rank))
     shards = {"a": Shard(torch.Size([20]), 10 * world.rank, value, {})}
     writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt="x", keep=99, gather=world.gather)

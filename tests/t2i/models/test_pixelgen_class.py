@@ -33,7 +33,7 @@ def tiny(**changes: float) -> ClassPixelGen:
     sizes = {"width": WIDTH, "depth": 4, "heads": HEADS, "classes": CLASSES, "bottleneck": 10, "repa_layer": 2}
     sizes |= {"context_tokens": CONTEXT, "context_start": 2, "dropout": RATE, "patch_size": PATCH}
     torch.manual_seed(0)
-    return ClassPixelGen(**{**sizes, **changes})  # type: ignore[arg-type]
+    return ClassPixelGen(**{**sizes, **changes})
 
 
 def randomised(**changes: float) -> ClassPixelGen:
@@ -210,7 +210,7 @@ def test_checkpointed_blocks_drop_the_same_again() -> None:
     plain, arguments = randomised(dropout=0.5), (*inputs(3, 3), keys(2))
     other = copy.deepcopy(plain)
     for block in other.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     outcomes = []
     for model in (plain, other):
         image = model(*arguments).image

@@ -74,9 +74,7 @@ def test_the_model_sees_few_shapes_and_a_caption_once(encoder: TextEncoder) -> N
     assert encoder.net is not None
     seen: list[tuple[int, int, bool]] = []
     hook = encoder.net.register_forward_pre_hook(
-        lambda net, args, kwargs: seen.append(
-            (*kwargs["input_ids"].shape, bool(kwargs["attention_mask"].all()))  # type: ignore[arg-type]
-        ),
+        lambda net, args, kwargs: seen.append((*kwargs["input_ids"].shape, bool(kwargs["attention_mask"].all()))),
         with_kwargs=True,
     )
     encoder(CAPTIONS * 7)

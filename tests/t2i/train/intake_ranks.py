@@ -39,7 +39,7 @@ def main(folder: Path, case: str) -> None:
         return whole(within_s)
 
     if case == "fault":
-        loader.take = take  # type: ignore[method-assign]
+        loader.take = take
     config = RunConfig.model_validate({"root": folder, "name": "run"})
     if world.is_main:
         config.directory.mkdir()

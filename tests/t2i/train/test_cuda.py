@@ -108,7 +108,7 @@ def test_micro_batches_do_not_wait_for_the_device(gpu: torch.device) -> None:
         captions,
         captions.null_caption(),
         objective,
-        engine,  # type: ignore[arg-type]
+        engine,
     )
     pixels = torch.zeros(8, 3, 8, 8, dtype=torch.uint8).pin_memory()
     words = [str(n) for n in range(8)]

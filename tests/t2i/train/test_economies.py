@@ -101,7 +101,7 @@ class Recorder:
 def conditions(make: type[TrainingStep], config: RunConfig) -> list[Tensor]:
     engine, labels = Recorder(), ClassLabels(CLASSES, CPU)
     objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
-    step = make(config, "s", World(0, 1, CPU), labels, labels.null_caption(), objective, engine)  # type: ignore[arg-type]
+    step = make(config, "s", World(0, 1, CPU), labels, labels.null_caption(), objective, engine)
     slots = np.arange(config.train.batch_size)
     captions = [str(slot % CLASSES) for slot in slots]
     pixels = torch.zeros(len(slots), 3, 8, 8, dtype=torch.uint8)

@@ -71,12 +71,12 @@ def trained(scale: float, shown: Shown) -> None:
     )
     objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
     batch = Batch(PIXELS, [""] * 4, [""] * 4, np.arange(4), {}, [], 0.0)
-    step = TrainingStep(config(scale), "low", World(0, 1, CPU), Text(), torch.zeros(2, 3), objective, engine)  # type: ignore[arg-type]
+    step = TrainingStep(config(scale), "low", World(0, 1, CPU), Text(), torch.zeros(2, 3), objective, engine)
     step(batch, 0, lambda loss, norm: None)
 
 
 def pipeline_of(scale: float, shown: Shown) -> Pipeline:
-    return Pipeline(config(scale), shown, Text(), torch.zeros(2, 3), CPU)  # type: ignore[arg-type]
+    return Pipeline(config(scale), shown, Text(), torch.zeros(2, 3), CPU)
 
 
 def validated(scale: float, shown: Shown) -> None:

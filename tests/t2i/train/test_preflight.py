@@ -335,9 +335,9 @@ def test_too_little_memory_in_a_dry_run_says_what_would_help() -> None:
         raise RuntimeError("a fault of the code")
 
     with pytest.raises(UserError, match=r"does not fit into the device's memory \(CUDA out of memory\): .*micro_batch"):
-        dry_run(full, plain(), "low", World(0, 1, CPU))  # type: ignore[arg-type]
+        dry_run(full, plain(), "low", World(0, 1, CPU))
     with pytest.raises(RuntimeError, match="a fault of the code"):
-        dry_run(faulty, plain(), "low", World(0, 1, CPU))  # type: ignore[arg-type]
+        dry_run(faulty, plain(), "low", World(0, 1, CPU))
 
 
 @pytest.fixture(scope="module")

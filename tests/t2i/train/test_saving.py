@@ -47,7 +47,7 @@ def saver(
     config = RunConfig.model_validate({"root": root, **tree})
     place, (shards,) = StagePlace("low", root / "run" / "low", None), cut(1)
     guard = Guard(config.guard)
-    return Saver(config, place, ALONE, Quiet(), "x", mirror, shards, average(shards), guard, loaded_step)  # type: ignore[arg-type]
+    return Saver(config, place, ALONE, Quiet(), "x", mirror, shards, average(shards), guard, loaded_step)
 
 
 def state() -> dict[str, Any]:
@@ -62,8 +62,8 @@ def test_regular_ones_ephemeral_ones_and_the_last(tmp_path: Path) -> None:
     it, observer = saver(tmp_path, every=4, ephemeral_every=3), Quiet()
     seen = []
     for step in range(1, 11):
-        it.when_due(step, state, observer, last=step == 10)  # type: ignore[arg-type]
-        it.wait(observer)  # type: ignore[arg-type]
+        it.when_due(step, state, observer, last=step == 10)
+        it.wait(observer)
         seen.append(steps(tmp_path))
     # Of 3, 6 and 9, only until a regular one is newer; 10 is the stage's end.
     assert seen == [[], [], [3], [4], [4], [4, 6], [4, 6], [4, 8], [4, 8, 9], [4, 8, 10]]
@@ -77,7 +77,7 @@ def test_the_copy_of_the_state_may_lie_in_a_file(tmp_path: Path) -> None:
         folder = tmp_path / "state" if name == "files" else None
         it = saver(tmp_path / name, state_folder=folder)
         assert it._writer._snapshot._buffer.is_shared() == (name == "files")
-        assert it.now(6, state, Quiet()) == "saved"  # type: ignore[arg-type]
+        assert it.now(6, state, Quiet()) == "saved"
         (step,) = checkpoints(tmp_path / name / "run" / "low" / "checkpoints")
         written.append({path.name: path.read_bytes() for path in step.glob("*.safetensors")})
     assert written[0] == written[1] and written[0]
@@ -86,10 +86,10 @@ def test_the_copy_of_the_state_may_lie_in_a_file(tmp_path: Path) -> None:
 
 def test_what_was_loaded_need_not_be_saved_and_all_else_is(tmp_path: Path) -> None:
     it, observer = saver(tmp_path, loaded_step=5), Quiet()
-    assert it.now(5, state, observer) == "saved" and steps(tmp_path) == []  # type: ignore[arg-type]
-    assert it.now(6, state, observer) == "saved" and steps(tmp_path) == [6]  # type: ignore[arg-type]
-    assert it.now(6, state, observer) == "saved"  # type: ignore[arg-type]
-    assert saver(tmp_path, loaded_step=0).now(0, state, observer) == "nothing to save"  # type: ignore[arg-type]
+    assert it.now(5, state, observer) == "saved" and steps(tmp_path) == []
+    assert it.now(6, state, observer) == "saved" and steps(tmp_path) == [6]
+    assert it.now(6, state, observer) == "saved"
+    assert saver(tmp_path, loaded_step=0).now(0, state, observer) == "nothing to save"
 
 
 @pytest.mark.parametrize("faults", [1, 2])
@@ -106,7 +106,7 @@ def test_a_fault_is_tried_again_once_and_then_said(tmp_path: Path, monkeypatch, 
 
     monkeypatch.setattr(writer, "commit", fails)
     it, observer = saver(tmp_path), Quiet()
-    said = it.now(3, state, observer)  # type: ignore[arg-type]
+    said = it.now(3, state, observer)
     assert (said, steps(tmp_path)) == (("saved", [3]) if faults == 1 else ("NOT saved (events.log says why)", []))
     assert sum("No space left" in event for event in observer.said) == faults
 
@@ -114,8 +114,8 @@ def test_a_fault_is_tried_again_once_and_then_said(tmp_path: Path, monkeypatch, 
 def test_there_must_be_something_to_go_back_to(tmp_path: Path) -> None:
     it, observer = saver(tmp_path, every=4), Quiet()
     assert it.leads_back(Rollback(4, 5, "why")) == Rollback(4, 5, "why")  # no checkpoint was due yet: the stage's start
-    it.now(4, state, observer)  # type: ignore[arg-type]
-    it.now(8, state, observer)  # type: ignore[arg-type]
+    it.now(4, state, observer)
+    it.now(8, state, observer)
     assert it.leads_back(Rollback(6, 9, "why")) == Rollback(6, 9, "why")
     for part in (tmp_path / "run" / "low" / "checkpoints" / "step_00000004").glob("*.safetensors"):
         part.write_bytes(b"torn")
@@ -136,8 +136,8 @@ def test_a_mirror_that_does_not_answer_leaves_nothing_to_go_back_to(tmp_path: Pa
 def test_going_back_takes_later_ones_away(tmp_path: Path) -> None:
     it, observer = saver(tmp_path, every=2), Quiet()
     for step in (2, 4, 6):
-        it.now(step, state, observer)  # type: ignore[arg-type]
-    it.go_back(Rollback(4, 6, "why"), observer)  # type: ignore[arg-type]
+        it.now(step, state, observer)
+    it.go_back(Rollback(4, 6, "why"), observer)
     assert steps(tmp_path) == [2]
 
 
@@ -154,7 +154,7 @@ def test_the_mirror_is_waited_for_within_bounds_and_not_by_who_is_asked_to_leave
 ) -> None:
     monkeypatch.setattr(saving, "MIRROR_PATIENCE_S", 3600.0 if leaves else 0.2)
     monkeypatch.setattr(saving, "MIRROR_ROUND_S", 0.05)
-    it, asked = saver(tmp_path, mirror=Busy()), []  # type: ignore[arg-type]
+    it, asked = saver(tmp_path, mirror=Busy()), []
 
     def leave() -> str | None:
         asked.append(time.monotonic())

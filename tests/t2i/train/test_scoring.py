@@ -75,7 +75,7 @@ def config_of(batch_size: int = 4, **settings: Any) -> RunConfig:
 
 def scoring_of(folder: Path, drawing: Drawing, past: Scores = (), world: World = ALONE) -> Scoring:
     place = StagePlace("only", folder, None)
-    return Scoring(Words(), drawing, world, place, lambda what: None, past)  # type: ignore[arg-type]
+    return Scoring(Words(), drawing, world, place, lambda what: None, past)
 
 
 # Which prompts
@@ -256,7 +256,7 @@ def test_the_best_model_is_that_of_the_highest_complete_score(tmp_path: Path) ->
         assert it.improves(score) == better
         if better:
             step = score.step
-            assert f"step {step} is the best so far" in it.keep(score, lambda folder, s=step: write(folder, str(s)))  # type: ignore[misc]
+            assert f"step {step} is the best so far" in it.keep(score, lambda folder, s=step: write(folder, str(s)))
     assert (tmp_path / "best" / "model.safetensors").read_text() == "500"
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"step": 500, "overall": 0.31, "two": 0.25}
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
@@ -342,3 +342,13 @@ def test_a_stage_may_score_otherwise_and_a_model_of_classes_is_not_scored_by_pro
     validate_config({"scoring": {"every": 3}, "stages": [{"name": "a", "scoring": rule}]}, "here")
     with pytest.raises(ConfigError, match="here: scoring.every 9: .* model.condition must be text, not class"):
         validate_config({"scoring": {"every": 9}, "model": {"condition": "class", "text_depth": 4}}, "here")
+
+
+def test_drawn_shapes_are_scored_in_squares() -> None:
+    tree = {"scoring": {"every": 9, "scorer": "shapes"}, "data": {"resolution": [256, 128]}}
+    with pytest.raises(
+        ConfigError, match=r"here: data.resolution .*256.*128.*: scoring.scorer shapes .* squares alone"
+    ):
+        validate_config(tree, "here")
+    validate_config({**tree, "data": {"resolution": 256}}, "here")
+    validate_config({**tree, "scoring": {"every": 9}}, "here")  # GenEval's own detector takes any

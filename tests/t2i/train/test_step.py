@@ -74,7 +74,7 @@ def seen(slots: np.ndarray, micro: int, dropout: float = 0.1, caption_dropout: f
     objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
     stage = config(micro, dropout, caption_dropout)
     world = World(0, 1, CPU)
-    step = TrainingStep(stage, "s", world, labels, labels.null_caption(), objective, engine)  # type: ignore[arg-type]
+    step = TrainingStep(stage, "s", world, labels, labels.null_caption(), objective, engine)
     pixels = torch.from_numpy(np.stack([np.full((3, 8, 8), slot % 256, np.uint8) for slot in slots]))
     captions = [str(slot % CLASSES) for slot in slots]
     batch = Batch(pixels, captions, captions, slots, {}, [], 0.0)
@@ -152,7 +152,7 @@ class Gradients(Recorder):
 
     def network(self, *given: Tensor) -> tuple[Tensor, None]:
         self.given.append(given)
-        return self.denoiser(*given).image, None  # type: ignore[return-value]
+        return self.denoiser(*given).image, None
 
     def micro_step(self, loss: Tensor) -> None:
         (loss / (SIZE // len(self.given[-1][0]))).backward()
@@ -170,7 +170,7 @@ def taught(micro: int, uncut: bool = False, caption_dropout: float = 0.5) -> tup
     }
     objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
     world, null = World(0, 1, CPU), words.states(99, 1)
-    step = TrainingStep(validate_config(tree, "here"), "s", world, words, null, objective, engine)  # type: ignore[arg-type]
+    step = TrainingStep(validate_config(tree, "here"), "s", world, words, null, objective, engine)
     pixels = torch.randint(256, (SIZE, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     captions = [f"{n % 7} {1 + n * 11 // SIZE}" for n in range(SIZE)]
     trained = step(Batch(pixels, captions, captions, np.arange(SIZE), {}, [], 0.0), 0, lambda loss, norm: None)
@@ -232,7 +232,7 @@ def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest
     net = Eyes()
     objective = Objective(LossWeights(0.1, 0.01, 0, 0.3, 0.05), net, net)
     stage = config(16, 0.1, 0.5)
-    step = TrainingStep(stage, "s", World(0, 1, CPU), labels, labels.null_caption(), objective, Engine())  # type: ignore[arg-type]
+    step = TrainingStep(stage, "s", World(0, 1, CPU), labels, labels.null_caption(), objective, Engine())
     slots = np.arange(SIZE)
     captions = [str(slot % CLASSES) for slot in slots]
     batch = Batch(torch.zeros(SIZE, 3, 8, 8, dtype=torch.uint8), captions, captions, slots, {}, [], 0.0)
