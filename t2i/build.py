@@ -9,6 +9,10 @@ import torch
 from t2i.config import ModelConfig, RunConfig
 from t2i.models.conditions import Conditioner
 from t2i.models.labels import ClassLabels
+from t2i.models.layers import Projector
+from t2i.models.pixel_pathway import PixelPathway
+from t2i.models.pixeldit import PixelDiT
+from t2i.models.pixeldit_class import ClassPixelDiT
 from t2i.models.pixelgen import PixelGen
 from t2i.models.pixelgen_class import ClassPixelGen
 from t2i.models.text import TextEncoder
@@ -24,16 +28,18 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if "amx_bf16" in flags or "avx512_bf16" in flags else torch.float32
 
 
-Denoiser = PixelGen | ClassPixelGen
+Denoiser = PixelGen | ClassPixelGen | PixelDiT | ClassPixelDiT
 
 
 def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> Denoiser:
-    """The denoiser with fresh weights from torch's default generator.
+    """The denoiser with fresh weights from torch's default generator, of the config's family and condition.
 
     Args:
         text_width: of a caption's states; like `text_length`, nothing to a network that draws classes.
         text_length: their tokens.
     """
+    if config.family == "pixeldit":
+        return _build_pixeldit(config, text_width, text_length)
     if config.condition == "class":
         return ClassPixelGen(
             width=config.width,
@@ -59,6 +65,45 @@ def build_denoiser(config: ModelConfig, text_width: int, text_length: int) -> De
         repa_layer=config.repa_layer,
         text_padding=config.text_padding,
     )
+
+
+def _build_pixeldit(config: ModelConfig, text_width: int, text_length: int) -> PixelDiT | ClassPixelDiT:
+    pixels = PixelPathway(
+        width=config.width,
+        depth=config.pixel.depth,
+        patch_size=config.patch_size,
+        pixel_width=config.pixel.width,
+        attention=config.pixel_attention if config.pixel.attention else None,
+        cut=config.pixel.cut,
+        modulation=config.pixel.modulation,
+        post_modulation=config.pixel.post_modulation,
+    )
+    if config.condition == "class":
+        return ClassPixelDiT(
+            width=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            classes=config.classes,
+            patch_size=config.patch_size,
+            repa_layer=config.repa_layer,
+            pixels=pixels,
+        )
+    return PixelDiT(
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        text_width=text_width,
+        text_length=text_length,
+        text_padding=config.text_padding,
+        patch_size=config.patch_size,
+        repa_layer=config.repa_layer,
+        pixels=pixels,
+    )
+
+
+def build_projector(config: ModelConfig, target: int) -> Projector:
+    """What aligns the network's features with those of an encoder of width `target`, fresh."""
+    return Projector(config.width, config.repa_width or config.width, target)
 
 
 def build_conditioner(

@@ -8,7 +8,7 @@ same files draw whole batches, made of the same pictures for any number of proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,9 +21,9 @@ from t2i.build import Denoiser, build_conditioner, build_denoiser, choose_dtype
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_sampling import SamplingConfig
-from t2i.diffusion.flow import to_pixels
+from t2i.diffusion.flow import image_from_velocity, to_pixels
 from t2i.diffusion.noise import slot_noise
-from t2i.diffusion.sampling import choose_solver, guided_steps, guided_velocity, time_grid
+from t2i.diffusion.sampling import Velocity, choose_solver, guided_steps, guided_velocity, time_grid
 from t2i.model_folder import WhichWeights, read_model
 from t2i.models.conditions import Conditioner, stack_conditions
 
@@ -69,6 +69,21 @@ def states_of_batches(
         held = {caption: states for caption, states in held.items() if not caption or last[caption] > n}
 
 
+Watch = Callable[[Tensor, float], None]
+"""Is given the images (b, 3, H, W) that a call of the network predicts, in [-1, 1] or about, and its t."""
+
+
+def watched(velocity: Velocity, watch: Watch, count: int) -> Velocity:
+    """The same velocity; `watch` is shown what each call of the network makes of the first `count` pictures."""
+
+    def shown(x_t: Tensor, t: float, guided: bool) -> Tensor:
+        slope = velocity(x_t, t, guided)
+        watch(image_from_velocity(slope, x_t, torch.full((len(x_t),), t, device=x_t.device))[:count], t)
+        return slope
+
+    return shown
+
+
 @dataclass
 class Pipeline:
     """A denoiser with what it takes to draw. `config` is that of the stage it was trained in."""
@@ -99,9 +114,34 @@ class Pipeline:
         denoiser = denoiser.to(device, dtype).eval().requires_grad_(False)
         return cls(config, denoiser, conditioner, null_caption, device)
 
+    def states(self, batches: Sequence[Sequence[Picture]]) -> Iterator[dict[str, Tensor]]:
+        """For each batch, what the denoiser is told of each of its captions, negative ones too."""
+        captions = [[text for it in batch for text in (it.prompt, it.negative)] for batch in batches]
+        null_caption = self.null_caption.to(self.device, self.conditioner.dtype)
+        return states_of_batches(self.conditioner, null_caption, captions)
+
+    def velocity(
+        self, pictures: Sequence[Picture], states: dict[str, Tensor], sampling: SamplingConfig
+    ) -> Velocity:
+        """The guided velocity of pictures that are drawn together: (x_t (b, 3, H, W), t, guided) to dx/dt."""
+        return guided_velocity(
+            lambda x, t, condition: self.denoiser(x, t, condition).output,
+            # At full length: what is drawn beside a picture must not decide in what shape it is computed.
+            stack_conditions([states[it.prompt] for it in pictures], self.config.text.length),
+            stack_conditions([states[it.negative] for it in pictures], self.config.text.length),
+            sampling.guidance_scale,
+            self.config.model.prediction,
+            self.config.objective.min_noise if sampling.clamp else 0.0,
+            sampling.guidance_rescale,
+        )
+
     @torch.no_grad()
     def draw_batches(
-        self, pictures: Sequence[Picture], sampling: SamplingConfig, size: tuple[int, int] | None = None
+        self,
+        pictures: Sequence[Picture],
+        sampling: SamplingConfig,
+        size: tuple[int, int] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[Tensor]:
         """Pictures in their order, uint8 (b, 3, H, W) on the host, with at most `sampling.batch_size` in a batch.
 
@@ -109,6 +149,7 @@ class Pipeline:
             pictures: what to draw; those that share a prompt are best neighbours, and its states are computed once.
             sampling: how.
             size: height and width in pixels, multiples of the patch; none takes those the model was trained at.
+            watch: is shown each batch as it forms.
         """
         height, width = size or self.config.data.size
         assert height % self.denoiser.patch_size == 0 and width % self.denoiser.patch_size == 0
@@ -116,19 +157,11 @@ class Pipeline:
         guided = guided_steps(times, sampling.cfg_interval, sampling.solver)
         solve = choose_solver(sampling.solver, sampling.order)
         batches = batches_of(pictures, sampling.batch_size)
-        captions = [[text for it in batch for text in (it.prompt, it.negative)] for batch in batches]
-        null_caption = self.null_caption.to(self.device, self.conditioner.dtype)
-        for batch, states in zip(batches, states_of_batches(self.conditioner, null_caption, captions), strict=True):
+        for batch, states in zip(batches, self.states(batches), strict=True):
             filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]
-            velocity = guided_velocity(
-                lambda x, t, condition: self.denoiser(x, t, condition).image,
-                # At full length: what is drawn beside a picture must not decide in what shape it is computed.
-                stack_conditions([states[it.prompt] for it in filled], self.config.text.length),
-                stack_conditions([states[it.negative] for it in filled], self.config.text.length),
-                sampling.guidance_scale,
-                self.config.objective.min_noise if sampling.clamp else 0.0,
-                sampling.guidance_rescale,
-            )
+            velocity = self.velocity(filled, states, sampling)
+            if watch is not None:
+                velocity = watched(velocity, watch, len(batch))
             scale = self.config.objective.noise_scale
             noise = [starting_noise(it, sampling.seed, (height, width), self.device, scale) for it in filled]
             images = solve(velocity, torch.stack(noise), times, guided)

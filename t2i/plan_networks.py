@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i.build import build_denoiser
+from t2i.build import build_denoiser, build_projector
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_objective import STAND_IN, ObjectiveConfig
 from t2i.diffusion.perceptual import EfficientNetLite, Lpips
 from t2i.engine.deepspeed import PERSISTENT_NUMEL
-from t2i.models.layers import Projector, axial_rope_table, rope_table
-from t2i.models.pixelgen import Block, PixelGen, muon_takes
+from t2i.models.layers import axial_rope_table, rope_table
+from t2i.models.pixelgen import PixelGen
+from t2i.models.transformer import Block, muon_takes
 from t2i.models.pixelgen_class import ClassBlock
 from t2i.models.text import resolve_model
 from t2i.train.build import denoiser_training_flops
@@ -137,7 +138,7 @@ def trained(config: RunConfig, text_width: int, features: Frozen | None) -> Trai
     with META:
         denoiser = build_denoiser(config.model, text_width, config.text.length)
         aligned = features is not None and config.objective.repa_weight > 0
-        projector = Projector(config.model.width, features.width) if aligned and features else None
+        projector = build_projector(config.model, features.width) if aligned and features else None
     image_blocks = size(denoiser.blocks)
     text_blocks = size(denoiser.text_blocks) if isinstance(denoiser, PixelGen) else 0
     muon = config.optimizer.name == "muon"
@@ -181,7 +182,7 @@ def trained_flops(config: RunConfig, text_width: int, features: Frozen | None) -
         refining, drawing = _blocks_flops(config, image)
         projecting = 0.0
         if features is not None and config.objective.repa_weight > 0:
-            projector = Projector(model.width, features.width)
+            projector = build_projector(model, features.width)
             projecting = 3 * _flops(lambda: projector(image))
     return TrainedFlops(
         denoiser=denoiser_training_flops(config, text_width),
@@ -207,7 +208,7 @@ def _blocks_flops(config: RunConfig, image: Tensor) -> tuple[float, float]:
             model.context_tokens
         )
     text = torch.empty(1, config.text.length, model.width)
-    text_block, block = Block(model.width, model.heads, False), Block(model.width, model.heads, True)
+    text_block, block = (Block(model.width, model.heads, cross, 4 * model.width) for cross in (False, True))
     rope = rope_table(*grid, head_width, META)
     refining = model.text_depth * _flops(lambda: text_block(text, given))
     return refining, model.depth * _flops(lambda: block(image, given, rope, text))

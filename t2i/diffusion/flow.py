@@ -6,12 +6,17 @@ Convention everywhere: t = 0 is noise, t = 1 the image, `x_t = t x + (1 - t) noi
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
+
+PredictionKind = Literal["image", "velocity"]
+"""What a network returns of a noisy image."""
 
 
 def logit_normal(uniform: Array, mean: float, std: float) -> Array:
@@ -50,13 +55,22 @@ def noise_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return x_t - _per_sample(t, x_t) * velocity
 
 
-def flow_matching_loss(predicted: Tensor, image: Tensor, t: Tensor, min_noise: float) -> Tensor:
-    """Squared error of the velocities (PixelGen eq. 5), the mean over each sample's pixels: (B,).
+def predicted_velocity(output: Tensor, x_t: Tensor, t: Tensor, kind: PredictionKind, min_noise: float) -> Tensor:
+    """The velocity that a network's output means; `min_noise` is heeded where it follows from an image."""
+    return velocity_from_image(output, x_t, t, min_noise) if kind == "image" else output
 
-    Both velocities share x_t and the clamp, so their difference is that of the images over max(1 - t, min_noise).
+
+def flow_matching_loss(
+    output: Tensor, image: Tensor, noise: Tensor, t: Tensor, min_noise: float, kind: PredictionKind
+) -> Tensor:
+    """Squared error of the velocities (PixelGen eq. 5, PixelDiT eq. 8), the mean over each sample's pixels: (B,).
+
+    Of predicted images, both velocities share x_t and the clamp, so their difference is that of the images over
+    max(1 - t, min_noise). Of predicted velocities, the true one is image - noise, and nothing divides.
     """
-    error = (predicted.float() - image.float()).square().flatten(1).mean(1)
-    return error / (1.0 - t.float()).clamp(min=min_noise).square()
+    wanted = image.float() if kind == "image" else image.float() - noise.float()
+    error = (output.float() - wanted).square().flatten(1).mean(1)
+    return error if kind == "velocity" else error / (1.0 - t.float()).clamp(min=min_noise).square()
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

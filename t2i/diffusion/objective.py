@@ -9,7 +9,7 @@
 - The perceptual networks see un-gated samples only; the clean image's patch features serve both P-DINO and REPA.
 - No term of a gated sample reaches its gradient. Gating selects samples; it never changes a collective.
 - Where the gradients of L_FM and of the perceptual terms are wanted apart, for b (gradient balancing), they are formed
-  at the predicted image and their sum goes on from there: still one backward through each network.
+  at the network's output and their sum goes on from there: still one backward through each network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from t2i.diffusion.flow import Array, flow_matching_loss
+from t2i.diffusion.flow import Array, PredictionKind, flow_matching_loss, image_from_velocity, interpolate
 from t2i.diffusion.perceptual import ImageDistance, PatchFeatures, cosine_distance
 from t2i.upload import upload
 
@@ -32,7 +32,7 @@ TERMS = ("loss", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa")
 
 
 Watch = Callable[[Tensor, Tensor], None]
-"""Is given the gradients of L_FM and of the perceptual terms (b = 1) at the predicted image, (b, 3, H, W) each."""
+"""Is given the gradients of L_FM and of the perceptual terms (b = 1) at the output, (b, 3, H, W) each."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,27 @@ _NONE = _Chosen(0, None)
 
 
 class Objective:
-    """The loss of PixelGen for an x-predicting denoiser.
+    """The loss of PixelGen; with no weight on perceptual terms, that of PixelDiT (section 3.4).
 
     Args:
         weights: of the terms.
+        prediction: what the denoiser returns; the perceptual terms see the image that it means.
         image_distance: LPIPS or a stand-in; needed where `weights.lpips` > 0.
         patch_features: DINOv2 or a stand-in; needed where `weights.pdino` or `weights.repa` > 0. It has the layers that
             `weights` names.
     """
 
     def __init__(
-        self, weights: LossWeights, image_distance: ImageDistance | None, patch_features: PatchFeatures | None
+        self,
+        weights: LossWeights,
+        image_distance: ImageDistance | None,
+        patch_features: PatchFeatures | None,
+        prediction: PredictionKind = "image",
     ) -> None:
         assert weights.lpips == 0 or image_distance is not None
         assert weights.pdino == weights.repa == 0 or patch_features is not None
         self.weights = weights
+        self.prediction = prediction
         self.image_distance = image_distance
         self.patch_features = patch_features
         self._last = patch_features.depth if patch_features is not None else 0
@@ -144,9 +150,10 @@ class Objective:
 
     def __call__(
         self,
-        predicted: Tensor,
+        output: Tensor,
         projected: Tensor | None,
         image: Tensor,
+        noise: Tensor,
         t: Array,
         *,
         grid: tuple[int, int],
@@ -159,9 +166,10 @@ class Objective:
         """Loss of one micro-batch.
 
         Args:
-            predicted: the denoiser's image (b, 3, H, W), fp32.
+            output: the denoiser's (b, 3, H, W), fp32.
             projected: its features after the projector (b, N, width); None without alignment.
             image: the clean image (b, 3, H, W) in [-1, 1].
+            noise: what it was mixed with (b, 3, H, W).
             t: times (b,) on the host.
             grid: rows and columns of the model's patches.
             batch_size: samples in the global batch.
@@ -183,11 +191,15 @@ class Objective:
             per_sample=micro_batches / batch_size,
             per_ungated=micro_batches / max(ungated, 1),
         )
-        # Watched, the terms depend on a copy of the image, and what they pull at it with is handed on.
-        source = predicted if watch is None else predicted.detach().requires_grad_()
-        flow = self._flow(part, source, image, t)
+        # Watched, the terms depend on a copy of the output, and what they pull at it with is handed on.
+        source = output if watch is None else output.detach().requires_grad_()
+        times = upload(t, image.device)
+        flow = self._flow(part, source, image, noise, t, times)
         clean = self._clean_features(part, image, grid)
-        perceptual = self._lpips(part, source, image) + self._pdino(part, source, clean, grid)
+        predicted = source
+        if self.prediction == "velocity":
+            predicted = image_from_velocity(source, interpolate(image, noise, times), times)
+        perceptual = self._lpips(part, predicted, image) + self._pdino(part, predicted, clean, grid)
         alignment = self._repa(part, projected, clean)
         # As if b were 1: what is judged by its past must not move with b.
         part.terms.add("loss", (flow + perceptual + alignment) / part.per_sample, len(t))
@@ -195,11 +207,11 @@ class Objective:
         if watch is not None:
             pulls = [_gradient(flow, source), _gradient(perceptual, source)]
             watch(*pulls)
-            loss = with_gradient(loss, predicted, pulls[0] + perceptual_weight * pulls[1])
+            loss = with_gradient(loss, output, pulls[0] + perceptual_weight * pulls[1])
         return loss + alignment, part.terms
 
-    def _flow(self, part: _Part, predicted: Tensor, image: Tensor, t: Array) -> Tensor:
-        flow = flow_matching_loss(predicted, image, upload(t, predicted.device), self.weights.min_noise)
+    def _flow(self, part: _Part, output: Tensor, image: Tensor, noise: Tensor, t: Array, times: Tensor) -> Tensor:
+        flow = flow_matching_loss(output, image, noise, times, self.weights.min_noise, self.prediction)
         part.terms.add("loss_fm", flow.sum(), len(t))
         add_bands(part.terms, "loss_fm", flow, t)
         return flow.sum() * part.per_sample

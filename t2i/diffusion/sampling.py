@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i.diffusion.flow import shift_time, velocity_from_image
+from t2i.diffusion.flow import PredictionKind, predicted_velocity, shift_time
 
 Velocity = Callable[[Tensor, float, bool], Tensor]  # (x_t, t, guided) -> dx/dt
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), condition) -> predicted image
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), condition) -> its output
 Solver = Callable[[Velocity, Tensor, list[float], list[bool]], Tensor]  # (velocity, noise, times, guided) -> image
 
 
@@ -42,6 +42,7 @@ def guided_velocity(
     condition: Tensor,
     null_condition: Tensor,
     guidance_scale: float,
+    prediction: PredictionKind,
     min_noise: float,
     rescale: float = 0.0,
 ) -> Velocity:
@@ -51,10 +52,11 @@ def guided_velocity(
     unconditional half is not computed.
 
     Args:
-        denoiser: predicts images; they are not clamped, here or in the public code.
+        denoiser: its predictions are not clamped, here or in the public code.
         condition: text states (B, L, E) of the prompts.
         null_condition: those of what guidance leads away from, the empty caption or negative prompts.
         guidance_scale: 1 is none.
+        prediction: what the denoiser returns.
         min_noise: lower bound of 1 - t where a predicted image becomes a velocity. The public code has 0.05 for every
             call of the network, before guidance: a step that starts at t above 0.95 goes too short a way, so that
             Euler's 50 even steps leave 36 % of what is missing at t = 0.96. 0 is none.
@@ -64,7 +66,7 @@ def guided_velocity(
     def velocity(x_t: Tensor, t: float, guided: bool) -> Tensor:
         def of(x: Tensor, states: Tensor) -> Tensor:
             times = torch.full((len(x),), t, device=x.device)
-            return velocity_from_image(denoiser(x, times, states), x, times, min_noise)
+            return predicted_velocity(denoiser(x, times, states), x, times, prediction, min_noise)
 
         if not guided or guidance_scale == 1.0:
             return of(x_t, condition)

@@ -118,20 +118,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def rope_table(rows: int, columns: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, K/2) of the 2-D rotary embedding of PixelGen for a grid of patches, row-major.
+def rope_table(
+    rows: int, columns: int, head_width: int, device: torch.device, extent: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, K/2) of the 2-D rotary embedding of PixelGen and PixelDiT for a grid of patches, row-major.
 
-    Positions along an axis of n patches are linspace(0, n, n), both ends included, so their spacing is
-    n/(n-1). Channel pairs alternate x, y, x, y, ...; pair 2k and 2k+1 share the frequency 10000^(-4k/K).
+    Positions along an axis of n patches are linspace(0, extent, n), both ends included; none is an extent of n, as in
+    PixelGen, whose spacing is n/(n-1). PixelDiT has 16 whatever the grid. Channel pairs alternate x, y, x, y, ...; pair
+    2k and 2k+1 share the frequency 10000^(-4k/K).
     """
     frequencies = 10000.0 ** (-torch.arange(0, head_width, 4, dtype=torch.float64, device="cpu") / head_width)
     y, x = torch.meshgrid(
-        torch.linspace(0, rows, rows, dtype=torch.float64, device="cpu"),
-        torch.linspace(0, columns, columns, dtype=torch.float64, device="cpu"),
+        torch.linspace(0, rows if extent is None else extent, rows, dtype=torch.float64, device="cpu"),
+        torch.linspace(0, columns if extent is None else extent, columns, dtype=torch.float64, device="cpu"),
         indexing="ij",
     )
     angles = torch.stack([x.flatten()[:, None] * frequencies, y.flatten()[:, None] * frequencies], dim=-1)
     angles = angles.flatten(-2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+@lru_cache(maxsize=64)
+def line_rope_table(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, K/2) of the rotary embedding of tokens in a line (Su et al. 2021): pair k of token n turns by
+    n 10000^(-2k/K)."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width)
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
@@ -189,10 +201,10 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
 class Projector(nn.Module):
     """Three-layer SiLU network from a block's features to a frozen encoder's width (REPA, Yu et al. 2024)."""
 
-    def __init__(self, width: int, target: int) -> None:
+    def __init__(self, width: int, hidden: int, target: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, target)
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, target)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Shape suffixes: B batch, C channels, N image tokens, L text tokens, D width, E w
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,89 +25,13 @@ from torch import Tensor, nn
 from t2i.models.layers import (
     Fp32Linear,
     RMSNorm,
-    SwiGLU,
     TimeEmbedding,
-    attention,
-    modulate,
     patchify,
     rope_table,
-    rotate,
     sincos_table,
     unpatchify,
 )
-
-
-class Prediction(NamedTuple):
-    """What a denoiser returns: the predicted clean image (B, C, H, W) in fp32, in [-1, 1] once trained, and
-    the features (B, N, D) of the block that representation alignment taps."""
-
-    image: Tensor
-    features: Tensor
-
-
-class Attention(nn.Module):
-    """Self-attention with QK-RMSNorm; with `cross`, its keys and values are joined by those of a context."""
-
-    def __init__(self, width: int, heads: int, cross: bool, bias: bool = False) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.context_kv = nn.Linear(width, 2 * width, bias=False) if cross else None
-        self.q_norm = RMSNorm(width // heads)
-        self.k_norm = RMSNorm(width // heads)
-        self.out = nn.Linear(width, width)
-
-    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts D) -> parts tensors (B, H, N, K)."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """`mask` (B, M), bool: keys that take part, the context's last; None: all."""
-        q, k, v = self._heads(self.qkv(x), 3)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if self.context_kv is not None:
-            assert context is not None
-            context_k, context_v = self._heads(self.context_kv(context), 2)
-            k = torch.cat([k, self.k_norm(context_k)], dim=2)
-            v = torch.cat([v, context_v], dim=2)
-        return self.out(attention(q, k, v, mask).transpose(1, 2).flatten(-2))
-
-
-class Block(nn.Module):
-    """A transformer block modulated by time; `cross` makes it an image block that also reads the text."""
-
-    def __init__(self, width: int, heads: int, cross: bool) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads, cross)
-        self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, 4 * width)
-        self.adaln = nn.Linear(width, 6 * width)
-
-    def forward(
-        self,
-        x_BND: Tensor,
-        time_B1D: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(time_B1D).chunk(6, dim=-1)
-        x_BND = x_BND + gate1 * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope, context, mask)
-        return x_BND + gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
-
-
-def muon_takes(name: str) -> bool:
-    """Whether Muon is to update a parameter: the matrices of attention and MLP, not adaLN, embeddings or head."""
-    return ".attn." in name or (".mlp." in name and ".time." not in name)
+from t2i.models.transformer import Block, Prediction
 
 
 class PixelGen(nn.Module):
@@ -146,8 +70,8 @@ class PixelGen(nn.Module):
         self.text_in = nn.Linear(text_width, width)
         self.text_norm = RMSNorm(width)
         self.text_position = nn.Parameter(torch.empty(1, text_length, width))
-        self.text_blocks = nn.ModuleList(Block(width, heads, cross=False) for _ in range(text_depth))
-        self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
+        self.text_blocks = nn.ModuleList(Block(width, heads, cross=False, hidden=4 * width) for _ in range(text_depth))
+        self.blocks = nn.ModuleList(Block(width, heads, cross=True, hidden=4 * width) for _ in range(depth))
         self.head = Fp32Linear(width, patch_values)
         self.reset_parameters()
 

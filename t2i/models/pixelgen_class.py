@@ -31,7 +31,7 @@ from t2i.models.layers import (
     sincos_table,
     unpatchify,
 )
-from t2i.models.pixelgen import Attention, Prediction
+from t2i.models.transformer import Attention, Prediction
 
 
 class ClassBlock(nn.Module):

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from t2i.build import build_denoiser
+from t2i.build import build_denoiser, build_projector
 from t2i.config import ModelConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.model_folder import DENOISER, PROJECTOR
-from t2i.models.layers import Projector, sincos_table
+from t2i.models.layers import sincos_table
 from t2i.released.checkpoint import Checkpoint
 from t2i.released.layout import from_released, released_size, to_released
 from t2i.released.names import (
@@ -163,7 +163,7 @@ def _projector(checkpoint: Checkpoint, model: ModelConfig, report: Report) -> di
         report.notes.append("projector: the checkpoint has none; training with alignment would start a fresh one")
         return {}
     with torch.device("meta"):
-        projector = Projector(model.width, last.size[0])
+        projector = build_projector(model, last.size[0])
     return _take(checkpoint, _PROJECTOR, projector, model, report)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.randomness import key
-from t2i.build import Denoiser, build_denoiser
+from t2i.build import Denoiser, build_denoiser, build_projector
 from t2i.config import EngineConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_objective import STAND_IN, ObjectiveConfig
+from t2i.diffusion.flow import PredictionKind
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import (
     Dinov2,
@@ -33,7 +34,7 @@ from t2i.engine.interface import Engine
 from t2i.engine.mapped import StateFolder, ZerosLike
 from t2i.engine.optimizer import build_optimizer
 from t2i.models.layers import Projector
-from t2i.models.pixelgen import Prediction, muon_takes
+from t2i.models.transformer import Prediction, muon_takes
 from t2i.train.processes import World
 
 
@@ -51,14 +52,14 @@ class TrainingNetwork(nn.Module):
         return self.denoiser.all_blocks
 
     def forward(self, x_t: Tensor, t: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Predicted image (B, 3, H, W) and projected features (B, N, width).
+        """The denoiser's output (B, 3, H, W) and projected features (B, N, width).
 
         Args:
             condition: the captions' states or labels and, where the denoiser has dropout, its keys.
         """
         prediction: Prediction = self.denoiser(x_t, t, *condition)
         projected = self.projector(prediction.features) if self.projector is not None else None
-        return prediction.image, projected
+        return prediction.output, projected
 
 
 def build_network(config: RunConfig, text_width: int, features: PatchFeatures | None) -> TrainingNetwork:
@@ -67,7 +68,7 @@ def build_network(config: RunConfig, text_width: int, features: PatchFeatures | 
         torch.manual_seed(key(config.seed, "weights"))
         denoiser = build_denoiser(config.model, text_width, config.text.length)
         aligned = features is not None and config.objective.repa_weight > 0
-        projector = Projector(config.model.width, features.width) if aligned and features else None
+        projector = build_projector(config.model, features.width) if aligned and features else None
     return TrainingNetwork(denoiser, projector)
 
 
@@ -92,10 +93,13 @@ def _stand_in() -> EfficientNetLite:
     return EfficientNetLite()
 
 
-def build_objective(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> Objective:
+def build_objective(
+    config: ObjectiveConfig, prediction: PredictionKind, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> Objective:
     """The loss with its frozen networks on their device.
 
     Args:
+        prediction: what the denoiser returns.
         dtype: of the weights of VGG16 and DINOv2; the stand-in's are fp32.
         compiled: whether they are compiled, for any number of samples.
 
@@ -124,7 +128,7 @@ def build_objective(config: ObjectiveConfig, device: torch.device, dtype: torch.
         pdino_gated=config.pdino_gate == "masked",
         pdino_layers=tuple(config.pdino_layers),
     )
-    return Objective(weights, distance, features)
+    return Objective(weights, distance, features, prediction)
 
 
 def _load_lpips(path: Path | None, device: torch.device, dtype: torch.dtype) -> Lpips:

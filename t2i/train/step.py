@@ -164,11 +164,12 @@ class TrainingStep:
             masks = self._dropout_keys(batch.slots[part])
             if start == 0:
                 own.press()
-            predicted, projected = self._engine.network(interpolate(image, noise, times), times, condition, *masks)
+            output, projected = self._engine.network(interpolate(image, noise, times), times, condition, *masks)
             loss, part_terms = self._objective(
-                predicted,
+                output,
                 projected,
                 image,
+                noise,
                 t[part],
                 grid=(image.shape[2] // patch, image.shape[3] // patch),
                 batch_size=size,

@@ -60,8 +60,10 @@ class Evaluator:
             noise = slot_noise(noise_key, index, image.shape[1:], device, config.objective.noise_scale)
             x_t = interpolate(image, noise, times)
             condition = stack_conditions(conditions[start : start + len(index)])
-            predicted = self.pipeline.denoiser(x_t, times, condition).image
-            losses = flow_matching_loss(predicted, image, times, config.objective.min_noise)
+            output = self.pipeline.denoiser(x_t, times, condition).output
+            losses = flow_matching_loss(
+                output, image, noise, times, config.objective.min_noise, config.model.prediction
+            )
             terms.add("loss", losses.sum(), len(index))
             add_bands(terms, "loss", losses, t[index])
         return GlobalMeans(terms, ["loss", *band_names("loss")], device).read()

@@ -1,0 +1,201 @@
+"""PixelDiT, the text-conditional denoiser: patches beside text, then pixels (paper section 3.3, Table 8).
+
+Design, as measured in the public code (and counted in tests):
+- A caption's states are projected, normed, and get a learned position; they are a stream of their own, with its own
+  weights, that attends together with the patches' (MM-DiT, Esser et al. 2024).
+- Patches turn by their place in the grid, text tokens by their number. QK-RMSNorm; SwiGLU of hidden width 8/3 D.
+- adaLN is driven by time alone; there is no pooled caption.
+- Pads are attended to, as in the public model, or masked: then they are zero in the states, which alone say where they
+  are, and there may be any number of them.
+- The text stream ends in the last block's keys and values. The public model has the rest of that block as well, where
+  no gradient comes and nothing is read.
+- Time is embedded as the public model's: thousandths of the noise, 1000 (1 - t).
+- The pixel pathway is as in `pixeldit_class.py`; its attention has a width and heads of its own.
+- The head starts at zero, adaLN does not.
+
+Shape suffixes: B batch, C channels, N patches, L text tokens, D width, E width of the text states.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.models.layers import (
+    RMSNorm,
+    TimeEmbedding,
+    attention,
+    line_rope_table,
+    modulate,
+    patchify,
+    rope_table,
+    rotate,
+)
+from t2i.models.pixel_pathway import ROPE_EXTENT, PixelPathway
+from t2i.models.transformer import Block, Prediction
+
+Rope = tuple[Tensor, Tensor]
+
+
+class KeysAndValues(nn.Module):
+    """The half of an attention that others look into."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.k_norm = RMSNorm(width // heads)
+
+    def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys, normalised and turned, and values, (B, H, L, K) each, of (B, L, D)."""
+        k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return rotate(self.k_norm(k), *rope), v
+
+
+class TextEnd(nn.Module):
+    """The text's part of the last block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = KeysAndValues(width, heads)
+        self.adaln = nn.Linear(width, 2 * width)
+
+    def forward(self, text_BLD: Tensor, given_B1D: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return self.attn(modulate(self.norm1(text_BLD), *self.adaln(given_B1D).chunk(2, dim=-1)), rope)
+
+
+class JointBlock(nn.Module):
+    """Patches and text in one attention, each with weights of its own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.image = Block(width, heads, cross=False, hidden=8 * width // 3)
+        self.text = Block(width, heads, cross=False, hidden=8 * width // 3)
+
+    def forward(
+        self, x_BND: Tensor, text_BLD: Tensor, given_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Patches and text after it. `mask` (B, L + N), bool: keys that take part, the text's first; None: all."""
+        streams = (self.text, text_BLD, text_rope), (self.image, x_BND, rope)
+        signals = [stream.signals(given_B1D) for stream, _, _ in streams]
+        projected = [
+            stream.attn.project(stream.enter(x, made), turns)
+            for (stream, x, turns), made in zip(streams, signals, strict=True)
+        ]
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*projected, strict=True))
+        attended = attention(q, k, v, mask).split([text_BLD.shape[1], x_BND.shape[1]], dim=2)
+        text_BLD, x_BND = (
+            stream.leave(x, stream.attn.merge(got), made)
+            for (stream, x, _), made, got in zip(streams, signals, attended, strict=True)
+        )
+        return x_BND, text_BLD
+
+
+class LastJointBlock(nn.Module):
+    """The same where no text follows."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.image = Block(width, heads, cross=False, hidden=8 * width // 3)
+        self.text = TextEnd(width, heads)
+
+    def forward(
+        self, x_BND: Tensor, text_BLD: Tensor, given_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Patches after it, and the text as it was."""
+        signals = self.image.signals(given_B1D)
+        q, k, v = self.image.attn.project(self.image.enter(x_BND, signals), rope)
+        text_k, text_v = self.text(text_BLD, given_B1D, text_rope)
+        attended = attention(q, torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2), mask)
+        return self.image.leave(x_BND, self.image.attn.merge(attended), signals), text_BLD
+
+
+class PixelDiT(nn.Module):
+    """The denoiser of PixelDiT for text to image.
+
+    Any image whose sides are multiples of `patch_size`.
+
+    Args:
+        depth: N, patch blocks.
+        text_length: tokens of a caption's states, or under mask the most of them.
+        text_padding: attend reads a caption's pads like its tokens; mask leaves out the rows of states that are zero.
+        pixels: the pixel pathway.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        text_width: int,
+        text_length: int,
+        text_padding: Literal["attend", "mask"],
+        patch_size: int,
+        repa_layer: int,
+        pixels: PixelPathway,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.masks_text = text_padding == "mask"
+        self.head_width = width // heads
+        self.repa_layer = repa_layer
+        self.patch_in = nn.Linear(3 * patch_size**2, width)
+        self.time = TimeEmbedding(width)
+        self.text_in = nn.Linear(text_width, width)
+        self.text_norm = RMSNorm(width)
+        self.text_position = nn.Parameter(torch.empty(1, text_length, width))
+        self.blocks = nn.ModuleList(
+            [*(JointBlock(width, heads) for _ in range(depth - 1)), LastJointBlock(width, heads)]
+        )
+        self.pixels = pixels
+        self.reset_parameters()
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        return [*self.blocks, *self.pixels.blocks]
+
+    def reset_parameters(self) -> None:
+        """Xavier for the patches, 0.02 for time, 1 for text positions, zero for the head; the rest as PyTorch has it."""
+        nn.init.xavier_uniform_(self.patch_in.weight)
+        nn.init.zeros_(self.patch_in.bias)
+        for parameter in self.time.mlp.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+        nn.init.normal_(self.text_position)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor) -> Prediction:
+        """Predict, in the sense of the config's model.prediction.
+
+        Args:
+            x_BCHW: the noisy image `t x + (1 - t) noise`.
+            t_B: times in [0, 1]; 0 is noise, 1 the image.
+            text_BLE: states of the frozen language model, padded to `text_length` tokens, pads included; under mask,
+                zeros in the pads' place, and at most `text_length` of all.
+        """
+        # Each parameter is read by the module that owns it: elsewhere it may be a shard (ZeRO-3, FSDP2).
+        dtype = self.text_position.dtype
+        device, length = x_BCHW.device, text_BLE.shape[1]
+        grid = (x_BCHW.shape[-2] // self.patch_size, x_BCHW.shape[-1] // self.patch_size)
+        time_BD = self.time(1000.0 * (1.0 - t_B.float()), dtype)
+        given_B1D = F.silu(time_BD)[:, None]
+        text = self.text_norm(self.text_in(text_BLE.to(dtype))) + self.text_position[:, :length]
+        text_rope = line_rope_table(length, self.head_width, device)
+
+        x = self.patch_in(patchify(x_BCHW, self.patch_size).to(dtype))
+        rope = rope_table(*grid, self.head_width, device, ROPE_EXTENT)
+        mask: Tensor | None = None
+        if self.masks_text:  # of the joined keys, the image's take part in any case
+            mask = F.pad((text_BLE != 0).any(-1), (0, x.shape[1]), value=True)
+        features = x
+        for index, block in enumerate(self.blocks, start=1):
+            x, text = block(x, text, given_B1D, rope, text_rope, mask)
+            if index == self.repa_layer:
+                features = x
+        return Prediction(self.pixels(x_BCHW, F.silu(time_BD[:, None] + x)), features)
