@@ -76,8 +76,9 @@ class EngineConfig(Section):
     compile: bool = False
     """Compile transformer blocks, text encoder and perceptual networks; costs minutes at the start of a stage.
     Under zero_stage 3 every gather breaks a block into pieces: more minutes, and little gain."""
-    checkpoint_blocks: bool = False
-    """Keep only the input of each transformer block for the backward pass, which computes the rest again."""
+    checkpoint_blocks: bool | Literal["pixel"] = False
+    """Keep only the input of each transformer block for the backward pass, which computes the rest again; pixel: of the
+    blocks of PixelDiT's pixel pathway alone, which keep the most."""
 
     @model_validator(mode="after")
     def _fits_engine(self) -> EngineConfig:

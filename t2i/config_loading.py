@@ -83,6 +83,15 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
             f"{where}: data.resolution {config.data.size_text} must be a multiple of "
             f"model.patch_size ({config.model.patch_size})"
         )
+    if config.engine.checkpoint_blocks == "pixel" and config.model.family != "pixeldit":
+        raise ConfigError(
+            f"{where}: engine.checkpoint_blocks pixel is for model.family pixeldit, not {config.model.family}"
+        )
+    if config.objective.balance_from_step is not None and config.model.family != "pixelgen":
+        raise ConfigError(
+            f"{where}: objective.balance_from_step {config.objective.balance_from_step}: gradients are balanced at the "
+            f"head of model.family pixelgen, not {config.model.family}: leave it at null"
+        )
     if config.scoring.every and config.model.condition != "text":
         raise ConfigError(
             f"{where}: scoring.every {config.scoring.every}: prompts are scored, so model.condition must be text, "

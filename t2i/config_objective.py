@@ -43,7 +43,12 @@ class ObjectiveConfig(Section):
     """Layers of DINOv2 (from 1) that P-DINO compares, the mean over them (Table 6c: 6, 9, 12 or all three, of 12); an
     empty list: the last, which the paper adopts. REPA has the last always."""
     repa_weight: float = Field(0.5, ge=0)
-    """Weight of representation alignment, at every t: 0.5 as in the released code; eq. 6 shows none, so 1."""
+    """Weight of representation alignment, at every t: 0.5 as in the released code; eq. 6 shows none, so 1. PixelDiT has
+    0.5, and none after its first stage from text."""
+    repa_side: int | None = Field(None, gt=0)
+    """Side of the grid of patches on which alignment compares: the image is resized to as many of the feature network's
+    patches, and the model's features, bilinearly, to the same grid. PixelDiT from text has 16. None: the model's own
+    grid."""
     features_network: Literal["dinov2", "efficientnet-lite0"] = "dinov2"
     """Network of P-DINO and REPA; efficientnet-lite0 is a labelled stand-in."""
     features_path: str = "facebook/dinov2-base"
@@ -69,4 +74,6 @@ class ObjectiveConfig(Section):
             raise ValueError(f"pdino_layers {self.pdino_layers} must be empty under {STAND_IN}, which has one layer")
         if self.balance_from_step is not None and self.lpips_weight == self.pdino_weight == 0:
             raise ValueError("balance_from_step needs a perceptual term: lpips_weight or pdino_weight above 0")
+        if self.repa_side is not None and self.repa_weight == 0:
+            raise ValueError(f"repa_side {self.repa_side} does nothing at repa_weight 0: leave it at null")
         return self

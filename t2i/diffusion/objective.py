@@ -20,6 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,6 +49,8 @@ class LossWeights:
     """Whether P-DINO heeds the gate; the mean is over all samples where it does not."""
     pdino_layers: tuple[int, ...] = ()
     """Layers of the feature network, from 1, that P-DINO is the mean over; none: the last. REPA has the last always."""
+    repa_side: int | None = None
+    """Side of the grid of patches on which REPA compares; none: the model's own grid."""
 
 
 @dataclass
@@ -195,12 +198,16 @@ class Objective:
         source = output if watch is None else output.detach().requires_grad_()
         times = upload(t, image.device)
         flow = self._flow(part, source, image, noise, t, times)
-        clean = self._clean_features(part, image, grid)
+        repa_grid = grid if weights.repa_side is None else (weights.repa_side, weights.repa_side)
+        shared = weights.repa > 0 and repa_grid == grid
+        clean = self._clean_features(part, image, grid, shared)
         predicted = source
         if self.prediction == "velocity":
             predicted = image_from_velocity(source, interpolate(image, noise, times), times)
-        perceptual = self._lpips(part, predicted, image) + self._pdino(part, predicted, clean, grid)
-        alignment = self._repa(part, projected, clean)
+        perceptual = self._lpips(part, predicted, image) + self._pdino(part, predicted, clean, grid, shared)
+        if weights.repa > 0 and not shared:
+            clean = self._clean_last(image, repa_grid)
+        alignment = self._repa(part, projected, clean, grid, repa_grid)
         # As if b were 1: what is judged by its past must not move with b.
         part.terms.add("loss", (flow + perceptual + alignment) / part.per_sample, len(t))
         loss = flow + perceptual_weight * perceptual
@@ -225,24 +232,33 @@ class Objective:
         part.terms.add("loss_lpips", distance, seen.count)
         return self.weights.lpips * distance * part.per_ungated
 
-    def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
-        """Features of the clean images by layer; alignment needs those of all, P-DINO those that it compares."""
-        described = part.everyone if self.weights.repa > 0 else part.compared
+    def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int], shared: bool) -> dict[int, Tensor]:
+        """Features of the clean images by layer; P-DINO needs those that it compares, alignment, which may share them,
+        those of all."""
+        described = part.everyone if shared else part.compared
         if described.count == 0:
             return {}
         assert self.patch_features is not None
-        layers = {*(self._layers if self.weights.pdino > 0 else ()), *([self._last] if self.weights.repa > 0 else ())}
+        layers = {*(self._layers if self.weights.pdino > 0 else ()), *([self._last] if shared else ())}
         with torch.no_grad():
             found = self.patch_features.tokens(described.of(image), grid, sorted(layers))
         return dict(zip(sorted(layers), found, strict=True))
 
-    def _pdino(self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
+    def _clean_last(self, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
+        """Of all clean images, the last layer's features on another grid than P-DINO's."""
+        assert self.patch_features is not None
+        with torch.no_grad():
+            return {self._last: self.patch_features.tokens(image, grid, [self._last])[0]}
+
+    def _pdino(
+        self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int], shared: bool
+    ) -> Tensor:
         compared = part.compared
         if compared.count == 0:
             return predicted.new_zeros(())
         assert self.patch_features is not None
         tokens = self.patch_features.tokens(compared.of(predicted), grid, self._layers)
-        if self.weights.repa > 0:  # the features are of all samples
+        if shared:  # the features are of all samples
             clean = {layer: compared.of(clean[layer]) for layer in self._layers}
         by_layer = [cosine_distance(a, clean[n]) for n, a in zip(self._layers, tokens, strict=True)]
         distance = torch.stack(by_layer).mean(0).sum()
@@ -250,10 +266,21 @@ class Objective:
         per = part.per_ungated if self.weights.pdino_gated else part.per_sample
         return self.weights.pdino * distance * per
 
-    def _repa(self, part: _Part, projected: Tensor | None, clean: dict[int, Tensor]) -> Tensor | float:
+    def _repa(
+        self,
+        part: _Part,
+        projected: Tensor | None,
+        clean: dict[int, Tensor],
+        grid: tuple[int, int],
+        repa_grid: tuple[int, int],
+    ) -> Tensor | float:
         if self.weights.repa == 0:
             return 0.0
         assert projected is not None
+        if repa_grid != grid:
+            map_BDHW = projected.float().transpose(1, 2).unflatten(-1, grid)
+            resized = F.interpolate(map_BDHW, repa_grid, mode="bilinear", antialias=False)
+            projected = resized.flatten(2).transpose(1, 2)
         alignment = cosine_distance(projected, clean[self._last]).sum()
         part.terms.add("loss_repa", alignment, part.everyone.count)
         return self.weights.repa * alignment * part.per_sample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -19,14 +19,14 @@ class HasBlocks(Protocol):
         """In the order in which they run; they hold most of the parameters."""
 
 
-def prepare_blocks(network: HasBlocks, *, compiled: bool, checkpointed: bool) -> None:
-    """Compile the blocks, and keep only their inputs for the backward pass, which computes the rest again.
+def prepare_blocks(network: HasBlocks, *, compiled: bool, checkpointed: Collection[nn.Module]) -> None:
+    """Compile the blocks, and of some keep only the inputs for the backward pass, which computes the rest again.
 
     It is the blocks' `forward` that is wrapped, so that the hooks of the engines stay outside. Copies of the network
     are to be made before: they would share the wrapped functions.
     """
     for block in network.blocks:
         forward = torch.compile(block.forward) if compiled else block.forward
-        if checkpointed:
+        if block in checkpointed:
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward

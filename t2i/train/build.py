@@ -34,6 +34,8 @@ from t2i.engine.interface import Engine
 from t2i.engine.mapped import StateFolder, ZerosLike
 from t2i.engine.optimizer import build_optimizer
 from t2i.models.layers import Projector
+from t2i.models.pixeldit import PixelDiT
+from t2i.models.pixeldit_class import ClassPixelDiT
 from t2i.models.transformer import Prediction, muon_takes
 from t2i.train.processes import World
 
@@ -127,6 +129,7 @@ def build_objective(
         min_noise=config.min_noise,
         pdino_gated=config.pdino_gate == "masked",
         pdino_layers=tuple(config.pdino_layers),
+        repa_side=config.repa_side,
     )
     return Objective(weights, distance, features, prediction)
 
@@ -160,6 +163,14 @@ def _zeros_like(config: EngineConfig) -> ZerosLike:
     return torch.zeros_like if config.state_folder is None else StateFolder(config.state_folder).zeros_like
 
 
+def _checkpointed(config: RunConfig, network: TrainingNetwork) -> list[nn.Module]:
+    """The blocks whose insides are computed again in the backward pass."""
+    if config.engine.checkpoint_blocks != "pixel":
+        return network.blocks if config.engine.checkpoint_blocks else []
+    assert isinstance(network.denoiser, PixelDiT | ClassPixelDiT)
+    return [*network.denoiser.pixels.blocks]
+
+
 def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtype: torch.dtype) -> Engine:
     """The engine of a stage, over a network that it takes possession of: copies are to be made before.
 
@@ -172,7 +183,7 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
         raise ConfigError(f"engine.replicas {engine.replicas} must divide the number of ranks, {world.size}")
     if engine.offload and config.optimizer.name == "muon":
         raise ConfigError("engine.offload goes with optimizer.name adamw: Muon's matrices meet on the GPUs")
-    prepare_blocks(network, compiled=engine.compile, checkpointed=engine.checkpoint_blocks)
+    prepare_blocks(network, compiled=engine.compile, checkpointed=_checkpointed(config, network))
     optimizer = build_optimizer(
         network,
         muon=muon_takes if config.optimizer.name == "muon" else lambda _: False,
