@@ -198,16 +198,12 @@ class Objective:
         source = output if watch is None else output.detach().requires_grad_()
         times = upload(t, image.device)
         flow = self._flow(part, source, image, noise, t, times)
-        repa_grid = grid if weights.repa_side is None else (weights.repa_side, weights.repa_side)
-        shared = weights.repa > 0 and repa_grid == grid
-        clean = self._clean_features(part, image, grid, shared)
+        clean = self._clean_features(part, image, grid)
         predicted = source
         if self.prediction == "velocity":
             predicted = image_from_velocity(source, interpolate(image, noise, times), times)
-        perceptual = self._lpips(part, predicted, image) + self._pdino(part, predicted, clean, grid, shared)
-        if weights.repa > 0 and not shared:
-            clean = self._clean_last(image, repa_grid)
-        alignment = self._repa(part, projected, clean, grid, repa_grid)
+        perceptual = self._lpips(part, predicted, image) + self._pdino(part, predicted, clean, grid)
+        alignment = self._repa(part, projected, image, clean, grid)
         # As if b were 1: what is judged by its past must not move with b.
         part.terms.add("loss", (flow + perceptual + alignment) / part.per_sample, len(t))
         loss = flow + perceptual_weight * perceptual
@@ -232,9 +228,14 @@ class Objective:
         part.terms.add("loss_lpips", distance, seen.count)
         return self.weights.lpips * distance * part.per_ungated
 
-    def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int], shared: bool) -> dict[int, Tensor]:
-        """Features of the clean images by layer; P-DINO needs those that it compares, alignment, which may share them,
-        those of all."""
+    def _aligned_here(self, grid: tuple[int, int]) -> bool:
+        """Whether alignment compares on the model's own grid, and so shares P-DINO's clean features."""
+        side = self.weights.repa_side
+        return self.weights.repa > 0 and (side is None or (side, side) == grid)
+
+    def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
+        """Features of the clean images by layer; alignment needs those of all, P-DINO those that it compares."""
+        shared = self._aligned_here(grid)
         described = part.everyone if shared else part.compared
         if described.count == 0:
             return {}
@@ -244,21 +245,13 @@ class Objective:
             found = self.patch_features.tokens(described.of(image), grid, sorted(layers))
         return dict(zip(sorted(layers), found, strict=True))
 
-    def _clean_last(self, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
-        """Of all clean images, the last layer's features on another grid than P-DINO's."""
-        assert self.patch_features is not None
-        with torch.no_grad():
-            return {self._last: self.patch_features.tokens(image, grid, [self._last])[0]}
-
-    def _pdino(
-        self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int], shared: bool
-    ) -> Tensor:
+    def _pdino(self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
         compared = part.compared
         if compared.count == 0:
             return predicted.new_zeros(())
         assert self.patch_features is not None
         tokens = self.patch_features.tokens(compared.of(predicted), grid, self._layers)
-        if shared:  # the features are of all samples
+        if self._aligned_here(grid):  # the features are of all samples
             clean = {layer: compared.of(clean[layer]) for layer in self._layers}
         by_layer = [cosine_distance(a, clean[n]) for n, a in zip(self._layers, tokens, strict=True)]
         distance = torch.stack(by_layer).mean(0).sum()
@@ -270,16 +263,20 @@ class Objective:
         self,
         part: _Part,
         projected: Tensor | None,
+        image: Tensor,
         clean: dict[int, Tensor],
         grid: tuple[int, int],
-        repa_grid: tuple[int, int],
     ) -> Tensor | float:
         if self.weights.repa == 0:
             return 0.0
         assert projected is not None
-        if repa_grid != grid:
-            map_BDHW = projected.float().transpose(1, 2).unflatten(-1, grid)
-            resized = F.interpolate(map_BDHW, repa_grid, mode="bilinear", antialias=False)
+        if not self._aligned_here(grid):
+            assert self.patch_features is not None and self.weights.repa_side is not None
+            square = (self.weights.repa_side, self.weights.repa_side)
+            with torch.no_grad():
+                clean = {self._last: self.patch_features.tokens(image, square, [self._last])[0]}
+            features_BDHW = projected.float().transpose(1, 2).unflatten(-1, grid)
+            resized = F.interpolate(features_BDHW, square, mode="bilinear")
             projected = resized.flatten(2).transpose(1, 2)
         alignment = cosine_distance(projected, clean[self._last]).sum()
         part.terms.add("loss_repa", alignment, part.everyone.count)

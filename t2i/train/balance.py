@@ -14,11 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from t2i.build import Denoiser
 from t2i.config import RunConfig
 from t2i.diffusion.balance import head_gradients, norm_ratio, smoothed
 from t2i.diffusion.objective import Watch
 from t2i.engine.shards import all_reduce_sum
 from t2i.models.layers import patchify
+from t2i.models.pixelgen import PixelGen
+from t2i.models.pixelgen_class import ClassPixelGen
 
 
 class GradientBalance:
@@ -83,6 +86,9 @@ class GradientBalance:
             self.weight = smoothed(self.weight, ratio, self._objective.balance_smoothing)
 
 
-def build_balance(config: RunConfig, head: nn.Module) -> GradientBalance | None:
+def build_balance(config: RunConfig, denoiser: Denoiser) -> GradientBalance | None:
     """The stage's balancing, where its config asks for it."""
-    return GradientBalance(config, head) if config.objective.balance_from_step is not None else None
+    if config.objective.balance_from_step is None:
+        return None
+    assert isinstance(denoiser, PixelGen | ClassPixelGen)  # the config says so
+    return GradientBalance(config, denoiser.head)

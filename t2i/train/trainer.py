@@ -89,7 +89,9 @@ class StageTrainer:
         dtype = choose_dtype(config.engine.dtype, world.device)
         self.conditioner = build_conditioner(config, world.device, dtype, config.engine.compile)
         self.null_caption = find_null_caption(config, place, self.conditioner)
-        objective = build_objective(config.objective, config.model.prediction, world.device, dtype, config.engine.compile)
+        objective = build_objective(
+            config.objective, config.model.prediction, world.device, dtype, config.engine.compile
+        )
         network = build_network(config, self.conditioner.width, objective.patch_features)
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
@@ -97,7 +99,7 @@ class StageTrainer:
         self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples, watch.alive)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = build_ema(config, self.engine)
-        self.balance = build_balance(config, network.denoiser.head)
+        self.balance = build_balance(config, network.denoiser)
         self._train = TrainingStep(
             config, place.name, world, self.conditioner, self.null_caption, objective, self.engine, self.balance
         )

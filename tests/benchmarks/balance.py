@@ -35,7 +35,7 @@ def main() -> None:
         width=WIDTH, depth=6, heads=3, text_width=384, text_length=24, text_depth=1, patch_size=PATCH, bottleneck=48,
         repa_layer=3,
     )  # fmt: skip
-    network = TrainingNetwork(denoiser, Projector(WIDTH, frozen.width))
+    network = TrainingNetwork(denoiser, Projector(WIDTH, WIDTH, frozen.width))
     config = RunConfig.model_validate(
         {
             "model": {"patch_size": PATCH},
@@ -54,7 +54,7 @@ def main() -> None:
         watch = balance.begin(step)
         predicted, projected = network(image, torch.from_numpy(t).float(), text)
         loss, _ = objective(
-            predicted, projected, image, t, grid=(SIDE // PATCH, SIDE // PATCH), batch_size=SAMPLES, ungated=ungated,
+            predicted, projected, image, torch.zeros_like(image), t, grid=(SIDE // PATCH, SIDE // PATCH), batch_size=SAMPLES, ungated=ungated,
             micro_batches=1, perceptual_weight=balance.weight, watch=watch,
         )  # fmt: skip
         loss.backward()

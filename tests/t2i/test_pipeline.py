@@ -93,7 +93,7 @@ def test_a_picture_is_the_solution_of_the_guided_equation(pipeline: Pipeline) ->
     states, null = stack_conditions(pipeline.conditioner([picture.prompt])), pipeline.null_caption[None]
 
     def velocity(x: Tensor, t: float, scale: float) -> Tensor:
-        v, v_null = ((pipeline.denoiser(x, torch.tensor([t]), s).image - x) / (1 - t) for s in (states, null))
+        v, v_null = ((pipeline.denoiser(x, torch.tensor([t]), s).output - x) / (1 - t) for s in (states, null))
         return v_null + scale * (v - v_null)
 
     x = starting_noise(picture, 5, (16, 16), CPU)[None]
@@ -172,8 +172,8 @@ def test_a_negative_prompt_takes_the_null_captions_place(
     picture = Picture(prompt, 1, negative=negative)
     states, away = (stack_conditions(pipeline.conditioner([text])) for text in (prompt, negative))
     x = starting_noise(picture, 5, (16, 16), CPU)[None]
-    x = x + 0.25 * (pipeline.denoiser(x, torch.tensor([0.0]), states).image - x)
-    v, v_away = ((pipeline.denoiser(x, torch.tensor([0.25]), s).image - x) / 0.75 for s in (states, away))
+    x = x + 0.25 * (pipeline.denoiser(x, torch.tensor([0.0]), states).output - x)
+    v, v_away = ((pipeline.denoiser(x, torch.tensor([0.25]), s).output - x) / 0.75 for s in (states, away))
     expected = to_pixels(x + 0.75 * (v_away + 3 * (v - v_away)))[0].int()
     other = Picture(prompt, 1)
     drawn = pipeline.draw([picture, other], sampling)
@@ -213,7 +213,7 @@ def test_pictures_have_the_size_that_the_model_was_trained_at(copy: Path) -> Non
 
 def test_without_the_clamp_the_last_step_ends_at_the_image_predicted_there(pipeline: Pipeline) -> None:
     seen: list[Tensor] = []
-    hook = pipeline.denoiser.register_forward_hook(lambda module, given, made: seen.append(made.image))
+    hook = pipeline.denoiser.register_forward_hook(lambda module, given, made: seen.append(made.output))
     sampling = SamplingConfig(solver="euler", steps=30, timeshift=1.0, guidance_scale=1.0, batch_size=1)
     ends = [
         (pipeline.draw([Picture("a dog")], sampling.model_copy(update={"clamp": clamp}))[0].int(), to_pixels(seen[-1]))
@@ -262,8 +262,8 @@ def test_guidance_between_captions_of_different_lengths(masking: Pipeline, promp
     states, away = (masking.conditioner([text])[0][None] for text in (prompt, negative))
     assert (states.shape[1], away.shape[1]) == tuple(40 if text == LONG else 32 for text in (prompt, negative))
     x = starting_noise(picture, 5, (16, 16), CPU)[None]
-    x = x + 0.25 * (masking.denoiser(x, torch.tensor([0.0]), states).image - x)
-    v, v_away = ((masking.denoiser(x, torch.tensor([0.25]), s).image - x) / 0.75 for s in (states, away))
+    x = x + 0.25 * (masking.denoiser(x, torch.tensor([0.0]), states).output - x)
+    v, v_away = ((masking.denoiser(x, torch.tensor([0.25]), s).output - x) / 0.75 for s in (states, away))
     expected = to_pixels(x + 0.75 * (v_away + 3 * (v - v_away)))[0].int()
     drawn = masking.draw([picture], sampling)
     assert (drawn[0].int() - expected).abs().max() <= 1 and drawn.float().std() > 20

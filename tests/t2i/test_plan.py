@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import t2i.models.pixelgen as pixelgen
+import t2i.models.transformer as transformer
 from t2i.config import ModelConfig, ObjectiveConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import load_config, override, stage_config, validate_config
@@ -249,7 +250,7 @@ def fused(run) -> int:
 @pytest.mark.parametrize("context", [0, 20])
 def test_block_activations_are_what_autograd_keeps(dtype: torch.dtype, context: int) -> None:
     model, samples, side = ModelConfig.model_validate(SMALL), 4, 16
-    block = pixelgen.Block(model.width, model.heads, context > 0).to(dtype)
+    block = transformer.Block(model.width, model.heads, context > 0, 4 * model.width).to(dtype)
     x, time, text = (
         torch.randn(samples, n, model.width, dtype=dtype, requires_grad=True) for n in (side * side, 1, context)
     )
@@ -263,7 +264,7 @@ def test_block_activations_are_what_autograd_keeps(dtype: torch.dtype, context: 
 def test_network_activations_are_what_autograd_keeps(dtype: torch.dtype) -> None:
     model, samples, length = ModelConfig.model_validate(SMALL), 3, 24
     net = TrainingNetwork(
-        pixelgen.PixelGen(text_width=64, text_length=length, **SMALL), Projector(model.width, 40)
+        pixelgen.PixelGen(text_width=64, text_length=length, **SMALL), Projector(model.width, model.width, 40)
     ).to(dtype)  # fmt: skip
     target = torch.randn(samples, 256, 40)
 

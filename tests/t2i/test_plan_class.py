@@ -33,7 +33,7 @@ def test_activations_are_what_autograd_keeps(dtype: torch.dtype, changes: dict[s
 
     def run() -> torch.Tensor:
         labels = torch.zeros(samples, dtype=torch.long)
-        return net(torch.randn(samples, 3, 64, 64), torch.rand(samples), labels, *keys).image
+        return net(torch.randn(samples, 3, 64, 64), torch.rand(samples), labels, *keys).output
 
     with mock.patch.object(pixelgen, "attention", F.scaled_dot_product_attention):
         measured = saved_bytes(run, net)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t2i.diffusion.flow import flow_matching_loss
+from t2i.diffusion.flow import flow_matching_loss, interpolate
 from t2i.diffusion.objective import BANDS, LossWeights, Objective, Terms, add_bands, band_names
 
 PAPER = LossWeights(lpips=0.1, pdino=0.01, repa=0.5, gate=0.3, min_noise=0.05)
 GRID, WIDTH = (2, 3), 5
 TIMES = np.array([0.05, 0.31, 0.1, 0.9, 0.299, 0.2, 0.3, 0.97])
 UNGATED = [1, 3, 6, 7]
+NOISE = torch.randn(len(TIMES), 3, 4 * GRID[0], 4 * GRID[1], generator=torch.Generator().manual_seed(5))
 
 
 class StandIn(nn.Module):
@@ -37,10 +38,13 @@ class StandIn(nn.Module):
         return (self.conv(predicted) - self.conv(image)).square().flatten(1).mean(1)
 
     def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
-        assert grid == GRID
         self.described.append(image)
         self.layers.append(list(layers))
-        return [self.layer(image, number) for number in layers]
+        whole = [self.layer(image, number) for number in layers]
+        if grid == GRID:
+            return whole
+        maps = (F.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(-1, GRID), grid) for tokens in whole)
+        return [it.flatten(2).transpose(1, 2) for it in maps]
 
     def layer(self, image: Tensor, number: int = depth) -> Tensor:
         return (number * self.conv(image)).sin().flatten(2).transpose(1, 2)
@@ -64,7 +68,7 @@ def whole(
     """The loss of the whole batch in one piece; its gradients are on the leaves."""
     net, (predicted, projected, image) = StandIn(), batch(len(t))
     sizes = {"batch_size": len(t), "ungated": int((t >= 0.3).sum()), "micro_batches": 1}
-    loss, terms = Objective(weights_, net, net)(predicted, projected, image, t, grid=GRID, **sizes, **balance)
+    loss, terms = Objective(weights_, net, net)(predicted, projected, image, NOISE[: len(t)], t, grid=GRID, **sizes, **balance)
     loss.backward()
     return loss, terms, predicted.grad, projected.grad, net
 
@@ -82,7 +86,7 @@ def test_loss_is_the_weighted_sum_of_its_terms_over_the_right_samples() -> None:
     net, (predicted, projected, image) = StandIn(), batch()
     clean = net.layer(image)
     expected = {
-        "loss_fm": flow_matching_loss(predicted, image, torch.from_numpy(TIMES), 0.05).mean(),
+        "loss_fm": flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), 0.05, "image").mean(),
         "loss_lpips": net.distance(predicted[UNGATED], image[UNGATED]).mean(),
         "loss_pdino": cosine(net.layer(predicted[UNGATED]), clean[UNGATED]).mean(),
         "loss_repa": cosine(projected, clean).mean(),
@@ -124,7 +128,7 @@ def test_micro_batches_average_to_the_whole_batch(cuts: list[int], weights_: Los
     for part in np.split(np.arange(len(TIMES)), np.cumsum(cuts)[:-1]):
         index = torch.from_numpy(part)
         part_loss, part_terms = objective(
-            predicted[index], projected[index], image[index], TIMES[part],
+            predicted[index], projected[index], image[index], NOISE[index], TIMES[part],
             grid=GRID, batch_size=len(TIMES), ungated=len(UNGATED), micro_batches=len(cuts),
         )  # fmt: skip
         # What the engine does: gradients are averaged over the micro-batches of all ranks.
@@ -146,7 +150,7 @@ def test_an_ungated_sample_weighs_the_same_whatever_its_micro_batch_holds() -> N
     alone = {}
     for part in ([0, 1], [1, 3]):
         loss, _ = objective(
-            predicted[part], projected[part], image[part], TIMES[part],
+            predicted[part], projected[part], image[part], NOISE[part], TIMES[part],
             grid=GRID, batch_size=8, ungated=4, micro_batches=4,
         )  # fmt: skip
         alone[tuple(part)] = torch.autograd.grad(loss, predicted)[0][1]
@@ -186,7 +190,7 @@ def test_weight_zero_leaves_a_network_out() -> None:
     assert "loss_repa" not in terms.sums and "loss_pdino" in terms.sums
     objective = Objective(weights(lpips=0.0, pdino=0.0, repa=0.0), None, None)
     predicted, _, image = batch()
-    loss, terms = objective(predicted, None, image, TIMES, grid=GRID, batch_size=8, ungated=4, micro_batches=1)
+    loss, terms = objective(predicted, None, image, NOISE, TIMES, grid=GRID, batch_size=8, ungated=4, micro_batches=1)
     assert loss.item() == pytest.approx(means(terms)["loss_fm"])
 
 
@@ -204,9 +208,9 @@ def test_no_gradient_flows_into_targets() -> None:
     net, (predicted, projected, image) = StandIn(), batch()
     image.requires_grad_()
     loss, _ = Objective(weights(pdino=1.0, repa=1.0, lpips=0.0), None, net)(
-        predicted, projected, image, TIMES, grid=GRID, batch_size=8, ungated=4, micro_batches=1
+        predicted, projected, image, NOISE, TIMES, grid=GRID, batch_size=8, ungated=4, micro_batches=1
     )
-    flow = flow_matching_loss(predicted, image, torch.from_numpy(TIMES), 0.05).mean()
+    flow = flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), 0.05, "image").mean()
     # Of all terms only the flow's plain arithmetic knows the clean image.
     torch.testing.assert_close(*torch.autograd.grad(loss, image), *torch.autograd.grad(flow, image))
 
@@ -247,6 +251,47 @@ def test_pdino_is_the_mean_over_its_layers_alignment_has_the_last(layers: tuple[
     assert means(terms)["loss_pdino"] == pytest.approx(torch.stack(distances).mean().item(), rel=1e-5)
     assert means(terms)["loss_repa"] == pytest.approx(cosine(projected, helper.layer(image)).mean().item(), rel=1e-5)
     assert net.layers == [clean, list(layers or (3,))]
+
+
+@pytest.mark.parametrize("pdino", [0.0, 0.01])
+def test_alignment_on_a_grid_of_its_own_resizes_the_models_features(pdino: float) -> None:
+    loss, terms, _, gradient, net = whole(weights(repa_side=2, pdino=pdino, lpips=0.0))
+    helper, (_, projected, image) = StandIn(), batch()
+    resized = F.interpolate(projected.transpose(1, 2).unflatten(-1, GRID), (2, 2), mode="bilinear")
+    target = helper.tokens(image, (2, 2), [3])[0]
+    expected = cosine(resized.flatten(2).transpose(1, 2), target).mean()
+    assert means(terms)["loss_repa"] == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(0.5 * expected, projected)[0], atol=1e-8, rtol=1e-4)
+    # P-DINO keeps to the model's grid, and its clean features are of ungated samples alone.
+    assert [len(it) for it in net.described] == [len(UNGATED)] * (2 if pdino else 0) + [len(TIMES)]
+    assert loss.isfinite()
+
+
+# A network that predicts velocities
+
+
+def test_of_a_velocity_flow_matching_is_plain_and_perception_sees_the_image_that_it_means() -> None:
+    net, (velocity, projected, image) = StandIn(), batch()
+    loss, terms = Objective(PAPER, net, net, "velocity")(
+        velocity, projected, image, NOISE, TIMES, grid=GRID, batch_size=8, ungated=4, micro_batches=1
+    )
+    flow = (velocity - (image - NOISE)).square().mean()
+    assert means(terms)["loss_fm"] == pytest.approx(flow.item(), rel=1e-5)
+    t = torch.from_numpy(TIMES)
+    predicted = interpolate(image, NOISE, t) + (1 - t[:, None, None, None].float()) * velocity
+    helper = StandIn()
+    distance = helper.distance(predicted[UNGATED], image[UNGATED]).mean()
+    assert means(terms)["loss_lpips"] == pytest.approx(distance.item(), rel=1e-5)
+    assert torch.autograd.grad(loss, velocity)[0][UNGATED].abs().amax(dim=(1, 2, 3)).min() > 0
+
+
+def test_an_exact_velocity_has_no_loss_at_any_t() -> None:
+    _, projected, image = batch()
+    objective = Objective(weights(repa=0.0), StandIn(), StandIn(), "velocity")
+    loss, _ = objective(
+        image - NOISE, projected, image, NOISE, TIMES, grid=GRID, batch_size=8, ungated=4, micro_batches=1
+    )
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
 # Gradient balancing
@@ -297,7 +342,7 @@ def test_bands_split_the_flow_loss() -> None:
     assert "loss_fm_t0.4-0.6" not in terms.sums
     assert sum(terms.sums[name] for name in present).item() == pytest.approx(terms.sums["loss_fm"].item(), rel=1e-6)
     predicted, _, image = batch()
-    low = flow_matching_loss(predicted, image, torch.from_numpy(TIMES), 0.05)[[0, 2]].sum()
+    low = flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), 0.05, "image")[[0, 2]].sum()
     assert terms.sums[names[0]].item() == pytest.approx(low.item(), rel=1e-6)
 
 

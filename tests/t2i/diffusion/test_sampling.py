@@ -179,7 +179,7 @@ def guidance(
     torch.manual_seed(0)
     condition, null = torch.randn(2, 3), torch.randn(2, 3)
     recorder = Recorder()
-    velocity = guided_velocity(recorder, condition, null, scale, MIN_NOISE, rescale)
+    velocity = guided_velocity(recorder, condition, null, scale, "image", MIN_NOISE, rescale)
     return recorder, velocity, torch.randn(2, 3, 4, 4), condition, null
 
 
@@ -257,7 +257,7 @@ def reached(solver: tuple[str, int], steps: int, shift: float, min_noise: float)
     """Where a denoiser that knows the image ends; the image; the noise."""
     torch.manual_seed(0)
     image, noise = torch.randn(2, 2, 3, 4, 6)
-    velocity = guided_velocity(lambda x, t, c: image, torch.zeros(2, 1), torch.zeros(2, 1), 1.0, min_noise)
+    velocity = guided_velocity(lambda x, t, c: image, torch.zeros(2, 1), torch.zeros(2, 1), 1.0, "image", min_noise)
     return choose_solver(*solver)(velocity, noise, time_grid(steps, shift), [False] * steps), image, noise
 
 

@@ -73,7 +73,7 @@ def network() -> TrainingNetwork:
         bottleneck=7,
         repa_layer=1,
     )
-    module = TrainingNetwork(denoiser, Projector(24, FEATURES))
+    module = TrainingNetwork(denoiser, Projector(24, 24, FEATURES))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
@@ -119,6 +119,7 @@ def loss_of(
         predicted,
         projected,
         image[part],
+        noise[part],
         host_t[part.numpy()],
         grid=(SIDE // PATCH, SIDE // PATCH),
         batch_size=BATCH,
@@ -216,7 +217,7 @@ def average(engine: Engine, case: Case) -> Ema:
 
 def build(case: Case) -> Engine:
     module = network()
-    prepare_blocks(module, compiled=case.compiled, checkpointed=case.checkpointed)
+    prepare_blocks(module, compiled=case.compiled, checkpointed=module.blocks if case.checkpointed else [])
     optimizer = build_optimizer(
         module,
         muon=takes_muon if case.muon else lambda _: False,

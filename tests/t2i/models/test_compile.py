@@ -18,7 +18,7 @@ def outcome(network: torch.nn.Module, side: int) -> list[torch.Tensor]:
     text = torch.randn(2, 6, 16, generator=generator)
     text[1, 2:] = 0  # pads, if they are masked
     network.zero_grad()
-    predicted = network(image, torch.tensor([0.2, 0.7]), text).image
+    predicted = network(image, torch.tensor([0.2, 0.7]), text).output
     (predicted * torch.randn(predicted.shape, generator=generator)).sum().backward()
     return [predicted.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
 

@@ -129,7 +129,7 @@ def test_forward_and_gradients_equal_the_reference(rows: int, columns: int) -> N
     (x, t, text), weighting = inputs(rows, columns), torch.randn(2, 3, rows * PATCH, columns * PATCH)
     results = []
     for compute in (
-        lambda *args: model(*args).image,
+        lambda *args: model(*args).output,
         lambda *args: reference(dict(model.named_parameters()), *args, depth=3, text_depth=2)[0],
     ):
         leaves = [v.clone().requires_grad_() for v in (x, t, text)]
@@ -155,7 +155,7 @@ def test_every_text_token_and_every_pixel_is_read() -> None:
     model, (x, t, text) = randomised(), inputs(3, 3, batch=1)
     x.requires_grad_()
     text.requires_grad_()
-    model(x, t, text).image.square().sum().backward()
+    model(x, t, text).output.square().sum().backward()
     assert x.grad.abs().min() > 0 and text.grad.abs().sum(-1).min() > 0
 
 
@@ -167,7 +167,7 @@ def test_xxl_has_the_papers_number_of_parameters_at_every_size() -> None:
         model = build_denoiser(ModelConfig(), text_width=2048, text_length=128)
         for height, width in ((256, 256), (512, 512), (256, 512)):
             prediction = model(torch.empty(1, 3, height, width), torch.empty(1), torch.empty(1, 128, 2048))
-            assert prediction.image.shape == (1, 3, height, width)
+            assert prediction.output.shape == (1, 3, height, width)
             assert prediction.features.shape == (1, height * width // 256, 1536)
             assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_121_739_520
             assert sum(v.numel() for v in model.state_dict().values()) == 1_121_739_520
@@ -185,7 +185,7 @@ def test_parameters_of_the_xxl_parts(part: str, count: int) -> None:
 
 def test_output_is_exactly_zero_at_init_and_only_the_head_learns() -> None:
     model, (x, t, text) = tiny(), inputs(4, 4)
-    image = model(10 * x, t, text).image
+    image = model(10 * x, t, text).output
     assert torch.equal(image, torch.zeros_like(x))
     (image - torch.randn_like(image)).square().mean().backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -205,18 +205,18 @@ def test_a_model_of_one_size_keeps_its_weights_at_twice_the_size() -> None:
     large.load_state_dict(small.state_dict(), strict=True)
     x, t, text = inputs(8, 8)
     expected, _ = reference(dict(small.named_parameters()), x, t, text, depth=3, text_depth=2)
-    torch.testing.assert_close(large(x, t, text).image, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(large(x, t, text).image, small(x, t, text).image)
+    torch.testing.assert_close(large(x, t, text).output, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(large(x, t, text).output, small(x, t, text).output)
 
 
 def test_a_bf16_model_predicts_in_fp32() -> None:
     model, (x, t, text) = randomised(), inputs(4, 4)
-    exact = model(x, t, text).image
+    exact = model(x, t, text).output
     prediction = model.bfloat16()(x, t, text)
-    assert prediction.image.dtype == torch.float32 and prediction.features.dtype == torch.bfloat16
+    assert prediction.output.dtype == torch.float32 and prediction.features.dtype == torch.bfloat16
     # A bf16 head would leave values that bf16 can hold.
-    assert not torch.equal(prediction.image, prediction.image.bfloat16().float())
-    assert (prediction.image - exact).square().mean().sqrt() < 0.05 * exact.std()
+    assert not torch.equal(prediction.output, prediction.output.bfloat16().float())
+    assert (prediction.output - exact).square().mean().sqrt() < 0.05 * exact.std()
 
 
 # Layers

@@ -62,7 +62,7 @@ def test_every_key_and_shape_has_its_place(
     result = import_weights(checkpoint, run, 2048)
     with torch.device("meta"):
         ours = build_denoiser(run.model, 2048, run.text.length).state_dict()
-        ours_projector = Projector(width, 768).state_dict()
+        ours_projector = Projector(width, width, 768).state_dict()
     expected = {f"denoiser.{name}": value.shape for name, value in ours.items()}
     expected |= {f"projector.{name}": value.shape for name, value in ours_projector.items()}
     for tensors in (result.raw, result.ema):
@@ -88,7 +88,7 @@ def test_output_features_and_gradients_are_the_references(case: Case, which: str
     run, weights = case.run, random_weights(case.shapes, 11)
     imported = import_weights(stored(tmp_path / "x.ckpt", weights), run, case.text_width)
     prefix, tensors = ("denoiser.", imported.raw) if which == "raw" else ("ema_denoiser.", imported.ema)
-    network, projector = build_denoiser(run.model, case.text_width, run.text.length), Projector(48, 11)
+    network, projector = build_denoiser(run.model, case.text_width, run.text.length), Projector(48, 48, 11)
     network.load_state_dict(part(tensors, "denoiser."))
     projector.load_state_dict(part(tensors, "projector."))
     learned = [name for name in weights if name.startswith((prefix, PROJECTOR)) and not name.endswith("pos_embed")]
@@ -100,7 +100,7 @@ def test_output_features_and_gradients_are_the_references(case: Case, which: str
     ours_in, theirs_in = ([value.clone().requires_grad_() for value in given] for _ in range(2))
     prediction = network(*ours_in, condition)
     image, features = case.forward(part(theirs, prefix), *theirs_in, condition, align_layer=run.model.repa_layer)
-    ours_out = prediction.image, projector(prediction.features)
+    ours_out = prediction.output, projector(prediction.features)
     theirs_out = image, project(part(theirs, PROJECTOR), features)
     assert image.std() > 0.3 and features.std() > 0.3
     _compare((*ours_out, prediction.features), (*theirs_out, features))

@@ -38,7 +38,7 @@ class Trainer:
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.engine.dtype]
         self.config, self.world = config, world
         self.text = build_text(config, CPU, dtype)
-        self.objective = build_objective(config.objective, CPU, torch.float32, compiled=False)
+        self.objective = build_objective(config.objective, config.model.prediction, CPU, torch.float32, compiled=False)
         self.averaged = build_network(config, self.text.width, None).denoiser.to(CPU, dtype)
         self.dtype = dtype
 

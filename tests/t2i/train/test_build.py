@@ -26,7 +26,7 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def built(folder: str, **settings: Any) -> Objective:
     config = ObjectiveConfig(lpips_weight=0, features_path=folder, **settings)
-    return build_objective(config, torch.device("cpu"), torch.float32, compiled=False)
+    return build_objective(config, "image", torch.device("cpu"), torch.float32, compiled=False)
 
 
 def test_the_objective_is_as_configured(dino_folder: str) -> None:

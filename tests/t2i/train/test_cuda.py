@@ -76,7 +76,7 @@ class Engine:
         self.waited = 0
 
     def network(self, *given: Tensor) -> tuple[Tensor, None]:
-        return self.model(*given).image, None
+        return self.model(*given).output, None
 
     def micro_step(self, loss: Tensor) -> None:
         loss.backward()

@@ -50,6 +50,7 @@ class Network(nn.Module):
 
 OBJECTIVE = Objective(LossWeights(0.5, 0.3, 0.0, 0.3, 0.05), Features(), Features())
 CLEAN = torch.rand(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+NOISE = torch.zeros_like(CLEAN)
 
 
 def config(**objective: Any) -> RunConfig:
@@ -71,7 +72,7 @@ def step(network: Network, balance: GradientBalance, number: int, micro: int, t:
     watch = balance.begin(number)
     for part in np.split(np.arange(BATCH), BATCH // micro):
         loss, _ = OBJECTIVE(
-            network(0.3 * CLEAN[part]), None, CLEAN[part], t[part], grid=(2, 2), batch_size=BATCH,
+            network(0.3 * CLEAN[part]), None, CLEAN[part], NOISE[part], t[part], grid=(2, 2), batch_size=BATCH,
             ungated=int((t >= 0.3).sum()), micro_batches=BATCH // micro, perceptual_weight=balance.weight, watch=watch,
         )  # fmt: skip
         (loss * micro / BATCH).backward()
@@ -81,7 +82,7 @@ def step(network: Network, balance: GradientBalance, number: int, micro: int, t:
 def two_backwards(network: Network) -> tuple[Tensor, Tensor]:
     """Gradients of flow matching and of the perceptual terms at the head's weight, each by its own backward pass."""
     predicted = network(0.3 * CLEAN)
-    flow = flow_matching_loss(predicted, CLEAN, torch.from_numpy(TIMES), 0.05).mean()
+    flow = flow_matching_loss(predicted, CLEAN, NOISE, torch.from_numpy(TIMES), 0.05, "image").mean()
     pair = predicted[OPEN], CLEAN[OPEN]
     (a,), (b,) = (Features().tokens(image, (2, 2), [1]) for image in pair)
     perceptual = 0.5 * Features().distance(*pair).mean() + 0.3 * cosine_distance(a, b).mean()

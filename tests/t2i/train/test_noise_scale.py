@@ -65,7 +65,7 @@ class Shown:
 
 def trained(scale: float, shown: Shown) -> None:
     engine: Any = SimpleNamespace(
-        network=lambda *inputs: (shown(*inputs).image, None),
+        network=lambda *inputs: (shown(*inputs).output, None),
         micro_step=lambda loss: None,
         step=lambda lr, veto: StepResult(0.0, None),
     )

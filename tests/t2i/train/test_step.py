@@ -152,7 +152,7 @@ class Gradients(Recorder):
 
     def network(self, *given: Tensor) -> tuple[Tensor, None]:
         self.given.append(given)
-        return self.denoiser(*given).image, None
+        return self.denoiser(*given).output, None
 
     def micro_step(self, loss: Tensor) -> None:
         (loss / (SIZE // len(self.given[-1][0]))).backward()
