@@ -120,9 +120,7 @@ class Pipeline:
         null_caption = self.null_caption.to(self.device, self.conditioner.dtype)
         return states_of_batches(self.conditioner, null_caption, captions)
 
-    def velocity(
-        self, pictures: Sequence[Picture], states: dict[str, Tensor], sampling: SamplingConfig
-    ) -> Velocity:
+    def velocity(self, pictures: Sequence[Picture], states: dict[str, Tensor], sampling: SamplingConfig) -> Velocity:
         """The guided velocity of pictures that are drawn together: (x_t (b, 3, H, W), t, guided) to dx/dt."""
         return guided_velocity(
             lambda x, t, condition: self.denoiser(x, t, condition).output,

@@ -26,9 +26,9 @@ from t2i.diffusion.perceptual import EfficientNetLite, Lpips
 from t2i.engine.deepspeed import PERSISTENT_NUMEL
 from t2i.models.layers import axial_rope_table, rope_table
 from t2i.models.pixelgen import PixelGen
-from t2i.models.transformer import Block, muon_takes
 from t2i.models.pixelgen_class import ClassBlock
 from t2i.models.text import resolve_model
+from t2i.models.transformer import Block, muon_takes
 from t2i.train.build import denoiser_training_flops
 
 META = torch.device("meta")

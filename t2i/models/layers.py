@@ -140,8 +140,8 @@ def rope_table(
 
 @lru_cache(maxsize=64)
 def line_rope_table(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, K/2) of the rotary embedding of tokens in a line (Su et al. 2021): pair k of token n turns by
-    n 10000^(-2k/K)."""
+    """Cosines and sines (L, K/2) of the rotary embedding of tokens in a line (Su et al. 2021): pair k of token n turns
+    by n 10000^(-2k/K)."""
     frequencies = 10000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width)
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
     return angles.cos().float().to(device), angles.sin().float().to(device)

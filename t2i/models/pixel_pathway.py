@@ -113,8 +113,8 @@ class PixelPathway(nn.Module):
         pixel_width: C.
         attention: width and heads of the attention; none leaves it out.
         cut: rows and columns of the parts into which a patch is cut, one token a part.
-        modulation: how a patch's token conditions its pixels: by adaLN, one for each pixel or the same for all, or added
-            to their tokens.
+        modulation: how a patch's token conditions its pixels: by adaLN, one for each pixel or the same for all, or
+            added to their tokens.
         post_modulation: adaLN scales and shifts what a branch returns, in place of what enters it, and has no gates.
     """
 

@@ -162,7 +162,7 @@ class PixelDiT(nn.Module):
         return [*self.blocks, *self.pixels.blocks]
 
     def reset_parameters(self) -> None:
-        """Xavier for the patches, 0.02 for time, 1 for text positions, zero for the head; the rest as PyTorch has it."""
+        """Xavier for the patches, 0.02 for time, 1 for text positions; the head's own is zero, the rest PyTorch's."""
         nn.init.xavier_uniform_(self.patch_in.weight)
         nn.init.zeros_(self.patch_in.bias)
         for parameter in self.time.mlp.parameters():

@@ -33,7 +33,15 @@ class ClassPixelDiT(nn.Module):
     """
 
     def __init__(
-        self, *, width: int, depth: int, heads: int, classes: int, patch_size: int, repa_layer: int, pixels: PixelPathway
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        classes: int,
+        patch_size: int,
+        repa_layer: int,
+        pixels: PixelPathway,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size

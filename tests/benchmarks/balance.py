@@ -45,7 +45,7 @@ def main() -> None:
     )
     balance = GradientBalance(config, denoiser.head)
     image = torch.rand(SAMPLES, 3, SIDE, SIDE) * 2 - 1
-    text = torch.randn(SAMPLES, 24, 384)
+    noise, text = torch.zeros_like(image), torch.randn(SAMPLES, 24, 384)
     t = np.linspace(0.05, 0.95, SAMPLES)
     ungated = int((t >= 0.3).sum())
     taken: tuple[list[float], list[float]] = ([], [])
@@ -54,8 +54,8 @@ def main() -> None:
         watch = balance.begin(step)
         predicted, projected = network(image, torch.from_numpy(t).float(), text)
         loss, _ = objective(
-            predicted, projected, image, torch.zeros_like(image), t, grid=(SIDE // PATCH, SIDE // PATCH), batch_size=SAMPLES, ungated=ungated,
-            micro_batches=1, perceptual_weight=balance.weight, watch=watch,
+            predicted, projected, image, noise, t, grid=(SIDE // PATCH, SIDE // PATCH), batch_size=SAMPLES,
+            ungated=ungated, micro_batches=1, perceptual_weight=balance.weight, watch=watch,
         )  # fmt: skip
         loss.backward()
         balance.finish(applied=True)

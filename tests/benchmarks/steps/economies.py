@@ -23,9 +23,7 @@ class SpendthriftObjective(Objective):
     """
 
     def __init__(self, objective: Objective, *, all_samples: bool = False, features_twice: bool = False) -> None:
-        super().__init__(
-            objective.weights, objective.image_distance, objective.patch_features, objective.prediction
-        )
+        super().__init__(objective.weights, objective.image_distance, objective.patch_features, objective.prediction)
         self._all_samples, self._features_twice = all_samples, features_twice
 
     def _seen(self, part: _Part, counted: _Chosen) -> _Chosen:

@@ -127,7 +127,9 @@ class Built:
         # As the public code's, the encoder is bf16 whatever the network is.
         self.text = build_text(config, world.device, torch.bfloat16, config.engine.compile)
         self.null_caption = self.text.null_caption()
-        self.objective = build_objective(config.objective, config.model.prediction, world.device, dtype, config.engine.compile)
+        self.objective = build_objective(
+            config.objective, config.model.prediction, world.device, dtype, config.engine.compile
+        )
         network = build_network(config, self.text.width, self.objective.patch_features)
         if begun:
             torch.manual_seed(0)

@@ -69,7 +69,9 @@ def test_a_samples_loss_is_the_mean_over_its_pixels_whatever_its_shape() -> None
     error = torch.randn(2, 3, 8, 8)
     for height, width in ((4, 16), (16, 4)):
         reshaped = error.reshape(2, 3, height, width)
-        loss = flow.flow_matching_loss(reshaped, none := torch.zeros_like(reshaped), none, torch.zeros(2), MIN_NOISE, "image")
+        loss = flow.flow_matching_loss(
+            reshaped, none := torch.zeros_like(reshaped), none, torch.zeros(2), MIN_NOISE, "image"
+        )
         torch.testing.assert_close(loss, error.square().mean(dim=(1, 2, 3)))
 
 
@@ -84,9 +86,9 @@ def test_loss_arithmetic_is_fp32_for_bf16_networks() -> None:
     predicted, image = torch.randn(2, 2, 3, 8, 8).bfloat16()
     t = torch.tensor([0.3, 0.9])
     loss = flow.flow_matching_loss(predicted, image, torch.zeros_like(image), t, MIN_NOISE, "image")
-    assert torch.equal(loss, flow.flow_matching_loss(
-        predicted.float(), image.float(), torch.zeros(2, 3, 8, 8), t, MIN_NOISE, "image"
-    ))
+    assert torch.equal(
+        loss, flow.flow_matching_loss(predicted.float(), image.float(), torch.zeros(2, 3, 8, 8), t, MIN_NOISE, "image")
+    )
 
 
 def test_quantiles_of_the_papers_distribution_of_t() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.diffusion.flow import flow_matching_loss, interpolate
@@ -68,7 +69,9 @@ def whole(
     """The loss of the whole batch in one piece; its gradients are on the leaves."""
     net, (predicted, projected, image) = StandIn(), batch(len(t))
     sizes = {"batch_size": len(t), "ungated": int((t >= 0.3).sum()), "micro_batches": 1}
-    loss, terms = Objective(weights_, net, net)(predicted, projected, image, NOISE[: len(t)], t, grid=GRID, **sizes, **balance)
+    loss, terms = Objective(weights_, net, net)(
+        predicted, projected, image, NOISE[: len(t)], t, grid=GRID, **sizes, **balance
+    )
     loss.backward()
     return loss, terms, predicted.grad, projected.grad, net
 

@@ -142,7 +142,7 @@ def test_forward_and_gradients_equal_the_reference(
     x, t, label = inputs(rows, columns)
     key, weighting = keys(2) if drops else None, torch.randn(2, 3, rows * PATCH, columns * PATCH)
     weights = dict(model.named_parameters())
-    ours = model(x, t, label, key).image
+    ours = model(x, t, label, key).output
     theirs = reference(weights, x, t, label, start=start, depth=depth, key=key)[0]
     assert theirs.std() > 0.3
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -174,7 +174,7 @@ def test_parameters_are_the_papers(size: str) -> None:
     with torch.device("meta"):
         model = build_denoiser(ModelConfig(condition="class", **fields), 0, 0)
         prediction = model(torch.empty(1, 3, 256, 256), torch.empty(1), torch.empty(1, dtype=torch.long))
-    assert prediction.image.shape == (1, 3, 256, 256) and prediction.features.shape == (1, 256, fields["width"])
+    assert prediction.output.shape == (1, 3, 256, 256) and prediction.features.shape == (1, 256, fields["width"])
     assert sum(p.numel() for p in model.parameters()) + 256 * fields["width"] == count
 
 
@@ -186,7 +186,7 @@ def test_xl_drops_in_the_middle_half() -> None:
 
 def test_output_is_exactly_zero_at_init_and_only_the_head_learns() -> None:
     model, (x, t, label) = tiny(), inputs(4, 4)
-    image = model(10 * x, t, label).image
+    image = model(10 * x, t, label).output
     assert torch.equal(image, torch.zeros_like(x))
     (image - torch.randn_like(image)).square().mean().backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -198,12 +198,12 @@ def test_output_is_exactly_zero_at_init_and_only_the_head_learns() -> None:
 
 def test_what_is_dropped_depends_on_the_samples_key_alone() -> None:
     model, (x, t, label), key = randomised(), inputs(3, 3, batch=4), keys(4)
-    whole = model(x, t, label, key).image
+    whole = model(x, t, label, key).output
     for part in (torch.tensor([2]), torch.tensor([3, 1])):
-        torch.testing.assert_close(model(x[part], t[part], label[part], key[part]).image, whole[part])
-    other = model(x, t, label, key.roll(1)).image
+        torch.testing.assert_close(model(x[part], t[part], label[part], key[part]).output, whole[part])
+    other = model(x, t, label, key.roll(1)).output
     assert (other - whole).abs().mean() > 1e-3
-    assert not torch.allclose(model(x, t, label).image, whole)
+    assert not torch.allclose(model(x, t, label).output, whole)
 
 
 def test_checkpointed_blocks_drop_the_same_again() -> None:
@@ -213,7 +213,7 @@ def test_checkpointed_blocks_drop_the_same_again() -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     outcomes = []
     for model in (plain, other):
-        image = model(*arguments).image
+        image = model(*arguments).output
         image.square().sum().backward()
         outcomes.append([image.detach(), *(p.grad for p in model.parameters())])
     for found, expected in zip(*outcomes, strict=True):

@@ -121,7 +121,7 @@ def outcome(model: PixelGen, states: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     generator = torch.Generator().manual_seed(1)
     x, target = (torch.randn(len(states), 3, 12, 16, generator=generator) for _ in range(2))
     model.zero_grad()
-    image = model(x, torch.linspace(0.1, 0.9, len(states)), states).image
+    image = model(x, torch.linspace(0.1, 0.9, len(states)), states).output
     (image - target).square().mean().backward()
     return image.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -49,7 +49,15 @@ def of(objective: Objective, t: np.ndarray) -> list[Tensor]:
     projected = torch.randn(len(t), 6, WIDTH, requires_grad=True)
     ungated = int((t >= 0.3).sum())
     loss, terms = objective(
-        predicted, projected, image, torch.zeros_like(image), t, grid=GRID, batch_size=2 * len(t), ungated=2 * ungated, micro_batches=2
+        predicted,
+        projected,
+        image,
+        torch.zeros_like(image),
+        t,
+        grid=GRID,
+        batch_size=2 * len(t),
+        ungated=2 * ungated,
+        micro_batches=2,
     )
     return [
         loss,

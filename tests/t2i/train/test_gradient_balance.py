@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t2i.config import RunConfig
+from t2i.build import build_denoiser
+from t2i.config import ModelConfig, RunConfig
 from t2i.diffusion.flow import flow_matching_loss
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import cosine_distance
@@ -178,7 +179,7 @@ def test_it_goes_on_from_its_state() -> None:
 
 
 def test_it_is_off_unless_asked_for() -> None:
-    network = Network()
-    assert build_balance(RunConfig(), network.head) is None
+    network = build_denoiser(ModelConfig(width=8, depth=1, heads=1, text_depth=0, bottleneck=4, repa_layer=1), 4, 2)
+    assert build_balance(RunConfig(), network) is None
     assert not network.head._forward_pre_hooks
-    assert build_balance(config(), network.head) is not None
+    assert build_balance(config(), network) is not None
