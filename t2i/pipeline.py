@@ -112,9 +112,9 @@ class Pipeline:
         """
         height, width = size or self.config.data.size
         assert height % self.denoiser.patch_size == 0 and width % self.denoiser.patch_size == 0
-        times = time_grid(sampling.steps, sampling.timeshift)
+        times = time_grid(sampling.steps, sampling.timeshift, sampling.solver)
         guided = guided_steps(times, sampling.cfg_interval, sampling.solver)
-        solve = choose_solver(sampling.solver, sampling.order)
+        solve = choose_solver(sampling.solver, sampling.order, sampling.coefficients)
         batches = batches_of(pictures, sampling.batch_size)
         captions = [[text for it in batch for text in (it.prompt, it.negative)] for batch in batches]
         null_caption = self.null_caption.to(self.device, self.conditioner.dtype)
