@@ -8,8 +8,9 @@ same files draw whole batches, made of the same pictures for any number of proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,7 +54,7 @@ def batches_of(pictures: Sequence[T], batch_size: int) -> list[Sequence[T]]:
 
 
 def states_of_batches(
-    conditioner: Conditioner, null_caption: Tensor, batches: Sequence[Sequence[str]]
+    conditioner: Callable[[list[str]], list[Tensor]], null_caption: Tensor, batches: Sequence[Sequence[str]]
 ) -> Iterator[dict[str, Tensor]]:
     """For each batch of captions, their states (L, E) or classes () by caption; the empty one's are `null_caption`.
 
@@ -116,15 +117,18 @@ class Pipeline:
         guided = guided_steps(times, sampling.cfg_interval, sampling.solver)
         solve = choose_solver(sampling.solver, sampling.order, sampling.coefficients)
         batches = batches_of(pictures, sampling.batch_size)
-        captions = [[text for it in batch for text in (it.prompt, it.negative)] for batch in batches]
+        prompts = [[it.prompt for it in batch] for batch in batches]
+        negatives = [[it.negative for it in batch] for batch in batches]
         null_caption = self.null_caption.to(self.device, self.conditioner.dtype)
-        for batch, states in zip(batches, states_of_batches(self.conditioner, null_caption, captions), strict=True):
+        states_of_prompts = states_of_batches(self.conditioner, null_caption, prompts)
+        states_of_negatives = states_of_batches(partial(self.conditioner, plain=True), null_caption, negatives)
+        for batch, states, away in zip(batches, states_of_prompts, states_of_negatives, strict=True):
             filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]
             velocity = guided_velocity(
                 lambda x, t, condition: self.denoiser(x, t, condition).image,
                 # At full length: what is drawn beside a picture must not decide in what shape it is computed.
                 stack_conditions([states[it.prompt] for it in filled], self.config.text.length),
-                stack_conditions([states[it.negative] for it in filled], self.config.text.length),
+                stack_conditions([away[it.negative] for it in filled], self.config.text.length),
                 sampling.guidance_scale,
                 self.config.objective.min_noise if sampling.clamp else 0.0,
                 sampling.guidance_rescale,

@@ -80,6 +80,7 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"engine": {"name": "fsdp", "zero_stage": 3}}, ["engine", "zero_stage 3", "name fsdp", "leave it at 1"]),
         ({"engine": {"replicas": 2}}, ["engine", "replicas 2", "name deepspeed", "leave it at 1"]),
         ({"sampling": {"solver": "rk4"}}, ["sampling.solver", "'adams'", "got 'rk4'"]),
+        ({"text": {"instruction": "Draw:"}}, ["text", "instruction must end with a space"]),
         ({"sampling": {"order": 5}}, ["sampling.order", "got 5"]),
         ({"sampling": {"solver": "heun", "order": 3}}, ["sampling", "order 3", "solver heun", "leave it at 2"]),
         ({"sampling": {"solver": "dpmpp", "order": 3}}, ["sampling", "order 3", "solver dpmpp", "leave it at 2"]),

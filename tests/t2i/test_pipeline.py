@@ -257,6 +257,22 @@ def test_how_the_text_encoder_keeps_memory_free_changes_no_picture(copy: Path, c
     (copy / "config.yaml").write_text(dump_config(validate_config(tree, "test")))
     assert torch.equal(Pipeline.load(copy, "ema", CPU).draw(pictures, SAMPLING), expected)
 
+
+def test_negative_prompts_and_the_null_caption_are_read_without_the_instruction(copy: Path) -> None:
+    tree = config().model_dump()
+    tree["text"]["instruction"] = "a photo of "
+    (copy / "config.yaml").write_text(dump_config(validate_config(tree, "test")))
+    pipeline = Pipeline.load(copy, "ema", CPU)
+    seen: list[Tensor] = []
+    pipeline.denoiser.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
+    sampling = SamplingConfig(solver="euler", steps=2, guidance_scale=3.0, batch_size=2)
+    pipeline.draw([Picture("a dog", negative="a cat"), Picture("a cat")], sampling)
+    dog, cat = pipeline.conditioner(["a dog", "a cat"])
+    (plain_cat,) = pipeline.conditioner(["a cat"], plain=True)
+    assert torch.equal(seen[-1], torch.stack([plain_cat, pipeline.null_caption, dog, cat]))
+    assert not torch.equal(cat, plain_cat)
+
+
 # Masked pads: prompts and what guidance leads away from differ in length
 
 
