@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +58,19 @@ def test_the_last_space_melts_into_the_first_word(gemma: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gemma)
     before, whole = (tokenizer.tokenize(text) for text in (INSTRUCTION, INSTRUCTION + CAPTIONS[0]))
     assert before[-1] == "▁" and whole[: len(before) - 1] == before[:-1] and whole[len(before) - 1] == "▁a"
+
+
+def test_a_folder_with_the_sentencepiece_model_alone(gemma: str, tmp_path: Path) -> None:
+    """As some are published: no tokenizer.json, and a description that asks for the mark of the beginning."""
+    folder = Path(shutil.copytree(gemma, tmp_path / "gemma2"))
+    (folder / "tokenizer.json").unlink()
+    about = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    converted, saved = (AutoTokenizer.from_pretrained(it) for it in (folder, gemma))
+    for text in [*CAPTIONS, "", INSTRUCTION + CAPTIONS[0]]:
+        assert converted(text)["input_ids"] == saved(text)["input_ids"]
+    for ours, expected in zip(text_encoder(str(folder))(CAPTIONS), text_encoder(gemma)(CAPTIONS), strict=True):
+        assert torch.equal(ours, expected)
 
 
 # Which states are kept
