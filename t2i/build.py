@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -119,13 +120,22 @@ def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype, comp
     """The frozen text encoder on its device."""
     text, padding = config.text, config.model.text_padding
     return TextEncoder(
-        text.model, text.length, dtype, text.cache, padding=padding, release=text.release, compiled=compiled
+        text.model,
+        text.length,
+        dtype,
+        text.cache,
+        padding=padding,
+        release=text.release,
+        compiled=compiled,
+        instruction=text.instruction,
     ).to(device)
 
 
 def condition_identity(config: RunConfig) -> str:
-    """What a caption's condition depends on, and with it the stored null caption."""
+    """What captions' conditions depend on; it is kept beside the null caption, so that a run goes on with its own."""
     if config.model.condition == "class":
         return f"model.classes {config.model.classes}"
     padding = " under model.text_padding mask" if config.model.text_padding == "mask" else ""
-    return f"text.model {config.text.model} at text.length {config.text.length}{padding}"
+    digest = hashlib.sha256(config.text.instruction.encode()).hexdigest()[:12]
+    instruction = f" after the text.instruction of SHA-256 {digest}..." if config.text.instruction else ""
+    return f"text.model {config.text.model} at text.length {config.text.length}{padding}{instruction}"

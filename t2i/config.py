@@ -34,11 +34,21 @@ class TextConfig(Section):
     """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package."""
     length: int = Field(128, gt=0)
     """Tokens a caption is padded or cut to; under model.text_padding mask, the most that it may have."""
+    instruction: str = ""
+    """Words put before every caption, but not before the empty one and negative prompts; they end with a space. Their
+    tokens are not kept, but a decoder's states of the caption have seen them. Public weights that were trained under an
+    instruction are reproduced under that model's own alone, to the letter."""
     cache: int = Field(0, ge=0)
     """Captions whose states stay in memory on each rank; for data sets with few captions."""
     release: bool = False
     """Load the language model for the captions of each step and let it go after: for machines whose memory does not
     hold it beside the denoiser; costs its loading time a step."""
+
+    @model_validator(mode="after")
+    def _ends_with_a_space(self) -> TextConfig:
+        if self.instruction and not self.instruction.endswith(" "):
+            raise ValueError("instruction must end with a space, which stands between it and the caption")
+        return self
 
 
 class TrainConfig(Section):

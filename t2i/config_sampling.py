@@ -12,16 +12,20 @@ from t2i.config_base import Section
 class SamplingConfig(Section):
     """How pictures are drawn."""
 
-    solver: Literal["euler", "heun", "adams"] = "adams"
-    """Integrator of the sampling equation; for N steps the network is called N times, 2 N - 1 times by heun."""
+    solver: Literal["euler", "heun", "adams", "dpmpp"] = "adams"
+    """Integrator of the sampling equation; dpmpp is DPM-Solver++ 2M, with its own time grid: the FlowDPM-Solver of Sana
+    and PixelDiT's text to image. For N steps the network is called N times, 2 N - 1 times by heun."""
     order: int = Field(2, ge=1, le=4)
     """Of adams: slopes that a step combines, the present one and those of the steps before (PixelGen Table 7: 2)."""
+    coefficients: Literal["variable", "fixed"] = "variable"
+    """Of adams at order 2: variable follow the lengths of the steps, fixed are those of even steps on any grid, as in
+    PixelDiT's class-conditional code."""
     steps: int = Field(25, gt=0)
     """Steps of the integrator."""
     guidance_scale: float = Field(4.0, ge=0)
     """Classifier-free guidance; 1 is none."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance applies to steps that start at low < t <= high (under Adams t < high, as in the public code);
+    """Guidance applies to steps that start at low < t <= high (under adams and dpmpp t < high, as in the public codes);
     elsewhere the unguided half is not computed."""
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     """Share of the guided velocity that is scaled to the standard deviation of the prompt's own (Lin et al. 2023,
@@ -41,6 +45,10 @@ class SamplingConfig(Section):
         default = type(self).model_fields["order"].default
         if self.solver != "adams" and self.order != default:
             raise ValueError(f"order {self.order} does nothing under solver {self.solver}: leave it at {default}")
+        if self.coefficients == "fixed" and (self.solver, self.order) != ("adams", 2):
+            raise ValueError(
+                f"coefficients fixed goes with solver adams at order 2, not with {self.solver} at order {self.order}"
+            )
         low, high = self.cfg_interval
         if low > high:
             raise ValueError(f"cfg_interval [{low}, {high}] must be [low, high]")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,7 +54,7 @@ def batches_of(pictures: Sequence[T], batch_size: int) -> list[Sequence[T]]:
 
 
 def states_of_batches(
-    conditioner: Conditioner, null_caption: Tensor, batches: Sequence[Sequence[str]]
+    conditioner: Callable[[list[str]], list[Tensor]], null_caption: Tensor, batches: Sequence[Sequence[str]]
 ) -> Iterator[dict[str, Tensor]]:
     """For each batch of captions, their states (L, E) or classes () by caption; the empty one's are `null_caption`.
 
@@ -69,6 +70,8 @@ def states_of_batches(
         held = {caption: states for caption, states in held.items() if not caption or last[caption] > n}
 
 
+States = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""States (L, E) or classes () of a batch's prompts, and of its negative prompts, by their words."""
 Watch = Callable[[Tensor, float], None]
 """Is given the images (b, 3, H, W) that a call of the network predicts, in [-1, 1] or about, and its t."""
 
@@ -114,19 +117,25 @@ class Pipeline:
         denoiser = denoiser.to(device, dtype).eval().requires_grad_(False)
         return cls(config, denoiser, conditioner, null_caption, device)
 
-    def states(self, batches: Sequence[Sequence[Picture]]) -> Iterator[dict[str, Tensor]]:
-        """For each batch, what the denoiser is told of each of its captions, negative ones too."""
-        captions = [[text for it in batch for text in (it.prompt, it.negative)] for batch in batches]
+    def states(self, batches: Sequence[Sequence[Picture]]) -> Iterator[States]:
+        """What the denoiser is told of each batch's prompts and negative prompts."""
         null_caption = self.null_caption.to(self.device, self.conditioner.dtype)
-        return states_of_batches(self.conditioner, null_caption, captions)
+        prompts = [[it.prompt for it in batch] for batch in batches]
+        negatives = [[it.negative for it in batch] for batch in batches]
+        return zip(
+            states_of_batches(self.conditioner, null_caption, prompts),
+            states_of_batches(partial(self.conditioner, plain=True), null_caption, negatives),
+            strict=True,
+        )
 
-    def velocity(self, pictures: Sequence[Picture], states: dict[str, Tensor], sampling: SamplingConfig) -> Velocity:
+    def velocity(self, pictures: Sequence[Picture], states: States, sampling: SamplingConfig) -> Velocity:
         """The guided velocity of pictures that are drawn together: (x_t (b, 3, H, W), t, guided) to dx/dt."""
+        prompts, negatives = states
         return guided_velocity(
             lambda x, t, condition: self.denoiser(x, t, condition).output,
             # At full length: what is drawn beside a picture must not decide in what shape it is computed.
-            stack_conditions([states[it.prompt] for it in pictures], self.config.text.length),
-            stack_conditions([states[it.negative] for it in pictures], self.config.text.length),
+            stack_conditions([prompts[it.prompt] for it in pictures], self.config.text.length),
+            stack_conditions([negatives[it.negative] for it in pictures], self.config.text.length),
             sampling.guidance_scale,
             self.config.model.prediction,
             self.config.objective.min_noise if sampling.clamp else 0.0,
@@ -151,9 +160,9 @@ class Pipeline:
         """
         height, width = size or self.config.data.size
         assert height % self.denoiser.patch_size == 0 and width % self.denoiser.patch_size == 0
-        times = time_grid(sampling.steps, sampling.timeshift)
+        times = time_grid(sampling.steps, sampling.timeshift, sampling.solver)
         guided = guided_steps(times, sampling.cfg_interval, sampling.solver)
-        solve = choose_solver(sampling.solver, sampling.order)
+        solve = choose_solver(sampling.solver, sampling.order, sampling.coefficients)
         batches = batches_of(pictures, sampling.batch_size)
         for batch, states in zip(batches, self.states(batches), strict=True):
             filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]

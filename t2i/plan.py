@@ -43,7 +43,7 @@ PREFERENCE: tuple[Engine, ...] = ("zero1", "zero2", "fsdp2", "zero3")
 BASIS = {
     "parameters": "counted: the networks, built on the meta device",
     "flops": "counted: matrix products and convolutions; a backward as two forwards, one through frozen networks; "
-    "captions of text.length tokens, an upper bound under model.text_padding mask",
+    "captions of text.length tokens, an upper bound under model.text_padding mask, without text.instruction's",
     "static": "derived: bytes a parameter of each engine, measured on 1 and 2 ranks",
     "activations": "derived: what autograd keeps of each layer in eager mode, checked on small networks; an upper "
     "bound for torch.compile; a backward's working memory assumed",

@@ -43,7 +43,9 @@ KNOWN_TEXT: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,
-    }
+    },
+    "google/gemma-2-2b-it": {"model_type": "gemma2"},
+    "Efficient-Large-Model/gemma-2-2b-it": {"model_type": "gemma2"},
 }
 KNOWN_FEATURES: dict[str, dict[str, Any]] = {"facebook/dinov2-base": {"image_size": 518, "patch_size": 14}}
 """Configurations, as far as they differ from transformers' defaults, of what a config names and may not be at hand."""

@@ -1,7 +1,8 @@
 """From noise to an image: time grids, classifier-free guidance and solvers.
 
-A solver integrates `dx/dt = velocity(x, t)` from t = 0 (noise) to t = 1 (image) over a given grid. The state
-is fp32, coefficients are computed in float64. Calls of the network for N steps: Euler N, Heun 2N - 1, Adams N.
+A solver integrates `dx/dt = velocity(x, t)` from t = 0 (noise) to t = 1 (image) over a given grid. The state and the
+t that a network is told are fp32, grids and coefficients are computed in float64. Calls of the network for N steps:
+Euler N, Heun 2N - 1, Adams N, DPM-Solver++ N.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,11 +22,19 @@ from t2i.diffusion.flow import PredictionKind, predicted_velocity, shift_time
 Velocity = Callable[[Tensor, float, bool], Tensor]  # (x_t, t, guided) -> dx/dt
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), condition) -> its output
 Solver = Callable[[Velocity, Tensor, list[float], list[bool]], Tensor]  # (velocity, noise, times, guided) -> image
+Coefficients = Literal["variable", "fixed"]
+
+_DPMPP_START = 0.001
+"""Where DPM-Solver++ starts before the shift: in logarithms of t / (1 - t), 0 would be infinitely far away."""
 
 
-def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """steps + 1 times from 0 to 1, linear before `shift_time`."""
-    return shift_time(np.linspace(0.0, 1.0, steps + 1), shift).tolist()
+def time_grid(steps: int, shift: float = 1.0, solver: str = "euler") -> list[float]:
+    """The steps + 1 times of a solver up to 1, linear before `shift_time`.
+
+    They begin at 0, those of dpmpp at 0.001 before the shift, as in Sana's public code; there, too, what it starts from
+    is pure noise.
+    """
+    return shift_time(np.linspace(_DPMPP_START if solver == "dpmpp" else 0.0, 1.0, steps + 1), shift).tolist()
 
 
 def rescale_guidance(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
@@ -110,30 +120,66 @@ def adams_weights(times: Sequence[float]) -> list[float]:
     return weights
 
 
-def adams(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool], order: int) -> Tensor:
+def adams(
+    velocity: Velocity,
+    x: Tensor,
+    times: list[float],
+    guided: list[bool],
+    order: int,
+    coefficients: Coefficients = "variable",
+) -> Tensor:
     """Adams-Bashforth of `order` slopes for uneven steps; "Adams-2nd" of the PixelGen paper (Table 7) has two.
 
     The first steps combine the slopes there are, so the very first is Euler's; its error, of the second order in its
     length, stays.
+
+    Args:
+        coefficients: fixed are those of even steps on any grid, 3/2 and -1/2 for two slopes, as in PixelDiT's
+            class-conditional code; with 25 steps and shift 3 the grid's own differ from them by up to 0.08.
     """
     slopes: deque[Tensor] = deque(maxlen=order)
     for i, (t, t_next) in enumerate(pairwise(times)):
         slopes.append(velocity(x, t, guided[i]))
-        weights = adams_weights(times[i + 1 - len(slopes) : i + 2])
+        even = coefficients == "fixed"
+        weights = adams_weights(range(len(slopes) + 1) if even else times[i + 1 - len(slopes) : i + 2])
         x = x + (t_next - t) * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
     return x
 
 
-def choose_solver(name: str, order: int) -> Solver:
-    """The solver of a name; `order` is that of adams."""
-    solvers: dict[str, Solver] = {"euler": euler, "heun": heun, "adams": partial(adams, order=order)}
+def dpmpp(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool]) -> Tensor:
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) on the straight path: the "FlowDPM-Solver" of Sana and PixelDiT.
+
+    With alpha = t and sigma = 1 - t, its step goes the share (t_next - t) / (1 - t) of the way to an image. The first
+    and the last step take the image predicted at t, so they are Euler's, and the last one ends at that image. The
+    others extrapolate it by half a step in lambda = ln(t / (1 - t)), from the image predicted before.
+    """
+    with np.errstate(divide="ignore"):  # infinite at t = 1, which no step looks at
+        lambdas = (np.log(times) - np.log1p(np.negative(times))).tolist()
+    last, previous = len(times) - 2, x
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        image = predicted = x + (1.0 - t) * velocity(x, t, guided[i])
+        if 0 < i < last:
+            ahead = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1]) / 2
+            image = predicted + ahead * (predicted - previous)
+        x = torch.lerp(x, image, (t_next - t) / (1.0 - t))
+        previous = predicted
+    return x
+
+
+def choose_solver(name: str, order: int, coefficients: Coefficients = "variable") -> Solver:
+    """The solver of a name; `order` and `coefficients` are those of adams."""
+    of_adams = partial(adams, order=order, coefficients=coefficients)
+    solvers: dict[str, Solver] = {"euler": euler, "heun": heun, "adams": of_adams, "dpmpp": dpmpp}
     return solvers[name]
 
 
 def guided_steps(times: list[float], interval: tuple[float, float], solver: str) -> list[bool]:
-    """Which steps are guided: those whose start t has low < t <= high, and under Adams low < t < high.
+    """Which steps are guided: those whose start t has low < t <= high, and under adams and dpmpp low < t < high.
 
-    As in the public code. From pure noise (t = 0) the first step is never guided.
+    As in the public codes; that of dpmpp gives its bounds in 1 - t. From t = 0 the first step is never guided. As
+    there, all are compared in fp32. A time of our grids that is a bound, such as 0.1 and 0.9 of 100 even steps, equals
+    it then; in PixelDiT's class-conditional code rounding decides, and leaves out these two as well.
     """
-    low, high = interval
-    return [low < t and (t < high or (t == high and solver != "adams")) for t in times[:-1]]
+    starts, (low, high) = np.array(times[:-1], np.float32), np.array(interval, np.float32)
+    below = starts < high if solver in ("adams", "dpmpp") else starts <= high
+    return ((low < starts) & below).tolist()

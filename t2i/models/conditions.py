@@ -19,8 +19,13 @@ class Conditioner(Protocol):
     dtype: torch.dtype
     """Of what it returns."""
 
-    def __call__(self, captions: list[str]) -> list[Tensor]:
-        """Each caption's states (L, E), whose lengths may differ, or class (), on its device; not to be written to."""
+    def __call__(self, captions: list[str], plain: bool = False) -> list[Tensor]:
+        """Each caption's states (L, E), whose lengths may differ, or class (), on its device; not to be written to.
+
+        Args:
+            plain: without the instruction that captions have before them otherwise (text.instruction): negative prompts
+                are read like this, and the empty caption always is.
+        """
 
     def null_caption(self) -> Tensor:
         """What stands for no caption: states or a class."""

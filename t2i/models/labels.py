@@ -34,8 +34,8 @@ class ClassLabels:
             )
         return label
 
-    def __call__(self, captions: list[str]) -> list[Tensor]:
-        """Labels (), int64.
+    def __call__(self, captions: list[str], plain: bool = False) -> list[Tensor]:
+        """Labels (), int64; plain or not, a label is the same.
 
         Raises:
             UserError: a caption is no label.

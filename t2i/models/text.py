@@ -1,11 +1,13 @@
 """The frozen language model that reads captions.
 
 - Any Hugging Face text model; its last hidden states (after the final norm) of a caption padded on the right, without
-  a prompt template.
+  a chat template.
+- An instruction may come before a caption ("complex human instruction" of SANA, Xie et al. 2024): words that tell a
+  language model what the caption is for. Its own tokens are not kept: a decoder's later tokens have seen them.
 - Under padding attend a caption is padded to a fixed number of tokens; the denoiser sees the states of the pads too.
 - Under padding mask a caption is padded to a multiple of 32 tokens, and the states of the pads are zero.
-- The null caption of guidance and caption dropout is the empty caption. Where a tokeniser makes no token of it, a pad
-  is its token, under attend all pads are: what a fully masked row gives is a library's choice.
+- The null caption of guidance and caption dropout is the empty caption, without instruction. Where a tokeniser makes no
+  token of it, a pad is its token, under attend all pads are: what a fully masked row gives is a library's choice.
 - Captions are encoded in batches of one fixed size, so that a caption's states do not depend on its neighbours, and may
   be cached: a small data set repeats its captions.
 """
@@ -29,6 +31,8 @@ from t2i.upload import upload
 ENCODE_BATCH = 16
 LENGTH_STEP = 32
 """Under padding mask, lengths are multiples of it: few shapes for a compiler."""
+
+Key = tuple[str, bool]  # a caption, and whether the instruction comes before it
 
 
 def resolve_model(name: str) -> str:
@@ -69,6 +73,7 @@ class TextEncoder(nn.Module):
         padding: whether pads are encoded, too.
         release: hold the weights only while there are captions to encode.
         compiled: compile the model; eager, transformers waits for the device at each batch to look at its mask.
+        instruction: what comes before captions, up to and with a space; "" is nothing.
 
     Raises:
         UserError: the weights or the tokeniser cannot be loaded.
@@ -83,6 +88,7 @@ class TextEncoder(nn.Module):
         padding: Literal["attend", "mask"] = "attend",
         release: bool = False,
         compiled: bool = False,
+        instruction: str = "",
     ) -> None:
         super().__init__()
         from transformers import AutoConfig, AutoTokenizer
@@ -95,8 +101,12 @@ class TextEncoder(nn.Module):
         self.length = length
         self._masks = padding == "mask"
         self._compiled = compiled
+        self._instruction = instruction
+        # Of the instruction's tokens the first stays (a decoder's mark of the beginning, a constant), and what it ends
+        # with takes no place: a last space melts into the caption's first word, an end mark comes after the caption.
+        self._skipped = max(0, len(self.tokenizer(instruction)["input_ids"]) - 2) if instruction else 0
         self._cache_size = cache
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: OrderedDict[Key, Tensor] = OrderedDict()
         self._place: Tensor
         self.register_buffer("_place", torch.empty(0), persistent=False)  # where the model belongs, loaded or not
         self.net: nn.Module | None = None if release else self._load_net()
@@ -123,54 +133,68 @@ class TextEncoder(nn.Module):
         finally:
             self.net = None
 
-    def _tokens(self, captions: list[str]) -> list[list[int]]:
-        """Each caption's own tokens, one at least."""
+    def _tokens(self, captions: list[str], instructed: bool) -> list[list[int]]:
+        """Tokens of each caption and of what comes before it, one at least."""
         pads = [self.tokenizer.pad_token_id] * (1 if self._masks else self.length)
-        found = self.tokenizer(captions, truncation=True, max_length=self.length)["input_ids"]
+        words = [self._instruction + caption for caption in captions] if instructed else captions
+        most = self.length + (self._skipped if instructed else 0)
+        found = self.tokenizer(words, truncation=True, max_length=most)["input_ids"]
         return [own or pads for own in found]
 
-    def _alike(self, captions: list[str]) -> Iterator[tuple[int, list[str], list[list[int]]]]:
-        """Captions that may be encoded together: how many tokens a row has, and they with their tokens.
+    def _alike(self, captions: list[str], instructed: bool) -> Iterator[tuple[int, list[str], list[list[int]]]]:
+        """Captions that may be encoded together: how many states a row keeps, and they with their tokens.
 
         Under mask those without pads are apart: where nothing is masked, transformers takes another kernel.
         """
         groups: dict[tuple[int, bool], list[tuple[str, list[int]]]] = defaultdict(list)
-        for caption, own in zip(captions, self._tokens(captions), strict=True):
-            row = min(-(-len(own) // LENGTH_STEP) * LENGTH_STEP, self.length) if self._masks else self.length
-            groups[row, self._masks and len(own) == row].append((caption, own))
+        for caption, own in zip(captions, self._tokens(captions, instructed), strict=True):
+            kept = max(1, len(own) - (self._skipped if instructed else 0))
+            row = min(-(-kept // LENGTH_STEP) * LENGTH_STEP, self.length) if self._masks else self.length
+            groups[row, self._masks and kept == row].append((caption, own))
         for (row, _), group in groups.items():
             for start in range(0, len(group), ENCODE_BATCH):
                 texts, tokens = zip(*group[start : start + ENCODE_BATCH], strict=True)
                 yield row, list(texts), list(tokens)
 
     @torch.no_grad()
-    def _encode_batch(self, net: nn.Module, row: int, tokens: list[list[int]]) -> Tensor:
+    def _encode_batch(self, net: nn.Module, row: int, tokens: list[list[int]], instructed: bool) -> Tensor:
         """States (B, row, width) of at most ENCODE_BATCH captions."""
         filled = tokens + tokens[:1] * (ENCODE_BATCH - len(tokens))
-        pad = self.tokenizer.pad_token_id
-        ids = upload(np.array([own + [pad] * (row - len(own)) for own in filled], np.int64), self._place.device)
-        mask = upload(
-            np.array([[1] * len(own) + [0] * (row - len(own)) for own in filled], np.int64), self._place.device
-        )
+        pad, skipped = self.tokenizer.pad_token_id, self._skipped if instructed else 0
+        pads = [row + skipped - len(own) for own in filled]
+        rows = [own + [pad] * count for own, count in zip(filled, pads, strict=True)]
+        seen = [[1] * len(own) + [0] * count for own, count in zip(filled, pads, strict=True)]
+        ids, mask = (upload(np.array(it, np.int64), self._place.device) for it in (rows, seen))
         states = net(input_ids=ids, attention_mask=mask).last_hidden_state
+        states, mask = (torch.cat([it[:, :1], it[:, 1 + skipped :]], 1) for it in (states, mask))
         if self._masks:
             states = states.masked_fill(mask[..., None] == 0, 0)
         return states[: len(tokens)]
 
-    def forward(self, captions: list[str]) -> list[Tensor]:
+    def _encode(self, net: nn.Module, captions: list[str], instructed: bool) -> None:
+        """Put their states into the cache."""
+        for row, texts, tokens in self._alike(captions, instructed):
+            for caption, states in zip(texts, self._encode_batch(net, row, tokens, instructed), strict=True):
+                self._cache[caption, instructed] = states.clone()
+
+    def forward(self, captions: list[str], plain: bool = False) -> list[Tensor]:
         """Each caption's states (L, width), on the encoder's device; they are the cache's, not to be written to.
 
         L is `length`; under mask, the caption's own tokens rounded up to a multiple of LENGTH_STEP, at most `length`.
+        Under an instruction, the first of the states is that of the instruction's first token.
+
+        Args:
+            plain: without the instruction, as guidance wants what it leads away from; the empty caption never has it.
         """
-        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
+        keys = [(caption, bool(self._instruction and caption) and not plain) for caption in captions]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._cache]
         if missing:
             with self.loaded() as net:
-                for row, texts, tokens in self._alike(missing):
-                    for caption, states in zip(texts, self._encode_batch(net, row, tokens), strict=True):
-                        self._cache[caption] = states.clone()
-        for caption in captions:
-            self._cache.move_to_end(caption)
-        found = [self._cache[caption] for caption in captions]
+                for instructed in {kind for _, kind in missing}:
+                    self._encode(net, [caption for caption, kind in missing if kind == instructed], instructed)
+        for key in keys:
+            self._cache.move_to_end(key)
+        found = [self._cache[key] for key in keys]
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
         return found

@@ -108,6 +108,28 @@ def test_a_picture_is_the_solution_of_the_guided_equation(pipeline: Pipeline) ->
     assert drawn.float().std() > 20
 
 
+@torch.no_grad()
+def test_a_picture_by_dpm_solver(pipeline: Pipeline) -> None:
+    """DPM-Solver++ 2M at noise levels 0.999, 0.666 and 0.333 before the shift, written out; every step is guided."""
+    picture = Picture("green apple", 3)
+    states, null = stack_conditions(pipeline.conditioner([picture.prompt])), pipeline.null_caption[None]
+
+    def image(x: Tensor, level: float) -> Tensor:
+        of, of_null = (pipeline.denoiser(x, torch.tensor([1 - level]), s).output for s in (states, null))
+        return of_null + 3.0 * (of - of_null)
+
+    first, second, third = (2 * level / (1 + level) for level in (0.999, 0.666, 0.333))
+    x = starting_noise(picture, 5, (16, 16), CPU)[None]
+    d0 = image(x, first)
+    x = second / first * x + (1 - second / first) * d0
+    d1 = image(x, second)
+    r = torch.logit(torch.tensor([1 - first, 1 - second, 1 - third], dtype=torch.float64)).diff()
+    x = third / second * x + (1 - third / second) * (d1 + (d1 - d0) * (r[1] / r[0] / 2).item())
+    drawn = pipeline.draw([picture], SAMPLING.model_copy(update={"solver": "dpmpp"}))[0].int()
+    assert (drawn - to_pixels(image(x, third))[0].int()).abs().max() <= 1
+    assert drawn.float().std() > 20
+
+
 def test_raw_and_averaged_weights_come_from_their_own_files(folder: Path, pipeline: Pipeline) -> None:
     raw = Pipeline.load(folder, "raw", CPU)
     for weights, loaded in (("model", raw), ("ema", pipeline)):
@@ -131,8 +153,9 @@ def test_the_null_caption_is_the_one_stored_with_the_weights(copy: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "change", [{"solver": "euler"}, {"solver": "heun"}, {"order": 1}, {"order": 3}]
-    + [{"cfg_interval": (0.3, 1.0)}, {"guidance_rescale": 0.7}, {"steps": 4}, {"timeshift": 3.0}],
+    "change", [{"solver": name} for name in ("euler", "heun", "dpmpp")] + [{"order": 1}, {"order": 3}]
+    + [{"cfg_interval": (0.3, 1.0)}, {"guidance_rescale": 0.7}, {"steps": 4}, {"timeshift": 3.0}]
+    + [{"coefficients": "fixed"}],
 )  # fmt: skip
 def test_every_setting_of_the_sampler_counts(pipeline: Pipeline, change: dict[str, Any]) -> None:
     drawn = pipeline.draw([Picture("a dog")], SAMPLING)
@@ -235,6 +258,21 @@ def test_how_the_text_encoder_keeps_memory_free_changes_no_picture(copy: Path, c
     assert torch.equal(Pipeline.load(copy, "ema", CPU).draw(pictures, SAMPLING), expected)
 
 
+def test_negative_prompts_and_the_null_caption_are_read_without_the_instruction(copy: Path) -> None:
+    tree = config().model_dump()
+    tree["text"]["instruction"] = "a photo of "
+    (copy / "config.yaml").write_text(dump_config(validate_config(tree, "test")))
+    pipeline = Pipeline.load(copy, "ema", CPU)
+    seen: list[Tensor] = []
+    pipeline.denoiser.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
+    sampling = SamplingConfig(solver="euler", steps=2, guidance_scale=3.0, batch_size=2)
+    pipeline.draw([Picture("a dog", negative="a cat"), Picture("a cat")], sampling)
+    dog, cat = pipeline.conditioner(["a dog", "a cat"])
+    (plain_cat,) = pipeline.conditioner(["a cat"], plain=True)
+    assert torch.equal(seen[-1], torch.stack([plain_cat, pipeline.null_caption, dog, cat]))
+    assert not torch.equal(cat, plain_cat)
+
+
 # Masked pads: prompts and what guidance leads away from differ in length
 
 
@@ -297,6 +335,12 @@ def calls_of(pipeline: Pipeline, sampling: SamplingConfig, pictures: list[Pictur
         ({"guidance_scale": 1.0}, [(0.0, 2), (0.25, 2), (0.5, 2), (0.75, 2)]),
         ({"solver": "euler"}, [(0.0, 2), (0.25, 4), (0.5, 4), (0.75, 4)]),
         ({"order": 4, "guidance_rescale": 0.7}, [(0.0, 2), (0.25, 4), (0.5, 4), (0.75, 4)]),
+        ({"coefficients": "fixed"}, [(0.0, 2), (0.25, 4), (0.5, 4), (0.75, 4)]),
+        ({"solver": "dpmpp"}, [(0.001, 4), (0.25075, 4), (0.5005, 4), (0.75025, 4)]),
+        (
+            {"solver": "dpmpp", "cfg_interval": (0.001, 0.6)},
+            [(0.001, 2), (0.25075, 4), (0.5005, 4), (0.75025, 2)],
+        ),
         (
             {"solver": "heun", "cfg_interval": (0.25, 0.5)},
             [(0.0, 2), (0.25, 2), (0.25, 2), (0.5, 2), (0.5, 4), (0.75, 4), (0.75, 2)],

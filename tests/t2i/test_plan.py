@@ -381,6 +381,16 @@ def test_devices_are_found_by_whole_words(device: str, model: str | None) -> Non
     assert (gpu.name if gpu else None) == model
 
 
+@pytest.mark.parametrize("name", ["google/gemma-2-2b-it", "Efficient-Large-Model/gemma-2-2b-it"])
+def test_gemma_is_known(name: str) -> None:
+    counted = text_encoder(RunConfig.model_validate({"text": {"model": name, "length": 300}}))
+    assert counted is not None and (counted.parameters, counted.width) == (2_614_341_888, 2304)
+    # A token: queries and output 2304 x 2048, keys and values 2304 x 1024, three products of 2304 x 9216, in 26 layers;
+    # and the attention of all 300 to all, in 8 heads of 256.
+    products = 26 * (2 * 2304 * 2048 + 2 * 2304 * 1024 + 3 * 2304 * 9216)
+    assert counted.forward_flops == 2 * 300 * (products + 26 * 2 * 300 * 8 * 256)
+
+
 def test_an_unknown_text_model_is_named() -> None:
     config = RunConfig.model_validate({"text": {"model": "nobody/nothing"}})
     with pytest.raises(ConfigError, match=r"text.model 'nobody/nothing': its configuration is not on this machine"):

@@ -23,13 +23,13 @@ from t2i.diffusion.sampling import (
 )
 
 MIN_NOISE = 0.05
-SOLVERS = [("euler", 2), ("heun", 2), ("adams", 1), ("adams", 2), ("adams", 3), ("adams", 4)]
+SOLVERS = [("euler", 2), ("heun", 2), ("dpmpp", 2), ("adams", 1), ("adams", 2), ("adams", 3), ("adams", 4)]
 Field = Callable[[Tensor, float], Tensor]
 
 
 def integrate(solver: tuple[str, int], field: Field, start: float, steps: int, shift: float) -> float:
     x = torch.tensor([start], dtype=torch.float64)
-    times = time_grid(steps, shift)
+    times = time_grid(steps, shift, solver[0])
     return choose_solver(*solver)(lambda x, t, _: field(x, t), x, times, [False] * steps).item()
 
 
@@ -112,7 +112,8 @@ def test_adams_weighs_the_latest_slopes_as_many_as_there_are(order: int) -> None
 
 def test_one_step_is_eulers() -> None:
     for solver in SOLVERS:
-        assert integrate(solver, lambda x, t: 3 * x + 2, 1.0, 1, 3.0) == 6.0
+        start = time_grid(1, 3.0, solver[0])[0]
+        assert integrate(solver, lambda x, t: 3 * x + 2, 1.0, 1, 3.0) == 1.0 + (1.0 - start) * 5.0
 
 
 def test_heun_averages_two_slopes_and_ends_with_eulers_step() -> None:
@@ -157,6 +158,24 @@ def test_adams_is_exact_for_a_slope_linear_in_time_after_its_first_step() -> Non
     for order in (2, 3, 4):
         end = integrate(("adams", order), lambda x, t: torch.full_like(x, 2 * t), 0.0, 25, 3.0)
         assert 1.0 - end == pytest.approx(time_grid(25, 3.0)[1] ** 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_fixed_coefficients_are_those_of_even_steps(shift: float) -> None:
+    field, steps = PROBLEMS["nonlinear"][0], 12
+    times = time_grid(steps, shift)
+    x, slopes = 1.0, []
+    for i in range(steps):
+        slopes.append(field(x, times[i]))
+        mean = 1.5 * slopes[-1] - 0.5 * slopes[-2] if i else slopes[0]
+        x += (times[i + 1] - times[i]) * mean
+    start = torch.ones((), dtype=torch.float64)
+    fixed, variable = (
+        choose_solver("adams", 2, kind)(lambda x, t, _: field(x, t), start, times, [False] * steps).item()
+        for kind in ("fixed", "variable")
+    )
+    assert fixed == pytest.approx(x, abs=1e-14)
+    assert (abs(fixed - variable) < 1e-12) == (shift == 1.0)
 
 
 # Guidance
@@ -234,13 +253,25 @@ def test_the_first_step_is_never_guided() -> None:
 
 
 def test_guidance_interval_is_open_below_and_closed_above() -> None:
-    for solver, last in (("euler", True), ("heun", True), ("adams", False)):
+    for solver, last in (("euler", True), ("heun", True), ("adams", False), ("dpmpp", False)):
         guided = guided_steps([0.0, 0.1, 0.2, 0.3, 0.4, 1.0], (0.1, 0.3), solver)
         assert guided == [False, False, True, last, False], solver
 
 
+def test_a_time_that_is_a_bound_in_fp32_is_outside() -> None:
+    times = time_grid(100)
+    for k in range(1, 100):
+        assert not guided_steps(times, (k / 100, 1.0), "adams")[k]
+        assert not guided_steps(times, (0.0, k / 100), "adams")[k] and guided_steps(times, (0.0, k / 100), "euler")[k]
+    # PixelDiT's class-conditional code, whose times are fp32: 0.09999999 is not above 0.1, nor 0.90000004 below 0.9.
+    public = torch.linspace(0.0, 0.99, 100)
+    assert public[10] < 0.1 and public[90] > 0.9
+    assert guided_steps(times, (0.1, 0.9), "adams") == ((public > 0.1) & (public < 0.9)).tolist()
+
+
 @pytest.mark.parametrize(
-    ("solver", "expected"), [("euler", [0, 1, 0]), ("heun", [0, 0, 1, 1, 0]), ("adams", [0, 1, 0])]
+    ("solver", "expected"),
+    [("euler", [0, 1, 0]), ("heun", [0, 0, 1, 1, 0]), ("adams", [0, 1, 0]), ("dpmpp", [0, 1, 0])],
 )
 def test_solvers_guide_the_steps_asked_for(solver: str, expected: list[int]) -> None:
     seen: list[int] = []
@@ -258,7 +289,8 @@ def reached(solver: tuple[str, int], steps: int, shift: float, min_noise: float)
     torch.manual_seed(0)
     image, noise = torch.randn(2, 2, 3, 4, 6)
     velocity = guided_velocity(lambda x, t, c: image, torch.zeros(2, 1), torch.zeros(2, 1), 1.0, "image", min_noise)
-    return choose_solver(*solver)(velocity, noise, time_grid(steps, shift), [False] * steps), image, noise
+    times = time_grid(steps, shift, solver[0])
+    return choose_solver(*solver)(velocity, noise, times, [False] * steps), image, noise
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

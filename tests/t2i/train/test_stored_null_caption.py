@@ -59,3 +59,11 @@ def test_a_model_to_start_from_has_the_runs_padding(tmp_path: Path, qwen: str, p
     else:
         with pytest.raises(ConfigError, match=r"has another text encoder, text.length, model.text_padding or"):
             found(config, place)
+
+
+def test_a_run_keeps_its_instruction(tmp_path: Path, qwen: str) -> None:
+    config, place = run_of(tmp_path, qwen, "attend")
+    store_null_caption(config, place, found(config, place))
+    text = config.text.model_copy(update={"instruction": "a photo of "})
+    with pytest.raises(ConfigError, match=r"was computed with .*, this run has .* text.instruction of SHA-256 \w+"):
+        found(config.model_copy(update={"text": text}), place)
