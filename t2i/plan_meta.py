@@ -55,7 +55,8 @@ class _Attention(_ForwardAlone):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q @ k.transpose(-1, -2) @ v
+        _ = q @ k.transpose(-1, -2) @ v  # for its FLOPs
+        out = torch.empty_like(q)  # laid out like the queries, as the kernels' results are
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
@@ -73,7 +74,7 @@ Storages = dict[int, int]
 """Bytes of each storage by its address."""
 
 
-class Kept(saved_tensors_hooks):
+class Kept:
     """The storages that autograd keeps for the backward of what runs under it, each once; a network's own do not count.
 
     Args:
@@ -87,7 +88,6 @@ class Kept(saved_tensors_hooks):
     """
 
     def __init__(self, network: nn.Module | None = None, blocks: Sequence[nn.Module] = ()) -> None:
-        super().__init__(self._keep, lambda tensor: tensor)
         own = [*network.parameters(), *network.buffers()] if network is not None else []
         self._seen = {tensor.untyped_storage()._cdata for tensor in own}
         self._alive: list[Tensor] = []  # a storage that is freed gives its address to the next
@@ -98,7 +98,7 @@ class Kept(saved_tensors_hooks):
         self._now = self.outside
 
     def __enter__(self) -> Kept:
-        super().__enter__()
+        self._hooks.enter_context(saved_tensors_hooks(self._keep, lambda tensor: tensor))
         for index, block in enumerate(self._blocks):
             self._hooks.enter_context(block.register_forward_pre_hook(self._begins(index), with_kwargs=True))
             self._hooks.enter_context(block.register_forward_hook(self._ends))
@@ -106,7 +106,6 @@ class Kept(saved_tensors_hooks):
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.close()
-        super().__exit__(*error)
 
     def _begins(self, index: int) -> Callable[..., None]:
         def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
