@@ -19,8 +19,8 @@ from launch.process import main
 from launch.train import DEFAULT_CONFIG
 from t2i.config_base import ConfigError
 from t2i.gpus import GPUS
-from t2i.plan import Assumptions
 from t2i.plan import plan as plan_run
+from t2i.plan_choice import Assumptions
 from t2i.plan_tables import tables
 
 

@@ -14,13 +14,13 @@ from t2i.plan_memory import (
     FP32,
     Bytes,
     Engine,
-    Shapes,
     activation_memory,
     buffers,
     static_memory,
     total,
 )
-from t2i.plan_networks import Frozen, Trained, image_distance, open_share, patch_features, text_encoder, trained
+from t2i.plan_networks import Frozen, image_distance, open_share, patch_features, text_encoder
+from t2i.plan_trained import Checkpointing, ImageCost, Trained, image_cost, on_meta, trained
 
 CAPTION_CACHE = "caption cache"
 
@@ -45,22 +45,28 @@ class StageMemory:
 
     Attributes:
         config: the stage's settings.
+        size: height and width of its images, in pixels.
         sharing: ranks that share the state out among them.
         dtype_bytes: of a weight that the networks compute with: 2 or 4.
         text: the text encoder; none where classes are drawn.
         distance: LPIPS; none where it has no weight.
         features: the network of P-DINO and alignment; none where neither has weight.
+        aligned: the same on the grid of objective.repa_side; none where that is the model's.
         network: what is trained.
+        cost: what an image takes in it.
         seen: share of the samples that LPIPS sees.
     """
 
     config: RunConfig
+    size: tuple[int, int]
     sharing: int
     dtype_bytes: int
     text: Frozen | None
     distance: Frozen | None
     features: Frozen | None
+    aligned: Frozen | None
     network: Trained
+    cost: ImageCost
     seen: float
 
     @classmethod
@@ -71,15 +77,25 @@ class StageMemory:
             UserError: what a network consists of is not known here.
         """
         dtype = torch.float32 if dtype_bytes == FP32 else torch.bfloat16
-        text, features = text_encoder(config), patch_features(config, dtype)
+        size, side = config.data.size, config.objective.repa_side
+        grid = size[0] // config.model.patch_size, size[1] // config.model.patch_size
+        text, features = text_encoder(config), patch_features(config, size, grid, dtype)
+        aligned = None
+        if side is not None and (side, side) != grid:
+            aligned = patch_features(config, size, (side, side), dtype)
+        text_width = text.width if text is not None else 0
+        network = on_meta(config, text_width, features.width if features is not None else 0)
         return cls(
             config,
+            size,
             sharing,
             dtype_bytes,
             text=text,
-            distance=image_distance(config, dtype),
+            distance=image_distance(config, size, dtype),
             features=features,
-            network=trained(config, text.width if text is not None else 0, features),
+            aligned=aligned,
+            network=trained(config, network),
+            cost=image_cost(config, size, network, text_width, dtype),
             seen=open_share(config.objective) if seen is None else seen,
         )
 
@@ -138,23 +154,21 @@ class StageMemory:
         parts = static_memory(engine, self.sharing, self.network, {}, self.dtype_bytes)
         return {name: parts[name] for name in ("moments", "average")}
 
-    def activations(self, micro_batch: int, checkpointing: bool) -> Bytes:
+    def activations(self, micro_batch: int, checkpointing: Checkpointing) -> Bytes:
         """Bytes at the fullest moment of a micro-step, by component."""
-        config = self.config
-        length = config.text.length if self.text is not None else 0
-        shapes = Shapes(config.model, config.data.size, length, self.text_width, self.dtype_bytes)
+        height, width = self.size
         return activation_memory(
-            shapes,
+            self.cost,
+            height * width,
             micro_batch,
             open_samples(micro_batch, self.seen),
             open_samples(micro_batch, self.compared),
             self.distance,
             self.features,
-            aligned=config.objective.repa_weight > 0,
-            checkpointing=checkpointing,
+            checkpointing,
         )
 
-    def device_bytes(self, engine: Engine, micro_batch: int, checkpointing: bool) -> int:
+    def device_bytes(self, engine: Engine, micro_batch: int, checkpointing: Checkpointing) -> int:
         """Everything on one device."""
         moving = buffers(engine, self.network, self.dtype_bytes) + total(self.activations(micro_batch, checkpointing))
         return CONTEXT_BYTES + total(self.static(engine)) + max(moving, self.released_bytes)

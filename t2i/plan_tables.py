@@ -6,6 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 GIB = 2**30
+_CHECKPOINTING = {
+    False: "no checkpointing",
+    "pixel": "activation checkpointing of pixel blocks",
+    True: "activation checkpointing",
+}
 
 
 def tables(plan: dict[str, Any]) -> str:
@@ -57,7 +62,7 @@ def _alike(stages: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 def _parameters(stage: dict[str, Any]) -> str:
     counted = dict(stage["parameters"])
     frozen = counted.pop("frozen")
-    rows = [[name if "of which" not in name else f"  {name}", f"{n:,}"] for name, n in counted.items()]
+    rows = [[name if "of which" not in name else f"  {name}", f"{n:,}"] for name, n in counted.items() if n]
     rows += [[f"frozen: {name}", f"{n:,}"] for name, n in frozen.items()]
     return _table("Parameters", [""], rows)
 
@@ -70,16 +75,20 @@ def _flops(plan: dict[str, Any]) -> str:
         row = [name]
         for stage in stages:
             flops, whole = stage["flops_per_image"].get(name, 0.0), stage["flops_per_image"]["total"]
-            row += [f"{flops / 2e9:,.4g}" if flops < 2e12 else f"{flops / 2e9:,.0f}", f"{flops / whole:.1%}"]
+            row += [_gmac(flops), f"{flops / whole:.1%}"]
         rows.append(row)
         if name == "denoiser":
-            for part in stages[0]["of_which"]:
-                rows.append([f"  ({part})"])
-                for stage in stages:
-                    rows[-1] += [f"{stage['of_which'][part] / 2e9:,.4g}", ""]
+            for field, prefix in (("forward_flops", "forward, "), ("recomputed_flops", "recomputed, ")):
+                for part in (part for part, n in stages[0][field].items() if n):
+                    cells = [cell for stage in stages for cell in (_gmac(stage[field][part]), "")]
+                    rows.append([f"  ({prefix}{part})", *cells])
     head = [cell for stage in stages for cell in (stage["name"], "share")]
     seen = ", ".join(f"{stage['over_gate']:.1%}" for stage in stages)
     return _table("GMAC an image (1 = 2 GFLOP)", head, rows) + f"\nSamples over the gate: {seen}."
+
+
+def _gmac(flops: float) -> str:
+    return f"{flops / 2e9:,.4g}" if flops < 2e12 else f"{flops / 2e9:,.0f}"
 
 
 def _time(plan: dict[str, Any]) -> str:
@@ -123,7 +132,7 @@ def _memory(names: str, stage: dict[str, Any]) -> list[str]:
     rows.append(["while computing", *(_gib(moving[name]) if name in moving else "" for name in engines)])
     static = _table(f"{names}: static GiB a GPU", list(engines), rows)
     kept = stage["activation_bytes"]
-    rows = [[name, *(_gib(parts[name]) for parts in kept.values())] for name in kept["plain"]]
+    rows = [[name, *(_gib(parts[name]) for parts in kept.values())] for name, n in kept["plain"].items() if n]
     title = f"{names}: activations, GiB at micro-batch {stage['micro_batch_size']}"
     activations = _table(title, list(kept), rows)
     fits: dict[str, list[str]] = {}
@@ -131,7 +140,7 @@ def _memory(names: str, stage: dict[str, Any]) -> list[str]:
         size = str(option["micro_batch_size"]) if option["micro_batch_size"] else "none"
         fits.setdefault(option["engine"], []).extend([size, _gib(option["bytes"])])
     title = f"{names}: largest micro-batch"
-    head = ["plain", "GiB", "checkpointed", "GiB"]
+    head = [cell for name in kept for cell in (name, "GiB")]
     return [static, activations, _table(title, head, [[name, *row] for name, row in fits.items()])]
 
 
@@ -178,7 +187,7 @@ def _advice(stages: list[dict[str, Any]]) -> str:
     for stage in stages:
         chosen = stage["recommended"]
         if chosen is not None:
-            with_checkpointing = "activation checkpointing" if chosen["checkpointing"] else "no checkpointing"
+            with_checkpointing = _CHECKPOINTING[chosen["checkpointing"]]
             lines.append(
                 f"  {stage['name']}: {chosen['engine']}, {with_checkpointing}, micro-batch up to "
                 f"{chosen['micro_batch_size']} ({_gib(chosen['bytes'])} GiB)"

@@ -5,6 +5,7 @@ Shape suffixes: B batch, N image tokens, L text tokens, M keys, H heads, K head 
 - Rotary embedding in real arithmetic: complex tensors keep a compiler from fusing it.
 - Attention is flash-attn on CUDA where it is installed and nothing is masked, PyTorch's fused kernel otherwise, and
   three plain operations on a CPU, whose fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py).
+  On the meta device, where the planner counts, it is what it would be on CUDA.
 - Norms and the rotation are computed in fp32 and cast back.
 """
 
@@ -96,11 +97,12 @@ def attention(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask_BM: Tensor | 
             all do.
     """
     mask_B11M = mask_BM[:, None, None] if mask_BM is not None else None
-    if q_BHNK.is_cuda:
-        # flash-attn takes no mask of keys.
-        if mask_BM is None and flash_attn_func is not None and q_BHNK.dtype in (torch.float16, torch.bfloat16):
-            heads_last = (x.transpose(1, 2) for x in (q_BHNK, k_BHMK, v_BHMK))
-            return flash_attn_func(*heads_last).transpose(1, 2)
+    # flash-attn takes no mask of keys.
+    flash_takes = q_BHNK.is_cuda and mask_BM is None and q_BHNK.dtype in (torch.float16, torch.bfloat16)
+    if flash_takes and flash_attn_func is not None:
+        heads_last = (x.transpose(1, 2) for x in (q_BHNK, k_BHMK, v_BHMK))
+        return flash_attn_func(*heads_last).transpose(1, 2)
+    if q_BHNK.is_cuda or q_BHNK.is_meta:
         return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask_B11M)
     scores = q_BHNK @ k_BHMK.transpose(-1, -2) * q_BHNK.shape[-1] ** -0.5
     if mask_B11M is not None:

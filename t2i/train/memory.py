@@ -17,6 +17,7 @@ from data.errors import UserError
 from t2i.config import RunConfig
 from t2i.plan_memory import checkpoint_bytes, total
 from t2i.plan_stage import CAPTION_CACHE, StageMemory, engine_of
+from t2i.plan_trained import PARTS
 from t2i.train.processes import World
 
 TIGHT = 0.9
@@ -53,9 +54,9 @@ def estimate(config: RunConfig, ranks: int, dtype: torch.dtype) -> Estimate:
     static = memory.static(name)
     away = sum(static.pop(part) for part in ("masters", "moments", "average")) if engine.offload else 0
     # A compiled block may keep less than an eager one.
-    kept = memory.activations(micro, engine.checkpoint_blocks or engine.compile)
+    kept = memory.activations(micro, True if engine.compile else engine.checkpoint_blocks)
     # Activations go as gradients come, and a text encoder that is released is gone before either.
-    passing = max(static.pop("gradients"), kept["image blocks"] + kept["text blocks"], memory.released_bytes)
+    passing = max(static.pop("gradients"), sum(kept[part] for part in PARTS), memory.released_bytes)
     static.pop(CAPTION_CACHE, None)  # there may not be as many captions
     return Estimate(
         least=total(static) + passing,
@@ -76,8 +77,10 @@ def remedy(config: RunConfig) -> str:
         ways.append(f"lower engine.replicas ({engine.replicas})")
     if train.micro_batch_size > 1:
         ways.append(f"lower train.micro_batch_size ({train.micro_batch_size})")
-    if not engine.checkpoint_blocks:
-        ways.append("set engine.checkpoint_blocks")
+    if config.model.family == "pixeldit" and not engine.checkpoint_blocks:
+        ways.append("set engine.checkpoint_blocks to pixel or, which takes still less, to true")
+    elif engine.checkpoint_blocks is not True:
+        ways.append("set engine.checkpoint_blocks to true")
     return ", or ".join([*ways, "take more ranks or larger devices"])
 
 

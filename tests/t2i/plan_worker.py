@@ -121,7 +121,7 @@ def main() -> None:
             config, account = validate_config(tree, "test"), Account()
             text, objective = (
                 build_text(config, CPU, dtype),
-                build_objective(config.objective, "image", CPU, dtype, compiled=False),
+                build_objective(config.objective, config.model.prediction, CPU, dtype, compiled=False),
             )
             assert objective.patch_features is not None
             frozen = outside(config, text, objective, account)

@@ -9,38 +9,26 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-import t2i.models.pixelgen as pixelgen
-import t2i.models.transformer as transformer
-from t2i.config import ModelConfig, ObjectiveConfig, RunConfig
+from t2i.config import ObjectiveConfig, RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import load_config, override, stage_config, validate_config
-from t2i.diffusion.perceptual import cosine_distance
 from t2i.gpus import find_gpu
-from t2i.models.layers import Projector, rope_table
-from t2i.plan import USABLE, Assumptions, plan
-from t2i.plan_memory import (
-    BUCKET,
-    ENGINES,
-    FP32,
-    Engine,
-    Shapes,
-    block_activations,
-    ends_activations,
-    reference_static_memory,
-    static_memory,
-    total,
-)
-from t2i.plan_networks import META, Frozen, Trained, _FusedAttention, open_share, saved_bytes, text_encoder
+from t2i.plan import plan
+from t2i.plan_choice import USABLE, Assumptions
+from t2i.plan_memory import BUCKET, ENGINES, FP32, Engine, reference_static_memory, static_memory, total
+from t2i.plan_meta import META, FusedKernels, saved_bytes
+from t2i.plan_networks import open_share, text_encoder
 from t2i.plan_stage import StageMemory
 from t2i.plan_tables import tables
-from t2i.train.build import TrainingNetwork, denoiser_training_flops
+from t2i.plan_trained import Trained
+from t2i.train.build import denoiser_training_flops
 from t2i.train.schedule import training_times
 
 XXL = Path("configs/pixelgen_xxl.yaml")
-SMALL = {"patch_size": 4, "width": 128, "depth": 3, "heads": 4, "text_depth": 2, "bottleneck": 32, "repa_layer": 2}
-NETWORK = Trained(image_blocks=800, text_blocks=160, rest=40, projector=24, by_muon=640, block=100, small=0)
+NETWORK = Trained(
+    image_blocks=800, text_blocks=160, pixel_blocks=0, rest=40, projector=24, by_muon=640, block=100, small=0
+)
 
 
 def xxl() -> RunConfig:
@@ -89,7 +77,7 @@ def test_reference_flops_are_those_counted_of_the_public_code(reference, stage: 
     counted = {name: flops / 2e9 for name, flops in reference["stages"][stage]["flops_per_image"].items()}
     assert counted == pytest.approx(gmac, rel=0.01)
     assert counted["total"] == pytest.approx(sum(counted.values()) - counted["total"])
-    assert reference["stages"][stage]["of_which"]["text refiner"] / 6e9 == pytest.approx(19.6, rel=0.01)
+    assert reference["stages"][stage]["forward_flops"]["text blocks"] / 2e9 == pytest.approx(19.6, rel=0.01)
 
 
 def test_a_rectangle_costs_what_a_square_of_as_many_pixels_does() -> None:
@@ -119,7 +107,7 @@ def test_the_blocks_are_the_denoisers_forward_but_for_its_ends(ours) -> None:
     forward = denoiser_training_flops(config, 2048) / 3
     tokens = 256
     ends = 2 * (tokens * (768 * 256 + 256 * 1536 + 1536 * 768) + 128 * 2048 * 1536 + 256 * 1536 + 1536 * 1536)
-    assert ours["stages"][0]["of_which"]["recomputed with checkpointing"] + ends == pytest.approx(forward, rel=1e-6)
+    assert ours["stages"][0]["recomputed_flops"]["checkpointed"] + ends == pytest.approx(forward, rel=1e-6)
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.1, 0.3, 0.8, 1.0])
@@ -239,49 +227,6 @@ def test_static_memory_is_what_the_engines_hold_of_the_demos_model(launch, tmp_p
 # Activations
 
 
-def fused(run) -> int:
-    """Bytes kept with PyTorch's fused attention, as on a GPU; norms are not fused on a CPU."""
-    net, call = run
-    with mock.patch.object(pixelgen, "attention", F.scaled_dot_product_attention):
-        return saved_bytes(call, net)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("context", [0, 20])
-def test_block_activations_are_what_autograd_keeps(dtype: torch.dtype, context: int) -> None:
-    model, samples, side = ModelConfig.model_validate(SMALL), 4, 16
-    block = transformer.Block(model.width, model.heads, context > 0, 4 * model.width).to(dtype)
-    x, time, text = (
-        torch.randn(samples, n, model.width, dtype=dtype, requires_grad=True) for n in (side * side, 1, context)
-    )
-    rope = rope_table(side, side, 32, torch.device("cpu")) if context else None
-    measured = fused((block, lambda: block(x, time, rope, text if context else None)))
-    expected = samples * block_activations(model, side * side, context, dtype.itemsize, fused_norms=False)
-    assert expected == pytest.approx(measured, rel=0.01)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_network_activations_are_what_autograd_keeps(dtype: torch.dtype) -> None:
-    model, samples, length = ModelConfig.model_validate(SMALL), 3, 24
-    net = TrainingNetwork(
-        pixelgen.PixelGen(text_width=64, text_length=length, **SMALL), Projector(model.width, model.width, 40)
-    ).to(dtype)  # fmt: skip
-    target = torch.randn(samples, 256, 40)
-
-    def run() -> torch.Tensor:
-        _, projected = net(torch.randn(samples, 3, 64, 64), torch.rand(samples), torch.randn(samples, length, 64))
-        assert projected is not None
-        return cosine_distance(projected, target)
-
-    shapes = Shapes(model, (64, 64), length, 64, dtype.itemsize)
-    expected = samples * (
-        model.depth * block_activations(model, shapes.tokens, length, dtype.itemsize, fused_norms=False)
-        + model.text_depth * block_activations(model, length, 0, dtype.itemsize, fused_norms=False)
-        + ends_activations(shapes, Frozen("features", 0, 40, 0.0), fused_norms=False)
-    )
-    assert expected == pytest.approx(fused((net, run)), rel=0.015)
-
-
 def test_a_frozen_transformer_keeps_on_the_meta_device_what_it_keeps_for_real() -> None:
     from transformers import Dinov2Config, Dinov2Model
 
@@ -291,7 +236,7 @@ def test_a_frozen_transformer_keeps_on_the_meta_device_what_it_keeps_for_real() 
         with device:
             net = Dinov2Model(config).eval().requires_grad_(False)
             image = torch.zeros(2, 3, 56, 56, requires_grad=True)
-        with _FusedAttention() if device == META else mock.MagicMock():
+        with FusedKernels() if device == META else mock.MagicMock():
             kept.append(saved_bytes(lambda net=net, image=image: net(image), net))
     assert kept[1] == pytest.approx(kept[0], rel=0.02)
 
@@ -339,7 +284,7 @@ def test_more_memory_or_more_ranks_hold_more() -> None:
     # On 23.5 GiB it takes checkpointing, which costs the blocks' forward again.
     stage = plan(config, given(gpu="4090"))["stages"][0]
     assert stage["recommended"]["checkpointing"]
-    flops = stage["flops_per_image"]["total"] + stage["of_which"]["recomputed with checkpointing"]
+    flops = stage["flops_per_image"]["total"] + stage["recomputed_flops"]["checkpointed"]
     assert stage["time"]["images_per_s"] == pytest.approx(8 * 165e12 * 0.22 / flops)
 
 

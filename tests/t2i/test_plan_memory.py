@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from t2i.config import RunConfig
-from t2i.plan import Assumptions, plan
+from t2i.plan import plan
+from t2i.plan_choice import Assumptions
 from t2i.plan_memory import total
 from t2i.plan_stage import StageMemory
 from t2i.train.memory import estimate
