@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
+from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
@@ -117,9 +118,11 @@ def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) ->
         raise UserError(f"--image {options.image}: {error}") from error
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
     with tqdm(total=calls, unit="step") as bar:
-        result = edit_image(
-            pipeline, image[:, *window], options.source, options.target, settings, lambda images, t: bar.update()
-        )
+
+        def step_done(images: Tensor, t: float) -> None:
+            bar.update()
+
+        result = edit_image(pipeline, image[:, *window], options.source, options.target, settings, step_done)
     try:
         write_png(options.out, result.permute(1, 2, 0).numpy())
     except OSError as error:

@@ -44,10 +44,10 @@ class EditSettings(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> EditSettings:
-        if not self.n_min <= self.n_max <= self.steps:
-            raise ValueError(
-                f"n_min {self.n_min} must be at most n_max ({self.n_max}), and that at most steps ({self.steps})"
-            )
+        if self.n_max > self.steps:
+            raise ValueError(f"n_max {self.n_max} must be at most steps ({self.steps})")
+        if self.n_min > self.n_max:
+            raise ValueError(f"n_min {self.n_min} must be at most n_max ({self.n_max})")
         return self
 
 
@@ -89,19 +89,20 @@ def edit_image(
     assert image.shape[-2] % patch == 0 and image.shape[-1] % patch == 0
     words = [Picture(source), Picture(target)]
     (states,) = pipeline.states([words])
-    velocities = [
+    of_source, of_target = (
         pipeline.velocity([it], states, config.sampling.model_copy(update={"guidance_scale": scale}))
         for it, scale in zip(words, (settings.source_guidance, settings.target_guidance), strict=True)
-    ]
+    )
     if watch is not None:
-        velocities[1] = watched(velocities[1], watch, 1)
+        of_target = watched(of_target, watch, 1)
 
     def noise(step: int, average: int) -> Tensor:
         of_step = key(settings.seed, "edit", source, target, step)
         return slot_noise(of_step, [average], image.shape, pipeline.device, config.objective.noise_scale)
 
     edited = flow_edit(
-        *velocities,
+        of_source,
+        of_target,
         image=to_unit_range(image.to(pipeline.device))[None],
         noise=noise,
         times=time_grid(settings.steps, settings.timeshift),

@@ -54,10 +54,7 @@ class Entry(Section):
     """Classes of objects whose boxes make it up."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Entry:
-        codes, prompts = self.target_codes, self.target_prompts
-        if codes is not None and len(codes) != len(prompts):
-            raise ValueError(f"target_codes has {len(codes)} words for {len(prompts)} target_prompts: one each")
+    def _one_region(self) -> Entry:
         if sum(it is not None for it in (self.box, self.mask, self.detect)) > 1:
             raise ValueError("give one of box, mask and detect")
         return self
@@ -116,7 +113,9 @@ def _edits(path: Path, number: int, tree: Any) -> list[Edit]:
     image = _inside_folder(path, it.init_img, f"{where}: init_img")
     if it.mask is not None:
         _inside_folder(path, it.mask, f"{where}: mask")
-    codes = it.target_codes or [""] * len(it.target_prompts)
+    codes = it.target_codes or []
+    if len(codes) != len(it.target_prompts):  # as in an entry of the published file: nobody knows whose one lacks
+        codes = [""] * len(it.target_prompts)
     prompts = enumerate(zip(it.target_prompts, codes, strict=True))
     return [Edit(number, n, image, it.source_prompt, prompt, code, it) for n, (prompt, code) in prompts]
 

@@ -67,7 +67,9 @@ class EditJob:
             UserError: an image, box or mask is wrong, or the folder holds other edits.
         """
         missing = world.from_main(lambda: self._begin(made_of, beside))
-        draw_together(world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done))
+        draw_together(
+            world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
+        )
         measured = world.together(lambda: [self._measure(edit) for edit in world.share(self.edits)])
         lines = [line for part in world.gather(measured) for line in part]
         detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
@@ -78,7 +80,7 @@ class EditJob:
         if self.detector is not None:
             _check_classes(self.edits, self.detector)
         entries = {edit.entry: edit for edit in self.edits}
-        digests = {entry: hashlib.sha256(self._cropped(edit)).hexdigest() for entry, edit in entries.items()}
+        digests = {entry: hashlib.sha256(self._cropped(edit).tobytes()).hexdigest() for entry, edit in entries.items()}
         contents = [[digests[it.entry], it.source, it.target] for it in self.edits]
         settings = {
             **made_of,
@@ -133,7 +135,9 @@ class EditJob:
 
     def _measure(self, edit: Edit) -> Line:
         """An edit's line of results.jsonl."""
-        before, result = (read_picture(path).transpose(1, 2, 0) for path in (self._source(edit.entry), self._result(edit)))
+        before, result = (
+            read_picture(path).transpose(1, 2, 0) for path in (self._source(edit.entry), self._result(edit))
+        )
         _, inside = self._read(edit)
         boxes: list[Box] = []
         why = "" if inside is not None else "no region is given"
@@ -179,6 +183,6 @@ def _check_classes(edits: Sequence[Edit], detector: Detector) -> None:
     for entry, name in asked:
         if name not in detector.classes:
             raise UserError(
-                f"entry {entry}: detect {name!r}: the detector {detector.identity['name']} knows no such class: name it "
-                f"as one of {', '.join(detector.classes[:3])} ... {detector.classes[-1]}"
+                f"entry {entry}: detect {name!r}: the detector {detector.identity['name']} knows no such class: name "
+                f"it as one of {', '.join(detector.classes[:3])} ... {detector.classes[-1]}"
             )
