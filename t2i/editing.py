@@ -74,7 +74,8 @@ def edit_image(
 ) -> Tensor:
     """An edited image, uint8 (3, H, W) on the host.
 
-    The network's clamp and the rescaling of guidance are those of the model's sampling section.
+    The network's clamp and the rescaling of guidance are those of the model's sampling section; guidance applies to
+    every step, whatever cfg_interval is there.
 
     Args:
         pipeline: draws captions, not classes.
