@@ -96,8 +96,10 @@ def read_edits(path: Path) -> list[Edit]:
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--edits {path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"--edits {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--edits {path}: cannot be read as UTF-8: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"--edits {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list) or not entries:

@@ -21,7 +21,7 @@ from evaluation.editing.background import METRICS
 from evaluation.geneval.summary import RESAMPLES, bootstrap, interval
 from evaluation.parts import write_aside, write_json
 from t2i.editing import EditSettings
-from t2i.train.report_parts import cards, figure, table, write_page
+from t2i.train.report_parts import cards, figure, number, table, write_page
 
 Line = dict[str, Any]
 """Of results.jsonl; `EditJob` makes it."""
@@ -103,7 +103,7 @@ def _write_page(out: Path, lines: Sequence[Line], summary: Mapping[str, Any]) ->
     rows = [("edits", str(summary["edits"]), f"of {summary['images']} images")]
     for metric, it in background.items():
         low, high = it["interval"]
-        rows.append((f"background {_TITLES[metric]}", f"{it['mean']:.4f}", f"95 %: {low:.4f} to {high:.4f}"))
+        rows.append((f"background {_TITLES[metric]}", number(it["mean"]), f"95 %: {number(low)} to {number(high)}"))
     told = {**summary["settings"], **summary["made_of"], "detector": summary["detector"]}
     settings = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in told.items()]
     write_page(
@@ -123,7 +123,9 @@ def _write_page(out: Path, lines: Sequence[Line], summary: Mapping[str, Any]) ->
 def _pair(out: Path, line: Line) -> str:
     """An image beside its edit."""
     scores = line["background"]
-    about = " · ".join(f"{_TITLES[name]} {scores[name]:.4f}" for name in METRICS) if scores else line["not_measured"]
+    about = (
+        " · ".join(f"{_TITLES[name]} {number(scores[name])}" for name in METRICS) if scores else line["not_measured"]
+    )
     before, after = (_shown(out / line[name]) for name in ("source_file", "file"))
     figures = figure(before, _SIDE, line["source_prompt"]) + figure(after, _SIDE, line["target_prompt"])
     name = " ".join([Path(line["file"]).stem, line["target_code"]]).strip()
