@@ -8,7 +8,7 @@
     deepspeed launch/sample_classes.py --model models/xl --out samples.npz
 
     python launch/import_checkpoint.py PixelDiT_1024.pth --config configs/pixeldit_t2i.yaml --out models/pixeldit
-    python launch/import_checkpoint.py PixelDiT_XL.ckpt --config configs/pixeldit_xl.yaml --resolution 256 --out models/x
+    python launch/import_checkpoint.py XL.ckpt --config configs/pixeldit_xl.yaml --resolution 256 --out models/dit_xl
 
 Nothing in the file is run. The folder's import.json says what became of every key. The null caption of text to image is
 not in the file: it is computed by the config's text encoder, and stored; if a PixelGen's guided pictures look washed

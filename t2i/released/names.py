@@ -64,7 +64,12 @@ Table = Mapping[str, tuple[Share, ...]]
 
 
 def _table(names: Mapping[str, str]) -> Table:
-    return {ours: tuple(Share(name) for name in theirs.split(" + ")) for ours, theirs in names.items()}
+    """`a.b+c` is a.b, then a.c."""
+    table = {}
+    for ours, theirs in names.items():
+        stem, dot, ends = theirs.rpartition(".")
+        table[ours] = tuple(Share(stem + dot + end) for end in ends.split("+"))
+    return table
 
 
 _TIME = {"time.mlp.0": "t_embedder.mlp.0", "time.mlp.2": "t_embedder.mlp.2"}
@@ -116,7 +121,7 @@ _ATTENTION = {f"attn.{name}": f"attn.{name}" for name in ("qkv", "q_norm", "k_no
 _PATCH_BLOCK = _ATTENTION | {
     "norm1": "norm1",
     "norm2": "norm2",
-    "mlp.gate_up": "mlp.w1 + mlp.w3",
+    "mlp.gate_up": "mlp.w1+w3",
     "mlp.down": "mlp.w2",
     "adaln": "adaLN_modulation.0",
 }
@@ -155,7 +160,7 @@ def _joint_block(ours: str, letter: str, adaln: str) -> dict[str, str]:
         "attn.out": f"attn.proj_{letter}",
         "norm1": f"norm_{letter}1",
         "norm2": f"norm_{letter}2",
-        "mlp.gate_up": f"mlp_{letter}.w1 + mlp_{letter}.w3",
+        "mlp.gate_up": f"mlp_{letter}.w1+w3",
         "mlp.down": f"mlp_{letter}.w2",
         "adaln": f"{adaln}.0",
     }
