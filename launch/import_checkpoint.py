@@ -102,7 +102,7 @@ def _settings(config: RunConfig, resolution: int | None, path: str) -> RunConfig
     stages = [stage_config(config, number) for number in range(len(config.stages))] or [config]
     fitting = [stage for stage in stages if resolution is None or stage.data.size == (resolution, resolution)]
     if not fitting:
-        raise ConfigError(f"{path}: data.resolution should be {resolution} in one of its stages, as of the checkpoint")
+        raise ConfigError(f"{path}: data.resolution should be {resolution} in one of its stages")
     return fitting[-1]
 
 
