@@ -67,9 +67,7 @@ def test_a_checkpoint_of_another_network_says_what_it_is(of: str, given: str, tm
             check_kind(checkpoint, run.model)
         return
     check_kind(checkpoint, run.model)
-    with pytest.raises(
-        ConfigError, match=f"x.ckpt, {named}, is of another network than the config's model: it (lacks|has) "
-    ):
+    with pytest.raises(ConfigError, match=another):
         import_weights(checkpoint, run, 2048)
 
 
