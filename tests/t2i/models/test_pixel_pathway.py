@@ -1,4 +1,4 @@
-"""The pixel pathway of PixelDiT: the order of pixels, and what the ablations have in common with what they take away."""
+"""The pixel pathway of PixelDiT: the order of pixels, and what its ablations have in common with what they change."""
 
 from __future__ import annotations
 
