@@ -1,9 +1,10 @@
-"""Write a model folder as a checkpoint in the layout of the public PixelGen code.
+"""Write a model folder as a checkpoint in the layout of the public code of its family.
 
     python launch/export.py runs/pixelgen_xxl/sft512/model --out pixelgen.ckpt
     python launch/export.py runs/pixelgen_xl/imagenet256/model --out pixelgen_xl.ckpt
+    python launch/export.py runs/pixeldit_t2i/text1024/model --out pixeldit.pth
 
-It holds weights, average and projector, and neither an optimizer nor the null caption, for which that layout has no
+It holds weights, average and projector, and neither an optimizer nor the null caption, for which those layouts have no
 place: good to draw from there, and to import again, not to go on training with.
 """
 
@@ -22,27 +23,28 @@ from t2i.released.convert import export_weights
 
 
 def export(model: str, /, out: str) -> None:
-    """Write a model folder as a checkpoint in the layout of the public PixelGen code.
+    """Write a model folder as a checkpoint in the layout of the public code of its family.
 
     Args:
         model: Folder of a trained model.
-        out: The .ckpt file to write.
+        out: The file to write: .ckpt, or .pth of PixelDiT for text to image.
     """
     file, folder = Path(out), Path(model)
     if file.exists():
         raise ConfigError(f"out is {out}: it should not exist yet")
     raw, ema = read_model(folder, "raw"), read_model(folder, "ema")
-    checkpoint = export_weights(raw.config, raw.tensors, ema.tensors)
+    exported = export_weights(raw.config, raw.tensors, ema.tensors)
     partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, partial)
+        torch.save(exported.content, partial)
         sync(partial)
         partial.rename(file)
         sync(file.parent)
     except OSError as error:
         raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
-    print(f"{out}: {len(checkpoint['state_dict'])} tensors")
+    count = len(exported.content["state_dict"])
+    print("\n".join([f"{out}: {count} tensors", *exported.notes]))
 
 
 def main(args: list[str] | None = None) -> int:

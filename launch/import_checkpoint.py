@@ -1,4 +1,4 @@
-"""Turn a released PixelGen checkpoint into a model folder, to draw from or to train on.
+"""Turn a released PixelGen or PixelDiT checkpoint into a model folder, to draw from or to train on.
 
     python launch/import_checkpoint.py PixelGen_XXL_T2I.ckpt --config configs/pixelgen_xxl.yaml --out models/xxl
     python launch/sample.py --model models/xxl --prompts prompts.txt --out pictures
@@ -7,9 +7,12 @@
     python launch/import_checkpoint.py PixelGen_XL_160ep.ckpt --config configs/pixelgen_xl.yaml --out models/xl
     deepspeed launch/sample_classes.py --model models/xl --out samples.npz
 
+    python launch/import_checkpoint.py PixelDiT_1024.pth --config configs/pixeldit_t2i.yaml --out models/pixeldit
+    python launch/import_checkpoint.py XL.ckpt --config configs/pixeldit_xl.yaml --resolution 256 --out models/dit_xl
+
 Nothing in the file is run. The folder's import.json says what became of every key. The null caption of text to image is
-not in the file: it is computed by the config's text encoder, and stored; if guided pictures look washed out, try
---null_attention zero. The null class is in the file.
+not in the file: it is computed by the config's text encoder, and stored; if a PixelGen's guided pictures look washed
+out, try --null_attention zero. The null class is in the file.
 """
 
 from __future__ import annotations
@@ -34,19 +37,24 @@ from t2i.model_folder import write_model
 from t2i.models.conditions import Conditioner
 from t2i.models.text import TextEncoder
 from t2i.released.checkpoint import Checkpoint
-from t2i.released.convert import Imported, Report, import_weights, trained_resolution
-from t2i.released.network import check_condition
+from t2i.released.convert import Imported, Report, import_weights
+from t2i.released.network import check_kind
 from t2i.released.null_caption import NullAttention, null_caption
+from t2i.released.positions import trained_resolution
 
 
-def import_checkpoint(file: str, /, out: str, config: str, null_attention: NullAttention = "mean") -> None:
-    """Turn a released PixelGen checkpoint into a model folder.
+def import_checkpoint(
+    file: str, /, out: str, config: str, resolution: int | None = None, null_attention: NullAttention = "mean"
+) -> None:
+    """Turn a released PixelGen or PixelDiT checkpoint into a model folder.
 
     Args:
-        file: The .ckpt file.
+        file: The .ckpt or .pth file.
         out: The folder to make.
         config: YAML file of a run with the checkpoint's model and, for text to image, its text encoder; the folder gets
             the settings of its last stage at the checkpoint's resolution.
+        resolution: Side in pixels of the images that the checkpoint was trained on, for PixelDiT's, which do not say;
+            none takes the config's last stage.
         null_attention: For text to image, what attention returned for the empty caption when the checkpoint was
             trained.
     """
@@ -54,13 +62,16 @@ def import_checkpoint(file: str, /, out: str, config: str, null_attention: NullA
     if folder.exists():
         raise ConfigError(f"out is {out}: it should not exist yet")
     run_config, checkpoint = load_config(Path(config)), Checkpoint(Path(file))
-    check_condition(checkpoint, run_config.model)  # before a text encoder is loaded
+    check_kind(checkpoint, run_config.model)  # before a text encoder is loaded
     if run_config.model.text_padding != "attend":
         raise ConfigError(
             f"{config} has model.text_padding {run_config.model.text_padding}: it should be attend, as the released "
             "networks attend to pads"
         )
-    settings = _settings(run_config, trained_resolution(checkpoint, run_config.model.patch_size), config)
+    trained = trained_resolution(checkpoint, run_config.model.patch_size)
+    if trained is not None and resolution not in (None, trained):
+        raise ConfigError(f"resolution {resolution}: the checkpoint was trained at {trained}: leave it out")
+    settings = _settings(run_config, trained or resolution, config)
     device = torch.device("cpu")
     conditioner = build_conditioner(settings, device, choose_dtype(settings.engine.dtype, device))
     imported = import_weights(checkpoint, settings, conditioner.width)
@@ -91,7 +102,7 @@ def _settings(config: RunConfig, resolution: int | None, path: str) -> RunConfig
     stages = [stage_config(config, number) for number in range(len(config.stages))] or [config]
     fitting = [stage for stage in stages if resolution is None or stage.data.size == (resolution, resolution)]
     if not fitting:
-        raise ConfigError(f"{path}: data.resolution should be {resolution} in one of its stages, as in the checkpoint")
+        raise ConfigError(f"{path}: data.resolution should be {resolution} in one of its stages")
     return fitting[-1]
 
 

@@ -49,7 +49,7 @@ class PixelBlock(nn.Module):
         super().__init__()
         self.tokens = tokens
         self.post_modulation = post_modulation
-        self.signals = 2 if post_modulation else 3  # shift, scale and, before a branch, its gate
+        self.signals = 2 if post_modulation else 3  # scale and shift; before a branch shift, scale and gate
         self.modulated = pixels if modulation == "pixel" else 1
         self.given: nn.Linear | None = None
         self.adaln: nn.Linear | None = None
@@ -80,10 +80,11 @@ class PixelBlock(nn.Module):
     def _branch(self, x: Tensor, run: Callable[[Tensor], Tensor], made: Tensor | None) -> Tensor:
         if made is None:
             return run(x)
-        shift, scale, *gate = made.unbind(3)
         if self.post_modulation:
+            scale, shift = made.unbind(3)
             return modulate(run(x), shift, scale)
-        return gate[0] * run(modulate(x, shift, scale))
+        shift, scale, gate = made.unbind(3)
+        return gate * run(modulate(x, shift, scale))
 
     def _attend(self, x_BNPC: Tensor, patches_BND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Compact, attend over all tokens of the image, expand."""

@@ -1,1 +1,1 @@
-"""The checkpoints that PixelGen's authors release (huggingface.co/zehongma/PixelGen), to our model folders and back."""
+"""The checkpoints that the authors of PixelGen and PixelDiT release, to our model folders and back."""

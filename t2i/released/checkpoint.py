@@ -23,6 +23,9 @@ from torch import Tensor
 
 from t2i.config_base import ConfigError
 
+AVERAGE = "state_dict_ema"
+"""Where a checkpoint without Lightning keeps the average of its state_dict, if it does."""
+
 
 class Inert(dict[Any, Any]):
     """What stands for a class or function of a file: it takes any call and any state, and keeps only items."""
@@ -135,17 +138,24 @@ class Checkpoint:
         except Exception as error:  # a spoilt pickle may raise anything
             raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise ConfigError(f"{path} is not a checkpoint of Lightning: it has no state_dict")
-        self.rest: dict[Any, Any] = {key: value for key, value in content.items() if key != "state_dict"}
+            raise ConfigError(f"{path} is not a checkpoint of PixelGen or PixelDiT: it has no state_dict")
+        weights = ("state_dict", AVERAGE)
+        self.rest: dict[Any, Any] = {key: value for key, value in content.items() if key not in weights}
         """What the file has beside the weights: training's progress, its optimizer, hyper-parameters."""
         self.unknown = sorted(unpickler.unknown)
         """Classes and functions that the file names, which were not looked for."""
         self.weights: dict[str, StoredTensor] = {}
-        """The state dict."""
-        for name, stored in content["state_dict"].items():
+        """The state dict, and behind `state_dict_ema.` the average's, if it has one of its own."""
+        for key, prefix in (("state_dict", ""), (AVERAGE, f"{AVERAGE}.")):
+            self._add(key, content.get(key, {}), prefix)
+
+    def _add(self, key: str, state_dict: Any, prefix: str) -> None:
+        if not isinstance(state_dict, dict):
+            raise ConfigError(f"{self.path} is damaged: its {key} is no dictionary")
+        for name, stored in state_dict.items():
             if not (isinstance(name, str) and isinstance(stored, StoredTensor) and _is_size(stored.size)):
-                raise ConfigError(f"{path} is damaged: {name!r} of its state_dict is no tensor")
-            self.weights[name] = stored
+                raise ConfigError(f"{self.path} is damaged: {name!r} of its {key} is no tensor")
+            self.weights[prefix + name] = stored
 
     def tensor(self, name: str) -> Tensor:
         """One of the weights, as a view of the file: it must not be written to.

@@ -1,13 +1,12 @@
-"""Weights between the released layout and that of our model folders.
+"""Weights between the released layouts and that of our model folders.
 
-A released checkpoint holds the denoiser as trained, its average, and the projector, which has no average: both of our
-files get the one there is. Its position table is not taken over but compared with the one that our network computes.
+A released checkpoint holds the denoiser as trained, perhaps its average, and the projector, which has no average in
+Lightning's: where there is but one of two, both of our files get it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,25 +16,29 @@ from torch import Tensor
 from t2i.build import build_denoiser, build_projector
 from t2i.config import ModelConfig, RunConfig
 from t2i.config_base import ConfigError
+from t2i.config_model import PixelConfig
 from t2i.model_folder import DENOISER, PROJECTOR
 from t2i.models.layers import sincos_table
-from t2i.released.checkpoint import Checkpoint
-from t2i.released.layout import from_released, released_size, to_released
+from t2i.released.checkpoint import AVERAGE, Checkpoint
+from t2i.released.layout import from_released, released_sizes, to_released
 from t2i.released.names import (
+    PLAIN,
     POSITIONS,
+    PREDICTIONS,
     PROJECTOR_TABLE,
-    RELEASED_DENOISER,
-    RELEASED_PROJECTOR,
+    TITLES,
+    Table,
     denoiser_table,
-    released_names,
+    prefixes,
+    released_shares,
+    unread,
 )
 from t2i.released.network import network_name
+from t2i.released.positions import compare_positions
 
-# The average of a constant drifts by rounding, up to half a unit in the last place / (1 - decay), which is 3e-4 near 1,
-# and bf16 is off by 2e-3. Another table would differ by about 1.
-_POSITION_TOLERANCE = 5e-3
+_OTHER = {"raw": "ema", "ema": "raw"}
 _LIGHTNING = "2.4.0"
-"""The version that the public configuration names; Lightning refuses a checkpoint without one."""
+"""The version that PixelGen's public configuration names; Lightning refuses a checkpoint without one."""
 
 
 @dataclass
@@ -47,9 +50,9 @@ class Report:
     recomputed: dict[str, str] = field(default_factory=dict)
     """Not taken over, since the network computes it."""
     left: dict[str, str] = field(default_factory=dict)
-    """Not taken over."""
+    """Not taken over, or not all rows of it."""
     notes: list[str] = field(default_factory=list)
-    """What the checkpoint does not hold, and what stands in for it."""
+    """What the checkpoint does not hold, what stands in for it, and what our network has no place for."""
 
 
 @dataclass(frozen=True)
@@ -61,28 +64,31 @@ class Imported:
     report: Report
 
 
-def trained_resolution(checkpoint: Checkpoint, patch_size: int) -> int | None:
-    """Side in pixels of the images that a checkpoint was trained on, by its position table; None without one."""
-    for prefix in RELEASED_DENOISER.values():
-        stored = checkpoint.weights.get(prefix + POSITIONS)
-        if stored is not None and len(stored.size) == 3:
-            return math.isqrt(stored.size[1]) * patch_size
-    return None
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint for torch.save, and what is to be said of it."""
+
+    content: dict[str, Any]
+    notes: list[str]
 
 
 class _Part(NamedTuple):
-    """A network in a model folder and in a checkpoint: the prefixes of its names, and the table between them."""
+    """A network in a model folder and in a checkpoint: the prefixes of its names, the table between them, and what else
+    the checkpoint may have under its prefix."""
 
     ours: str
     released: str
-    table: Mapping[str, str]
+    table: Table
+    others: Collection[str] = ()
 
 
 def _denoiser(which: str, model: ModelConfig) -> _Part:
-    return _Part(DENOISER, RELEASED_DENOISER[which], denoiser_table(model))
+    others = (POSITIONS,) if model.family == "pixelgen" else unread(model)
+    return _Part(DENOISER, prefixes(model).denoiser[which], denoiser_table(model), others)
 
 
-_PROJECTOR = _Part(PROJECTOR, RELEASED_PROJECTOR, PROJECTOR_TABLE)
+def _projector(prefix: str) -> _Part:
+    return _Part(PROJECTOR, prefix, PROJECTOR_TABLE)
 
 
 def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -> Imported:
@@ -97,23 +103,53 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
     Raises:
         ConfigError: the checkpoint is damaged, or of another network.
     """
+    model, named = config.model, prefixes(config.model)
+    _check_released(model)
     with torch.device("meta"):
-        denoiser = build_denoiser(config.model, text_width, config.text.length)
+        denoiser = build_denoiser(model, text_width, config.text.length)
     report, found = Report(), dict[str, dict[str, Tensor]]()
-    for which, prefix in RELEASED_DENOISER.items():
+    for which, prefix in named.denoiser.items():
         if any(name.startswith(prefix) for name in checkpoint.weights):
-            found[which] = _take(checkpoint, _denoiser(which, config.model), denoiser, config.model, report)
-            _compare_positions(checkpoint, prefix + POSITIONS, config.model.width, report)
+            found[which] = _take(checkpoint, _denoiser(which, model), denoiser, model, report)
+            if (positions := prefix + POSITIONS) in checkpoint.weights:
+                report.recomputed[positions] = compare_positions(checkpoint, positions, model.width)
     if not found:
-        prefixes = " or ".join(RELEASED_DENOISER.values())
-        raise ConfigError(f"{checkpoint.path} is not a checkpoint of PixelGen: no weight's name begins with {prefixes}")
-    for which, other in (("raw", "ema"), ("ema", "raw")):
-        if which not in found:
-            report.notes.append(f"{which}: the checkpoint has only the {other} weights, which stand in for them")
-    projector = _projector(checkpoint, config.model, report)
+        words = " or ".join(named.denoiser.values())
+        raise ConfigError(
+            f"{checkpoint.path} is not a checkpoint of {TITLES[model.family]}: no weight's name begins with {words}"
+        )
+    for which in _OTHER.keys() - found.keys():
+        report.notes.append(f"{which}: the checkpoint has only the {_OTHER[which]} weights, which stand in for them")
+    projectors = {
+        which: _take_projector(checkpoint, _projector(prefix), model, report)
+        for which, prefix in named.projector.items()
+        if f"{prefix}4.bias" in checkpoint.weights
+    }
+    if not projectors:
+        report.notes.append("projector: the checkpoint has none; training with alignment would start a fresh one")
+    if unread(model):
+        report.notes.append("the last block's text: left, but for its keys and values; no picture depends on the rest")
     _note_what_is_left(checkpoint, report)
-    raw, ema = (found.get(which) or found[other] for which, other in (("raw", "ema"), ("ema", "raw")))
-    return Imported({**raw, **projector}, {**ema, **projector}, report)
+    raw, ema = ({**_either(found, which), **_either(projectors, which)} for which in _OTHER)
+    return Imported(raw, ema, report)
+
+
+def _either(found: Mapping[str, dict[str, Tensor]], which: str) -> dict[str, Tensor]:
+    return found.get(which) or found.get(_OTHER[which], {})
+
+
+def _check_released(model: ModelConfig) -> None:
+    """See that networks of a config's kind are ones that were released."""
+    prediction = PREDICTIONS[model.family]
+    if model.prediction != prediction:
+        raise ConfigError(
+            f"model.prediction {model.prediction}: it should be {prediction} for the released layout of "
+            f"{TITLES[model.family]}"
+        )
+    for name in ("attention", "tokens_per_patch", "modulation"):
+        value, default = getattr(model.pixel, name), PixelConfig.model_fields[name].default
+        if value != default:
+            raise ConfigError(f"model.pixel.{name} {value}: it should be {default} for the released layout of PixelDiT")
 
 
 def _take(
@@ -121,55 +157,39 @@ def _take(
 ) -> dict[str, Tensor]:
     """A network's tensors; all of them, in the shapes that the checkpoint should give them, and none besides."""
     ours = network.state_dict()
-    names = released_names(part.table, ours)
+    sources = {name: released_shares(part.table, name) for name in ours}
+    expected = {share.name for shares in sources.values() for share in shares}
     present = {name.removeprefix(part.released) for name in checkpoint.weights if name.startswith(part.released)}
     another = f"{checkpoint.path}, {network_name(checkpoint)}, is of another network than the config's model"
-    for problem, wrong in (("lacks", names.keys() - present), ("has", present - names.keys() - {POSITIONS})):
+    for problem, wrong in (("lacks", expected - present), ("has", present - expected - {*part.others})):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise ConfigError(f"{another}: it {problem} {part.released}{min(wrong)}{more}")
     taken = {}
-    for released, name in names.items():
-        size = list(checkpoint.weights[part.released + released].size)
-        expected = released_size(name, ours[name].shape, model)
-        if size != expected:
-            raise ConfigError(f"{another}: {part.released}{released} is {size}, by the config {expected}")
-        taken[part.ours + name] = from_released(name, checkpoint.tensor(part.released + released).float(), model)
-        report.used[part.released + released] = part.ours + name
+    for name, shares in sources.items():
+        for share, right in zip(shares, released_sizes(name, ours[name].shape, shares, model), strict=True):
+            released = part.released + share.name
+            size = list(checkpoint.weights[released].size)
+            if size != right:
+                raise ConfigError(f"{another}: {released} is {size}, by the config {right}")
+            report.used[released] = part.ours + name
+            if not share.whole:
+                first, last = (size[0] // share.of * edge for edge in (share.first, share.last))
+                report.left[f"{_place(released)}, the other rows"] = f"used are {first} to {last - 1} of {size[0]}"
+        tensors = [checkpoint.tensor(part.released + share.name).float() for share in shares]
+        taken[part.ours + name] = from_released(name, tensors, shares, model)
     return taken
 
 
-def _compare_positions(checkpoint: Checkpoint, name: str, width: int, report: Report) -> None:
-    """See that the stored position table, if there is one, is the one that our network computes."""
-    if name not in checkpoint.weights:
-        return
-    size = list(checkpoint.weights[name].size)
-    side = math.isqrt(size[1]) if len(size) == 3 else 0
-    if size != [1, side * side, width]:
-        raise ConfigError(f"{checkpoint.path}: {name} is {size}: it should be [1, a square number, {width}]")
-    computed = sincos_table(side, side, width, torch.device("cpu"))
-    difference = (checkpoint.tensor(name)[0].float() - computed).abs().max().item()
-    if not difference <= _POSITION_TOLERANCE:
-        raise ConfigError(
-            f"{checkpoint.path}: {name} is not the table of sines and cosines that this network adds: it differs by "
-            f"{difference:.2g}"
-        )
-    report.recomputed[name] = f"a table for {side} x {side} patches; computed for any grid, it differs by {difference}"
-
-
-def _projector(checkpoint: Checkpoint, model: ModelConfig, report: Report) -> dict[str, Tensor]:
-    last = checkpoint.weights.get(f"{RELEASED_PROJECTOR}4.bias")
-    if last is None:
-        report.notes.append("projector: the checkpoint has none; training with alignment would start a fresh one")
-        return {}
+def _take_projector(checkpoint: Checkpoint, part: _Part, model: ModelConfig, report: Report) -> dict[str, Tensor]:
     with torch.device("meta"):
-        projector = build_projector(model, last.size[0])
-    return _take(checkpoint, _PROJECTOR, projector, model, report)
+        projector = build_projector(model, checkpoint.weights[f"{part.released}4.bias"].size[0])
+    return _take(checkpoint, part, projector, model, report)
 
 
 def _note_what_is_left(checkpoint: Checkpoint, report: Report) -> None:
     for name in checkpoint.weights.keys() - report.used.keys() - report.recomputed.keys():
-        report.left[f"state_dict.{name}"] = f"tensor {list(checkpoint.weights[name].size)}"
+        report.left[_place(name)] = f"tensor {list(checkpoint.weights[name].size)}"
     for key, value in checkpoint.rest.items():
         plain = isinstance(value, str | int | float | None)
         report.left[str(key)] = repr(value) if plain else f"{type(value).__name__} of {len(value)}"
@@ -177,37 +197,65 @@ def _note_what_is_left(checkpoint: Checkpoint, report: Report) -> None:
         report.left[f"class or function {name}"] = "not looked for: nothing of a file is run"
 
 
-def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A checkpoint in the released layout, without an optimizer, for torch.save.
+def _place(name: str) -> str:
+    """Where in the file one of the weights lies."""
+    return name if name.startswith(f"{AVERAGE}.") else f"state_dict.{name}"
+
+
+def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> Exported:
+    """A checkpoint in the released layout, without an optimizer.
+
+    That of PixelDiT for text to image has an average only where it is not the weights themselves.
 
     Args:
         config, raw, ema: of a model folder, the weights under their names there.
 
     Raises:
-        ConfigError: a weight is not of the config's network, or its pictures are not square.
+        ConfigError: a weight is not of the config's network, the network is of no released kind, or PixelGen's pictures
+            are not square.
     """
-    rows, columns = (side // config.model.patch_size for side in config.data.size)
+    model, named = config.model, prefixes(config.model)
+    _check_released(model)
+    weights: dict[str, Tensor] = {}
+    for which, tensors in (("raw", raw), ("ema", ema)):
+        weights |= _made(config, named.denoiser[which])
+        weights |= _renamed(tensors, _denoiser(which, model), model)
+        if which in named.projector:
+            weights |= _renamed(tensors, _projector(named.projector[which]), model)
+    if named is not PLAIN:
+        around = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": _LIGHTNING}
+        return Exported({**around, "state_dict": weights}, [])
+    own = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{AVERAGE}.")}
+    average = {name.removeprefix(f"{AVERAGE}."): weights[name] for name in weights if name not in own}
+    content = {"state_dict": own}
+    if own.keys() != average.keys() or any(not torch.equal(own[name], average[name]) for name in own):
+        content[AVERAGE] = average
+    return Exported(
+        content, ["the last block's text: zeros, but for its keys and values; no picture depends on the rest"]
+    )
+
+
+def _made(config: RunConfig, prefix: str) -> dict[str, Tensor]:
+    """What a checkpoint's denoiser has and no folder's: PixelGen's position table, and zeros that nothing reads."""
+    model = config.model
+    if model.family == "pixeldit":
+        return {prefix + name: torch.zeros(shape) for name, shape in unread(model).items()}
+    rows, columns = (side // model.patch_size for side in config.data.size)
     if rows != columns:
         raise ConfigError(
             f"data.resolution {list(config.data.size)}: the released layout has square pictures alone; in the folder's "
             "config.yaml, give the square that the checkpoint is to be read at"
         )
-    table = sincos_table(rows, columns, config.model.width, torch.device("cpu"))[None]
-    weights: dict[str, Tensor] = {}
-    for which, tensors in (("raw", raw), ("ema", ema)):
-        weights[RELEASED_DENOISER[which] + POSITIONS] = table
-        weights |= _renamed(tensors, _denoiser(which, config.model), config.model)
-    weights |= _renamed(raw, _PROJECTOR, config.model)
-    return {"epoch": 0, "global_step": 0, "pytorch-lightning_version": _LIGHTNING, "state_dict": weights}
+    return {prefix + POSITIONS: sincos_table(rows, columns, model.width, torch.device("cpu"))[None]}
 
 
 def _renamed(tensors: Mapping[str, Tensor], part: _Part, model: ModelConfig) -> dict[str, Tensor]:
-    own = [name.removeprefix(part.ours) for name in tensors if name.startswith(part.ours)]
-    try:
-        names = released_names(part.table, own)
-    except KeyError as error:
-        raise ConfigError(f"the released layout has no name for {part.ours}{error.args[0]}") from error
-    return {
-        part.released + released: to_released(name, tensors[part.ours + name], model)
-        for released, name in names.items()
-    }
+    renamed = {}
+    for name in (whole.removeprefix(part.ours) for whole in tensors if whole.startswith(part.ours)):
+        try:
+            shares = released_shares(part.table, name)
+        except KeyError as error:
+            raise ConfigError(f"the released layout has no name for {part.ours}{error.args[0]}") from error
+        for share, tensor in zip(shares, to_released(name, tensors[part.ours + name], shares, model), strict=True):
+            renamed[part.released + share.name] = tensor
+    return renamed

@@ -3,30 +3,58 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from t2i.config import ModelConfig
 from t2i.config_base import ConfigError
 from t2i.released.checkpoint import Checkpoint
-from t2i.released.names import RELEASED_DENOISER
+from t2i.released.names import LIGHTNING, PLAIN, PREDICTIONS, TITLES, Prefixes
 
-_EMBEDDING = {"text": ("y_embedder.proj.weight", 0), "class": ("y_embedder.embedding_table.weight", 1)}
-"""By condition, the tensor that only this network has, and the axis of it that is the width."""
+
+class Network(NamedTuple):
+    """What tells released networks apart; `family` and `condition` are the config's."""
+
+    family: str
+    condition: str
+    width: int
+    depth: int
+
+
+class _Sign(NamedTuple):
+    """The tensor that shows a kind of network, the axis of it that is the width, and what its blocks are called."""
+
+    prefixes: Prefixes
+    name: str
+    axis: int
+    blocks: str
+
+
+_SIGNS = {  # in this order: PixelDiT for classes has that embedding, too
+    ("pixeldit", "text"): _Sign(PLAIN, "s_embedder.proj.weight", 0, "patch_blocks"),
+    ("pixeldit", "class"): _Sign(LIGHTNING, "s_embedder.proj.weight", 0, "patch_blocks"),
+    ("pixelgen", "text"): _Sign(LIGHTNING, "y_embedder.proj.weight", 0, "blocks"),
+    ("pixelgen", "class"): _Sign(LIGHTNING, "y_embedder.embedding_table.weight", 1, "blocks"),
+}
 _SHIPPED = {
-    ("text", 1536, 16): "PixelGen-XXL/16 for text to image, as in configs/pixelgen_xxl.yaml",
-    ("class", 1152, 28): "PixelGen-XL/16 for class to image, as in configs/pixelgen_xl.yaml",
-    ("class", 1024, 24): "PixelGen-L/16 for class to image, as in configs/pixelgen_l.yaml",
+    Network("pixelgen", "text", 1536, 16): "PixelGen-XXL/16 for text to image, as in configs/pixelgen_xxl.yaml",
+    Network("pixelgen", "class", 1152, 28): "PixelGen-XL/16 for class to image, as in configs/pixelgen_xl.yaml",
+    Network("pixelgen", "class", 1024, 24): "PixelGen-L/16 for class to image, as in configs/pixelgen_l.yaml",
+    Network("pixeldit", "text", 1536, 14): "PixelDiT-T2I for text to image, as in configs/pixeldit_t2i.yaml",
+    Network("pixeldit", "class", 1152, 26): "PixelDiT-XL/16 for class to image, as in configs/pixeldit_xl.yaml",
+    Network("pixeldit", "class", 1024, 22): "PixelDiT-L/16 for class to image, as in configs/pixeldit_l.yaml",
+    Network("pixeldit", "class", 768, 12): "PixelDiT-B/16 for class to image, as in configs/pixeldit_b.yaml",
 }
 
 
-def network_of(checkpoint: Checkpoint) -> tuple[str, int, int] | None:
-    """Condition, width and number of blocks; None where they are not those of a PixelGen."""
-    for prefix in RELEASED_DENOISER.values():
-        numbers = [re.match(rf"{prefix}blocks\.(\d+)\.", name) for name in checkpoint.weights]
-        depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
-        for condition, (name, axis) in _EMBEDDING.items():
-            stored = checkpoint.weights.get(prefix + name)
+def network_of(checkpoint: Checkpoint) -> Network | None:
+    """None where the weights are not those of a PixelGen or PixelDiT."""
+    for (family, condition), sign in _SIGNS.items():
+        for prefix in sign.prefixes.denoiser.values():
+            stored = checkpoint.weights.get(prefix + sign.name)
             if stored is not None and len(stored.size) == 2:
-                return condition, stored.size[axis], depth
+                numbers = [re.match(rf"{re.escape(prefix)}{sign.blocks}\.(\d+)\.", name) for name in checkpoint.weights]
+                depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
+                return Network(family, condition, stored.size[sign.axis], depth)
     return None
 
 
@@ -35,19 +63,28 @@ def network_name(checkpoint: Checkpoint) -> str:
     network = network_of(checkpoint)
     if network is None:
         return "an unknown network"
-    condition, width, depth = network
-    return _SHIPPED.get(network, f"PixelGen for {condition} to image, {depth} blocks of width {width}")
+    family, condition, width, depth = network
+    return _SHIPPED.get(network, f"{TITLES[family]} for {condition} to image, {depth} blocks of width {width}")
 
 
-def check_condition(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """See that a checkpoint draws from what the config's model draws from.
+def check_kind(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """See that a checkpoint is of the config's family, draws from what its model draws from, and predicts the same.
 
     Raises:
-        ConfigError: it draws from captions and the model classes, or the reverse.
+        ConfigError: one of these is another.
     """
     network = network_of(checkpoint)
-    if network is not None and network[0] != model.condition:
-        raise ConfigError(
-            f"{checkpoint.path} is {network_name(checkpoint)}: the config's model.condition should be {network[0]}, "
-            f"not {model.condition}"
-        )
+    if network is None:
+        return
+    expected = {
+        "family": network.family,
+        "condition": network.condition,
+        "prediction": PREDICTIONS[network.family],
+    }
+    wrong = [
+        f"model.{field} should be {value}, not {getattr(model, field)}"
+        for field, value in expected.items()
+        if getattr(model, field) != value
+    ]
+    if wrong:
+        raise ConfigError(f"{checkpoint.path} is {network_name(checkpoint)}: the config's {' and '.join(wrong)}")

@@ -1,7 +1,8 @@
 """The null caption of the released models, which their checkpoints do not hold.
 
-They were trained on what Qwen3 makes of an empty caption: 128 pads, all of them masked. What attention then returns
+PixelGen was trained on what Qwen3 makes of an empty caption: 128 pads, all of them masked. What attention then returns
 was a library's choice, and one of two: the mean of the values, as without a mask, or zero. No record says which.
+PixelDiT's is what Gemma-2 makes of one, which has a first token to attend to.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,17 @@ def case_of_text() -> Case:
 
 # L is tapped where the class's tokens join, as it is, and XL behind.
 CASES = {"XXL": case_of_text(), "L": case_of_class(TINY_L, 2), "XL": case_of_class(TINY_XL, 3)}
+
+
+def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def compare(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    """Equal to 1e-5 of a tensor's largest value."""
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.shape == other.shape
+        torch.testing.assert_close(mine, other, atol=1e-5 * other.abs().max().item(), rtol=0)
 
 
 def stored(path: Path, weights: dict[str, Tensor], **more: Any) -> Checkpoint:

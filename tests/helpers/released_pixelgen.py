@@ -106,8 +106,13 @@ def lightning(weights: dict[str, Tensor], **more: Any) -> dict[str, Any]:
 
 
 def random_weights(denoiser: dict[str, tuple[int, ...]], features: int) -> dict[str, Tensor]:
-    """A whole state dict, random and of a size at which every part matters; raw and averaged weights differ."""
-    generator = torch.Generator().manual_seed(0)
+    """A whole state dict; raw and averaged weights differ."""
+    return random_tensors(every_shape(denoiser, features))
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Weights of a size at which every part matters."""
+    generator = torch.Generator().manual_seed(seed)
 
     def random(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith(".pos_embed"):
@@ -117,7 +122,7 @@ def random_weights(denoiser: dict[str, tuple[int, ...]], features: int) -> dict[
             return values * 0.8 / math.sqrt(math.prod(shape[1:]))
         return 0.3 * values + (1.0 if "norm" in name else 0.0)
 
-    return {name: random(name, shape) for name, shape in every_shape(denoiser, features).items()}
+    return {name: random(name, shape) for name, shape in shapes.items()}
 
 
 def position_table(grid: int, width: int) -> Tensor:

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 from released_cases import CASES
+from released_pixeldit import dit_file, dit_weights
+from released_pixeldit_cases import TINY, dit_config
 from released_pixelgen import Sizes, denoiser_shapes, lightning, random_weights
 from tiny_qwen import save_qwen
 from torch import Tensor
@@ -167,3 +169,47 @@ def test_another_task_is_refused_before_a_text_encoder_is_loaded(
     (class_place / "c.yaml").write_text("text: {model: absent}")
     assert "x.ckpt is PixelGen for class to image, 4 blocks of width 48: " in (said := refused())
     assert said.endswith("the config's model.condition should be class, not text")
+
+
+@pytest.fixture
+def dit_place(place: Path) -> Path:
+    """The folder with x.ckpt, its average beside the weights, and c.yaml for PixelDiT from text, in two stages."""
+    s = TINY["text"]
+    torch.save(dit_file(*dit_weights(s)), place / "x.ckpt")
+    tree = yaml.safe_load(dump_config(dit_config(s)))
+    tree["text"] |= {"model": str(place / "qwen")}
+    tree["engine"] |= {"dtype": "fp32"}
+    tree["stages"] = [{"name": "low"}, {"name": "high", "data": {"resolution": 32}}]
+    (place / "c.yaml").write_text(yaml.safe_dump(tree))
+    return place
+
+
+def test_a_pixeldit_draws_and_becomes_itself_again(dit_place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert importing(dit_place, "--resolution", "20") == 0
+    assert "the last block's text: left" in capsys.readouterr().out
+    raw, ema = (Pipeline.load(dit_place / "model", which, torch.device("cpu")) for which in ("raw", "ema"))
+    assert raw.config.data.resolution == 20
+    assert torch.equal(raw.null_caption, raw.conditioner.null_caption())
+    settings = SamplingConfig(steps=2, batch_size=1)
+    pictures = [pipeline.draw([Picture("a red circle")], settings) for pipeline in (raw, ema)]
+    assert pictures[0].shape == (1, 3, 20, 20) and not torch.equal(*pictures)
+    assert launch.export.main([str(dit_place / "model"), "--out", str(dit_place / "y.pth")]) == 0
+    assert "the last block's text: zeros" in capsys.readouterr().out
+    written, read = (torch.load(dit_place / name, weights_only=True) for name in ("y.pth", "x.ckpt"))
+    assert written.keys() == {"state_dict", "state_dict_ema"}
+    for key in written:
+        assert written[key].keys() == read[key].keys()
+        assert torch.equal(written[key]["core.final_layer.linear.weight"], read[key]["core.final_layer.linear.weight"])
+
+
+def test_where_the_checkpoint_does_not_say_the_last_stage_is_taken(dit_place: Path) -> None:
+    assert importing(dit_place) == 0
+    assert read_model(dit_place / "model", "raw").config.data.resolution == 32
+
+
+def test_a_resolution_must_be_one_of_the_stages(dit_place: Path, refused: Callable[..., str]) -> None:
+    assert "data.resolution should be 24 in one of its stages" in refused("--resolution", "24")
+
+
+def test_a_resolution_that_the_checkpoint_gives_is_not_another(place: Path, refused: Callable[..., str]) -> None:
+    assert "resolution 16: the checkpoint was trained at 20: leave it out" in refused("--resolution", "16")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from released_cases import CASES, TINY, XL, XXL, Case, L, config, stored
+from released_cases import CASES, TINY, XL, XXL, Case, L, compare, config, part, stored
 from released_class_pixelgen import class_denoiser_shapes
 from released_pixelgen import denoiser_shapes, every_shape, position_table, project, random_weights
 from torch import Tensor
@@ -18,14 +17,11 @@ from t2i.config_base import ConfigError
 from t2i.config_loading import load_config, stage_config
 from t2i.models.layers import Projector
 from t2i.released.checkpoint import Checkpoint
-from t2i.released.convert import Imported, export_weights, import_weights, trained_resolution
+from t2i.released.convert import Imported, export_weights, import_weights
+from t2i.released.positions import trained_resolution
 
 ROOT = Path(__file__).parents[3]
 PROJECTOR = "diffusion_trainer.proj.0."
-
-
-def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +72,6 @@ def test_every_key_and_shape_has_its_place(
     assert len({value.data_ptr() for value in result.raw.values()}) == len(expected)  # no two of one
 
 
-def _compare(ours: Any, theirs: Any) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.shape == other.shape
-        torch.testing.assert_close(mine, other, atol=1e-5 * other.abs().max().item(), rtol=0)
-
-
 @pytest.mark.parametrize("which", ["raw", "ema"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_output_features_and_gradients_are_the_references(case: Case, which: str, tmp_path: Path) -> None:
@@ -103,7 +93,7 @@ def test_output_features_and_gradients_are_the_references(case: Case, which: str
     ours_out = prediction.output, projector(prediction.features)
     theirs_out = image, project(part(theirs, PROJECTOR), features)
     assert image.std() > 0.3 and features.std() > 0.3
-    _compare((*ours_out, prediction.features), (*theirs_out, features))
+    compare((*ours_out, prediction.features), (*theirs_out, features))
 
     parameters = {f"denoiser.{name}": value for name, value in network.named_parameters()}
     parameters |= {f"projector.{name}": value for name, value in projector.named_parameters()}
@@ -116,15 +106,15 @@ def test_output_features_and_gradients_are_the_references(case: Case, which: str
     )
     assert all(gradient.abs().max() > 1e-6 for gradient in theirs_gradients)
     by_name = dict(zip(parameters, ours_gradients[2:], strict=True))
-    released = export_weights(run, by_name, by_name)["state_dict"]
-    _compare((*ours_gradients[:2], *(released[name] for name in learned)), theirs_gradients)
+    released = export_weights(run, by_name, by_name).content["state_dict"]
+    compare((*ours_gradients[:2], *(released[name] for name in learned)), theirs_gradients)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_way_back_gives_every_key_and_byte(case: Case, tmp_path: Path) -> None:
     weights = random_weights(case.shapes, 11)
     imported = import_weights(stored(tmp_path / "x.ckpt", weights), case.run, case.text_width)
-    exported = export_weights(case.run, imported.raw, imported.ema)
+    exported = export_weights(case.run, imported.raw, imported.ema).content
     assert exported["state_dict"].keys() == weights.keys()
     for name, value in exported["state_dict"].items():
         if name.endswith(".pos_embed"):
