@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.buckets import Size
 from t2i.build import build_denoiser
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
@@ -255,55 +256,62 @@ def _stand_in() -> EfficientNetLite:
 
 
 def image_distance(config: RunConfig, dtype: torch.dtype) -> Frozen | None:
-    """LPIPS, VGG16 in `dtype`, or its stand-in on one image at full resolution: FLOPs of the predicted image's half."""
+    """LPIPS, VGG16 in `dtype`, or its stand-in on one image at full resolution: FLOPs of the predicted image's half.
+
+    With buckets, FLOPs are of the resolution's square and bytes of the largest bucket, here and in `patch_features`.
+    """
     if config.objective.lpips_weight == 0:
         return None
-    image, predicted = _images(config)
+    image, predicted = _images(config.data.size)
+    large, large_predicted = _images(config.data.largest)
     if config.objective.lpips_network == STAND_IN:
         stand_in = _stand_in()
         flops = _flops(lambda: stand_in.distance(predicted, image)) / 2
-        saved = saved_bytes(lambda: stand_in.distance(predicted, image), stand_in)
+        saved = saved_bytes(lambda: stand_in.distance(large_predicted, large), stand_in)
         return Frozen(STAND_IN, size(stand_in), 0, flops, saved)
     import lpips
 
     with META:
         net = Lpips(lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False), dtype).to(META)
     flops = _flops(lambda: net.distance(predicted, image)) / 2
-    return Frozen("LPIPS, VGG16", size(net), 0, flops, saved_bytes(lambda: net.distance(predicted, image), net))
+    return Frozen("LPIPS, VGG16", size(net), 0, flops, saved_bytes(lambda: net.distance(large_predicted, large), net))
 
 
 def patch_features(config: RunConfig, dtype: torch.dtype) -> Frozen | None:
     """DINOv2 in `dtype`, or its stand-in, on one image, resized so that its patches match the model's."""
-    objective, grid = config.objective, _grid(config)
+    objective, grid, large_grid = config.objective, _grid(config), _grid(config, config.data.largest)
     if objective.pdino_weight + objective.repa_weight == 0:
         return None
-    _, predicted = _images(config)
+    (_, predicted), (_, large_predicted) = _images(config.data.size), _images(config.data.largest)
     if objective.features_network == STAND_IN:
         stand_in = _stand_in()
         flops = _flops(lambda: stand_in.tokens(predicted, grid, [1]))
-        saved = saved_bytes(lambda: stand_in.tokens(predicted, grid, [1]), stand_in)
+        saved = saved_bytes(lambda: stand_in.tokens(large_predicted, large_grid, [1]), stand_in)
         return Frozen(STAND_IN, size(stand_in), stand_in.width, flops, saved)
     from transformers import Dinov2Model
 
     described = _described(objective.features_path, "objective.features_path", KNOWN_FEATURES, "dinov2")
     with META:
         net = Dinov2Model(described).eval().requires_grad_(False).to(dtype)
-        sides = [described.patch_size * side for side in grid]
-        resized = torch.empty(1, 3, *sides, dtype=dtype, requires_grad=True)
+        resized, large_resized = (
+            torch.empty(1, 3, *(described.patch_size * side for side in sides), dtype=dtype, requires_grad=True)
+            for sides in (grid, large_grid)
+        )
         flops = _flops(lambda: net(resized))
         with _FusedAttention():
-            saved = saved_bytes(lambda: net(resized), net)
+            saved = saved_bytes(lambda: net(large_resized), net)
     return Frozen("DINOv2", size(net), int(described.hidden_size), flops, saved)
 
 
-def _images(config: RunConfig) -> tuple[Tensor, Tensor]:
+def _images(size: Size) -> tuple[Tensor, Tensor]:
+    """An image and a predicted one."""
     with META:
-        return torch.empty(1, 3, *config.data.size), torch.empty(1, 3, *config.data.size, requires_grad=True)
+        return torch.empty(1, 3, *size), torch.empty(1, 3, *size, requires_grad=True)
 
 
-def _grid(config: RunConfig) -> tuple[int, int]:
-    """Rows and columns of an image's patches."""
-    height, width = config.data.size
+def _grid(config: RunConfig, size: Size | None = None) -> tuple[int, int]:
+    """Rows and columns of an image's patches, of the resolution's by default."""
+    height, width = size or config.data.size
     return height // config.model.patch_size, width // config.model.patch_size
 
 

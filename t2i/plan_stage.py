@@ -142,7 +142,7 @@ class StageMemory:
         """Bytes at the fullest moment of a micro-step, by component."""
         config = self.config
         length = config.text.length if self.text is not None else 0
-        shapes = Shapes(config.model, config.data.size, length, self.text_width, self.dtype_bytes)
+        shapes = Shapes(config.model, config.data.largest, length, self.text_width, self.dtype_bytes)
         return activation_memory(
             shapes,
             micro_batch,

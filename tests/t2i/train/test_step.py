@@ -77,7 +77,7 @@ def seen(slots: np.ndarray, micro: int, dropout: float = 0.1, caption_dropout: f
     step = TrainingStep(stage, "s", world, labels, labels.null_caption(), objective, engine)
     pixels = torch.from_numpy(np.stack([np.full((3, 8, 8), slot % 256, np.uint8) for slot in slots]))
     captions = [str(slot % CLASSES) for slot in slots]
-    batch = Batch(pixels, captions, captions, slots, {}, [], 0.0)
+    batch = Batch([pixels], captions, captions, slots, {}, [], 0.0)
     step(batch, 0, lambda loss, norm: None)
     return tuple(map(torch.cat, zip(*engine.given, strict=True)))
 
@@ -173,7 +173,7 @@ def taught(micro: int, uncut: bool = False, caption_dropout: float = 0.5) -> tup
     step = TrainingStep(validate_config(tree, "here"), "s", world, words, null, objective, engine)
     pixels = torch.randint(256, (SIZE, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     captions = [f"{n % 7} {1 + n * 11 // SIZE}" for n in range(SIZE)]
-    trained = step(Batch(pixels, captions, captions, np.arange(SIZE), {}, [], 0.0), 0, lambda loss, norm: None)
+    trained = step(Batch([pixels], captions, captions, np.arange(SIZE), {}, [], 0.0), 0, lambda loss, norm: None)
     return trained.means["loss"], engine, words
 
 
@@ -235,7 +235,7 @@ def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest
     step = TrainingStep(stage, "s", World(0, 1, CPU), labels, labels.null_caption(), objective, Engine())
     slots = np.arange(SIZE)
     captions = [str(slot % CLASSES) for slot in slots]
-    batch = Batch(torch.zeros(SIZE, 3, 8, 8, dtype=torch.uint8), captions, captions, slots, {}, [], 0.0)
+    batch = Batch([torch.zeros(SIZE, 3, 8, 8, dtype=torch.uint8)], captions, captions, slots, {}, [], 0.0)
     with reads:
         step(batch, 0, lambda loss, norm: None)
     assert order[:2] == ["norm", "loss"] and net.seen > 0
