@@ -107,7 +107,9 @@ def _check_buckets(config: RunConfig, where: str) -> None:
     patch = config.model.patch_size
     for height, width in config.data.aspect_buckets.sizes if config.data.aspect_buckets is not None else ():
         if height % patch or width % patch:
-            raise ConfigError(f"{where}: data.buckets: {height}x{width} must be a multiple of model.patch_size ({patch})")
+            raise ConfigError(
+                f"{where}: data.buckets: {height}x{width} must be a multiple of model.patch_size ({patch})"
+            )
 
 
 def stage_config(config: RunConfig, index: int) -> RunConfig:
@@ -218,6 +220,6 @@ def check_world_size(config: RunConfig, world_size: int, where: str) -> None:
     if group % micro:
         nearest = max(n for n in range(1, min(micro, group) + 1) if group % n == 0)
         raise ConfigError(
-            f"{where}: train.micro_batch_size {micro} does not divide data.group_size {group}, whose samples are of one "
+            f"{where}: train.micro_batch_size {micro} does not divide data.group_size {group}, the samples of one "
             f"size; {nearest} would"
         )

@@ -25,7 +25,7 @@ from t2i.train.step import TrainingStep
 
 
 def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Batch:
-    """A rank's share of a batch of noise in the stage's full shape, that of the largest bucket, for the step that comes.
+    """A rank's share of a batch of noise in the stage's full shape, the largest bucket's, for the step that comes.
 
     Its slots are of that step, dealt out so that in each micro-batch as many samples are over the gate as will ever be.
     Its caption fills text.length: none takes more memory.
