@@ -102,7 +102,9 @@ class LaneGroups:
         """The first group of a bucket; None if one of it cannot be decoded, and the others wait on."""
         members, later = self._waiting[size][: self._group_size], self._waiting[size][self._group_size :]
         pixels = torch.empty((self._group_size, 3, *size), dtype=torch.uint8, pin_memory=self._pin_memory)
-        array, good, bad = pixels.numpy(), [], []
+        array = pixels.numpy()
+        good: list[Found[Undecoded]] = []
+        bad: list[Found[Undecoded]] = []
         for it in members:
             try:
                 array[len(good)] = it.made.decode()

@@ -93,6 +93,29 @@ def test_micro_batches_and_ranks_see_the_same() -> None:
         assert all(torch.equal(a, b[mine]) for a, b in zip(seen(slots[mine], 8), whole, strict=True))
 
 
+def test_a_share_of_several_sizes_is_trained_on_group_by_group() -> None:
+    slots = np.random.default_rng(0).permutation(np.arange(FIRST, FIRST + SIZE))
+    sizes = [(8, 8), (4, 16), (16, 4), (8, 8)] * (SIZE // 16)
+    groups = [torch.full((4, 3, *size), n, dtype=torch.uint8) for n, size in enumerate(sizes)]
+    for micro in (1, 2, 4):
+        engine, labels = Recorder(), ClassLabels(CLASSES, CPU)
+        objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
+        step = TrainingStep(
+            config(micro, 0.1, 0.5), "s", World(0, 1, CPU), labels, labels.null_caption(), objective, engine
+        )
+        captions = [str(slot % CLASSES) for slot in slots]
+        trained = step(Batch(groups, captions, captions, slots, {}, [], 0.0), 0, lambda loss, norm: None)
+        shapes = [tuple(image.shape) for image, *_ in engine.given]
+        assert shapes == [(micro, 3, *size) for size in sizes for _ in range(4 // micro)]
+        # Times, labels and masks are the slots', as in a batch of squares.
+        of_squares = seen(slots, SIZE)
+        for n in range(1, 4):
+            assert torch.equal(torch.cat([given[n] for given in engine.given]), of_squares[n])
+        if micro == 1:
+            means = trained.means
+        assert trained.means == pytest.approx(means, rel=1e-5)
+
+
 def test_labels_are_dropped_to_the_null_class() -> None:
     slots = np.arange(FIRST, FIRST + SIZE)
     dropped = uniform(key(0, "s", "caption"), slots) < 0.5
