@@ -321,6 +321,12 @@ def test_a_made_up_batch_is_full_and_as_often_over_the_gate_as_ever(size: int, m
     assert torch.equal(before[0], torch.get_rng_state()) and str(before[1]) == str(np.random.get_state())
 
 
+def test_a_made_up_batch_is_of_the_largest_bucket() -> None:
+    data = {"resolution": 32, "buckets": [[16, 48], [48, 32], [32, 32]], "group_size": 2}
+    batch = made_up_batch(plain(train={"batch_size": 8, "micro_batch_size": 2}, data=data), "low", 0, ALONE)
+    assert [tuple(pixels.shape) for _, pixels in batch.micro_batches(2)] == [(2, 3, 48, 32)] * 4
+
+
 @pytest.mark.parametrize("gate", [0.0, 1.0])
 def test_a_gate_that_is_never_or_always_open_has_its_batch_too(gate: float) -> None:
     train = {"batch_size": 8, "micro_batch_size": 4}
