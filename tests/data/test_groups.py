@@ -225,18 +225,7 @@ def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_passed_over(
 ) -> None:
     indices = case.write(tmp_path_factory.mktemp("case"))
     read, aside, state = case.read(indices, batches)
-    orders = {index.name: SourceOrder(index.name, index.counts, case.lanes, case.block, 1, "s") for index in indices}
-    came: Counter[tuple[str, int]] = Counter()
-    waits: Counter[tuple[str, int]] = Counter()
-    for lane, of_lane in ((int(lane), it) for lane, it in state["lanes"].items()):
-        for name, (epoch, position) in of_lane["sources"].items():
-            for earlier in range(epoch):
-                for place in range(orders[name].lane_size(lane, earlier)):
-                    came[name, sample_at(orders[name], indices, lane, earlier, place)] += 1
-            for place in range(position):
-                came[name, sample_at(orders[name], indices, lane, epoch, place)] += 1
-        for name, epoch, position in of_lane["waiting"]:
-            waits[name, sample_at(orders[name], indices, lane, epoch, position)] += 1
+    came, waits = came_and_waits(case, indices, state)
     used = Counter((id_.partition("/")[0], number_of(id_)) for batch in read for _, id_, *_ in batch)
     passed = Counter((it.source, int(it.key or -1)) for it in aside)
     short = Counter({place: n for place, n in came.items() if place[1] in case.short})
@@ -250,11 +239,26 @@ def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_passed_over(
     assert sum(counters.values()) - len(aside) == came.total() - waits.total()
 
 
-def sample_at(order: SourceOrder, indices: list[SourceIndex], lane: int, epoch: int, position: int) -> int:
-    """The number of the sample at a lane's raw position."""
-    (index,) = (it for it in indices if it.name == order.name)
-    shard, sample = order.block(lane, epoch, position // order.shuffle_block)[position % order.shuffle_block]
-    return int(index.counts[:shard].sum() + sample)
+def came_and_waits(
+    case: Case, indices: list[SourceIndex], state: dict[str, Any]
+) -> tuple[Counter[tuple[str, int]], Counter[tuple[str, int]]]:
+    """How often each sample, by source and number, was come by until a state, and how often it waits there."""
+    came: Counter[tuple[str, int]] = Counter()
+    waits: Counter[tuple[str, int]] = Counter()
+    for index in indices:
+        order = SourceOrder(index.name, index.counts, case.lanes, case.block, 1, "s")
+
+        def number(lane: int, epoch: int, position: int, index: SourceIndex = index, order: SourceOrder = order) -> int:
+            shard, sample = order.block(lane, epoch, position // case.block)[position % case.block]
+            return int(index.counts[:shard].sum() + sample)
+
+        for lane, it in ((int(lane), it) for lane, it in state["lanes"].items()):
+            epoch, position = it["sources"][index.name]
+            places = [(before, n) for before in range(epoch) for n in range(order.lane_size(lane, before))]
+            places += [(epoch, n) for n in range(position)]
+            came.update((index.name, number(lane, *place)) for place in places)
+            waits.update((index.name, number(lane, *place)) for name, *place in it["waiting"] if name == index.name)
+    return came, waits
 
 
 def test_sources_are_mixed_by_weight_though_one_is_half_broken(tmp_path: Path) -> None:
@@ -283,12 +287,16 @@ def test_a_source_of_broken_images_is_an_error_not_an_endless_search(tmp_path: P
 
 
 def test_an_image_below_its_bucket_is_small_and_counts_so(tmp_path: Path) -> None:
-    small = {n: {"jpg": jpeg(n, (7, 14))} for n in range(3)} | {n: {"jpg": jpeg(n, (8, 16))} for n in range(3, 8)}
+    small = {n: {"jpg": jpeg(n, (14, 7))} for n in range(3)} | {n: {"jpg": jpeg(n, (8, 16))} for n in range(3, 8)}
     index = write_source(tmp_path, [8], "s0", small)
-    case, kept = Case(((8,),), lanes=1), ImageSettings(8, buckets=Buckets(SIZES, 2))
+    case, kept = Case(((8,),), lanes=1, group_size=3), ImageSettings(8, buckets=Buckets(SIZES, 3))
     for images, count in ((kept, 5), (replace(kept, small_images="upscale"), 8)):
-        read, _, state = case.read([index], 12, images=images)
-        assert len({id_ for batch in read for _, id_, *_ in batch}) == count
+        state, used, waited = None, set(), set()
+        for _ in range(24):
+            ((batch,), _, state) = case.read([index], 1, images=images, state=state)
+            used |= {number_of(id_) for _, id_, *_ in batch}
+            waited |= {number for _, number in came_and_waits(case, [index], state)[1]}
+        assert used | waited == set(range(8 - count, 8))
         assert ("small_image" in state["lanes"]["0"]["counters"]) == (count == 5)
 
 
@@ -350,17 +358,13 @@ def test_what_waits_passes_by_the_rules_of_now(case: Case, indices: list[SourceI
     _, _, state = case.read(indices, 2)
     stricter = replace(RULES, max_aspect_ratio=1.4)
     wide = {n for n in range(40) if max(SHAPES[n % 6]) > 1.4 * min(SHAPES[n % 6])}
-    order = SourceOrder("s0", indices[0].counts, LANES, case.block, 1, "s")
-    waits = [
-        sample_at(order, indices, int(lane), *place[1:])
-        for lane, it in state["lanes"].items()
-        for place in it["waiting"]
-    ]
-    assert set(waits) & wide and set(waits) - wide
+    came, waits = came_and_waits(case, indices, state)
+    assert {n for _, n in waits} & wide and {n for _, n in waits} - wide
     read, _, after = case.read(indices, 1, state=state, rules=stricter)
     assert not {number_of(id_) for _, id_, *_ in read[0]} & wide
+    passed = came_and_waits(case, indices, after)[0] - came + waits
     counted = sum(lane["counters"].get("aspect_ratio", 0) for lane in after["lanes"].values())
-    assert counted >= len([n for n in waits if n in wide])
+    assert counted == sum(n for (_, number), n in passed.items() if number in wide)
 
 
 def test_from_s3_as_from_disk(case: Case, indices: list[SourceIndex], tmp_path: Path, endpoint: str) -> None:
