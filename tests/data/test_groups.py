@@ -369,10 +369,10 @@ def test_what_waits_passes_by_the_rules_of_now(case: Case, indices: list[SourceI
 
 def test_from_s3_as_from_disk(case: Case, indices: list[SourceIndex], tmp_path: Path, endpoint: str) -> None:
     client = boto3.client("s3", endpoint_url=endpoint)
-    client.create_bucket(Bucket="tars")
+    client.create_bucket(Bucket="grouped")
     for shard in (tmp_path / "s0").iterdir():
-        client.put_object(Bucket="tars", Key=f"set/{shard.name}", Body=shard.read_bytes())
-    remote = [open_index(open_store("s3://tars/set", StoreOptions(endpoint=endpoint)), "s0")]
+        client.put_object(Bucket="grouped", Key=f"set/{shard.name}", Body=shard.read_bytes())
+    remote = [open_index(open_store("s3://grouped/set", StoreOptions(endpoint=endpoint)), "s0")]
     expected, _, end = case.read(indices, 5)
     first, _, state = case.read(remote, 2, 2, workers=2)
     rest, _, last = case.read(remote, 3, 4, workers=1, state=state)
