@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
+from data.buckets import Size
 from data.errors import DataError
 from data.example import ImageSettings
 from data.loader import Loader
@@ -26,6 +27,10 @@ class Coming:
     first: int
     ids: list[list[str]]
     passed_over: dict[str, int]
+    sizes: dict[Size, int]
+    """How many of their samples train at each (height, width)."""
+    waiting: int
+    """Samples that wait in buckets after them."""
 
 
 def coming_batches(
@@ -57,13 +62,15 @@ def coming_batches(
     """
     if batches < 1:
         raise DataError(f"order is {batches}: it should be at least 1 batch")
-    check_layout(batch_size, lanes, 1)
+    check_layout(batch_size, lanes, 1, images.group_size)
     first = int(state["batch"]) if state is not None else 0
     ids = [[""] * batch_size for _ in range(batches)]
     passed_over: Counter[str] = Counter()
+    sizes: Counter[Size] = Counter()
+    waiting = 0
     stopped = False
 
-    def read(lane: int) -> Counter[str]:
+    def read(lane: int) -> tuple[Counter[str], Counter[Size], int]:
         with Loader(
             sources,
             images,
@@ -78,21 +85,28 @@ def coming_batches(
             buffer_bytes=buffer_bytes,
             state=state,
         ) as loader:
-            before = loader.counters()
+            before, of_lane = loader.counters(), Counter[Size]()
             for row in ids:
                 if stopped:
                     break
                 batch = next(loader)
                 for slot, id_ in zip(batch.slots.tolist(), batch.ids, strict=True):
                     row[slot % batch_size] = id_
-            return Counter(loader.counters()) - Counter(before)
+                for pixels in batch.pixels:
+                    of_lane[pixels.shape[2], pixels.shape[3]] += len(pixels)
+            left = loader.state()["lanes"][str(lane)].get("waiting", ())
+            return Counter(loader.counters()) - Counter(before), of_lane, len(left)
 
     pool = ThreadPoolExecutor(workers)
     try:
         for future in as_completed([pool.submit(read, lane) for lane in range(lanes)]):
-            passed_over += future.result()
+            passed, of_lane, left = future.result()
+            passed_over += passed
+            sizes += of_lane
+            waiting += left
             progress(batches * batch_size // lanes)
     finally:
         stopped = True
         pool.shutdown(wait=False, cancel_futures=True)
-    return Coming(first, ids, {name: n for name, n in sorted(passed_over.items()) if name not in COUNTS})
+    reasons = {name: n for name, n in sorted(passed_over.items()) if name not in COUNTS}
+    return Coming(first, ids, reasons, dict(sorted(sizes.items())), waiting)

@@ -103,10 +103,15 @@ def decode(
     return np.ascontiguousarray((window[:, ::-1] if flip else window).transpose(2, 0, 1))
 
 
-def image_size(data: bytes) -> tuple[int, int]:
+def image_size(data: bytes, *, min_side: int = 0, max_aspect_ratio: float | None = None) -> tuple[int, int]:
     """The (height, width) in pixels of the upright image that `decode` makes of a file, from its headers alone.
 
+    Args:
+        data: the file's bytes.
+        min_side, max_aspect_ratio: as for `decode`.
+
     Raises:
+        Filtered: with reason "small_image" or "aspect_ratio".
         BadSample: with reason "too_many_pixels" or "undecodable_image".
     """
     if jpeg := _jpeg_header(data):
@@ -114,7 +119,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     else:
         image = _open(_without_pixels(data))
         height, width, orientation = image.height, image.width, _orientation(image)
-    _check_size(height, width, MAX_PIXELS, 0, None)
+    _check_size(height, width, MAX_PIXELS, min_side, max_aspect_ratio)
     return (height, width) if orientation < 5 else (width, height)
 
 

@@ -2,6 +2,8 @@
 
 - Slot i of a batch of B belongs to lane i mod S, lane s to rank s mod W: a batch's content knows neither the world
   size nor the threads. A lane is worked on by one thread at a time, in the order of its batches.
+- With aspect-ratio buckets a lane fills its slots group by group (`groups.py`), each of one size, and the samples that
+  wait for more of theirs are part of the state.
 - Threads, not processes: reading, simplejpeg and torch's resizing release the GIL, and pixels are written straight
   into the batch.
 - The state handed out with a batch is the state after it, so what is saved always means "consumed", however far
@@ -23,40 +25,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.ahead import check_memory, lane_source
 from data.errors import DataError
 from data.example import ImageSettings, example
-from data.fetch import MOST_AT_ONCE, Fetcher
-from data.order import SourceOrder, check_layout, check_sources
-from data.shards.index import SourceIndex
-from data.stream import LaneSource, LaneStream, SetAside, Source
-from data.window import request_bytes
+from data.fetch import Fetcher
+from data.groups import LaneGroups
+from data.order import check_layout, check_sources
+from data.stream import LaneStream, SetAside, Source
 
 PREFETCH = 2
 """Batches that the threads may be ahead of the consumer."""
 
 _PATIENCE_S = 3600.0
 
-_AHEAD_BATCHES = 2
-"""Batches whose samples are read ahead of the threads, where a request holds one sample."""
-
 
 @dataclass
 class Batch:
-    """This rank's share of one global batch, in increasing slot order. b = batch_size / world_size."""
+    """This rank's share of one global batch. b = batch_size / world_size."""
 
-    pixels: torch.Tensor
-    """uint8 (b, 3, H, W), RGB."""
+    pixels: list[torch.Tensor]
+    """uint8 (n, 3, H, W), RGB: one tensor of all b; with buckets one of each group, the share in their order."""
     captions: list[str]
     ids: list[str]
     """"source/shard/key"."""
     slots: NDArray[np.int64]
-    """(b,), global slot numbers: batch number * batch_size + place in the batch."""
+    """(b,), global slot numbers: batch number * batch_size + place in the batch. Without buckets they increase."""
     state: dict[str, Any]
     """This rank's state after the batch, JSON values: for `merge_states`, and then a checkpoint."""
     set_aside: list[SetAside]
     """Samples with bad content that were passed over on the way to these."""
     wait_s: float
     """Seconds the consumer waited for it."""
+
+    def micro_batches(self, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Cut the share into micro-batches of `size`, which divides a group: places in the share, and pixels."""
+        first = 0
+        for group in self.pixels:
+            for pixels in group.split(size):
+                yield slice(first, first + len(pixels)), pixels
+                first += len(pixels)
 
 
 class _Share:
@@ -67,16 +74,17 @@ class _Share:
         self.lane_states: dict[int, dict[str, Any]] = {}
         self.set_aside: list[SetAside] = []
         self.error: Exception | None = None
-        self._pixels: torch.Tensor | None = None
+        self.groups: dict[int, torch.Tensor] = {}
+        """Pixels by the place of their first sample."""
         self._lock = threading.Lock()
 
-    def pixels(self, height: int, width: int, pin_memory: bool) -> torch.Tensor:
-        """The batch's memory, made by the first lane that comes."""
+    def whole(self, height: int, width: int, pin_memory: bool) -> torch.Tensor:
+        """The memory of a batch of one size, made by the first lane that comes."""
         with self._lock:
-            if self._pixels is None:
+            if not self.groups:
                 shape = (len(self.ids), 3, height, width)
-                self._pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
-            return self._pixels
+                self.groups[0] = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+            return self.groups[0]
 
 
 class Loader:
@@ -87,7 +95,7 @@ class Loader:
     Args:
         sources: the sources, with different names.
         images: what becomes of their images.
-        batch_size: samples in a global batch, over all ranks; a multiple of lanes.
+        batch_size: samples in a global batch, over all ranks; a multiple of lanes x images.group_size.
         lanes: independent orders the data is cut into; a multiple of world_size.
         seed: the run's seed.
         stage: the stage's name; every stage has another order.
@@ -101,7 +109,7 @@ class Loader:
 
     Raises:
         DataError: sizes that do not divide, wrong weights or names, blocks that do not fit into buffer_bytes, or a
-            state of another order or other sources.
+            state of another order, other buckets or other sources.
     """
 
     def __init__(
@@ -121,7 +129,7 @@ class Loader:
         pin_memory: bool = False,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        check_layout(batch_size, lanes, world_size)
+        check_layout(batch_size, lanes, world_size, images.group_size)
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} must be from 0 to {world_size - 1}")
         if workers < 0:
@@ -134,20 +142,27 @@ class Loader:
             "shuffle_block": shuffle_block,
             "sources": {source.index.name: source.index.fingerprint for source in sources},
         }
+        if images.buckets is not None:
+            sizes = [list(size) for size in images.buckets.sizes]
+            self._order |= {"buckets": sizes, "group_size": images.group_size}
         if state is not None:
             _check_state(state, self._order)
         per_lane = batch_size // lanes
-        ordered = [_ordered(source, lanes, shuffle_block, seed, stage, per_lane) for source in sources]
-        _check_memory(ordered, lanes // world_size, shuffle_block, buffer_bytes)
+        ordered = [lane_source(source, lanes, shuffle_block, seed, stage, per_lane) for source in sources]
+        check_memory(ordered, images, lanes // world_size, shuffle_block, buffer_bytes)
         self._images, self._pin_memory = images, pin_memory
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._per_lane, self._workers = per_lane, workers
+        self._places = _places(range(rank, lanes, world_size), lanes, per_lane, images.group_size)
         self._fetcher = Fetcher()
         saved: Mapping[str, Any] = state["lanes"] if state is not None else {}
-        self._streams = {
-            lane: LaneStream(ordered, lane, lanes, self._fetcher, state=saved.get(str(lane)))
-            for lane in range(rank, lanes, world_size)
-        }
+        self._streams: dict[int, LaneStream | LaneGroups] = {}
+        for lane in range(rank, lanes, world_size):
+            begin = saved.get(str(lane))
+            stream = LaneStream(ordered, lane, lanes, self._fetcher, state=begin)
+            self._streams[lane] = (
+                stream if images.buckets is None else LaneGroups(stream, images, images.buckets, pin_memory, begin)
+            )
         self._consumed = int(state["batch"]) if state is not None else 0
         self._lane_states = {lane: stream.state() for lane, stream in self._streams.items()}
         # Below: shared with the threads, touched only under the lock.
@@ -195,8 +210,8 @@ class Loader:
             self._consumed += 1
             self._lane_states = share.lane_states
             self._changed.notify_all()
-        slots = number * self._batch_size + np.arange(self._rank, self._batch_size, self._world_size, dtype=np.int64)
-        pixels = share.pixels(*self._images.size, self._pin_memory)
+        slots = number * self._batch_size + self._places
+        pixels = [share.groups[first] for first in sorted(share.groups)]
         waited, self._waiting_since = time.perf_counter() - self._waiting_since, None
         return Batch(pixels, share.captions, share.ids, slots, self.state(), _sorted(share.set_aside), waited)
 
@@ -231,7 +246,7 @@ class Loader:
         return _sorted(found + [it for stream in self._streams.values() for it in stream.take_set_aside()])
 
     def close(self) -> None:
-        """Stop the threads and wait for them; each finishes at most the sample it is at."""
+        """Stop the threads and wait for them; each finishes at most the sample, or the group, it is at."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -287,15 +302,30 @@ class Loader:
             self._changed.notify_all()
 
     def _fill(self, share: _Share, lane: int) -> None:
-        stream, pixels = self._streams[lane], share.pixels(*self._images.size, self._pin_memory).numpy()
-        for k in range(self._per_lane):
+        stream, size = self._streams[lane], self._images.group_size
+        for number in range(self._per_lane // size):
             if self._closed:
                 raise RuntimeError("this Loader was closed")
-            # Slot lane + k S of the batch, in steps of W from this rank's first.
-            place = (lane - self._rank) // self._world_size + k * len(self._streams)
-            share.ids[place], (pixels[place], share.captions[place]) = stream.next(
-                lambda visit: example(visit, self._images)
-            )
+            # As `_places` has it: one group of each lane, then the next of each.
+            first = ((lane - self._rank) // self._world_size + number * len(self._streams)) * size
+            if isinstance(stream, LaneGroups):
+                group, places = stream.next(), slice(first, first + size)
+                share.groups[first], share.ids[places], share.captions[places] = group.pixels, group.ids, group.captions
+            else:
+                pixels = share.whole(*self._images.size, self._pin_memory).numpy()
+                share.ids[first], (pixels[first], share.captions[first]) = stream.next(
+                    lambda visit: example(visit, self._images)
+                )
+
+
+def _places(own: range, lanes: int, per_lane: int, group_size: int) -> NDArray[np.int64]:
+    """(b,), places in the global batch of a rank's share: the first group of each of its lanes, then the second.
+
+    Slot i is of lane i mod lanes, and group j of a lane has its slots j group_size to (j + 1) group_size - 1. A lane
+    without buckets has groups of one sample: the places increase.
+    """
+    of_lane = np.arange(per_lane, dtype=np.int64).reshape(-1, 1, group_size)
+    return (of_lane * lanes + np.asarray(own, np.int64)[None, :, None]).reshape(-1)
 
 
 def _sorted(found: list[SetAside]) -> list[SetAside]:
@@ -323,8 +353,12 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
     saved = state["order"]
-    for field in ("seed", "stage", "lanes", "shuffle_block"):
-        if saved[field] != order[field]:
+    if saved.get("buckets") != order.get("buckets"):
+        raise DataError(
+            "buckets has other sizes than when the data state was saved: keep them to go on, or start the stage anew"
+        )
+    for field in ("seed", "stage", "lanes", "shuffle_block", "group_size"):
+        if saved.get(field) != order.get(field):
             raise DataError(
                 f"{field} is {order[field]!r}, but the data state was saved with {saved[field]!r}: "
                 "keep it to go on, or start the stage anew"
@@ -338,34 +372,4 @@ def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
     if len(state["lanes"]) != order["lanes"]:
         raise DataError(
             f"the data state has {len(state['lanes'])} of {order['lanes']} lanes: give the merged state of all ranks"
-        )
-
-
-def _ordered(source: Source, lanes: int, shuffle_block: int, seed: int, stage: str, per_lane: int) -> LaneSource:
-    """Give a source its order, and each lane as much memory for it as reading ahead needs."""
-    index = source.index
-    order = SourceOrder(index.name, index.counts, lanes, shuffle_block, seed, stage)
-    samples = _AHEAD_BATCHES * per_lane
-    if _shares_requests(index):  # they bring samples that are needed later in the block, too
-        samples = max(samples, min(shuffle_block, -(-order.total // lanes)))
-    return LaneSource(source, order, int(samples * index.mean_bytes))
-
-
-def _shares_requests(index: SourceIndex) -> bool:
-    """Whether a request is for several samples."""
-    return request_bytes(index) > index.mean_bytes
-
-
-def _check_memory(ordered: Sequence[LaneSource], lanes: int, shuffle_block: int, buffer_bytes: int) -> None:
-    need = lanes * sum(it.share_bytes for it in ordered)
-    shared = [request_bytes(it.source.index) for it in ordered if _shares_requests(it.source.index)]
-    moving = 2 * MOST_AT_ONCE * max(shared, default=0)  # under way, and being cut into samples
-    if need + moving > buffer_bytes:
-        gib = 2**30
-        block = int(shuffle_block * (buffer_bytes - moving) / need)
-        lower = f"lower shuffle_block to {block}, " if block > 0 else ""
-        raise DataError(
-            f"{lanes} lanes a rank and {len(ordered)} sources hold about {need / gib:.2f} GiB of encoded samples ahead "
-            f"in blocks of {shuffle_block}, and requests {moving / gib:.2f} GiB, over the buffer of "
-            f"{buffer_bytes / gib:.2f} GiB: {lower}raise the buffer, or train on more ranks"
         )

@@ -140,8 +140,8 @@ def check_sources(weights: Sequence[float], names: Sequence[str]) -> None:
             raise DataError(f"source {name!r}: weight {weight} must be a finite number above 0")
 
 
-def check_layout(batch_size: int, lanes: int, world_size: int) -> None:
-    """Refuse a batch that does not divide into the lanes, or lanes that do not divide among the ranks.
+def check_layout(batch_size: int, lanes: int, world_size: int, group_size: int = 1) -> None:
+    """Refuse a batch that does not divide into the lanes' groups, or lanes that do not divide among the ranks.
 
     Raises:
         DataError: naming the nearest number that would do.
@@ -153,7 +153,8 @@ def check_layout(batch_size: int, lanes: int, world_size: int) -> None:
         below, above = max(n for n in divisors if n < world_size), [n for n in divisors if n > world_size]
         nearest = f"{below} or {above[0]}" if above else f"{below}"
         raise DataError(f"world_size {world_size} does not divide the {lanes} lanes: the nearest allowed is {nearest}")
-    if batch_size % lanes:
-        below, up = batch_size // lanes * lanes, (batch_size // lanes + 1) * lanes
+    if batch_size % (unit := lanes * group_size):
+        below, up = batch_size // unit * unit, (batch_size // unit + 1) * unit
         nearest = f"{below} or {up}" if below else f"{up}"
-        raise DataError(f"batch_size {batch_size} is no multiple of {lanes} lanes: the nearest allowed is {nearest}")
+        of = f"{lanes} lanes" if group_size == 1 else f"{lanes} lanes x group_size {group_size}"
+        raise DataError(f"batch_size {batch_size} is no multiple of {of}: the nearest allowed is {nearest}")

@@ -105,6 +105,20 @@ def request_bytes(index: SourceIndex) -> int:
     return 2 * index.store.readahead
 
 
+def read_again(index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position: int) -> Request[Taken]:
+    """What reads the one sample at a raw position of a lane."""
+
+    def read(on_fault: OnFault) -> Taken:
+        number, place = divmod(position, order.shuffle_block)
+        shard, sample = map(int, order.block(lane, epoch, number)[place])
+        start, stop = map(int, index.offsets(shard, on_fault)[sample : sample + 2])
+        name, version = index.names[shard], index.versions[shard]
+        content = index.store.read(name, start, stop, version=version, on_fault=on_fault)
+        return Taken(epoch, position, shard, sample, start, content)
+
+    return read
+
+
 class Window:
     """Reads a lane's samples of one source ahead. One thread at a time.
 

@@ -181,7 +181,8 @@ def _of_config(options: Options) -> _Job:
 
 def _sizes(data: DataConfig) -> str:
     small = {"drop": "passed over", "upscale": "enlarged"}[data.small_images]
-    return f"at {data.size_text} px with smaller images {small}"
+    buckets = f" in {len(data.aspect_buckets.sizes)} buckets" if data.aspect_buckets is not None else ""
+    return f"at {data.size_text} px{buckets} with smaller images {small}"
 
 
 def _stage_number(config: RunConfig, wanted: str | None) -> int:
@@ -288,6 +289,9 @@ def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
     if coming.passed_over:
         passed = ", ".join(f"{count(n)} {reason.replace('_', ' ')}" for reason, n in coming.passed_over.items())
         print(f"passed over on the way: {passed}", file=sys.stderr)
+    if job.images.buckets is not None:
+        sizes = ", ".join(f"{height}x{width}: {count(n)}" for (height, width), n in coming.sizes.items())
+        print(f"by height and width: {sizes}; {count(coming.waiting)} wait in buckets for more", file=sys.stderr)
 
 
 def main(args: list[str] | None = None) -> int:

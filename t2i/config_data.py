@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from data.buckets import Buckets, Size, pixeldit_sizes, sdxl_sizes
 from data.example import Crop
 from data.select import Rules
 from data.store import StoreOptions
@@ -97,9 +98,17 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field([])
     """The sources, mixed by weight."""
     resolution: int | tuple[int, int] = 256
-    """Pixels of the training images: the side of squares, or [height, width]; multiples of model.patch_size."""
+    """Pixels of the training images: the side of squares, or [height, width]; multiples of model.patch_size. With
+    buckets, of the pictures that validation and scores look at."""
+    buckets: Literal["none", "sdxl", "pixeldit"] | list[tuple[int, int]] = "none"
+    """Aspect-ratio buckets: each image trains at that of several sizes whose shape is nearest its own. sdxl: SDXL's 40
+    sizes of about resolution x resolution pixels; pixeldit: PixelDiT's 7, of up to 1.15 times as many; or a list of
+    [height, width]. Sides are multiples of model.patch_size."""
+    group_size: int = Field(8, gt=0)
+    """With buckets, samples of one size that stay together: train.micro_batch_size divides it, and lanes x group_size
+    the batch size. Up to one less wait in each bucket of each lane, and go into the state."""
     small_images: Literal["drop", "upscale"] = "drop"
-    """What happens to images with a side below the resolution's."""
+    """What happens to images with a side below the resolution's, or their bucket's."""
     crop: Crop = "center"
     """Which part of an image of another shape is taken; adm: the middle square, resized as ADM's reference statistics
     of ImageNet want it, at full decoding cost."""
@@ -130,6 +139,28 @@ class DataConfig(Section):
             raise ValueError("must be a side in pixels or [height, width], whole numbers above 0")
         return value
 
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _known_buckets(cls, value: Any) -> Any:
+        listed = isinstance(value, list) and all(isinstance(size, list | tuple) and len(size) == 2 for size in value)
+        if value not in ("none", "sdxl", "pixeldit") and not (
+            listed and all(type(side) is int for size in value for side in size)
+        ):
+            raise ValueError("must be none, sdxl, pixeldit or a list of [height, width], whole numbers of pixels")
+        return value
+
+    @model_validator(mode="after")
+    def _buckets_fit(self) -> DataConfig:
+        default = type(self).model_fields["group_size"].default
+        if self.buckets == "none" and self.group_size != default:
+            raise ValueError(f"group_size {self.group_size} does nothing under buckets none: leave it at {default}")
+        if self.buckets != "none" and not isinstance(self.resolution, int):
+            raise ValueError(f"resolution {self.size_text} should be one side, since buckets give the shapes")
+        if self.buckets != "none" and self.crop == "adm":
+            raise ValueError("crop adm makes squares: set buckets to none, or crop to center or random")
+        _ = self.aspect_buckets  # checks itself
+        return self
+
     @model_validator(mode="after")
     def _adm_is_square(self) -> DataConfig:
         if self.crop == "adm" and self.size[0] != self.size[1]:
@@ -137,9 +168,25 @@ class DataConfig(Section):
         return self
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the training images, in pixels."""
+    def size(self) -> Size:
+        """Height and width of the training images, in pixels; with buckets, of validation's."""
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def aspect_buckets(self) -> Buckets | None:
+        """What `data` needs of buckets and group_size."""
+        if self.buckets == "none":
+            return None
+        assert isinstance(self.resolution, int)
+        tables = {"sdxl": sdxl_sizes, "pixeldit": pixeldit_sizes}
+        sizes = tables[self.buckets](self.resolution) if isinstance(self.buckets, str) else tuple(self.buckets)
+        return Buckets(sizes, self.group_size)
+
+    @property
+    def largest(self) -> Size:
+        """Height and width of the training images that take the most memory."""
+        sizes = self.aspect_buckets.sizes if self.aspect_buckets is not None else (self.size,)
+        return max(sizes, key=lambda size: size[0] * size[1])
 
     @property
     def size_text(self) -> str:

@@ -92,6 +92,7 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
             f"{where}: objective.balance_from_step {config.objective.balance_from_step}: gradients are balanced at the "
             f"head of model.family pixelgen, not {config.model.family}: leave it at null"
         )
+    _check_buckets(config, where)
     if config.scoring.every and config.model.condition != "text":
         raise ConfigError(
             f"{where}: scoring.every {config.scoring.every}: prompts are scored, so model.condition must be text, "
@@ -108,6 +109,16 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
     if len({stage["name"] for stage in config.stages}) < len(config.stages):
         raise ConfigError(f"{where}: stages: two stages have the same name")
     return config
+
+
+def _check_buckets(config: RunConfig, where: str) -> None:
+    """Refuse buckets that the model cannot cut into patches."""
+    patch = config.model.patch_size
+    for height, width in config.data.aspect_buckets.sizes if config.data.aspect_buckets is not None else ():
+        if height % patch or width % patch:
+            raise ConfigError(
+                f"{where}: data.buckets: {height}x{width} must be a multiple of model.patch_size ({patch})"
+            )
 
 
 def stage_config(config: RunConfig, index: int) -> RunConfig:
@@ -203,8 +214,9 @@ def check_world_size(config: RunConfig, world_size: int, where: str) -> None:
         ConfigError: naming the field and the nearest value that would do.
     """
     batch, micro = config.train.batch_size, config.train.micro_batch_size
+    group = config.data.aspect_buckets.group_size if config.data.aspect_buckets is not None else 0
     try:
-        check_layout(batch, config.data.lanes, world_size)
+        check_layout(batch, config.data.lanes, world_size, group or 1)
     except DataError as error:
         raise ConfigError(f"{where}: {error}") from error
     if batch // world_size % micro:
@@ -213,4 +225,10 @@ def check_world_size(config: RunConfig, world_size: int, where: str) -> None:
         raise ConfigError(
             f"{where}: train.micro_batch_size {micro} does not divide a rank's share of the batch "
             f"({batch} / {world_size} = {share}); {nearest} would"
+        )
+    if group % micro:
+        nearest = max(n for n in range(1, min(micro, group) + 1) if group % n == 0)
+        raise ConfigError(
+            f"{where}: train.micro_batch_size {micro} does not divide data.group_size {group}, the samples of one "
+            f"size; {nearest} would"
         )

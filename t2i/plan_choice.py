@@ -74,7 +74,8 @@ class PlannedStage:
     @classmethod
     def of(cls, config: RunConfig, index: int, given: Assumptions) -> PlannedStage:
         stage = stage_config(config, index)
-        check_layout(stage.train.batch_size, stage.data.lanes, given.gpus)
+        buckets = stage.data.aspect_buckets
+        check_layout(stage.train.batch_size, stage.data.lanes, given.gpus, buckets.group_size if buckets else 1)
         # auto is bf16 on every GPU of the table
         dtype_bytes = FP32 if stage.engine.dtype == "fp32" else 2
         memory = StageMemory.of(stage, given.gpus, dtype_bytes, seen=1.0 if given.reference else None)
@@ -126,7 +127,9 @@ class PlannedStage:
 
     def option(self, engine: Engine, checkpointing: Checkpointing) -> Option:
         """The largest micro-batch that divides a rank's share and fits."""
-        sizes = [n for n in range(1, self.share + 1) if self.share % n == 0]
+        buckets = self.config.data.aspect_buckets
+        together = buckets.group_size if buckets is not None else self.share  # a micro-batch is of one size
+        sizes = [n for n in range(1, together + 1) if together % n == 0]
         fitting = [n for n in sizes if self.memory.device_bytes(engine, n, checkpointing) <= self.budget]
         best = max(fitting, default=0)
         return Option(engine, checkpointing, best, self.memory.device_bytes(engine, max(best, 1), checkpointing))

@@ -45,7 +45,7 @@ class StageMemory:
 
     Attributes:
         config: the stage's settings.
-        size: height and width of its images, in pixels.
+        size: height and width of its images, in pixels; of those in buckets, the largest.
         sharing: ranks that share the state out among them.
         dtype_bytes: of a weight that the networks compute with: 2 or 4.
         text: the text encoder; none where classes are drawn.
@@ -77,7 +77,7 @@ class StageMemory:
             UserError: what a network consists of is not known here.
         """
         dtype = torch.float32 if dtype_bytes == FP32 else torch.bfloat16
-        size, side = config.data.size, config.objective.repa_side
+        size, side = config.data.largest, config.objective.repa_side
         grid = size[0] // config.model.patch_size, size[1] // config.model.patch_size
         text, features = text_encoder(config), patch_features(config, size, grid, dtype)
         aligned = None

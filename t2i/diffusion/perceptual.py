@@ -171,6 +171,8 @@ class Dinov2(nn.Module):
         self.patch = int(self.net.config.patch_size)  # type: ignore[arg-type]
         self.eval().requires_grad_(False).to(device)
 
+    # A scale would be a constant of the compiled graph, which each size of images would then need anew.
+    @torch.compiler.disable
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings (1, 1 + N, width) of the class token and of a grid's patches."""
         table = self.net.embeddings.position_embeddings
@@ -183,11 +185,11 @@ class Dinov2(nn.Module):
         return torch.cat([table[:, :1], resized.flatten(2).mT.to(table.dtype)], dim=1)
 
     def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
-        size = (grid[0] * self.patch, grid[1] * self.patch)
+        positions, size = self._positions(grid), (grid[0] * self.patch, grid[1] * self.patch)
         resized = F.interpolate(self.normalise(image), size, mode="bicubic", antialias=False)
         patches = self.net.embeddings.patch_embeddings(resized)
         cls = self.net.embeddings.cls_token.expand(len(patches), -1, -1)
-        x, found = torch.cat([cls, patches], dim=1) + self._positions(grid), {}
+        x, found = torch.cat([cls, patches], dim=1) + positions, {}
         for number, layer in enumerate(self.net.encoder.layer[: max(layers)], start=1):
             x = layer(x)
             if number in layers:

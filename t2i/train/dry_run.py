@@ -25,7 +25,7 @@ from t2i.train.step import TrainingStep
 
 
 def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Batch:
-    """A rank's share of a batch of noise in the stage's full shape, for the step that comes.
+    """A rank's share of a batch of noise in the stage's full shape, the largest bucket's, for the step that comes.
 
     Its slots are of that step, dealt out so that in each micro-batch as many samples are over the gate as will ever be.
     Its caption fills text.length: none takes more memory.
@@ -36,7 +36,7 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
         stage: its name.
         step: steps done.
     """
-    train, (height, width) = config.train, config.data.size
+    train, (height, width) = config.train, config.data.largest
     share = train.batch_size // world.size
     slots = np.arange(step * train.batch_size, (step + 1) * train.batch_size)
     over = training_times(config.objective, uniform(key(config.seed, stage, "time"), slots)) >= config.objective.gate
@@ -45,7 +45,7 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
     dealt = np.concatenate([np.resize(seen, wanted), np.resize(unseen, train.micro_batch_size - wanted)])
     pixels = np.random.default_rng(world.rank).integers(0, 256, (share, 3, height, width), np.uint8)
     return Batch(
-        pixels=torch.from_numpy(pixels),
+        pixels=[torch.from_numpy(pixels)],
         captions=["" if config.model.condition == "class" else "a " * config.text.length] * share,
         ids=[f"made up/{number}" for number in range(share)],
         slots=np.resize(dealt, share),

@@ -20,7 +20,9 @@ from t2i.train.processes import World
 
 def image_settings(config: DataConfig) -> ImageSettings:
     """What becomes of a stage's training images."""
-    return ImageSettings(config.resolution, config.small_images, config.crop, config.horizontal_flip)
+    return ImageSettings(
+        config.resolution, config.small_images, config.crop, config.horizontal_flip, config.aspect_buckets
+    )
 
 
 @dataclass
@@ -33,7 +35,7 @@ class StageData:
     """Where and why each damaged shard of them ends early."""
 
     def heldout_samples(self, config: RunConfig) -> FixedSamples | None:
-        """The validation samples, the same on every rank and for every number of ranks."""
+        """The validation samples, the same on every rank and for every number of ranks: of one size, buckets or not."""
         if not self.heldout:
             return None
         crop: Crop = "adm" if config.data.crop == "adm" else "center"

@@ -154,15 +154,14 @@ class TrainingStep:
         balance, terms = self._balance, Terms()
         watch = balance.begin(step) if balance is not None else None
         micro, patch = config.train.micro_batch_size, config.model.patch_size
-        for start in range(0, len(batch.slots), micro):
-            part = slice(start, start + micro)
-            image = to_unit_range(batch.pixels[part].to(device, non_blocking=True))
+        for part, pixels in batch.micro_batches(micro):
+            image = to_unit_range(pixels.to(device, non_blocking=True))
             times = upload(t[part].astype(np.float32), device)
             scale = config.objective.noise_scale
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device, scale)
             condition = stack_conditions(conditions[part])
             masks = self._dropout_keys(batch.slots[part])
-            if start == 0:
+            if part.start == 0:
                 own.press()
             output, projected = self._engine.network(interpolate(image, noise, times), times, condition, *masks)
             loss, part_terms = self._objective(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tar_samples import write_source
+from tar_samples import jpeg, write_source
 
+from data.buckets import Buckets
 from data.coming import coming_batches
 from data.errors import DataError
 from data.example import ImageSettings
@@ -34,9 +35,11 @@ def sources(tmp_path: Path) -> list[Source]:
     ]
 
 
-def trained(sources: list[Source], batches: int, world: int) -> tuple[list[list[str]], list[dict[str, Any]], int]:
+def trained(
+    sources: list[Source], batches: int, world: int, images: ImageSettings = IMAGES
+) -> tuple[list[list[str]], list[dict[str, Any]], int]:
     """Ids by slot of the global batches that `world` ranks read, the state after each, and samples passed over."""
-    loaders = [Loader(sources, IMAGES, rank=rank, world_size=world, workers=2, **ORDER) for rank in range(world)]
+    loaders = [Loader(sources, images, rank=rank, world_size=world, workers=2, **ORDER) for rank in range(world)]
     ids, states = [], []
     for _ in range(batches):
         shares = [next(loader) for loader in loaders]
@@ -68,6 +71,20 @@ def test_from_a_state_on(sources: list[Source]) -> None:
     coming = coming_batches(sources, IMAGES, 5, state=states[3], **ORDER)
     assert (coming.first, coming.ids) == (4, ids[4:])
     assert sum(coming.passed_over.values()) == passed - before
+
+
+def test_with_buckets_it_tells_the_sizes_too(tmp_path: Path) -> None:
+    wide = {n: {"jpg": jpeg(n, (16, 32))} for n in range(0, 40, 3)}
+    images = ImageSettings(8, buckets=Buckets(((8, 8), (8, 16)), 2))
+    sources = [Source(write_source(tmp_path, [7, 20, 13], replaced=wide))]
+    ids, states, _ = trained(sources, 9, 3, images)
+    coming = coming_batches(sources, images, 9, **ORDER)
+    assert (coming.first, coming.ids, coming.passed_over) == (0, ids, {})
+    among = [int(id_.rsplit("/", 1)[1]) % 3 == 0 for row in ids for id_ in row]
+    assert coming.sizes == {(8, 8): among.count(False), (8, 16): among.count(True)} and sum(among) > 9
+    assert coming.waiting == sum(len(lane["waiting"]) for lane in states[-1]["lanes"].values()) > 0
+    later = coming_batches(sources, images, 4, state=states[4], **ORDER)
+    assert (later.ids, later.waiting) == (ids[5:], coming.waiting)
 
 
 def test_a_state_of_another_order_is_refused(sources: list[Source]) -> None:

@@ -97,7 +97,7 @@ def read(
         sorted(
             (int(slot), id_, caption, pixels.numpy().tobytes())
             for share in shares
-            for slot, id_, caption, pixels in zip(share.slots, share.ids, share.captions, share.pixels, strict=True)
+            for slot, id_, caption, pixels in zip(share.slots, share.ids, share.captions, *share.pixels, strict=True)
         )
         for shares in zip(*per_rank, strict=True)
     ]

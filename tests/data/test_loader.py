@@ -53,8 +53,9 @@ def run(
         rows: Global = []
         for share in shares:
             assert share.slots.tolist() == sorted(share.slots.tolist())
-            assert share.pixels.shape == (BATCH // world, 3, 8, 8) and share.pixels.dtype == torch.uint8
-            numpy = share.pixels.numpy()
+            (pixels,) = share.pixels
+            assert pixels.shape == (BATCH // world, 3, 8, 8) and pixels.dtype == torch.uint8
+            numpy = pixels.numpy()
             rows += [
                 (int(slot), id_, caption, numpy[n].tobytes())
                 for n, (slot, id_, caption) in enumerate(zip(share.slots, share.ids, share.captions, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ from data.fetch import Fetcher
 from data.order import SourceOrder
 from data.shards.index import SourceIndex
 from data.shards.tar import parse_sample
-from data.window import Taken, Window, plan, request_bytes
+from data.window import Taken, Window, plan, read_again, request_bytes
 
 COUNTS = [30, 7, 1, 50, 12]
 
@@ -93,6 +94,18 @@ def test_samples_come_in_their_order_whatever_the_requests(source: SourceIndex, 
             epoch, position, *_ = wanted[start]
             rest = take(Window(index, order, 1, epoch, position, fetcher, share), len(wanted) - start)
             assert [(it.epoch, it.position, it.shard, it.sample) for it in rest] == wanted[start:]
+
+
+def test_a_sample_is_read_again_as_it_was_or_not_at_all(tmp_path: Path) -> None:
+    index = write_source(tmp_path, COUNTS)
+    order = order_of(index)
+    with closing(Fetcher()) as fetcher:
+        taken = take(Window(index, order, 1, 0, 0, fetcher, 5_000), 50)
+    assert taken[-1].epoch > 0
+    assert [read_again(index, order, 1, it.epoch, it.position)(lambda kind: None) for it in taken] == taken
+    os.utime(tmp_path / index.names[taken[7].shard])
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        read_again(index, order, 1, taken[7].epoch, taken[7].position)(lambda kind: None)
 
 
 def test_neighbours_share_a_request_and_nothing_is_read_twice(source: SourceIndex) -> None:

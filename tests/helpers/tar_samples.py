@@ -15,10 +15,12 @@ from data.shards.index import SourceIndex, open_index
 from data.store import ObjectInfo, ReadOnly, open_store
 
 
-def jpeg(number: int, size: int = 16) -> bytes:
-    """A flat image whose colour tells images 0 to 215 apart after compression and resizing."""
+def jpeg(number: int, size: int | tuple[int, int] = 16) -> bytes:
+    """A flat image, of a side or (height, width), whose colour tells images 0 to 215 apart after compression and
+    resizing."""
     colour = [40 * (number % 6) + 20, 40 * (number // 6 % 6) + 20, 40 * (number // 36 % 6) + 20]
-    pixels = np.full((size, size, 3), colour, dtype=np.uint8)
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = np.full((height, width, 3), colour, dtype=np.uint8)
     return bytes(simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444"))
 
 

@@ -1,6 +1,6 @@
 """Trains a run's first stage with gradients spoiled at chosen steps: FAULTS is {"step, from 1": factor}; on the last
 rank alone. KILLED_AT, RAISES_AT and HANGS_AT are steps, from 1, at which the last rank does that; LATE_AT is the one in
-which its clock goes a day on.
+which its clock goes a day on. NOTES is a folder in which every rank notes what it trains on, a line a step.
 
 python tests/launch/spoiled.py --config X
 """
@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +31,18 @@ def at(fault: str) -> int:
     return int(os.environ.get(f"{fault}_AT", 0))
 
 
+def note(batch: Any) -> None:
+    if "NOTES" in os.environ and not batch.ids[0].startswith("made up/"):  # the dry run's
+        rows = {int(slot): id_ for slot, id_ in zip(batch.slots, batch.ids, strict=True)}
+        sizes = [list(pixels.shape) for pixels in batch.pixels]
+        with Path(os.environ["NOTES"], f"rank_{os.environ.get('RANK', 0)}").open("a") as file:
+            file.write(json.dumps({"step": now, "ids": rows, "sizes": sizes}) + "\n")
+
+
 def step_noted(self: TrainingStep, batch: Any, step: int, veto: Any) -> Any:
     global now
     now = step + 1
+    note(batch)
     if SPOILS and now == at("KILLED"):
         os.kill(os.getpid(), signal.SIGKILL)
     if SPOILS and now == at("RAISES"):

@@ -105,6 +105,18 @@ def test_the_order_of_a_config_is_that_of_training(run, config: Path, tmp_path: 
     assert out.startswith("batch 3: slots 24 to 31\n")
 
 
+def test_the_order_with_buckets_tells_their_sizes(run, config: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(config.read_text())
+    tree["data"] |= {"buckets": [[16, 16], [16, 24]], "group_size": 2}
+    tree["stages"] = tree["stages"][:1]
+    write_config(config, tree)
+    out, err = run("--config", config, "--stage", 1, "--order", 3)
+    assert [len(batch) for batch in batches_of(out)] == [8, 8, 8]
+    assert "by height and width: 16x16: 24; 0 wait in buckets for more" in err
+    page, _ = run("--config", config, "--stage", 1, "--source", "held", "--out", tmp_path / "page.html")
+    assert "at 16 px in 2 buckets with smaller images passed over" in page
+
+
 def test_the_order_of_flags(run, scenes: Path, config: Path) -> None:
     alone = yaml.safe_load(config.read_text())
     del alone["data"]["sources"][1], alone["data"]["sources"][0]["captions"]

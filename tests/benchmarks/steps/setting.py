@@ -150,7 +150,7 @@ def batch_of_scenes(config: RunConfig) -> Batch:
     scenes = [shapes.scene(SCENES_SEED, number) for number in range(config.train.batch_size)]
     pictures = np.stack([shapes.draw(scene, config.data.size[0]) for scene in scenes])
     return Batch(
-        pixels=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
+        pixels=[torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()],
         captions=[scene.caption for scene in scenes],
         ids=[f"scenes/{scene.index}" for scene in scenes],
         slots=np.arange(len(scenes)),

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 import vgg16_weights
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
+from data.buckets import sdxl_sizes
 from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, Lpips, compile_for_any_batch, cosine_distance, load_lpips
 
 
@@ -337,3 +339,17 @@ def test_compiled_networks_take_any_number_of_samples_in_few_graphs(
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
             assert 1 <= len(graphs) <= most
         graphs.clear()
+
+
+def test_compiled_patch_tokens_of_many_grids_are_a_few_graphs(
+    dino_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, grids = CompileCounter(), [(h // 2, w // 2) for h, w in sdxl_sizes(16)[::3]]
+    assert len(set(grids)) > torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    compiled = Dinov2(str(dino_folder))
+    compile_for_any_batch(compiled)
+    for rows, columns in grids:
+        image = torch.randn(2, 3, 16 * rows, 16 * columns)
+        assert compiled.tokens(image, (rows, columns), [2])[0].shape[1] == rows * columns
+    assert graphs.frame_count <= 4

@@ -7,7 +7,9 @@ from typing import Literal
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from data.buckets import sdxl_sizes
 from t2i.build import build_denoiser
 from t2i.config import ModelConfig
 
@@ -40,3 +42,14 @@ def test_compiled_blocks_agree_with_eager_ones(text_padding: Literal["attend", "
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sizes_of_a_table_of_buckets_are_a_few_graphs() -> None:
+    config = ModelConfig(width=32, depth=2, heads=2, text_depth=1, patch_size=2, bottleneck=8, repa_layer=1)
+    network, graphs = build_denoiser(config, text_width=16, text_length=6), CompileCounter()
+    for block in (*network.text_blocks, *network.blocks):
+        block.compile(backend=graphs, fullgraph=True)  # which raises where the compiler would give up
+    for height, width in sdxl_sizes(32):
+        image, text = torch.randn(2, 3, height, width), torch.randn(2, 6, 16)
+        assert network(image, torch.tensor([0.2, 0.7]), text).image.shape == image.shape
+    assert graphs.frame_count <= 2 * 3  # with one number of tokens, and with any

@@ -112,7 +112,7 @@ def test_micro_batches_do_not_wait_for_the_device(gpu: torch.device) -> None:
     )
     pixels = torch.zeros(8, 3, 8, 8, dtype=torch.uint8).pin_memory()
     words = [str(n) for n in range(8)]
-    batch = Batch(pixels, words, words, np.arange(8), {}, [], 0.0)
+    batch = Batch([pixels], words, words, np.arange(8), {}, [], 0.0)
     step(batch, 0, lambda loss, norm: None)  # fills caches
     torch.cuda.set_sync_debug_mode("error")
     try:

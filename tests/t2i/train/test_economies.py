@@ -113,7 +113,7 @@ def conditions(make: type[TrainingStep], config: RunConfig) -> list[Tensor]:
     slots = np.arange(config.train.batch_size)
     captions = [str(slot % CLASSES) for slot in slots]
     pixels = torch.zeros(len(slots), 3, 8, 8, dtype=torch.uint8)
-    step(Batch(pixels, captions, captions, slots, {}, [], 0.0), 0, lambda loss, norm: None)
+    step(Batch([pixels], captions, captions, slots, {}, [], 0.0), 0, lambda loss, norm: None)
     return engine.given
 
 

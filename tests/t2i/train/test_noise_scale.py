@@ -70,7 +70,7 @@ def trained(scale: float, shown: Shown) -> None:
         step=lambda lr, veto: StepResult(0.0, None),
     )
     objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
-    batch = Batch(PIXELS, [""] * 4, [""] * 4, np.arange(4), {}, [], 0.0)
+    batch = Batch([PIXELS], [""] * 4, [""] * 4, np.arange(4), {}, [], 0.0)
     step = TrainingStep(config(scale), "low", World(0, 1, CPU), Text(), torch.zeros(2, 3), objective, engine)
     step(batch, 0, lambda loss, norm: None)
 

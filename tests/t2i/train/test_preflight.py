@@ -310,14 +310,21 @@ def test_a_made_up_batch_is_full_and_as_often_over_the_gate_as_ever(size: int, m
     before = torch.get_rng_state(), np.random.get_state()
     batch = made_up_batch(config, "low", 5, World(ranks - 1, ranks, CPU))
     again = made_up_batch(config, "low", 5, World(ranks - 1, ranks, CPU))
-    assert torch.equal(batch.pixels, again.pixels) and batch.pixels.float().std() > 70
-    assert batch.pixels.shape == (size // ranks, 3, 32, 32) and batch.pixels.dtype == torch.uint8
+    (pixels,), (same,) = batch.pixels, again.pixels
+    assert torch.equal(pixels, same) and pixels.float().std() > 70
+    assert pixels.shape == (size // ranks, 3, 32, 32) and pixels.dtype == torch.uint8
     assert len(batch.captions) == len(batch.ids) == len(batch.slots) == size // ranks
     assert set(batch.slots) <= set(range(5 * size, 6 * size))
     t = training_times(config.objective, uniform(key(3, "low", "time"), batch.slots))
     over = (t >= config.objective.gate).reshape(-1, micro).sum(1)
     assert set(over) == {open_samples(micro, open_share(config.objective))}
     assert torch.equal(before[0], torch.get_rng_state()) and str(before[1]) == str(np.random.get_state())
+
+
+def test_a_made_up_batch_is_of_the_largest_bucket() -> None:
+    data = {"resolution": 32, "buckets": [[16, 48], [48, 32], [32, 32]], "group_size": 2}
+    batch = made_up_batch(plain(train={"batch_size": 8, "micro_batch_size": 2}, data=data), "low", 0, ALONE)
+    assert [tuple(pixels.shape) for _, pixels in batch.micro_batches(2)] == [(2, 3, 48, 32)] * 4
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.0])

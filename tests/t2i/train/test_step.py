@@ -77,7 +77,7 @@ def seen(slots: np.ndarray, micro: int, dropout: float = 0.1, caption_dropout: f
     step = TrainingStep(stage, "s", world, labels, labels.null_caption(), objective, engine)
     pixels = torch.from_numpy(np.stack([np.full((3, 8, 8), slot % 256, np.uint8) for slot in slots]))
     captions = [str(slot % CLASSES) for slot in slots]
-    batch = Batch(pixels, captions, captions, slots, {}, [], 0.0)
+    batch = Batch([pixels], captions, captions, slots, {}, [], 0.0)
     step(batch, 0, lambda loss, norm: None)
     return tuple(map(torch.cat, zip(*engine.given, strict=True)))
 
@@ -91,6 +91,29 @@ def test_micro_batches_and_ranks_see_the_same() -> None:
     for rank in range(4):
         mine = slice(rank, None, 4)
         assert all(torch.equal(a, b[mine]) for a, b in zip(seen(slots[mine], 8), whole, strict=True))
+
+
+def test_a_share_of_several_sizes_is_trained_on_group_by_group() -> None:
+    slots = np.random.default_rng(0).permutation(np.arange(FIRST, FIRST + SIZE))
+    sizes = [(8, 8), (4, 16), (16, 4), (8, 8)] * (SIZE // 16)
+    groups = [torch.full((4, 3, *size), n, dtype=torch.uint8) for n, size in enumerate(sizes)]
+    for micro in (1, 2, 4):
+        engine, labels = Recorder(), ClassLabels(CLASSES, CPU)
+        objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
+        step = TrainingStep(
+            config(micro, 0.1, 0.5), "s", World(0, 1, CPU), labels, labels.null_caption(), objective, engine
+        )
+        captions = [str(slot % CLASSES) for slot in slots]
+        trained = step(Batch(groups, captions, captions, slots, {}, [], 0.0), 0, lambda loss, norm: None)
+        shapes = [tuple(image.shape) for image, *_ in engine.given]
+        assert shapes == [(micro, 3, *size) for size in sizes for _ in range(4 // micro)]
+        # Times, labels and masks are the slots', as in a batch of squares.
+        of_squares = seen(slots, SIZE)
+        for n in range(1, 4):
+            assert torch.equal(torch.cat([given[n] for given in engine.given]), of_squares[n])
+        if micro == 1:
+            means = trained.means
+        assert trained.means == pytest.approx(means, rel=1e-5)
 
 
 def test_labels_are_dropped_to_the_null_class() -> None:
@@ -173,7 +196,7 @@ def taught(micro: int, uncut: bool = False, caption_dropout: float = 0.5) -> tup
     step = TrainingStep(validate_config(tree, "here"), "s", world, words, null, objective, engine)
     pixels = torch.randint(256, (SIZE, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     captions = [f"{n % 7} {1 + n * 11 // SIZE}" for n in range(SIZE)]
-    trained = step(Batch(pixels, captions, captions, np.arange(SIZE), {}, [], 0.0), 0, lambda loss, norm: None)
+    trained = step(Batch([pixels], captions, captions, np.arange(SIZE), {}, [], 0.0), 0, lambda loss, norm: None)
     return trained.means["loss"], engine, words
 
 
@@ -235,7 +258,7 @@ def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest
     step = TrainingStep(stage, "s", World(0, 1, CPU), labels, labels.null_caption(), objective, Engine())
     slots = np.arange(SIZE)
     captions = [str(slot % CLASSES) for slot in slots]
-    batch = Batch(torch.zeros(SIZE, 3, 8, 8, dtype=torch.uint8), captions, captions, slots, {}, [], 0.0)
+    batch = Batch([torch.zeros(SIZE, 3, 8, 8, dtype=torch.uint8)], captions, captions, slots, {}, [], 0.0)
     with reads:
         step(batch, 0, lambda loss, norm: None)
     assert order[:2] == ["norm", "loss"] and net.seen > 0
