@@ -88,11 +88,11 @@ def summarise(results: Sequence[Result], seed: int = 0) -> dict[str, Any]:
     }
 
 
-def bootstrap(of_prompts: Sequence[Sequence[bool]], key_: int) -> _Floats:
+def bootstrap(of_prompts: Sequence[Sequence[float]], key_: int) -> _Floats:
     """A task's score, (RESAMPLES,), each time with as many prompts, drawn with replacement.
 
     Args:
-        of_prompts: whether each image is correct, by prompts; none is empty.
+        of_prompts: each image's score, here whether it is correct, by prompts; none is empty.
     """
     correct = np.array([sum(of_prompt) for of_prompt in of_prompts])
     images = np.array([len(of_prompt) for of_prompt in of_prompts])

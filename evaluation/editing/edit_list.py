@@ -1,0 +1,183 @@
+"""Files of edits: YAML in the layout of FlowEdit's data set.
+
+    - init_img: Images/bear.png           # seen from the file's folder; input_img means the same
+      source_prompt: A large brown bear walking through a stream of water.
+      target_prompts:
+        - A large black bear walking through a stream of water.
+      target_codes:                       # a word for each target; may be left out
+        - 1_black_bear
+      box: [212, 96, 840, 1010]           # where the edit belongs; or mask: FILE, or detect: [bear]; or nothing
+
+`box` is x0, y0, x1, y1 in pixels of the image, x to the right and y down, x1 and y1 beyond the last. `mask` is an image
+of the same size, black outside. `detect` names classes of a detector: the region is all boxes of these in the image and
+the result together.
+
+Source: Kulikov et al., "FlowEdit" (2025): Data/flowedit.yaml has init_img, the examples of the code input_img.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import AliasChoices, Field, model_validator
+
+from data.decode import Pixels, decode, image_size
+from data.errors import BadSample, UserError
+from evaluation.editing.background import Inside
+from t2i.config_base import Section
+from t2i.config_loading import validate_section
+
+Box = tuple[float, float, float, float]
+
+
+class Entry(Section):
+    """One image and what is to become of it, as a file of edits has it."""
+
+    init_img: str = Field(validation_alias=AliasChoices("init_img", "input_img"))
+    """Path of the image."""
+    source_prompt: str
+    """What it shows."""
+    target_prompts: list[str] = Field(min_length=1)
+    """What it is to show, an edit each."""
+    target_codes: list[str] | None = None
+    """A word for each of them."""
+    box: Box | None = None
+    """The edited region."""
+    mask: str | None = None
+    """Path of an image that is black outside it."""
+    detect: list[str] | None = Field(None, min_length=1)
+    """Classes of objects whose boxes make it up."""
+
+    @model_validator(mode="after")
+    def _one_region(self) -> Entry:
+        if sum(it is not None for it in (self.box, self.mask, self.detect)) > 1:
+            raise ValueError("give one of box, mask and detect")
+        return self
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of a file.
+
+    Attributes:
+        entry: number of its image in the file, from 0.
+        number: its own among those of the image, from 0.
+        image: the image's file.
+        source: what the image shows.
+        target: what it is to show.
+        code: a word for that; may be empty.
+        about: the whole entry.
+    """
+
+    entry: int
+    number: int
+    image: Path
+    source: str
+    target: str
+    code: str
+    about: Entry
+
+    @property
+    def name(self) -> str:
+        """Of the result's file, without suffix."""
+        return f"{self.entry:05d}_{self.number}"
+
+
+def read_edits(path: Path) -> list[Edit]:
+    """All edits of a file, in its order.
+
+    Raises:
+        UserError: it cannot be read or is not of this layout, or a path leads out of its folder.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--edits {path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--edits {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"--edits {path}: must be a list of images with init_img, source_prompt and target_prompts")
+    return [edit for number, tree in enumerate(entries) for edit in _edits(path, number, tree)]
+
+
+def _edits(path: Path, number: int, tree: Any) -> list[Edit]:
+    where = f"--edits {path}, entry {number}"
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: must have init_img, source_prompt and target_prompts (got {tree!r:.40})")
+    it = validate_section(Entry, tree, where)
+    image = _inside_folder(path, it.init_img, f"{where}: init_img")
+    if it.mask is not None:
+        _inside_folder(path, it.mask, f"{where}: mask")
+    codes = it.target_codes or []
+    if len(codes) != len(it.target_prompts):  # as in an entry of the published file: nobody knows whose one lacks
+        codes = [""] * len(it.target_prompts)
+    prompts = enumerate(zip(it.target_prompts, codes, strict=True))
+    return [Edit(number, n, image, it.source_prompt, prompt, code, it) for n, (prompt, code) in prompts]
+
+
+def _inside_folder(path: Path, name: str, where: str) -> Path:
+    """A file that is named from the folder of `path`: names from elsewhere may lead anywhere."""
+    parts = PurePosixPath(name)
+    if not name or parts.is_absolute() or ".." in parts.parts:
+        raise UserError(f"{where} {name!r}: must be a path below the folder of {path.name}, without '..'")
+    return path.parent / parts
+
+
+def read_picture(path: Path) -> Pixels:
+    """An image file at its own size, uint8 (3, H, W), upright, alpha laid on white.
+
+    Raises:
+        UserError: it is missing, or no image that can be decoded.
+    """
+    try:
+        data = path.read_bytes()
+        return decode(data, image_size(data))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except BadSample as error:
+        raise UserError(f"{path}: is no image that can be read ({error.detail}): give a PNG, JPEG or WebP") from error
+
+
+def given_region(edit: Edit, folder: Path, height: int, width: int) -> Inside | None:
+    """The region (height, width) that an entry's box or mask gives; None: it has neither.
+
+    Args:
+        folder: that of the file of edits.
+        height, width: of the image as it is in its file.
+
+    Raises:
+        UserError: the box is empty or leads out of the image, or the mask is not of its size.
+    """
+    it = edit.about
+    if it.box is not None:
+        x0, y0, x1, y1 = it.box
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise UserError(
+                f"entry {edit.entry}: box {list(it.box)}: must be [x0, y0, x1, y1] within {edit.image.name}, which has "
+                f"{width} x {height} pixels, with x0 below x1 and y0 below y1"
+            )
+        return in_boxes([it.box], height, width)
+    if it.mask is None:
+        return None
+    mask = read_picture(folder / it.mask)
+    if mask.shape[1:] != (height, width):
+        raise UserError(
+            f"entry {edit.entry}: mask {it.mask}: has {mask.shape[2]} x {mask.shape[1]} pixels, and must have "
+            f"{width} x {height} as {edit.image.name}"
+        )
+    return np.asarray(mask.max(0) > 0)
+
+
+def in_boxes(boxes: Sequence[Box], height: int, width: int) -> Inside:
+    """The pixels (height, width) that any box touches."""
+    inside = np.zeros((height, width), np.bool_)
+    for x0, y0, x1, y1 in boxes:
+        rows = slice(max(0, int(np.floor(y0))), max(0, int(np.ceil(y1))))
+        columns = slice(max(0, int(np.floor(x0))), max(0, int(np.ceil(x1))))
+        inside[rows, columns] = True
+    return inside

@@ -1,0 +1,188 @@
+"""Editing as a job that may be killed at any moment, on any number of processes: edit, measure, sum up.
+
+In its folder it leaves
+
+    edits.json       what the edits are made from
+    images/          of each entry the image as it was edited, 00003.png, and its edits, 00003_0.png
+    results.jsonl    a line an edit, with what it did to the background
+    summary.json     the means, and everything they depend on
+    edits.html       every image beside its edits
+
+A folder holds edits of one kind; others are refused. The regions are no part of that: they may be given later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.decode import Pixels
+from data.errors import UserError
+from evaluation.drawing import draw_together, write_png
+from evaluation.editing.background import Inside, background_scores
+from evaluation.editing.edit_list import Box, Edit, given_region, in_boxes, read_picture
+from evaluation.editing.outcome import Line, finish
+from evaluation.geneval.detection import Detector
+from evaluation.parts import note_settings
+from t2i.editing import EditSettings, edit_image, patch_window
+from t2i.pipeline import Pipeline
+from t2i.train.processes import World
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """The edits of a file in the making.
+
+    Attributes:
+        out: the job's folder.
+        folder: that of the file of edits.
+        edits: all of them.
+        patch: side of the model's patches: images are cropped to whole ones.
+        settings: how they are edited.
+        detector: finds the regions of entries that name classes; None: those have none.
+    """
+
+    out: Path
+    folder: Path
+    edits: Sequence[Edit]
+    patch: int
+    settings: EditSettings
+    detector: Detector | None
+
+    def run(self, world: World, pipeline: Pipeline, made_of: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+        """Edit what is missing, measure everything, and write what comes of it; return the summary. A collective.
+
+        Args:
+            made_of: what else the edits depend on, in JSON's types.
+            beside: what else is worth knowing of them.
+
+        Raises:
+            UserError: an image, box or mask is wrong, or the folder holds other edits.
+        """
+        missing = world.from_main(lambda: self._begin(made_of, beside))
+        draw_together(
+            world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
+        )
+        measured = world.together(lambda: [self._measure(edit) for edit in world.share(self.edits)])
+        lines = [line for part in world.gather(measured) for line in part]
+        detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
+        return world.from_main(lambda: finish(self.out, lines, {**beside, **made_of}, self.settings, detector))
+
+    def _begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
+        """Look at all that is given, make the folder or see that it is of the same edits; those that are missing."""
+        if self.detector is not None:
+            _check_classes(self.edits, self.detector)
+        entries = {edit.entry: edit for edit in self.edits}
+        digests = {entry: hashlib.sha256(self._cropped(edit).tobytes()).hexdigest() for entry, edit in entries.items()}
+        contents = [[digests[it.entry], it.source, it.target] for it in self.edits]
+        settings = {
+            **made_of,
+            "edits": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
+            "settings": self.settings.model_dump(),
+        }
+        try:
+            (self.out / "images").mkdir(parents=True, exist_ok=True)
+            differ = note_settings(self.out / "edits.json", settings, beside)
+            if differ:
+                raise UserError(
+                    f"--out {self.out}: holds edits made otherwise ({', '.join(differ)}): give another name"
+                )
+            (self.out / "summary.json").unlink(missing_ok=True)  # of what was there, and this job may be killed
+            for entry, edit in entries.items():
+                if not self._source(entry).exists():
+                    write_png(self._source(entry), self._cropped(edit))
+        except OSError as error:
+            raise UserError(f"--out {self.out}: cannot be written to: {error.strerror}") from error
+        return [edit for edit in self.edits if not self._result(edit).exists()]
+
+    def _cropped(self, edit: Edit) -> Pixels:
+        """The image, uint8 (H, W, 3), of whole patches; its region is looked at, too."""
+        image, inside = self._read(edit)
+        if inside is not None and inside.all():
+            raise UserError(f"entry {edit.entry}: the region covers all of {edit.image.name}: leave some background")
+        return image
+
+    def _read(self, edit: Edit) -> tuple[Pixels, Inside | None]:
+        """The image and the region that its entry gives, of whole patches."""
+        pixels = read_picture(edit.image)
+        height, width = pixels.shape[1:]
+        try:
+            window = patch_window(height, width, self.patch)
+        except UserError as error:
+            raise UserError(f"{edit.image}: {error}") from error
+        inside = given_region(edit, self.folder, height, width)
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0)[window]), None if inside is None else inside[window]
+
+    def _source(self, entry: int) -> Path:
+        return self.out / "images" / f"{entry:05d}.png"
+
+    def _result(self, edit: Edit) -> Path:
+        return self.out / "images" / f"{edit.name}.png"
+
+    def _edit(self, pipeline: Pipeline, mine: Sequence[Edit], done: Callable[[int], object]) -> None:
+        for edit in mine:
+            image = torch.from_numpy(read_picture(self._source(edit.entry)))
+            result = edit_image(pipeline, image, edit.source, edit.target, self.settings)
+            write_png(self._result(edit), result.permute(1, 2, 0).numpy())
+            done(1)
+
+    def _measure(self, edit: Edit) -> Line:
+        """An edit's line of results.jsonl."""
+        before, result = (
+            read_picture(path).transpose(1, 2, 0) for path in (self._source(edit.entry), self._result(edit))
+        )
+        _, inside = self._read(edit)
+        boxes: list[Box] = []
+        why = "" if inside is not None else "no region is given"
+        if edit.about.detect is not None:
+            why = "no detector was given"
+            if self.detector is not None:
+                boxes = found_boxes(edit.about.detect, (before, result), self.detector)
+                inside = in_boxes(boxes, *before.shape[:2])
+                why = "" if boxes else "nothing was found"
+        if inside is not None and inside.all():
+            why = "the region is all of the image"
+        return {
+            "file": str(self._result(edit).relative_to(self.out)),
+            "source_file": str(self._source(edit.entry).relative_to(self.out)),
+            "entry": edit.entry,
+            "image": edit.image.relative_to(self.folder).as_posix(),
+            "source_prompt": edit.source,
+            "target_prompt": edit.target,
+            "target_code": edit.code,
+            "size": list(before.shape[:2]),
+            "found": boxes,
+            "region": None if why or inside is None else float(inside.mean()),
+            "background": None if why or inside is None else background_scores(before, result, inside),
+            "not_measured": why,
+        }
+
+
+def found_boxes(classes: Sequence[str], images: Sequence[Pixels], detector: Detector) -> list[Box]:
+    """The boxes of all objects of these classes in images (H, W, 3) that count by the detector's thresholds."""
+    limits = detector.thresholds
+    boxes: list[Box] = []
+    for image in images:
+        found = sorted(detector.detect(image), key=lambda it: -it.score)
+        for name in classes:
+            boxes += [it.box for it in found if it.label == name and it.score > limits.score][: limits.most]
+    return boxes
+
+
+def _check_classes(edits: Sequence[Edit], detector: Detector) -> None:
+    asked = [(edit.entry, name) for edit in edits for name in edit.about.detect or ()]
+    if not asked:
+        raise UserError("--detector does nothing, since no entry has 'detect': name classes there, or leave it out")
+    for entry, name in asked:
+        if name not in detector.classes:
+            raise UserError(
+                f"entry {entry}: detect {name!r}: the detector {detector.identity['name']} knows no such class: name "
+                f"it as one of {', '.join(detector.classes[:3])} ... {detector.classes[-1]}"
+            )

@@ -1,0 +1,149 @@
+"""Edit images by words: what an image shows, and what it is to show.
+
+    python launch/edit.py --model MODEL --image cat.png --source "a cat" --target "a dog" --out dog.png
+    deepspeed launch/edit.py --model MODEL --edits flowedit.yaml --out DIR      # any number of processes; or python
+
+FlowEdit (Kulikov et al. 2025), in pixels: --n-max says how far an edit may go from its image. Of images whose sides are
+no multiples of the model's patch the middle is edited. A file of edits has the layout of FlowEdit's data set
+(evaluation/editing/edit_list.py); DIR holds the edits, results.jsonl, summary.json and edits.html, with MSE and SSIM of
+the background where the file says what was to be edited. A job that is killed goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+from tqdm import tqdm
+
+from data.errors import UserError
+from evaluation.drawing import made_of, write_png
+from evaluation.editing.edit_list import read_edits, read_picture
+from evaluation.editing.job import EditJob
+from evaluation.editing.outcome import as_text
+from evaluation.geneval.detectors import Name, build_detector
+from launch.drawing import job_parser, parsed
+from launch.process import joined_world, main
+from t2i.config import RunConfig
+from t2i.config_base import ConfigError
+from t2i.config_loading import validate_section
+from t2i.editing import EditSettings, edit_image, patch_window
+from t2i.pipeline import Pipeline
+from t2i.train.processes import World
+
+_OF_ONE = ("image", "source", "target")
+_OF_MANY = ("detector", "detector_weights", "clip")
+
+
+def _parser() -> ArgumentParser:
+    parser = job_parser(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="model/ folder of a run that draws captions")
+    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights edit")
+    parser.add_argument("--out", type=Path, required=True, help="the .png; of --edits the folder for everything")
+    parser.add_argument("--image", type=Path, help="the image to edit")
+    parser.add_argument("--source", help="what it shows")
+    parser.add_argument("--target", help="what it is to show")
+    parser.add_argument("--edits", type=Path, help="YAML file of many edits, in place of these three")
+    for name, field in EditSettings.model_fields.items():
+        default = "the model's sampling.timeshift" if field.is_required() else field.default
+        parser.add_argument(_option(name), type=field.annotation, help=f"{field.description} (default: {default})")
+    names = "finds what entries of --edits name under detect: mask2former, or shapes in drawn shapes"
+    parser.add_argument("--detector", type=Name, help=names)
+    parser.add_argument("--detector-weights", help="mask2former's: file, folder or name; by default the cached ones")
+    parser.add_argument("--clip", help="CLIP's, which mask2former comes with; by default the cached ones")
+    return parser
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check(options: Namespace) -> None:
+    """Refuse options that are missing, wrong, or would do nothing."""
+    if options.edits is not None:
+        if given := [name for name in _OF_ONE if getattr(options, name) is not None]:
+            raise ConfigError(f"{_option(given[0])} is of a single edit: leave out --edits, or enter it there")
+        if options.detector != "mask2former":
+            for name in ("detector_weights", "clip"):
+                if getattr(options, name) is not None:
+                    raise ConfigError(f"{_option(name)} is of --detector mask2former")
+        return
+    for name in _OF_ONE:
+        if getattr(options, name) is None:
+            raise ConfigError(f"{_option(name)} is missing: give --image, --source and --target, or a file --edits")
+    for name in _OF_MANY:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{_option(name)} measures edits of a file: give --edits")
+    if options.out.suffix != ".png":
+        raise ConfigError(f"--out {options.out}: the name ends in .png")
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
+
+
+def settings_of(config: RunConfig, given: dict[str, Any]) -> EditSettings:
+    """How a model edits: the defaults and its own timeshift, with what is given entered.
+
+    Raises:
+        ConfigError: a setting that is wrong.
+    """
+    return validate_section(EditSettings, {"timeshift": config.sampling.timeshift, **given}, "command line")
+
+
+def edit() -> None:
+    """Parse the command line and do the job."""
+    options = parsed(_parser())
+    _check(options)
+    given = {name: value for name in EditSettings.model_fields if (value := getattr(options, name)) is not None}
+    with joined_world() as world:
+        pipeline = Pipeline.load(options.model, options.weights, world.device)
+        if pipeline.config.model.condition == "class":
+            raise ConfigError(f"--model {options.model} draws classes: editing needs one that draws captions")
+        settings = settings_of(pipeline.config, given)
+        if options.edits is not None:
+            _edit_many(world, pipeline, options, settings)
+        elif world.is_main:
+            _edit_one(pipeline, options, settings)
+
+
+def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
+    image = torch.from_numpy(read_picture(options.image))
+    try:
+        window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size)
+    except UserError as error:
+        raise UserError(f"--image {options.image}: {error}") from error
+    calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
+    with tqdm(total=calls, unit="step") as bar:
+
+        def step_done(images: Tensor, t: float) -> None:
+            bar.update()
+
+        result = edit_image(pipeline, image[:, *window], options.source, options.target, settings, step_done)
+    try:
+        write_png(options.out, result.permute(1, 2, 0).numpy())
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be written: {error.strerror}") from error
+    print(f"{options.out}: {result.shape[1]} x {result.shape[2]} pixels", file=sys.stderr)
+
+
+def _edit_many(world: World, pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
+    detector = None
+    if options.detector is not None:
+        detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
+    edits = world.from_main(lambda: read_edits(options.edits))
+    patch, sampling = pipeline.denoiser.patch_size, pipeline.config.sampling
+    job = EditJob(options.out, options.edits.parent, edits, patch, settings, detector)
+    made = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+    made |= {"clamp": sampling.clamp, "guidance_rescale": sampling.guidance_rescale}
+    summary = job.run(world, pipeline, made, {"model": str(options.model), "file": str(options.edits)})
+    if world.is_main:
+        print(as_text(summary))
+        print(f"{options.out / 'edits.html'} shows every edit", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(edit)
