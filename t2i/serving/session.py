@@ -76,9 +76,14 @@ class Request:
 
     @property
     def stem(self) -> str:
-        """The beginning of a file's name: the prompt's first words in plain letters, and the seed."""
-        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:48].rstrip("-")
-        return f"{words or 'picture'}_seed{self.sampling.seed}"
+        """The beginning of a file's name."""
+        return stem_of(self.prompt, self.sampling.seed)
+
+
+def stem_of(prompt: str, seed: int) -> str:
+    """The beginning of a file's name: the prompt's first words in plain letters, and the seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
+    return f"{words or 'picture'}_seed{seed}"
 
 
 def first_request(config: RunConfig) -> Request:

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from data.errors import UserError
 from t2i.diffusion.flow import to_pixels
+from t2i.editing import edit_image
 from t2i.pipeline import Picture, Pipeline, Watch
+from t2i.serving.edits import EditForm, EditRequest, check_edit
 from t2i.serving.limits import Limits
 from t2i.serving.session import Form, Request, check_form
 
@@ -51,8 +53,8 @@ class Drawn:
     """Its PNG."""
     settings: dict[str, Any]
     """What it was drawn with, in JSON's types."""
-    request: Request | None
-    """What asks for it again; None: it was not drawn but edited."""
+    request: Request | EditRequest
+    """What asks for it again."""
 
 
 @dataclass(frozen=True)
@@ -99,46 +101,64 @@ class Studio:
         """
         wanted = [Picture(request.prompt, number, request.negative) for number in range(request.pictures)]
 
-        def work(watch: Watch, done: Callable[[Drawn], None]) -> None:
-            folder = Path(mkdtemp(dir=self._folder))
-            images = self.pipeline.draw_batches(wanted, request.sampling, request.size, watch)
-            for number, batch in enumerate(images):
-                settings = self._made_of | request.settings | {"number": number}
-                path = folder / f"{request.stem}_{number}.png"
-                write_picture(path, batch[0], settings)
-                done(Drawn(path, settings, request))
+        def images(watch: Watch) -> Iterator[Tensor]:
+            for batch in self.pipeline.draw_batches(wanted, request.sampling, request.size, watch):
+                yield batch[0]
 
-        return self._follow(work, request.calls)
+        return self._follow(request, images)
 
-    def _follow(self, work: Callable[[Watch, Callable[[Drawn], None]], None], calls: int) -> Iterator[Frame]:
-        """Have the studio's thread do some work, and yield how far it is, at least every BEAT_S seconds.
+    def check_edit(self, form: EditForm) -> EditRequest:
+        """What a form asks for.
+
+        Raises:
+            UserError: a field that is wrong, in one sentence.
+        """
+        return check_edit(form, self.pipeline.config, self.limits)
+
+    def edit(self, request: EditRequest) -> Iterator[Frame]:
+        """The same of an edit, which makes one picture."""
+
+        def images(watch: Watch) -> Iterator[Tensor]:
+            yield edit_image(self.pipeline, request.image, request.source, request.target, request.edits, watch)
+
+        return self._follow(request, images)
+
+    def _follow(
+        self, request: Request | EditRequest, images: Callable[[Watch], Iterator[Tensor]]
+    ) -> Iterator[Frame]:
+        """Have the studio's thread make pictures, and yield how far it is, at least every BEAT_S seconds.
 
         Args:
-            work: is given the watch of its calls of the network, and whom to tell of a picture that is done.
-            calls: how often it calls the network.
+            request: what is asked for.
+            images: makes its pictures, uint8 (3, H, W); the watch is shown every call of the network.
         """
         frames: SimpleQueue[Frame | None] = SimpleQueue()  # None: there are no more
         stop = Event()
         called, shown, drawn = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...]()
 
-        def watch(images: Tensor, t: float) -> None:
+        def watch(predicted: Tensor, t: float) -> None:
             nonlocal called, shown
             if stop.is_set():
                 raise _Stopped
             called += 1
             if time.monotonic() - shown >= PREVIEW_EVERY_S:
-                frames.put(Frame(called / calls, to_array(to_pixels(images[0]).cpu()), drawn))
+                frames.put(Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn))
                 shown = time.monotonic()
 
-        def done(picture: Drawn) -> None:
+        def make() -> None:
             nonlocal drawn
-            drawn = (*drawn, picture)
-            frames.put(Frame(called / calls, None, drawn))
+            folder = Path(mkdtemp(dir=self._folder))
+            for number, image in enumerate(images(watch)):
+                settings = self._made_of | request.settings | {"number": number}
+                path = folder / f"{request.stem}_{number}.png"
+                write_picture(path, image, settings)
+                drawn = (*drawn, Drawn(path, settings, request))
+                frames.put(Frame(called / request.calls, None, drawn))
 
         def run() -> None:
             try:
                 if not stop.is_set():
-                    work(watch, done)
+                    make()
             finally:
                 frames.put(None)
 
