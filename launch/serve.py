@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +50,7 @@ def serve(
     if queue < 1:
         raise UserError(f"--queue {queue}: at least one request has to have a place")
     quiet(0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted, pictures removed
     with TemporaryDirectory(prefix="t2i-serve-") as folder:
         # Gradio looks for them as it is imported.
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/gradio")

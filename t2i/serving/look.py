@@ -19,20 +19,29 @@ CSS = """
 .gradio-container{--font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,"Liberation Sans",sans-serif;
 --quiet:#5d6673;font-family:var(--font)!important}
 .dark .gradio-container,.dark{--quiet:#a4adba}
-.gradio-container .main,.gradio-container main{max-width:1240px!important;margin:0 auto!important}
+.gradio-container main{width:100%;max-width:1200px!important;margin:0 auto!important;box-sizing:border-box}
 .head h1{font-size:26px;letter-spacing:-.02em;margin:8px 0 2px;font-weight:650}
 .head p,.hint{margin:0;color:var(--quiet);font-size:14px;overflow-wrap:anywhere}
 .progress{display:grid;gap:8px}
-.progress progress{width:100%;height:8px;accent-color:var(--color-accent)}
+.bar{height:8px;border-radius:4px;background:var(--border-color-primary);overflow:hidden}
+.bar i{display:block;height:100%;background:var(--color-accent)}
+.told .error{display:none}
 .progress p{margin:0;font-size:14px;color:var(--quiet);font-variant-numeric:tabular-nums}
 .forming{display:block;width:min(100%,512px);margin:4px auto 0;border-radius:8px}
 .small img,img.small{image-rendering:pixelated}
 img.forming.small{width:min(100%,360px)}
+.pictures .grid-wrap,#history .grid-wrap{max-height:none!important;height:auto!important;min-height:0!important;
+overflow:visible}
+.pictures,#history{height:auto!important;min-height:0!important}
+#history .grid-container{grid-template-columns:repeat(auto-fill,minmax(104px,1fr))!important}
+#left .image-frame,#right .image-frame{width:100%}
+#left img,#right img{width:100%!important;height:auto!important;max-height:420px!important;object-fit:contain}
 .beside{align-self:center}
 .settings{width:100%;border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 .settings th{width:36%;text-align:left;font-weight:500;color:var(--quiet)}
-.settings th,.settings td{padding:5px 10px 5px 0;border-bottom:1px solid var(--border-color-primary);
-vertical-align:top;overflow-wrap:anywhere}
+.settings,.settings tbody,.settings tr{border:0!important}
+.settings th,.settings td{padding:5px 10px 5px 0!important;border:0!important;vertical-align:top;overflow-wrap:anywhere;
+border-bottom:1px solid var(--border-color-primary)!important}
 .settings .other td{font-weight:650;color:var(--color-accent)}
 """
 
@@ -56,7 +65,8 @@ def progress(frame: Frame, count: int, seconds: float) -> str:
     words = f"picture {done + 1} of {count}" if count > 1 else "drawing"
     image = forming(frame.preview) if frame.preview is not None else ""
     return (
-        f'<div class="progress"><progress max="100" value="{percent}"></progress>'
+        f'<div class="progress"><div class="bar" role="progressbar" aria-valuenow="{percent}">'
+        f'<i style="width:{percent}%"></i></div>'
         f"<p>{words} · {percent} % · {seconds:.0f} s</p>{image}</div>"
     )
 
@@ -101,5 +111,12 @@ def rows(settings: dict[str, Any]) -> dict[str, str]:
         elif name == "size":
             found[name] = f"{value[1]} × {value[0]}"
         elif name != "batch_size":  # always one
-            found[name.replace("_", " ")] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            values = value if isinstance(value, list) else [value]
+            found[name.replace("_", " ")] = ", ".join(_in_words(it) for it in values)
     return found
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "–"

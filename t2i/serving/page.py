@@ -220,7 +220,7 @@ class _in_words:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, UserError):
-            raise gr.Error(escape(str(error)), title="That cannot be done", print_exception=False) from None
+            raise gr.Error(escape(str(error)), print_exception=False) from None
 
 
 def _thumbnails(history: History) -> list[tuple[str, str]]:
