@@ -1,0 +1,79 @@
+"""Serve a page on which to try a model.
+
+    python launch/serve.py --model runs/demo/sft/model [--host 127.0.0.1] [--port 7860]
+
+It needs the extra `serve` (Gradio). The page is for this machine alone unless --host says otherwise, and there is no
+password. Pictures last as long as the server.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from data.errors import UserError
+from launch.command import run
+from launch.process import quiet
+from t2i.config import RunConfig
+from t2i.model_folder import WhichWeights
+from t2i.pipeline import Pipeline
+from t2i.serving.limits import USABLE, find_limits, free_bytes
+from t2i.serving.studio import Studio
+
+
+def serve(
+    model: str,
+    which: WhichWeights = "ema",
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    queue: int = 8,
+    max_pixels: int | None = None,
+) -> None:
+    """Serve a page on which to try a model.
+
+    Args:
+        model: Folder of a trained model.
+        which: Which of its weights draw.
+        host: Address to bind to; 0.0.0.0 lets the network in, without a password.
+        port: Port to listen on.
+        queue: Requests that may wait; more are refused.
+        max_pixels: Height times width of a picture at most; by default what the memory allows.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("launch/serve.py needs Gradio: pip install '.[serve]'")
+    if queue < 1:
+        raise UserError(f"--queue {queue}: at least one request has to have a place")
+    quiet(0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted, pictures removed
+    with TemporaryDirectory(prefix="t2i-serve-") as folder:
+        # Gradio looks for them as it is imported.
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/gradio")
+        from t2i.serving.page import build_page
+        from t2i.serving.page import serve as serve_page
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline = Pipeline.load(Path(model), which, device)
+        limits = find_limits(pipeline, int(USABLE * free_bytes(device)), max_pixels)
+        studio = Studio(pipeline, {"model": model, "weights": which}, limits, Path(folder))
+        serve_page(build_page(studio, pipeline.config.name, _facts(pipeline.config, which)), host, port, queue)
+
+
+def _facts(config: RunConfig, which: str) -> str:
+    height, width = config.data.size
+    of = "captions" if config.model.condition == "text" else f"{config.model.classes} classes"
+    return f"{config.model.family}, drawing {of} · trained at {width} × {height} · {which} weights"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    return run((serve,), args, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

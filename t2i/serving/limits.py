@@ -1,0 +1,222 @@
+"""How large a picture may be here: what drawing one takes, against the memory that there is.
+
+- On a CPU the network's own code is run on the meta device: shapes without memory. Its attention holds all scores, so
+  what it takes grows with the square of the patches. It is counted in fp32 for bf16 too, whose kernels there take copies
+  in fp32: what was measured is 79 to 101 % of it in fp32, and 50 to 96 % in bf16.
+- On a GPU the network is run at two sizes, and the allocator says what it took: fused attention grows as the patches
+  do, and which kernel is taken is the device's affair.
+- Both are of one picture with its guidance: the page draws one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from data.errors import UserError
+from t2i.build import build_denoiser
+from t2i.config import RunConfig
+from t2i.config_sampling import SamplingConfig
+from t2i.diffusion.sampling import guided_velocity
+from t2i.pipeline import Picture, Pipeline
+
+USABLE = 0.8
+"""Share of the free memory that a picture may take; the rest is for fragments, captions and what is not foreseen."""
+STATE_COPIES = 8
+"""Of a picture in fp32, beside what a call of the network takes: noise, state, slopes of four steps, sums."""
+MOST_PIXELS = 2**24
+"""However much memory there is: 4096 x 4096."""
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that may be asked for."""
+
+    patch: int
+    """Sides are multiples of it, in pixels."""
+    max_pixels: int
+    """Height times width, at most."""
+    reason: str
+    """What allows no more, in words."""
+
+    def check(self, height: int, width: int) -> None:
+        """See that pictures of a size may be drawn.
+
+        Raises:
+            UserError: they may not; it says what is the largest that may.
+        """
+        p = self.patch
+        for name, side in (("width", width), ("height", height)):
+            if side <= 0 or side % p:
+                near = max(1, round(side / p)) * p
+                raise UserError(f"{name} {side}: must be a multiple of the model's patch, {p} pixels, such as {near}")
+        if height * width > self.max_pixels:
+            largest = self.largest_like(height, width)
+            raise UserError(
+                f"width x height {width} x {height}: {self.reason} allows at most {self.max_pixels:,} pixels in all, "
+                f"such as {largest[1]} x {largest[0]}"
+            )
+
+    def largest_like(self, height: int, width: int) -> tuple[int, int]:
+        """The largest height and width that are allowed and of about this shape."""
+        most = self.max_pixels // self.patch**2  # patches
+        rows = min(most, max(1, math.floor(math.sqrt(most * height / width))))
+        columns = max(1, min(most // rows, math.floor(rows * width / height)))
+        return rows * self.patch, columns * self.patch
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that live at once while it is on; `peak` is the most.
+
+    What asks for the CPU, as tables of positions do, is made on the meta device, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._sizes = WeakIdKeyDictionary()  # by storage: views share one
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if options.get("device") is not None:
+            options["device"] = META
+        result = func(*args, **options)
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor):
+                storage = made.untyped_storage()
+                self._sizes[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return result
+
+
+def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
+    """What one guided call of the network takes on a CPU beside its weights, in bytes, as a function of the patches.
+
+    Tables of positions that a process keeps count at their size's first call, as they do when it draws.
+
+    Args:
+        config: of the model.
+        text_width: width E of a caption's states; 0 where it draws classes.
+    """
+    with META:
+        denoiser = build_denoiser(config.model, text_width, config.text.length).eval()
+    patch = config.model.patch_size
+
+    @torch.no_grad()
+    def peak(patches: int) -> int:
+        # Inputs are made before anything is counted: they are among STATE_COPIES, or small.
+        shape = () if config.model.condition == "class" else (config.text.length, text_width)
+        kind = torch.long if config.model.condition == "class" else torch.float32
+        condition = torch.zeros(1, *shape, dtype=kind, device=META)
+        x = torch.zeros(1, 3, patch, patches * patch, device=META)
+        velocity = guided_velocity(
+            lambda x, t, condition: denoiser(x, t, condition).output,
+            condition, condition, 2.0, config.model.prediction, config.objective.min_noise,
+        )  # fmt: skip
+        with _LiveBytes() as counted:
+            velocity(x, 0.5, True)
+        return counted.peak
+
+    return peak
+
+
+def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
+    """The same on a GPU: a line through what the allocator says of the trained size and of twice its area."""
+    patch = pipeline.denoiser.patch_size
+    height, width = pipeline.config.data.size
+    picture = Picture("0" if pipeline.config.model.condition == "class" else "a picture")
+    (states,) = pipeline.states([[picture]])
+    velocity = pipeline.velocity([picture], states, SamplingConfig(guidance_scale=2.0, batch_size=1))
+
+    @torch.no_grad()
+    def peak(columns: int) -> int:
+        x = torch.zeros(1, 3, height, columns, device=pipeline.device)
+        for _ in range(2):  # the first run makes what stays: workspaces, tables of positions
+            torch.cuda.reset_peak_memory_stats(pipeline.device)
+            before = torch.cuda.memory_allocated(pipeline.device)
+            velocity(x, 0.5, True)
+        return torch.cuda.max_memory_allocated(pipeline.device) - before
+
+    once, twice = peak(width), peak(2 * width)
+    trained = height * width // patch**2
+    return lambda patches: math.ceil(once + (twice - once) * (patches - trained) / trained)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses: a GPU's, with what PyTorch keeps for itself; or the host's, within its control group."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            host = int(line.split()[1]) * 1024
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        host = min(host, int(limit.read_text()) - int(used.read_text()))
+    return host
+
+
+def most_patches(peak: Callable[[int], int], picture_bytes: int, available: int, at_most: int) -> int:
+    """The most patches whose picture fits; 0: not even one.
+
+    Args:
+        peak: bytes that a call of the network takes for so many patches; never falls.
+        picture_bytes: of a patch of a picture in fp32.
+        available: bytes there are.
+        at_most: where the search ends.
+    """
+    fits, too_many = 0, at_most + 1
+    guess = 1
+    while too_many - fits > 1:
+        if peak(guess) + STATE_COPIES * picture_bytes * guess <= available:
+            fits = guess
+        else:
+            too_many = guess
+        # Doubled while all fit; then halved between the two.
+        guess = min(2 * guess, at_most) if too_many > at_most else (fits + too_many) // 2
+    return fits
+
+
+def find_limits(pipeline: Pipeline, available: int, max_pixels: int | None) -> Limits:
+    """The sizes that a model may be asked for.
+
+    Args:
+        pipeline: the model.
+        available: bytes that a picture may take.
+        max_pixels: an upper limit of whoever serves the page; None: memory alone.
+
+    Raises:
+        UserError: a picture of the size that the model was trained at does not fit.
+    """
+    config, patch = pipeline.config, pipeline.denoiser.patch_size
+    if pipeline.device.type == "cuda":
+        peak = measured_bytes(pipeline)
+    else:
+        peak = traced_bytes(config, pipeline.conditioner.width)
+    wanted = MOST_PIXELS if max_pixels is None else min(max_pixels, MOST_PIXELS)
+    height, width = config.data.size
+    trained = height * width
+    if wanted < patch**2:
+        raise UserError(f"--max-pixels {max_pixels}: must hold one patch at least, {patch**2} pixels")
+    found = most_patches(peak, 3 * 4 * patch**2, available, wanted // patch**2) * patch**2
+    if found < min(trained, wanted):
+        raise UserError(
+            f"{available / 2**30:.2f} GiB of free memory are too little to draw at {width} x {height}, the size that "
+            f"the model was trained at: free some, or give a lower --max-pixels"
+        )
+    memory = found < wanted // patch**2 * patch**2
+    reason = "the memory here" if memory else "this server" if max_pixels is not None else "the page"
+    return Limits(patch, found, reason)

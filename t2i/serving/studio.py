@@ -1,0 +1,191 @@
+"""The model behind the page: it draws what was asked for, shows it forming, and stops when told to.
+
+- Pictures are drawn one by one, each in a batch of its own: picture n is the same however many are asked for, and each
+  is shown when it is done.
+- The model is used by one thread, the studio's own: one who stops a request does not wait for it, the next one does.
+- A picture is a PNG that says in its text, under "settings", what it was drawn with.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from tempfile import mkdtemp
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from data.errors import UserError
+from t2i.diffusion.flow import to_pixels
+from t2i.editing import edit_image
+from t2i.pipeline import Picture, Pipeline, Watch
+from t2i.serving.edits import EditForm, EditRequest, check_edit
+from t2i.serving.limits import Limits
+from t2i.serving.session import Form, Request, check_form
+
+Pixels = NDArray[np.uint8]
+
+PREVIEW_EVERY_S = 0.25
+BEAT_S = 1.0
+"""Whoever waits hears from the studio this often."""
+
+
+class _Stopped(Exception):
+    """Leaves the solver."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that is done."""
+
+    path: Path
+    """Its PNG."""
+    settings: dict[str, Any]
+    """What it was drawn with, in JSON's types."""
+    request: Request | EditRequest
+    """What asks for it again."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How far a request is."""
+
+    share: float
+    """Of the calls of the network."""
+    preview: Pixels | None
+    """The picture (H, W, 3) that is forming, as the latest call predicts it; None: no news of it."""
+    drawn: tuple[Drawn, ...]
+    """Pictures that are done."""
+
+
+class Studio:
+    """A model with all that its page needs.
+
+    Args:
+        pipeline: the model.
+        made_of: which model and weights, for the pictures' texts.
+        limits: sizes that may be asked for.
+        folder: where pictures are written.
+    """
+
+    def __init__(self, pipeline: Pipeline, made_of: dict[str, Any], limits: Limits, folder: Path) -> None:
+        self.pipeline, self.limits = pipeline, limits
+        self._made_of, self._folder = made_of, folder
+        self._device = ThreadPoolExecutor(1, "studio")
+
+    def check(self, form: Form) -> Request:
+        """What a form asks for.
+
+        Raises:
+            UserError: a field that is wrong, in one sentence.
+        """
+        return check_form(form, self.pipeline.config, self.pipeline.conditioner, self.limits)
+
+    def draw(self, request: Request) -> Iterator[Frame]:
+        """Draw what was asked for; the last frame has all pictures. Closing the iterator stops it at the next call of
+        the network.
+
+        Raises:
+            UserError: the memory was not enough after all.
+        """
+        wanted = [Picture(request.prompt, number, request.negative) for number in range(request.pictures)]
+
+        def images(watch: Watch) -> Iterator[Tensor]:
+            for batch in self.pipeline.draw_batches(wanted, request.sampling, request.size, watch):
+                yield batch[0]
+
+        return self._follow(request, images)
+
+    def check_edit(self, form: EditForm) -> EditRequest:
+        """What a form asks for.
+
+        Raises:
+            UserError: a field that is wrong, in one sentence.
+        """
+        return check_edit(form, self.pipeline.config, self.limits)
+
+    def edit(self, request: EditRequest) -> Iterator[Frame]:
+        """The same of an edit, which makes one picture."""
+
+        def images(watch: Watch) -> Iterator[Tensor]:
+            yield edit_image(self.pipeline, request.image, request.source, request.target, request.edits, watch)
+
+        return self._follow(request, images)
+
+    def _follow(
+        self, request: Request | EditRequest, images: Callable[[Watch], Iterator[Tensor]]
+    ) -> Iterator[Frame]:
+        """Have the studio's thread make pictures, and yield how far it is, at least every BEAT_S seconds.
+
+        Args:
+            request: what is asked for.
+            images: makes its pictures, uint8 (3, H, W); the watch is shown every call of the network.
+        """
+        frames: SimpleQueue[Frame | None] = SimpleQueue()  # None: there are no more
+        stop = Event()
+        called, shown, drawn = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...]()
+
+        def watch(predicted: Tensor, t: float) -> None:
+            nonlocal called, shown
+            if stop.is_set():
+                raise _Stopped
+            called += 1
+            if time.monotonic() - shown >= PREVIEW_EVERY_S:
+                frames.put(Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn))
+                shown = time.monotonic()
+
+        def make() -> None:
+            nonlocal drawn
+            folder = Path(mkdtemp(dir=self._folder))
+            for number, image in enumerate(images(watch)):
+                settings = self._made_of | request.settings | {"number": number}
+                path = folder / f"{request.stem}_{number}.png"
+                write_picture(path, image, settings)
+                drawn = (*drawn, Drawn(path, settings, request))
+                frames.put(Frame(called / request.calls, None, drawn))
+
+        def run() -> None:
+            try:
+                if not stop.is_set():
+                    make()
+            finally:
+                frames.put(None)
+
+        future = self._device.submit(run)
+        latest: Frame | None = Frame(0.0, None, ())
+        try:
+            while latest is not None:
+                yield latest
+                try:
+                    latest = frames.get(timeout=BEAT_S)
+                except Empty:
+                    pass  # the same once more: whoever listens may want to leave
+            future.result()
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise UserError("the device's memory was not enough for this size: ask for a smaller one") from error
+        finally:
+            stop.set()
+
+
+def to_array(image: Tensor) -> Pixels:
+    """A picture, uint8 (3, H, W) on the host, as (H, W, 3)."""
+    return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def write_picture(path: Path, image: Tensor, settings: dict[str, Any]) -> None:
+    """Write a picture, uint8 (3, H, W), as a PNG with `settings` in its text."""
+    text = PngInfo()
+    text.add_text("settings", json.dumps(settings))
+    Image.fromarray(to_array(image)).save(path, pnginfo=text)

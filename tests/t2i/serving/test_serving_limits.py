@@ -1,0 +1,111 @@
+"""Sizes that may be asked for: what drawing takes, as traced, and the largest that fits."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from random_model import config, write_random_model
+
+from data.errors import UserError
+from t2i.config_loading import validate_config
+from t2i.pipeline import Pipeline
+from t2i.serving.limits import STATE_COPIES, Limits, find_limits, free_bytes, most_patches, traced_bytes
+
+CPU = torch.device("cpu")
+LIMITS = Limits(patch=16, max_pixels=512 * 512, reason="the memory here")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return Pipeline.load(write_random_model(tmp_path_factory.mktemp("model") / "model"), "ema", CPU)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (16, 16), (256, 1024), (16, 16384)])
+def test_sizes_that_are_allowed(size: tuple[int, int]) -> None:
+    LIMITS.check(*size)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "words"),
+    [
+        (512, 500, "width 500: must be a multiple of the model's patch, 16 pixels, such as 496"),
+        (7, 512, "height 7: must be a multiple of the model's patch, 16 pixels, such as 16"),
+        (512, 0, "width 0: must be a multiple of the model's patch, 16 pixels, such as 16"),
+        (1024, 1024, "1024 x 1024: the memory here allows at most 262,144 pixels in all, such as 512 x 512"),
+        (512, 2048, "width x height 2048 x 512: .* such as 1024 x 256"),
+    ],
+)
+def test_sizes_that_are_refused_say_what_would_be_right(height: int, width: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        LIMITS.check(height, width)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 16), (1, 1000), (5000, 3)])
+@pytest.mark.parametrize("most", [1, 7, 1024])
+def test_the_largest_like_a_shape_is_allowed_itself(shape: tuple[int, int], most: int) -> None:
+    limits = Limits(16, most * 256, "the memory here")
+    height, width = limits.largest_like(*shape)
+    limits.check(height, width)
+
+
+def test_the_search_finds_the_last_that_fits() -> None:
+    def peak(patches: int) -> int:
+        return 3 * patches * patches + 7
+
+    for available in (0, 6, 20, 1000, 12345, 10**7):
+        fitting = [n for n in range(1, 2000) if peak(n) + STATE_COPIES * 5 * n <= available]
+        assert most_patches(peak, 5, available, 1000) == min(1000, max(fitting, default=0))
+
+
+def test_the_trace_counts_what_lives_at_once() -> None:
+    """Of a network without blocks to speak of: attention's scores, and their exponentials, outgrow all else."""
+    run = config(width=8, heads=2, depth=1, text_depth=0, repa_layer=1)
+    peak = traced_bytes(run, 384)
+    patches = 4096
+    scores = 4 * 2 * run.model.heads * patches * (patches + run.text.length)  # fp32, both halves of guidance
+    # The scores less their largest, and the exponentials of that: two at once beside the scores themselves.
+    assert 2 * scores < peak(patches) < 3.5 * scores
+    assert peak(2 * patches) == pytest.approx(4 * peak(patches), rel=0.02)
+
+
+@pytest.mark.parametrize("model", [
+    {"condition": "class", "classes": 3, "width": 48, "depth": 4, "heads": 2, "bottleneck": 8, "repa_layer": 1,
+     "context_tokens": 2, "context_start": 1},
+    {"family": "pixeldit", "prediction": "velocity", "width": 48, "depth": 2, "heads": 2, "repa_layer": 1},
+    {"family": "pixeldit", "condition": "class", "prediction": "velocity", "classes": 3, "width": 48, "depth": 2,
+     "heads": 2, "repa_layer": 1},
+])  # fmt: skip
+def test_every_family_is_traced(model: dict[str, object]) -> None:
+    run = validate_config({"model": {"patch_size": 4} | model, "data": {"resolution": 16}}, "test")
+    peak = traced_bytes(run, 0 if run.model.condition == "class" else 384)
+    values = 2 * 64 * 48 * 4  # of the patches' tokens once, both halves of guidance
+    assert 4 * values < peak(64) < peak(128) < 4 * peak(64) + 10**6
+
+
+def test_no_real_memory_is_taken_by_the_trace() -> None:
+    run = config()
+    before = free_bytes(CPU)
+    assert traced_bytes(run, 384)(2**20) > 10 * before
+
+
+def test_limits_of_a_model(pipeline: Pipeline) -> None:
+    gib = 2**30
+    little, much = find_limits(pipeline, gib // 16, None), find_limits(pipeline, gib, None)
+    assert 16 * 16 < little.max_pixels < much.max_pixels
+    assert little.reason == "the memory here"
+    chosen = find_limits(pipeline, gib, 1000)
+    assert (chosen.max_pixels, chosen.reason) == (992, "this server")
+    assert find_limits(pipeline, gib // 16, 2**24).reason == "the memory here"
+
+
+def test_a_model_that_does_not_fit(pipeline: Pipeline) -> None:
+    with pytest.raises(UserError, match="0.00 GiB of free memory are too little to draw at 16 x 16"):
+        find_limits(pipeline, 1000, None)
+    with pytest.raises(UserError, match="--max-pixels 15: must hold one patch at least, 16 pixels"):
+        find_limits(pipeline, 2**30, 15)
+
+
+def test_free_memory_is_less_than_all() -> None:
+    assert 0 < free_bytes(CPU) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
