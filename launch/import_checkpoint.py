@@ -91,6 +91,10 @@ def _null_caption(conditioner: Conditioner, attention: NullAttention, settings: 
     """States of the empty caption, or the class that stands for none."""
     if isinstance(conditioner, TextEncoder):
         report.notes.append(f"null_caption: computed by {settings.text.model}, null_attention {attention}")
+        if settings.model.family == "pixeldit":
+            report.notes.append(
+                "text.instruction: the config's; the public model's pictures come under its own alone, to the letter"
+            )
         return null_caption(conditioner, attention)
     if attention != "mean":
         raise ConfigError(f"null_attention {attention} does nothing for class to image: leave it at mean")

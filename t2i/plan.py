@@ -33,7 +33,7 @@ BASIS = {
     "parameters": "counted: the networks, built on the meta device",
     "flops": "counted: matrix products and convolutions; a backward as two forwards, one through frozen networks; "
     "captions of text.length tokens, an upper bound under model.text_padding mask, without text.instruction's; images "
-    "of the largest bucket",
+    "of the resolution, whose area buckets have about",
     "static": "derived: bytes a parameter of each engine, measured on 1 and 2 ranks",
     "activations": "counted: what autograd keeps in eager mode, checked on small networks; an upper bound for "
     "torch.compile; a backward's working memory assumed",
@@ -76,7 +76,7 @@ def _advice(stage: PlannedStage, options: list[Option], chosen: Option | None) -
         if roomiest.micro_batch_size > chosen.micro_batch_size:
             said.append(f"{roomiest.engine} would hold {roomiest.micro_batch_size}, for more communication")
         if chosen.checkpointing:
-            again = stage.memory.cost.recomputed_flops(chosen.checkpointing)
+            again = stage.square.cost.recomputed_flops(chosen.checkpointing)
             said.append(f"checkpointing computes {again / whole:.0%} more: GPUs with more memory save it")
     encoding = flops.get("text encoder", 0.0) / whole
     if stage.memory.text is None:
@@ -126,8 +126,10 @@ def _stage_plan(stage: PlannedStage) -> dict[str, Any]:
         "over_gate": open_share(config.objective),
         "flops_per_image": {**flops, "total": sum(flops.values())},
         # Of the denoiser alone: a training image takes its forward pass three times, and what is recomputed.
-        "forward_flops": {**memory.cost.flops, "total": memory.cost.denoiser_flops},
-        "recomputed_flops": {name: memory.cost.recomputed_flops(it) for name, it in stage.checkpointings.items() if it},
+        "forward_flops": {**stage.square.cost.flops, "total": stage.square.cost.denoiser_flops},
+        "recomputed_flops": {
+            name: stage.square.cost.recomputed_flops(it) for name, it in stage.checkpointings.items() if it
+        },
         "static_bytes": static,
         "engine_buffer_bytes": {engine: buffers(engine, memory.network, memory.dtype_bytes) for engine in ENGINES},
         "activation_bytes": {name: _summed(memory.activations(micro, it)) for name, it in stage.checkpointings.items()},

@@ -70,6 +70,9 @@ class PlannedStage:
     name: str
     given: Assumptions
     memory: StageMemory
+    """Of images of the largest bucket."""
+    square: StageMemory
+    """Of images of the resolution, whose FLOPs count: buckets have about its area."""
 
     @classmethod
     def of(cls, config: RunConfig, index: int, given: Assumptions) -> PlannedStage:
@@ -78,8 +81,12 @@ class PlannedStage:
         check_layout(stage.train.batch_size, stage.data.lanes, given.gpus, buckets.group_size if buckets else 1)
         # auto is bf16 on every GPU of the table
         dtype_bytes = FP32 if stage.engine.dtype == "fp32" else 2
-        memory = StageMemory.of(stage, given.gpus, dtype_bytes, seen=1.0 if given.reference else None)
-        return cls(config.stages[index]["name"], given, memory)
+        seen = 1.0 if given.reference else None
+        memory = StageMemory.of(stage, given.gpus, dtype_bytes, seen)
+        square = memory
+        if buckets is not None:
+            square = StageMemory.of(stage, given.gpus, dtype_bytes, seen, stage.data.size)
+        return cls(config.stages[index]["name"], given, memory, square)
 
     @property
     def config(self) -> RunConfig:
@@ -92,7 +99,7 @@ class PlannedStage:
 
     def flops(self) -> dict[str, float]:
         """FLOPs of one training image, by component."""
-        memory, objective = self.memory, self.config.objective
+        memory, objective = self.square, self.config.objective
         parts: dict[str, float] = {
             "denoiser": 3 * memory.cost.denoiser_flops,
             "projector": 3 * memory.cost.projector_flops,
@@ -136,7 +143,7 @@ class PlannedStage:
 
     def executed_flops(self, checkpointing: Checkpointing) -> float:
         """FLOPs of an image as computed: checkpointing runs the blocks' forward again."""
-        return sum(self.flops().values()) + self.memory.cost.recomputed_flops(checkpointing)
+        return sum(self.flops().values()) + self.square.cost.recomputed_flops(checkpointing)
 
     def images_per_s(self, checkpointing: Checkpointing) -> float:
         given = self.given

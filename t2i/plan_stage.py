@@ -7,6 +7,7 @@ from math import sqrt
 
 import torch
 
+from data.buckets import Size
 from t2i.config import EngineConfig, RunConfig
 from t2i.config_objective import STAND_IN
 from t2i.plan_memory import (
@@ -45,7 +46,7 @@ class StageMemory:
 
     Attributes:
         config: the stage's settings.
-        size: height and width of its images, in pixels; of those in buckets, the largest.
+        size: height and width of its images, in pixels.
         sharing: ranks that share the state out among them.
         dtype_bytes: of a weight that the networks compute with: 2 or 4.
         text: the text encoder; none where classes are drawn.
@@ -58,7 +59,7 @@ class StageMemory:
     """
 
     config: RunConfig
-    size: tuple[int, int]
+    size: Size
     sharing: int
     dtype_bytes: int
     text: Frozen | None
@@ -70,14 +71,17 @@ class StageMemory:
     seen: float
 
     @classmethod
-    def of(cls, config: RunConfig, sharing: int, dtype_bytes: int, seen: float | None = None) -> StageMemory:
-        """Count a stage's networks; `seen` is the share over the gate unless it is given.
+    def of(
+        cls, config: RunConfig, sharing: int, dtype_bytes: int, seen: float | None = None, size: Size | None = None
+    ) -> StageMemory:
+        """Count a stage's networks; `seen` is the share over the gate, and `size` that of the largest bucket, unless
+        they are given.
 
         Raises:
             UserError: what a network consists of is not known here.
         """
         dtype = torch.float32 if dtype_bytes == FP32 else torch.bfloat16
-        size, side = config.data.largest, config.objective.repa_side
+        size, side = size or config.data.largest, config.objective.repa_side
         grid = size[0] // config.model.patch_size, size[1] // config.model.patch_size
         text, features = text_encoder(config), patch_features(config, size, grid, dtype)
         aligned = None

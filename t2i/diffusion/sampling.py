@@ -44,6 +44,7 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, share: float) -> Tenso
     prediction is a velocity: guidance raises its spread, and with it the contrast of the image.
     """
     spread, wanted = (x.flatten(1).std(1).view(-1, *[1] * (x.ndim - 1)) for x in (guided, conditional))
+    spread = spread.clamp(min=torch.finfo(spread.dtype).tiny)  # of a network that returns zeros yet
     return guided * (share * wanted / spread + (1.0 - share))
 
 

@@ -170,20 +170,24 @@ def axial_rope_table(
 
 
 @lru_cache(maxsize=64)
+def _sincos_axis(length: int, width: int, device: torch.device) -> Tensor:
+    """Sines, then cosines (n, C) of the positions 0 ... n - 1 of one axis."""
+    omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width // 2))
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float().to(device)
+
+
+def sincos_grid(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """The fixed position table (H, W, D) of MAE: half the channels encode the column, half the row."""
+    x = _sincos_axis(columns, width // 2, device).expand(rows, columns, -1)
+    y = _sincos_axis(rows, width // 2, device)[:, None].expand(rows, columns, -1)
+    return torch.cat([x, y], dim=-1)
+
+
+@lru_cache(maxsize=64)
 def sincos_table(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """The fixed position table (N, D) of MAE: half the channels encode the column, half the row."""
-
-    def encode(position: Tensor) -> Tensor:
-        omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
-        angles = position[:, None] * omega
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-    y, x = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64, device="cpu"),
-        torch.arange(columns, dtype=torch.float64, device="cpu"),
-        indexing="ij",
-    )
-    return torch.cat([encode(x.flatten()), encode(y.flatten())], dim=-1).float().to(device)
+    """`sincos_grid` as tokens (N, D), row by row; kept."""
+    return sincos_grid(rows, columns, width, device).flatten(0, 1)
 
 
 def patchify(image: Tensor, patch: int) -> Tensor:

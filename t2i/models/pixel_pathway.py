@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from t2i.models.layers import Fp32Linear, RMSNorm, modulate, rope_table, sincos_table
+from t2i.models.layers import Fp32Linear, RMSNorm, modulate, rope_table, sincos_grid
 from t2i.models.transformer import Attention
 
 ROPE_EXTENT = 16.0
@@ -163,8 +163,10 @@ class PixelPathway(nn.Module):
         height, width = x_BCHW.shape[-2:]
         grid = height // self.patch_size, width // self.patch_size
         device, dtype = x_BCHW.device, patches_BND.dtype
-        place = _pixel_places(height, width, self.pixel_width, self.patch_size, self.cut, device)
-        x = self.embed(to_pixels_of_patches(x_BCHW, self.patch_size, self.cut).to(dtype)) + place.to(dtype)
+        # Made anew: kept, it would be 64 bytes a pixel for every size that images come in.
+        place = sincos_grid(height, width, self.pixel_width, device).to(dtype).permute(2, 0, 1)[None]
+        place = to_pixels_of_patches(place, self.patch_size, self.cut)
+        x = self.embed(to_pixels_of_patches(x_BCHW, self.patch_size, self.cut).to(dtype)) + place
         rope = parts_rope_table(*grid, *self.cut, self.head_width, device)
         for block in self.blocks:
             x = block(x, patches_BND, rope)
@@ -189,15 +191,6 @@ def from_pixels_of_patches(pixels: Tensor, patch: int, cut: tuple[int, int], hei
         batch, height // patch, width // patch, rows, columns, patch // rows, patch // columns, channels
     )
     return parts.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(batch, channels, height, width)
-
-
-@lru_cache(maxsize=64)
-def _pixel_places(
-    height: int, width: int, pixel_width: int, patch: int, cut: tuple[int, int], device: torch.device
-) -> Tensor:
-    """The sin-cos table of all pixels' places (1, N, P, C), in pixels from the corner."""
-    table = sincos_table(height, width, pixel_width, device)
-    return to_pixels_of_patches(table.T.reshape(1, pixel_width, height, width), patch, cut)
 
 
 @lru_cache(maxsize=64)

@@ -123,9 +123,7 @@ class Studio:
 
         return self._follow(request, images)
 
-    def _follow(
-        self, request: Request | EditRequest, images: Callable[[Watch], Iterator[Tensor]]
-    ) -> Iterator[Frame]:
+    def _follow(self, request: Request | EditRequest, images: Callable[[Watch], Iterator[Tensor]]) -> Iterator[Frame]:
         """Have the studio's thread make pictures, and yield how far it is, at least every BEAT_S seconds.
 
         Args:

@@ -87,9 +87,7 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip("no chromium on the path: apt-get install chromium")
     with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else []
-        )
+        running = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
         yield running
         running.close()
 

@@ -51,5 +51,5 @@ def test_the_sizes_of_a_table_of_buckets_are_a_few_graphs() -> None:
         block.compile(backend=graphs, fullgraph=True)  # which raises where the compiler would give up
     for height, width in sdxl_sizes(32):
         image, text = torch.randn(2, 3, height, width), torch.randn(2, 6, 16)
-        assert network(image, torch.tensor([0.2, 0.7]), text).image.shape == image.shape
+        assert network(image, torch.tensor([0.2, 0.7]), text).output.shape == image.shape
     assert graphs.frame_count <= 2 * 3  # with one number of tokens, and with any
