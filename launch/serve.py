@@ -49,6 +49,10 @@ def serve(
         raise UserError("launch/serve.py needs Gradio: pip install '.[serve]'")
     if queue < 1:
         raise UserError(f"--queue {queue}: at least one request has to have a place")
+    if max_pixels is not None and max_pixels < 1:
+        raise UserError(f"--max_pixels {max_pixels}: must be at least 1")
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: must be from 1 to 65535")
     quiet(0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted, pictures removed
     with TemporaryDirectory(prefix="t2i-serve-") as folder:

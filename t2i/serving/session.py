@@ -64,9 +64,7 @@ class Request:
         """The fields that ask for the same again."""
         (height, width), own = self.size, self.sampling
         numbers = own.steps, own.guidance_scale, *own.cfg_interval
-        return Form(
-            self.prompt, self.negative, width, height, *numbers, own.solver, own.order, own.seed, self.pictures
-        )
+        return Form(self.prompt, self.negative, width, height, *numbers, own.solver, own.order, own.seed, self.pictures)
 
     @property
     def settings(self) -> dict[str, Any]:

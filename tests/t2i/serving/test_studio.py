@@ -33,7 +33,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 @pytest.fixture
 def studio(pipeline: Pipeline, tmp_path: Path) -> Studio:
-    return Studio(pipeline, {"model": "runs/x/model", "weights": "ema"}, Limits(4, 32 * 32, "the memory here"), tmp_path)
+    return Studio(
+        pipeline, {"model": "runs/x/model", "weights": "ema"}, Limits(4, 32 * 32, "the memory here"), tmp_path
+    )
 
 
 def form(studio: Studio, **changes: Any) -> Form:
