@@ -49,17 +49,21 @@ def serve(
         raise UserError("launch/serve.py needs Gradio: pip install '.[serve]'")
     if queue < 1:
         raise UserError(f"--queue {queue}: at least one request has to have a place")
+    if max_pixels is not None and max_pixels < 1:
+        raise UserError(f"--max_pixels {max_pixels}: must be at least 1")
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: must be from 1 to 65535")
     quiet(0)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted, pictures removed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = Pipeline.load(Path(model), which, device)
+    limits = find_limits(pipeline, int(USABLE * free_bytes(device)), max_pixels)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted: pictures are removed
     with TemporaryDirectory(prefix="t2i-serve-") as folder:
         # Gradio looks for them as it is imported.
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/gradio")
         from t2i.serving.page import build_page
         from t2i.serving.page import serve as serve_page
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        pipeline = Pipeline.load(Path(model), which, device)
-        limits = find_limits(pipeline, int(USABLE * free_bytes(device)), max_pixels)
         studio = Studio(pipeline, {"model": model, "weights": which}, limits, Path(folder))
         serve_page(build_page(studio, pipeline.config.name, _facts(pipeline.config, which)), host, port, queue)
 

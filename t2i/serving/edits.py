@@ -124,4 +124,4 @@ def fit_image(image: Image.Image, config: RunConfig, limits: Limits) -> Tensor:
         sides = [max(patch, round(side * shrink / patch) * patch) for side in image.size]
         plain = plain.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
-    return pixels[:, *patch_window(*pixels.shape[1:], limits.patch)]
+    return pixels[:, *patch_window(pixels.shape[1], pixels.shape[2], limits.patch)]

@@ -1,8 +1,8 @@
 """How large a picture may be here: what drawing one takes, against the memory that there is.
 
 - On a CPU the network's own code is run on the meta device: shapes without memory. Its attention holds all scores, so
-  what it takes grows with the square of the patches. It is counted in fp32 for bf16 too, whose kernels there take copies
-  in fp32: what was measured is 79 to 101 % of it in fp32, and 50 to 96 % in bf16.
+  what it takes grows with the square of the patches. It is counted in fp32 for bf16 too, whose kernels there take
+  copies in fp32: what was measured is 79 to 101 % of it in fp32, and 50 to 96 % in bf16.
 - On a GPU the network is run at two sizes, and the allocator says what it took: fused attention grows as the patches
   do, and which kernel is taken is the device's affair.
 - Both are of one picture with its guidance: the page draws one at a time.
@@ -210,12 +210,12 @@ def find_limits(pipeline: Pipeline, available: int, max_pixels: int | None) -> L
     height, width = config.data.size
     trained = height * width
     if wanted < patch**2:
-        raise UserError(f"--max-pixels {max_pixels}: must hold one patch at least, {patch**2} pixels")
+        raise UserError(f"--max_pixels {max_pixels}: must hold one patch at least, {patch**2} pixels")
     found = most_patches(peak, 3 * 4 * patch**2, available, wanted // patch**2) * patch**2
     if found < min(trained, wanted):
         raise UserError(
             f"{available / 2**30:.2f} GiB of free memory are too little to draw at {width} x {height}, the size that "
-            f"the model was trained at: free some, or give a lower --max-pixels"
+            f"the model was trained at: free some, or give a lower --max_pixels"
         )
     memory = found < wanted // patch**2 * patch**2
     reason = "the memory here" if memory else "this server" if max_pixels is not None else "the page"

@@ -10,38 +10,23 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
 from html import escape
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import gradio as gr
 
 from data.errors import UserError
 from t2i.config_sampling import SamplingConfig
 from t2i.serving import look
-from t2i.serving.edits import EditForm, EditRequest, first_edits
+from t2i.serving.edits import EditForm, first_edits
+from t2i.serving.history import AskTab, History, history_tab, thumbnails
 from t2i.serving.session import Form, Request, first_request, sizes_like
-from t2i.serving.studio import Drawn, Frame, Studio
+from t2i.serving.studio import Frame, Studio
 
 SOLVERS = get_args(SamplingConfig.model_fields["solver"].annotation)
 KEPT = 60
 """Pictures that a session's history holds, the latest."""
-
-T = TypeVar("T")
-History = list[Drawn]
-Pair = tuple[Drawn | None, Drawn | None]
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The parts of a tab that asks for pictures."""
-
-    fields: list[Any]
-    """Components, in the order of the form's fields."""
-    button: Any
-    stop: Any
-    progress: Any
-    gallery: Any
 
 
 def build_page(studio: Studio, name: str, facts: str) -> gr.Blocks:
@@ -64,14 +49,14 @@ def build_page(studio: Studio, name: str, facts: str) -> gr.Blocks:
                 with gr.Tab("Edit", id="edit"):
                     edits = _edit_tab(studio, small)
             with gr.Tab("History", id="history"):
-                shown = _history_tab(history, tabs, draws, edits, small)
+                shown = history_tab(history, tabs, draws, edits, small)
         _connect(draws, studio.check, studio.draw, Form, history, shown)
         if edits is not None:
             _connect(edits, studio.check_edit, studio.edit, EditForm, history, shown)
     return page
 
 
-def _draw_tab(studio: Studio, small: bool) -> Draws:
+def _draw_tab(studio: Studio, small: bool) -> AskTab:
     config, limits = studio.pipeline.config, studio.limits
     classes, first = config.model.condition == "class", first_request(config).form
     sizes = [f"{width} × {height}" for height, width in sizes_like(config.data.size, limits)]
@@ -93,7 +78,7 @@ def _draw_tab(studio: Studio, small: bool) -> Draws:
                 pictures = gr.Number(first.pictures, label="Pictures", min_width=80, elem_id="pictures")
                 steps = gr.Number(first.steps, label="Steps", min_width=80, elem_id="steps")
                 guidance = gr.Number(first.guidance_scale, label="Guidance", step=0.1, min_width=80)
-            seed, new_seed = _seed(first.seed)
+            seed, new_seed = _seed(first.seed, "seed")
             with gr.Accordion("Solver and guidance interval", open=False):
                 with gr.Row():
                     solver = gr.Dropdown(list(SOLVERS), value=first.solver, label="Solver", min_width=120)
@@ -110,10 +95,10 @@ def _draw_tab(studio: Studio, small: bool) -> Draws:
     )  # fmt: skip
     _on_new_seed(new_seed, seed)
     parts = [prompt, negative, width, height, steps, guidance, low, high, solver, order, seed, pictures]
-    return Draws(parts, button, stop, progress, gallery)
+    return AskTab(parts, button, stop, progress, gallery)
 
 
-def _edit_tab(studio: Studio, small: bool) -> Draws:
+def _edit_tab(studio: Studio, small: bool) -> AskTab:
     config = studio.pipeline.config
     height, width = config.data.size
     first = first_edits(config)
@@ -134,11 +119,11 @@ def _edit_tab(studio: Studio, small: bool) -> Draws:
                 of_target = gr.Number(
                     first.target_guidance, label="Guidance of what it is to show", step=0.5, min_width=120
                 )
-            seed, new_seed = _seed(first.seed)
+            seed, new_seed = _seed(first.seed, "edit-seed")
         progress, gallery = _results("Bring an image, and say what it shows and what it is to show.", small)
     _on_new_seed(new_seed, seed)
     parts = [image, source, target, steps, taken, of_source, of_target, seed]
-    return Draws(parts, button, stop, progress, gallery)
+    return AskTab(parts, button, stop, progress, gallery)
 
 
 def _buttons(name: str) -> tuple[Any, Any]:
@@ -148,9 +133,9 @@ def _buttons(name: str) -> tuple[Any, Any]:
     return button, stop
 
 
-def _seed(value: float | None) -> tuple[Any, Any]:
+def _seed(value: float | None, name: str) -> tuple[Any, Any]:
     with gr.Row():
-        seed = gr.Number(value, label="Seed", scale=2, min_width=150, elem_classes="seed")
+        seed = gr.Number(value, label="Seed", scale=2, min_width=150, elem_id=name)
         button = gr.Button("New seed", min_width=100, elem_classes="beside")
     return seed, button
 
@@ -177,7 +162,7 @@ def _sides(size: str) -> list[int]:
 
 
 def _connect(
-    tab: Draws,
+    tab: AskTab,
     check: Callable[[Any], Any],
     draw: Callable[[Any], Iterator[Frame]],
     form: type[Form] | type[EditForm],
@@ -199,7 +184,7 @@ def _connect(
                 done = len(frame.drawn)
                 known = [*reversed(frame.drawn), *drawn_before][:KEPT]
                 gallery = gr.update(value=[str(it.path) for it in frame.drawn], visible=done > 0)
-                yield [told, gallery, known, _thumbnails(known)]
+                yield [told, gallery, known, thumbnails(known)]
 
     asked = gr.on(
         [tab.button.click, *(it.submit for it in tab.fields if isinstance(it, gr.Textbox))],
@@ -207,78 +192,20 @@ def _connect(
         concurrency_limit=1, concurrency_id="model", show_progress="minimal", show_progress_on=tab.progress,
         api_visibility="private",
     )  # fmt: skip
-    tab.stop.click(
+    # Said when it has stopped: a click on the first button does nothing before.
+    tab.stop.click(None, cancels=[asked]).then(
         lambda: look.hint("Stopped."), None, tab.progress,
-        cancels=[asked], queue=False, show_progress="hidden", api_visibility="private",
+        queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
 
 
-class _in_words:
+@contextmanager
+def _in_words() -> Iterator[None]:
     """What a user did wrong, as a notice on the page."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, UserError):
-            raise gr.Error(escape(str(error)), print_exception=False) from None
-
-
-def _thumbnails(history: History) -> list[tuple[str, str]]:
-    return [(str(it.path), _caption(it)) for it in history]
-
-
-def _caption(drawn: Drawn) -> str:
-    words = drawn.request.prompt if isinstance(drawn.request, Request) else drawn.request.target
-    return words if len(words) <= 40 else words[:39] + "…"
-
-
-def _history_tab(history: Any, tabs: Any, draws: Draws, edits: Draws | None, small: bool) -> Any:
-    """The history's pictures; two of them are shown beside each other."""
-    pixelated = ["small"] if small else []
-    gr.HTML(look.hint("The latest two pictures that you click are shown side by side; what differs is set off."))
-    shown = gr.Gallery(
-        show_label=False, columns=8, height="auto", object_fit="contain", allow_preview=False, interactive=False,
-        buttons=[], elem_id="history", elem_classes=pixelated,
-    )  # fmt: skip
-    pair = gr.State((None, None))
-    places = []
-    with gr.Row():
-        for side in ("left", "right"):
-            with gr.Column(min_width=300):
-                image = gr.Image(
-                    show_label=False, interactive=False, visible=False, buttons=["download", "fullscreen"],
-                    elem_id=side, elem_classes=pixelated,
-                )  # fmt: skip
-                table = gr.HTML(look.settings_table(None, None))
-                again = gr.Button("Use these settings again", visible=False, elem_id=f"again-{side}")
-                places += [image, table, again]
-    quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    shown.select(_choose, [history, pair], [pair, *places], **quick)
-    targets = [tabs, *draws.fields, *(edits.fields if edits is not None else [])]
-    for index, again in enumerate(places[2::3]):
-        again.click(lambda chosen, index=index: _fill(chosen[index], edits is not None), pair, targets, **quick)
-    return shown
-
-
-def _choose(history: History, pair: Pair, picked: gr.SelectData) -> list[Any]:
-    """Put the picture that was clicked on the left, and what was there on the right."""
-    chosen = (history[picked.index], pair[0])
-    found: list[Any] = [chosen]
-    for it, other in zip(chosen, reversed(chosen), strict=True):
-        settings, theirs = (None if one is None else one.settings for one in (it, other))
-        path = None if it is None else str(it.path)
-        found += [gr.update(value=path, visible=it is not None), look.settings_table(settings, theirs)]
-        found.append(gr.update(visible=it is not None))
-    return found
-
-
-def _fill(drawn: Drawn, edits: bool) -> list[Any]:
-    """Fill in the fields that asked for a picture, and show their tab."""
-    is_edit = isinstance(drawn.request, EditRequest)
-    values = [getattr(drawn.request.form, field.name) for field in fields(drawn.request.form)]
-    of_draw, of_edit = len(fields(Form)), len(fields(EditForm)) if edits else 0
-    skips = [gr.skip()] * (of_draw if is_edit else of_edit)
-    return [gr.Tabs(selected="edit" if is_edit else "draw"), *(skips + values if is_edit else values + skips)]
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(escape(str(error)), print_exception=False) from None
 
 
 def _theme() -> gr.themes.Base:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -165,10 +166,8 @@ class Studio:
         try:
             while latest is not None:
                 yield latest
-                try:
+                with suppress(Empty):  # the same once more: whoever listens may want to leave
                     latest = frames.get(timeout=BEAT_S)
-                except Empty:
-                    pass  # the same once more: whoever listens may want to leave
             future.result()
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()

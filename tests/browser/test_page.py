@@ -33,7 +33,7 @@ pytestmark = pytest.mark.browser
 pytest.importorskip("gradio", reason="comes with the extra 'serve'")
 api = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed: pip install playwright")
 
-PATIENCE_MS = 60_000
+PATIENCE_MS = 30_000
 LONG = {"steps": 500, "pictures": 16}
 """A request that outlasts what is done meanwhile."""
 
@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as outside:
         outside.setblocking(False)
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
-        ways = {name: proxy for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")}
+        ways = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), proxy)
         ways |= {name.lower(): proxy for name in ways} | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         process = open_process([sys.executable, *words, "--max_pixels", "4096"], PYTHONPATH=str(ROOT), **ways)
         assert process.stdout is not None
@@ -93,7 +93,7 @@ def browser() -> Iterator[Any]:
 
 
 class Visitor:
-    """Somebody at the page: a session of its own. `foreign` are the addresses elsewhere that their browser asked for."""
+    """Somebody at the page: a session of its own. `foreign` are addresses elsewhere that their browser asked for."""
 
     def __init__(self, browser: Any, server: Server, **context: Any) -> None:
         self.page = browser.new_context(**context).new_page()
@@ -102,6 +102,11 @@ class Visitor:
         self.page.on("request", lambda it: self._note(it.url, server.url))
         self.page.goto(server.url)
         self.page.wait_for_selector("#prompt textarea")
+        for tab in ("History", "Draw"):  # a tab has nothing in it before it is looked at
+            self.open(tab)
+
+    def open(self, tab: str) -> None:
+        self.page.get_by_role("tab", name=tab).click()
 
     def _note(self, url: str, own: str) -> None:
         if not url.startswith((own, "data:", "blob:")):
@@ -206,7 +211,7 @@ def test_what_is_wrong_is_said_on_the_page(visit: Callable[..., Visitor], number
 def test_a_prompt_cannot_put_markup_into_the_page(visit: Callable[..., Visitor]) -> None:
     page = visit()
     page.draw("<b id=planted>a red circle</b>")
-    page.page.get_by_role("tab", name="History").click()
+    page.open("History")
     page.page.locator("#history button img").first.click()
     page.shows("a red circle")
     page.is_shown("#planted", 0)
@@ -219,7 +224,7 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Visitor]) -> None
     waiting.ask("a blue star", **LONG)
     waiting.shows(r"queue: 1/1")
     refused.ask("a green heart")
-    refused.shows("Queue is full")
+    refused.shows("currently busy. Please try again")
     waiting.page.click("#stop-draw")
     waiting.shows("Stopped.")
     running.page.click("#stop-draw")
@@ -239,7 +244,7 @@ def test_two_pictures_side_by_side_and_settings_used_again(visit: Callable[..., 
     page = visit()
     page.draw("a red circle", steps=3)
     page.draw("a blue star", steps=5)
-    page.page.get_by_role("tab", name="History").click()
+    page.open("History")
     thumbnails = page.page.locator("#history button:has(img)")
     for index in (0, 1):  # the latest, then the one before: the last that was clicked is on the left
         thumbnails.nth(index).click()
@@ -256,7 +261,7 @@ def test_two_pictures_side_by_side_and_settings_used_again(visit: Callable[..., 
 def test_an_image_is_edited(visit: Callable[..., Visitor], tmp_path: Path) -> None:
     page = visit()
     Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
-    page.page.get_by_role("tab", name="Edit").click()
+    page.open("Edit")
     page.page.fill("#target textarea", "a blue star")
     page.page.click("#edit")
     page.shows("image: there is none")
@@ -275,7 +280,7 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(visit: Callable[..., 
     page = visit(viewport={"width": 400, "height": 800}, color_scheme=scheme)
     page.draw("a red circle", 4)
     for tab in ("Draw", "Edit", "History"):
-        page.page.get_by_role("tab", name=tab).click()
+        page.open(tab)
         page.page.wait_for_timeout(300)
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 400
 
@@ -284,7 +289,7 @@ def test_screenshot(visit: Callable[..., Visitor], tmp_path: Path) -> None:
     page = visit(viewport={"width": 1280, "height": 900})
     page.page.mouse.move(0, 0)
     page.draw("a photo of a red circle left of a blue square", 4, steps=25)
-    page.page.wait_for_load_state("networkidle")
+    page.page.wait_for_function("[...document.querySelectorAll('.pictures img')].every(it => it.complete)")
     path = Path(os.environ.get("PAGE_SCREENSHOT") or tmp_path / "page.png")
     page.page.screenshot(path=path)
     with Image.open(path) as image:

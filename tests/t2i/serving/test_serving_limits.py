@@ -103,7 +103,7 @@ def test_limits_of_a_model(pipeline: Pipeline) -> None:
 def test_a_model_that_does_not_fit(pipeline: Pipeline) -> None:
     with pytest.raises(UserError, match="0.00 GiB of free memory are too little to draw at 16 x 16"):
         find_limits(pipeline, 1000, None)
-    with pytest.raises(UserError, match="--max-pixels 15: must hold one patch at least, 16 pixels"):
+    with pytest.raises(UserError, match="--max_pixels 15: must hold one patch at least, 16 pixels"):
         find_limits(pipeline, 2**30, 15)
 
 
