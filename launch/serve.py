@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -64,8 +65,8 @@ def serve(
         from t2i.serving.page import build_page
         from t2i.serving.page import serve as serve_page
 
-        studio = Studio(pipeline, {"model": model, "weights": which}, limits, Path(folder))
-        serve_page(build_page(studio, pipeline.config.name, _facts(pipeline.config, which)), host, port, queue)
+        with closing(Studio(pipeline, {"model": model, "weights": which}, limits, Path(folder))) as studio:
+            serve_page(build_page(studio, pipeline.config.name, _facts(pipeline.config, which)), host, port, queue)
 
 
 def _facts(config: RunConfig, which: str) -> str:

@@ -84,6 +84,12 @@ class Studio:
         self.pipeline, self.limits = pipeline, limits
         self._made_of, self._folder = made_of, folder
         self._device = ThreadPoolExecutor(1, "studio")
+        self._closing = Event()
+
+    def close(self) -> None:
+        """Stop what is being made at its next call of the network, and wait for that; then no more is made."""
+        self._closing.set()
+        self._device.shutdown()
 
     def check(self, form: Form) -> Request:
         """What a form asks for.
@@ -133,11 +139,15 @@ class Studio:
         """
         frames: SimpleQueue[Frame | None] = SimpleQueue()  # None: there are no more
         stop = Event()
+
+        def is_over() -> bool:
+            return stop.is_set() or self._closing.is_set()
+
         called, shown, drawn = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...]()
 
         def watch(predicted: Tensor, t: float) -> None:
             nonlocal called, shown
-            if stop.is_set():
+            if is_over():
                 raise _Stopped
             called += 1
             if time.monotonic() - shown >= PREVIEW_EVERY_S:
@@ -156,7 +166,7 @@ class Studio:
 
         def run() -> None:
             try:
-                if not stop.is_set():
+                if not is_over():
                     make()
             finally:
                 frames.put(None)

@@ -116,6 +116,18 @@ def test_a_request_that_was_left_in_the_queue_is_not_begun(studio: Studio, monke
     assert len(called) < 2 * MOST_STEPS
 
 
+def test_closing_stops_what_is_being_made(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = calls_of(studio, monkeypatch)
+    frames = studio.draw(studio.check(form(studio, steps=MOST_STEPS, pictures=16)))
+    while next(frames).preview is None:
+        pass
+    studio.close()
+    known = len(called)
+    assert known < MOST_STEPS
+    frames.close()
+    assert len(called) == known
+
+
 def test_a_network_that_is_slow_does_not_keep_its_listener_waiting(studio: Studio) -> None:
     frames = studio._follow(studio.check(form(studio)), lambda watch: slow())
     first, second = next(frames), next(frames)
