@@ -32,8 +32,7 @@ from t2i.plan_trained import Checkpointing
 BASIS = {
     "parameters": "counted: the networks, built on the meta device",
     "flops": "counted: matrix products and convolutions; a backward as two forwards, one through frozen networks; "
-    "captions of text.length tokens, an upper bound under model.text_padding mask, without text.instruction's; images "
-    "of the resolution, whose area buckets have about",
+    "captions of text.length tokens, the most under text_padding mask, without text.instruction's; squares for buckets",
     "static": "derived: bytes a parameter of each engine, measured on 1 and 2 ranks",
     "activations": "counted: what autograd keeps in eager mode, checked on small networks; an upper bound for "
     "torch.compile; a backward's working memory assumed",

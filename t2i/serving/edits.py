@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.errors import UserError
+from data.decode import image_size
+from data.errors import BadSample, UserError
 from t2i.config import RunConfig
 from t2i.config_loading import validate_section
 from t2i.editing import EditSettings, patch_window
@@ -26,7 +29,8 @@ MOST_IMAGE_PIXELS = 2**26
 class EditForm:
     """The fields of the page as they are filled in."""
 
-    image: Image.Image | None
+    image: str | Image.Image | None
+    """A file that was brought, or a picture that is here."""
     source: str
     target: str
     steps: float | None
@@ -101,9 +105,32 @@ def check_edit(form: EditForm, config: RunConfig, limits: Limits) -> EditRequest
         "seed": check_whole("seed", form.seed, 0, MOST_SEED),
     }
     edits = validate_section(EditSettings, first_edits(config).model_dump() | asked, "settings")
-    image = fit_image(form.image, config, limits)
+    brought = open_image(form.image) if isinstance(form.image, str) else form.image
+    image = fit_image(brought, config, limits)
     limits.check(*image.shape[1:])
     return EditRequest(image, source, target, edits)
+
+
+def open_image(path: str) -> Image.Image:
+    """An image file, whose size is looked at before it is decoded.
+
+    Raises:
+        UserError: it is no image, or has too many pixels.
+    """
+    content = Path(path).read_bytes()
+    try:
+        height, width = image_size(content)
+        _check_pixels(height, width)
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    except BadSample as bad:
+        raise UserError(f"image: cannot be used: {bad.detail}") from bad
+    except OSError as error:
+        raise UserError(f"image: cannot be read: {error}") from error
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MOST_IMAGE_PIXELS:
+        raise UserError(f"image: has {width} x {height} pixels: must have at most {MOST_IMAGE_PIXELS:,} in all")
 
 
 def fit_image(image: Image.Image, config: RunConfig, limits: Limits) -> Tensor:
@@ -112,16 +139,15 @@ def fit_image(image: Image.Image, config: RunConfig, limits: Limits) -> Tensor:
     Raises:
         UserError: it has too many pixels, or fewer than a patch.
     """
-    if image.width * image.height > MOST_IMAGE_PIXELS:
-        raise UserError(
-            f"image: has {image.width} x {image.height} pixels: must have at most {MOST_IMAGE_PIXELS:,} in all"
-        )
+    _check_pixels(image.height, image.width)
     height, width = config.data.size
     shrink = math.sqrt(min(1.0, min(height * width, limits.max_pixels) / (image.width * image.height)))
     plain = image.convert("RGB")
     if shrink < 1.0:
         patch = limits.patch  # down to whole patches at once, where that changes the shape by less than one
         sides = [max(patch, round(side * shrink / patch) * patch) for side in image.size]
+        if sides[0] * sides[1] > limits.max_pixels:  # by rounding up
+            sides = [max(patch, int(side * shrink / patch) * patch) for side in image.size]
         plain = plain.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
     return pixels[:, *patch_window(pixels.shape[1], pixels.shape[2], limits.patch)]

@@ -148,9 +148,26 @@ def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
             velocity(x, 0.5, True)
         return torch.cuda.max_memory_allocated(pipeline.device) - before
 
-    once, twice = peak(width), peak(2 * width)
     trained = height * width // patch**2
-    return lambda patches: math.ceil(once + (twice - once) * (patches - trained) / trained)
+    try:
+        once = peak(width)
+        columns = 2 * width
+        try:
+            other = peak(columns)
+        except torch.OutOfMemoryError:
+            columns = (width // patch + 1) * patch  # one column of patches more
+            other = peak(columns)
+    except torch.OutOfMemoryError as error:
+        raise UserError(_too_little(free_bytes(pipeline.device), height, width)) from error
+    slope = (other - once) / (height * columns // patch**2 - trained)
+    return lambda patches: math.ceil(once + slope * (patches - trained))
+
+
+def _too_little(available: int, height: int, width: int) -> str:
+    return (
+        f"{available / 2**30:.2f} GiB of free memory are too little to draw at {width} x {height}, the size that the "
+        "model was trained at: free some, or give a lower --max_pixels"
+    )
 
 
 def free_bytes(device: torch.device) -> int:
@@ -213,10 +230,7 @@ def find_limits(pipeline: Pipeline, available: int, max_pixels: int | None) -> L
         raise UserError(f"--max_pixels {max_pixels}: must hold one patch at least, {patch**2} pixels")
     found = most_patches(peak, 3 * 4 * patch**2, available, wanted // patch**2) * patch**2
     if found < min(trained, wanted):
-        raise UserError(
-            f"{available / 2**30:.2f} GiB of free memory are too little to draw at {width} x {height}, the size that "
-            f"the model was trained at: free some, or give a lower --max_pixels"
-        )
+        raise UserError(_too_little(available, height, width))
     memory = found < wanted // patch**2 * patch**2
     reason = "the memory here" if memory else "this server" if max_pixels is not None else "the page"
     return Limits(patch, found, reason)

@@ -105,7 +105,7 @@ def _edit_tab(studio: Studio, small: bool) -> AskTab:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             image = gr.Image(
-                type="pil", image_mode="RGB", sources=["upload", "clipboard"], height=240, elem_id="image",
+                type="filepath", image_mode=None, sources=["upload", "clipboard"], height=240, elem_id="image",
                 label=f"Image; a larger one is scaled down to about {width} × {height} pixels",
             )  # fmt: skip
             source = gr.Textbox(label="What it shows", lines=2, elem_id="source")

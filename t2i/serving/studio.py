@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,6 +39,8 @@ from t2i.serving.session import Form, Request, check_form
 
 Pixels = NDArray[np.uint8]
 
+KEPT = 200
+"""Requests whose pictures stay on the disk: more than a history shows."""
 PREVIEW_EVERY_S = 0.25
 BEAT_S = 1.0
 """Whoever waits hears from the studio this often."""
@@ -84,6 +88,7 @@ class Studio:
         self.pipeline, self.limits = pipeline, limits
         self._made_of, self._folder = made_of, folder
         self._device = ThreadPoolExecutor(1, "studio")
+        self._kept: deque[Path] = deque()
         self._closing = Event()
 
     def close(self) -> None:
@@ -157,6 +162,9 @@ class Studio:
         def make() -> None:
             nonlocal drawn
             folder = Path(mkdtemp(dir=self._folder))
+            self._kept.append(folder)
+            if len(self._kept) > KEPT:
+                shutil.rmtree(self._kept.popleft())
             for number, image in enumerate(images(watch)):
                 settings = self._made_of | request.settings | {"number": number}
                 path = folder / f"{request.stem}_{number}.png"
@@ -177,13 +185,29 @@ class Studio:
             while latest is not None:
                 yield latest
                 with suppress(Empty):  # the same once more: whoever listens may want to leave
-                    latest = frames.get(timeout=BEAT_S)
+                    latest = newest(frames, BEAT_S)
             future.result()
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise UserError("the device's memory was not enough for this size: ask for a smaller one") from error
         finally:
             stop.set()
+
+
+def newest(frames: SimpleQueue[Frame | None], patience_s: float) -> Frame | None:
+    """The last frame that is there, for who listens slowly; each has what those before it had.
+
+    Raises:
+        Empty: there was none within so many seconds.
+    """
+    latest = frames.get(timeout=patience_s)
+    while latest is not None and not frames.empty():
+        following = frames.get()
+        if following is None:
+            frames.put(None)
+            break
+        latest = following
+    return latest
 
 
 def to_array(image: Tensor) -> Pixels:

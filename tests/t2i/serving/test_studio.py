@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,10 +20,10 @@ from random_model import write_random_model
 from data.errors import UserError
 from t2i.editing import EditSettings, edit_image
 from t2i.pipeline import Picture, Pipeline
-from t2i.serving.edits import EditForm, first_edits, fit_image
+from t2i.serving.edits import EditForm, first_edits, fit_image, open_image
 from t2i.serving.limits import Limits
 from t2i.serving.session import MOST_STEPS, Form, first_request
-from t2i.serving.studio import BEAT_S, Drawn, Studio
+from t2i.serving.studio import BEAT_S, Drawn, Frame, Studio, newest
 
 CPU = torch.device("cpu")
 
@@ -205,6 +207,47 @@ def test_images_are_brought_to_the_trained_area(
     found = fit_image(image, studio.pipeline.config, studio.limits)
     assert tuple(found.shape) == (3, *fitted)
     assert found[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_rounding_to_patches_does_not_exceed_the_limit(studio: Studio) -> None:
+    config = studio.pipeline.config
+    for seed in range(300):
+        width, height = (int(it) for it in np.random.default_rng(seed).integers(40, 120, 2))
+        limits = replace(studio.limits, max_pixels=256)
+        found = fit_image(Image.new("RGB", (width, height)), config, limits)
+        assert found.shape[1] * found.shape[2] <= 256
+
+
+def test_a_file_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    Image.new("1", (13_000, 13_000)).save(path)
+    assert path.stat().st_size < 50_000
+    with mock.patch("PIL.ImageFile.ImageFile.load") as decoding, pytest.raises(UserError, match="image: "):
+        open_image(str(path))
+    assert not decoding.called
+    (tmp_path / "words.png").write_text("no image")
+    with pytest.raises(UserError, match="image: cannot be used"):
+        open_image(str(tmp_path / "words.png"))
+    Image.new("RGBA", (9, 7), "red").save(tmp_path / "red.png")
+    assert open_image(str(tmp_path / "red.png")).size == (9, 7)
+
+
+def test_who_listens_slowly_is_told_the_newest() -> None:
+    frames: SimpleQueue[Frame | None] = SimpleQueue()
+    with pytest.raises(Empty):
+        newest(frames, 0.01)
+    for share in (0.1, 0.2, 0.3):
+        frames.put(Frame(share, None, ()))
+    assert newest(frames, 1).share == 0.3
+    frames.put(Frame(1.0, None, ()))
+    frames.put(None)
+    assert newest(frames, 1).share == 1.0 and newest(frames, 1) is None
+
+
+def test_pictures_of_old_requests_go(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2i.serving.studio.KEPT", 2)
+    paths = [drawn(studio)[0].path for _ in range(3)]
+    assert [path.exists() for path in paths] == [False, True, True]
 
 
 def test_the_page_opens_with_flowedits_defaults(studio: Studio) -> None:
