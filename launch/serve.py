@@ -64,7 +64,9 @@ def serve(
         from t2i.serving.page import build_page
         from t2i.serving.page import serve as serve_page
 
-        studio = Studio(pipeline, {"model": model, "weights": which}, limits, Path(folder))
+        pictures = Path(folder, "pictures")
+        pictures.mkdir()
+        studio = Studio(pipeline, {"model": model, "weights": which}, limits, pictures)
         serve_page(build_page(studio, pipeline.config.name, _facts(pipeline.config, which)), host, port, queue)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import io
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data.errors import UserError
+from data.decode import decode, image_size
+from data.errors import BadSample, UserError
 from t2i.config import RunConfig
 from t2i.config_loading import validate_section
 from t2i.editing import EditSettings, patch_window
@@ -26,7 +26,8 @@ MOST_IMAGE_PIXELS = 2**26
 class EditForm:
     """The fields of the page as they are filled in."""
 
-    image: Image.Image | None
+    image: bytes | None
+    """A file's."""
     source: str
     target: str
     steps: float | None
@@ -56,9 +57,10 @@ class EditRequest:
     def form(self) -> EditForm:
         """The fields that ask for the same again."""
         own = self.edits
-        image = Image.fromarray(self.image.permute(1, 2, 0).contiguous().numpy())
+        file = io.BytesIO()
+        Image.fromarray(self.image.permute(1, 2, 0).contiguous().numpy()).save(file, "png")
         guidance = own.source_guidance, own.target_guidance
-        return EditForm(image, self.source, self.target, own.steps, own.n_max, *guidance, own.seed)
+        return EditForm(file.getvalue(), self.source, self.target, own.steps, own.n_max, *guidance, own.seed)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,22 +108,37 @@ def check_edit(form: EditForm, config: RunConfig, limits: Limits) -> EditRequest
     return EditRequest(image, source, target, edits)
 
 
-def fit_image(image: Image.Image, config: RunConfig, limits: Limits) -> Tensor:
+def fit_image(data: bytes, config: RunConfig, limits: Limits) -> Tensor:
     """An image, uint8 (3, H, W), of about as many pixels as the model was trained at, or fewer; whole patches of it.
 
+    Its size is looked at before any pixel is decoded.
+
+    Args:
+        data: the file's bytes.
+        config: of the model.
+        limits: sizes that may be asked for.
+
     Raises:
-        UserError: it has too many pixels, or fewer than a patch.
+        UserError: it is no image, has too many pixels, or a side smaller than a patch.
     """
-    if image.width * image.height > MOST_IMAGE_PIXELS:
+    try:
+        height, width = image_size(data)
+        if height * width > MOST_IMAGE_PIXELS:
+            raise _too_large(f"{width} x {height} pixels")
+        rows, columns = patch_window(height, width, limits.patch)
+        most = min(config.data.size[0] * config.data.size[1], limits.max_pixels)
+        if height * width <= most:
+            return torch.from_numpy(decode(data, (height, width)))[:, rows, columns]
+        # Down to whole patches at once; what is cropped is less than one, but of an image like a thread.
+        size = replace(limits, max_pixels=most).largest_like(height, width)
+        return torch.from_numpy(decode(data, size))
+    except BadSample as fault:
+        if fault.reason == "too_many_pixels":
+            raise _too_large("too many pixels") from fault
         raise UserError(
-            f"image: has {image.width} x {image.height} pixels: must have at most {MOST_IMAGE_PIXELS:,} in all"
-        )
-    height, width = config.data.size
-    shrink = math.sqrt(min(1.0, min(height * width, limits.max_pixels) / (image.width * image.height)))
-    plain = image.convert("RGB")
-    if shrink < 1.0:
-        patch = limits.patch  # down to whole patches at once, where that changes the shape by less than one
-        sides = [max(patch, round(side * shrink / patch) * patch) for side in image.size]
-        plain = plain.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
-    return pixels[:, *patch_window(pixels.shape[1], pixels.shape[2], limits.patch)]
+            f"image: cannot be read ({fault.detail}): must be a whole PNG, JPEG, WebP, GIF or BMP"
+        ) from fault
+
+
+def _too_large(pixels: str) -> UserError:
+    return UserError(f"image: has {pixels}: must have at most {MOST_IMAGE_PIXELS:,} in all")

@@ -77,7 +77,10 @@ def history_tab(history: Any, tabs: Any, draws: AskTab, edits: AskTab | None, sm
 
 def _choose(history: History, pair: Pair, picked: gr.SelectData) -> list[Any]:
     """Put the picture that was clicked on the left, and what was there on the right."""
-    chosen = (history[picked.index], pair[0])
+    clicked, before = history[picked.index], pair[0]
+    if not clicked.path.exists():
+        raise gr.Error("This picture is no longer kept: others have drawn since.", print_exception=False)
+    chosen = (clicked, before if before is not None and before.path.exists() else None)
     found: list[Any] = [chosen]
     for it, other in zip(chosen, reversed(chosen), strict=True):
         settings, theirs = (None if one is None else one.settings for one in (it, other))

@@ -3,8 +3,8 @@
 - On a CPU the network's own code is run on the meta device: shapes without memory. Its attention holds all scores, so
   what it takes grows with the square of the patches. It is counted in fp32 for bf16 too, whose kernels there take
   copies in fp32: what was measured is 79 to 101 % of it in fp32, and 50 to 96 % in bf16.
-- On a GPU the network is run at two sizes, and the allocator says what it took: fused attention grows as the patches
-  do, and which kernel is taken is the device's affair.
+- On a GPU the network is run at two sizes that fit, and the allocator says what it took: fused attention grows as the
+  patches do, and which kernel is taken is the device's affair.
 - Both are of one picture with its guidance: the page draws one at a time.
 """
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +134,7 @@ def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
 
 
 def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
-    """The same on a GPU: a line through what the allocator says of the trained size and of twice its area."""
+    """The same on a GPU, as the allocator says: the trained size and twice its area, or halves of it if need be."""
     patch = pipeline.denoiser.patch_size
     height, width = pipeline.config.data.size
     picture = Picture("0" if pipeline.config.model.condition == "class" else "a picture")
@@ -148,9 +150,29 @@ def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
             velocity(x, 0.5, True)
         return torch.cuda.max_memory_allocated(pipeline.device) - before
 
-    once, twice = peak(width), peak(2 * width)
-    trained = height * width // patch**2
-    return lambda patches: math.ceil(once + (twice - once) * (patches - trained) / trained)
+    return line_of_peaks(lambda columns: peak(columns * patch), height // patch, width // patch)
+
+
+def line_of_peaks(peak: Callable[[int], int], rows: int, columns: int) -> Callable[[int], int]:
+    """A line, in bytes by patches, through what two sizes took: twice `columns` and half of it, or smaller halves.
+
+    Args:
+        peak: bytes that `rows` of so many patches take; raises torch.OutOfMemoryError where they do not fit.
+        rows, columns: of the trained size, in patches.
+
+    Returns:
+        more than any memory for all sizes, if not even one column fits.
+    """
+    found: list[tuple[int, int]] = []
+    columns *= 2
+    while columns and len(found) < 2:
+        with suppress(torch.OutOfMemoryError):
+            found.append((rows * columns, peak(columns)))
+        columns //= 2
+    if not found:
+        return lambda patches: sys.maxsize
+    (more, most), (fewer, least) = [*found, (0, 0)][:2]
+    return lambda patches: math.ceil(least + (most - least) * (patches - fewer) / (more - fewer))
 
 
 def free_bytes(device: torch.device) -> int:

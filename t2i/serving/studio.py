@@ -3,19 +3,19 @@
 - Pictures are drawn one by one, each in a batch of its own: picture n is the same however many are asked for, and each
   is shown when it is done.
 - The model is used by one thread, the studio's own: one who stops a request does not wait for it, the next one does.
-- A picture is a PNG that says in its text, under "settings", what it was drawn with.
+- A picture is a PNG that says in its text, under "settings", what it was drawn with. The latest are kept.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from tempfile import mkdtemp
 from threading import Event
 from typing import Any
@@ -38,6 +38,8 @@ from t2i.serving.session import Form, Request, check_form
 Pixels = NDArray[np.uint8]
 
 PREVIEW_EVERY_S = 0.25
+KEPT = 60
+"""Pictures that a history shows, and whose files there are: the latest."""
 BEAT_S = 1.0
 """Whoever waits hears from the studio this often."""
 
@@ -77,12 +79,13 @@ class Studio:
         pipeline: the model.
         made_of: which model and weights, for the pictures' texts.
         limits: sizes that may be asked for.
-        folder: where pictures are written.
+        folder: where pictures are written, and nothing else is.
     """
 
     def __init__(self, pipeline: Pipeline, made_of: dict[str, Any], limits: Limits, folder: Path) -> None:
-        self.pipeline, self.limits = pipeline, limits
-        self._made_of, self._folder = made_of, folder
+        self.pipeline, self.limits, self.folder = pipeline, limits, folder
+        self._made_of = made_of
+        self._kept = deque[Path]()
         self._device = ThreadPoolExecutor(1, "studio")
 
     def check(self, form: Form) -> Request:
@@ -131,49 +134,55 @@ class Studio:
             request: what is asked for.
             images: makes its pictures, uint8 (3, H, W); the watch is shown every call of the network.
         """
-        frames: SimpleQueue[Frame | None] = SimpleQueue()  # None: there are no more
-        stop = Event()
+        latest = Frame(0.0, None, ())  # those that nobody saw in time are not missed
+        news, stop = Event(), Event()
         called, shown, drawn = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...]()
 
         def watch(predicted: Tensor, t: float) -> None:
-            nonlocal called, shown
+            nonlocal called, shown, latest
             if stop.is_set():
                 raise _Stopped
             called += 1
             if time.monotonic() - shown >= PREVIEW_EVERY_S:
-                frames.put(Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn))
+                latest = Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn)
+                news.set()
                 shown = time.monotonic()
 
         def make() -> None:
-            nonlocal drawn
-            folder = Path(mkdtemp(dir=self._folder))
+            nonlocal drawn, latest
+            if stop.is_set():
+                return
             for number, image in enumerate(images(watch)):
                 settings = self._made_of | request.settings | {"number": number}
-                path = folder / f"{request.stem}_{number}.png"
+                path = self._place() / f"{request.stem}_{number}.png"
                 write_picture(path, image, settings)
                 drawn = (*drawn, Drawn(path, settings, request))
-                frames.put(Frame(called / request.calls, None, drawn))
+                latest = Frame(called / request.calls, None, drawn)
+                news.set()
 
-        def run() -> None:
-            try:
-                if not stop.is_set():
-                    make()
-            finally:
-                frames.put(None)
-
-        future = self._device.submit(run)
-        latest: Frame | None = Frame(0.0, None, ())
+        future = self._device.submit(make)
+        future.add_done_callback(lambda _: news.set())
         try:
-            while latest is not None:
+            ended = False
+            while not ended:
                 yield latest
-                with suppress(Empty):  # the same once more: whoever listens may want to leave
-                    latest = frames.get(timeout=BEAT_S)
+                news.wait(BEAT_S)  # then the same once more: whoever listens may want to leave
+                news.clear()
+                ended = future.done()
+            yield latest
             future.result()
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise UserError("the device's memory was not enough for this size: ask for a smaller one") from error
         finally:
             stop.set()
+
+    def _place(self) -> Path:
+        """A new folder for a picture; the oldest beyond KEPT are removed."""
+        self._kept.append(Path(mkdtemp(dir=self.folder)))
+        while len(self._kept) > KEPT:
+            shutil.rmtree(self._kept.popleft())
+        return self._kept[-1]
 
 
 def to_array(image: Tensor) -> Pixels:
