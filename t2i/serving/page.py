@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import io
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from typing import Any, get_args
 
 import gradio as gr
 from gradio.data_classes import ImageData
-from PIL import Image
 
 from data.errors import UserError
 from t2i.config_sampling import SamplingConfig
@@ -29,18 +27,6 @@ from t2i.serving.session import Form, Request, first_request, sizes_like
 from t2i.serving.studio import KEPT, Frame, Studio
 
 SOLVERS = get_args(SamplingConfig.model_fields["solver"].annotation)
-
-
-class ImageFile(gr.Image):
-    """An image as its file's bytes: what somebody brings is not opened before it is checked."""
-
-    is_template = True  # in the browser it is its base
-
-    def preprocess(self, payload: ImageData | None) -> bytes | None:
-        return None if payload is None or payload.path is None else Path(payload.path).read_bytes()
-
-    def postprocess(self, value: bytes | None) -> Any:
-        return super().postprocess(None if value is None else Image.open(io.BytesIO(value)))
 
 
 def build_page(studio: Studio, name: str, facts: str) -> gr.Blocks:
@@ -119,10 +105,11 @@ def _edit_tab(studio: Studio, small: bool) -> AskTab:
     first = first_edits(config)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            image = ImageFile(
-                sources=["upload", "clipboard"], height=240, elem_id="image",
+            image: Any = gr.Image(
+                format="png", sources=["upload", "clipboard"], height=240, elem_id="image",
                 label=f"Image; a larger one is scaled down to about {width} × {height} pixels",
             )  # fmt: skip
+            image.preprocess = _file_bytes  # its own opens the image, which is checked first
             source = gr.Textbox(label="What it shows", lines=2, elem_id="source")
             target = gr.Textbox(label="What it is to show", lines=2, elem_id="target")
             button, stop = _buttons("Edit")
@@ -139,6 +126,10 @@ def _edit_tab(studio: Studio, small: bool) -> AskTab:
     _on_new_seed(new_seed, seed)
     parts = [image, source, target, steps, taken, of_source, of_target, seed]
     return AskTab(parts, button, stop, progress, gallery)
+
+
+def _file_bytes(brought: ImageData | None) -> bytes | None:
+    return Path(brought.path).read_bytes() if brought is not None and brought.path is not None else None
 
 
 def _buttons(name: str) -> tuple[Any, Any]:
