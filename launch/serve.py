@@ -65,7 +65,9 @@ def serve(
         from t2i.serving.page import build_page
         from t2i.serving.page import serve as serve_page
 
-        with closing(Studio(pipeline, {"model": model, "weights": which}, limits, Path(folder))) as studio:
+        pictures = Path(folder, "pictures")
+        pictures.mkdir()
+        with closing(Studio(pipeline, {"model": model, "weights": which}, limits, pictures)) as studio:
             serve_page(build_page(studio, pipeline.config.name, _facts(pipeline.config, which)), host, port, queue)
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from data.decode import image_size
+from data.decode import decode, image_size
 from data.errors import BadSample, UserError
 from t2i.config import RunConfig
 from t2i.config_loading import validate_section
@@ -29,8 +26,8 @@ MOST_IMAGE_PIXELS = 2**26
 class EditForm:
     """The fields of the page as they are filled in."""
 
-    image: str | Image.Image | None
-    """A file that was brought, or a picture that is here."""
+    image: bytes | None
+    """A file's."""
     source: str
     target: str
     steps: float | None
@@ -60,9 +57,10 @@ class EditRequest:
     def form(self) -> EditForm:
         """The fields that ask for the same again."""
         own = self.edits
-        image = Image.fromarray(self.image.permute(1, 2, 0).contiguous().numpy())
+        file = io.BytesIO()
+        Image.fromarray(self.image.permute(1, 2, 0).contiguous().numpy()).save(file, "png")
         guidance = own.source_guidance, own.target_guidance
-        return EditForm(image, self.source, self.target, own.steps, own.n_max, *guidance, own.seed)
+        return EditForm(file.getvalue(), self.source, self.target, own.steps, own.n_max, *guidance, own.seed)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,49 +103,42 @@ def check_edit(form: EditForm, config: RunConfig, limits: Limits) -> EditRequest
         "seed": check_whole("seed", form.seed, 0, MOST_SEED),
     }
     edits = validate_section(EditSettings, first_edits(config).model_dump() | asked, "settings")
-    brought = open_image(form.image) if isinstance(form.image, str) else form.image
-    image = fit_image(brought, config, limits)
+    image = fit_image(form.image, config, limits)
     limits.check(*image.shape[1:])
     return EditRequest(image, source, target, edits)
 
 
-def open_image(path: str) -> Image.Image:
-    """An image file, whose size is looked at before it is decoded.
-
-    Raises:
-        UserError: it is no image, or has too many pixels.
-    """
-    content = Path(path).read_bytes()
-    try:
-        height, width = image_size(content)
-        _check_pixels(height, width)
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    except BadSample as bad:
-        raise UserError(f"image: cannot be used: {bad.detail}") from bad
-    except OSError as error:
-        raise UserError(f"image: cannot be read: {error}") from error
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MOST_IMAGE_PIXELS:
-        raise UserError(f"image: has {width} x {height} pixels: must have at most {MOST_IMAGE_PIXELS:,} in all")
-
-
-def fit_image(image: Image.Image, config: RunConfig, limits: Limits) -> Tensor:
+def fit_image(data: bytes, config: RunConfig, limits: Limits) -> Tensor:
     """An image, uint8 (3, H, W), of about as many pixels as the model was trained at, or fewer; whole patches of it.
 
+    Its size is looked at before any pixel is decoded.
+
+    Args:
+        data: the file's bytes.
+        config: of the model.
+        limits: sizes that may be asked for.
+
     Raises:
-        UserError: it has too many pixels, or fewer than a patch.
+        UserError: it is no image, has too many pixels, or a side smaller than a patch.
     """
-    _check_pixels(image.height, image.width)
-    height, width = config.data.size
-    shrink = math.sqrt(min(1.0, min(height * width, limits.max_pixels) / (image.width * image.height)))
-    plain = image.convert("RGB")
-    if shrink < 1.0:
-        patch = limits.patch  # down to whole patches at once, where that changes the shape by less than one
-        sides = [max(patch, round(side * shrink / patch) * patch) for side in image.size]
-        if sides[0] * sides[1] > limits.max_pixels:  # by rounding up
-            sides = [max(patch, int(side * shrink / patch) * patch) for side in image.size]
-        plain = plain.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
-    return pixels[:, *patch_window(pixels.shape[1], pixels.shape[2], limits.patch)]
+    try:
+        height, width = image_size(data)
+        if height * width > MOST_IMAGE_PIXELS:
+            raise _too_large(f"{width} x {height} pixels")
+        rows, columns = patch_window(height, width, limits.patch)
+        most = min(config.data.size[0] * config.data.size[1], limits.max_pixels)
+        if height * width <= most:
+            return torch.from_numpy(decode(data, (height, width)))[:, rows, columns]
+        # Down to whole patches at once; what is cropped is less than one, but of an image like a thread.
+        size = replace(limits, max_pixels=most).largest_like(height, width)
+        return torch.from_numpy(decode(data, size))
+    except BadSample as fault:
+        if fault.reason == "too_many_pixels":
+            raise _too_large("too many pixels") from fault
+        raise UserError(
+            f"image: cannot be read ({fault.detail}): must be a whole PNG, JPEG, WebP, GIF or BMP"
+        ) from fault
+
+
+def _too_large(pixels: str) -> UserError:
+    return UserError(f"image: has {pixels}: must have at most {MOST_IMAGE_PIXELS:,} in all")

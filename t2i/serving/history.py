@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, fields
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from t2i.serving import look
 from t2i.serving.edits import EditForm, EditRequest
@@ -77,7 +79,10 @@ def history_tab(history: Any, tabs: Any, draws: AskTab, edits: AskTab | None, sm
 
 def _choose(history: History, pair: Pair, picked: gr.SelectData) -> list[Any]:
     """Put the picture that was clicked on the left, and what was there on the right."""
-    chosen = (history[picked.index], pair[0])
+    clicked, before = history[picked.index], pair[0]
+    if not clicked.path.exists():
+        raise gr.Error("This picture is no longer kept: others have drawn since.", print_exception=False)
+    chosen = (clicked, before if before is not None and before.path.exists() else None)
     found: list[Any] = [chosen]
     for it, other in zip(chosen, reversed(chosen), strict=True):
         settings, theirs = (None if one is None else one.settings for one in (it, other))
@@ -91,6 +96,7 @@ def _fill(drawn: Drawn, edits: bool) -> list[Any]:
     """Fill in the fields that asked for a picture, and show their tab."""
     is_edit = isinstance(drawn.request, EditRequest)
     values = [getattr(drawn.request.form, field.name) for field in fields(drawn.request.form)]
+    values = [Image.open(io.BytesIO(it)) if isinstance(it, bytes) else it for it in values]
     of_draw, of_edit = len(fields(Form)), len(fields(EditForm)) if edits else 0
     skips = [gr.skip()] * (of_draw if is_edit else of_edit)
     return [gr.Tabs(selected="edit" if is_edit else "draw"), *(skips + values if is_edit else values + skips)]

@@ -3,8 +3,8 @@
 - On a CPU the network's own code is run on the meta device: shapes without memory. Its attention holds all scores, so
   what it takes grows with the square of the patches. It is counted in fp32 for bf16 too, whose kernels there take
   copies in fp32: what was measured is 79 to 101 % of it in fp32, and 50 to 96 % in bf16.
-- On a GPU the network is run at two sizes, and the allocator says what it took: fused attention grows as the patches
-  do, and which kernel is taken is the device's affair.
+- On a GPU the network is run at two sizes that fit, and the allocator says what it took: fused attention grows as the
+  patches do, and which kernel is taken is the device's affair.
 - Both are of one picture with its guidance: the page draws one at a time.
 """
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +134,7 @@ def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
 
 
 def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
-    """The same on a GPU: a line through what the allocator says of the trained size and of twice its area."""
+    """The same on a GPU, as the allocator says: the trained size and twice its area, or halves of it if need be."""
     patch = pipeline.denoiser.patch_size
     height, width = pipeline.config.data.size
     picture = Picture("0" if pipeline.config.model.condition == "class" else "a picture")
@@ -148,26 +150,29 @@ def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
             velocity(x, 0.5, True)
         return torch.cuda.max_memory_allocated(pipeline.device) - before
 
-    trained = height * width // patch**2
-    try:
-        once = peak(width)
-        columns = 2 * width
-        try:
-            other = peak(columns)
-        except torch.OutOfMemoryError:
-            columns = (width // patch + 1) * patch  # one column of patches more
-            other = peak(columns)
-    except torch.OutOfMemoryError as error:
-        raise UserError(_too_little(free_bytes(pipeline.device), height, width)) from error
-    slope = (other - once) / (height * columns // patch**2 - trained)
-    return lambda patches: math.ceil(once + slope * (patches - trained))
+    return line_of_peaks(lambda columns: peak(columns * patch), height // patch, width // patch)
 
 
-def _too_little(available: int, height: int, width: int) -> str:
-    return (
-        f"{available / 2**30:.2f} GiB of free memory are too little to draw at {width} x {height}, the size that the "
-        "model was trained at: free some, or give a lower --max_pixels"
-    )
+def line_of_peaks(peak: Callable[[int], int], rows: int, columns: int) -> Callable[[int], int]:
+    """A line, in bytes by patches, through what two sizes took: twice `columns` and half of it, or smaller halves.
+
+    Args:
+        peak: bytes that `rows` of so many patches take; raises torch.OutOfMemoryError where they do not fit.
+        rows, columns: of the trained size, in patches.
+
+    Returns:
+        more than any memory for all sizes, if not even one column fits.
+    """
+    found: list[tuple[int, int]] = []
+    columns *= 2
+    while columns and len(found) < 2:
+        with suppress(torch.OutOfMemoryError):
+            found.append((rows * columns, peak(columns)))
+        columns //= 2
+    if not found:
+        return lambda patches: sys.maxsize
+    (more, most), (fewer, least) = [*found, (0, 0)][:2]
+    return lambda patches: math.ceil(least + (most - least) * (patches - fewer) / (more - fewer))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -230,7 +235,10 @@ def find_limits(pipeline: Pipeline, available: int, max_pixels: int | None) -> L
         raise UserError(f"--max_pixels {max_pixels}: must hold one patch at least, {patch**2} pixels")
     found = most_patches(peak, 3 * 4 * patch**2, available, wanted // patch**2) * patch**2
     if found < min(trained, wanted):
-        raise UserError(_too_little(available, height, width))
+        raise UserError(
+            f"{available / 2**30:.2f} GiB of free memory are too little to draw at {width} x {height}, the size that "
+            f"the model was trained at: free some, or give a lower --max_pixels"
+        )
     memory = found < wanted // patch**2 * patch**2
     reason = "the memory here" if memory else "this server" if max_pixels is not None else "the page"
     return Limits(patch, found, reason)

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
+from gradio.data_classes import ImageData
 
 from data.errors import UserError
 from t2i.config_sampling import SamplingConfig
@@ -22,11 +24,9 @@ from t2i.serving import look
 from t2i.serving.edits import EditForm, first_edits
 from t2i.serving.history import AskTab, History, history_tab, thumbnails
 from t2i.serving.session import Form, Request, first_request, sizes_like
-from t2i.serving.studio import Frame, Studio
+from t2i.serving.studio import KEPT, Frame, Studio
 
 SOLVERS = get_args(SamplingConfig.model_fields["solver"].annotation)
-KEPT = 60
-"""Pictures that a session's history holds, the latest."""
 
 
 def build_page(studio: Studio, name: str, facts: str) -> gr.Blocks:
@@ -38,6 +38,7 @@ def build_page(studio: Studio, name: str, facts: str) -> gr.Blocks:
         facts: a line about it.
     """
     small = min(studio.pipeline.config.data.size) < look.SMALL
+    gr.set_static_paths([studio.folder])  # served as they are: of others Gradio keeps copies for a day
     with gr.Blocks(title=name, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(look.head(name, facts))
         history = gr.State([])
@@ -104,10 +105,11 @@ def _edit_tab(studio: Studio, small: bool) -> AskTab:
     first = first_edits(config)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            image = gr.Image(
-                type="filepath", image_mode=None, sources=["upload", "clipboard"], height=240, elem_id="image",
+            image: Any = gr.Image(
+                format="png", sources=["upload", "clipboard"], height=240, elem_id="image",
                 label=f"Image; a larger one is scaled down to about {width} × {height} pixels",
             )  # fmt: skip
+            image.preprocess = _file_bytes  # its own opens the image, which is checked first
             source = gr.Textbox(label="What it shows", lines=2, elem_id="source")
             target = gr.Textbox(label="What it is to show", lines=2, elem_id="target")
             button, stop = _buttons("Edit")
@@ -124,6 +126,10 @@ def _edit_tab(studio: Studio, small: bool) -> AskTab:
     _on_new_seed(new_seed, seed)
     parts = [image, source, target, steps, taken, of_source, of_target, seed]
     return AskTab(parts, button, stop, progress, gallery)
+
+
+def _file_bytes(brought: ImageData | None) -> bytes | None:
+    return Path(brought.path).read_bytes() if brought is not None and brought.path is not None else None
 
 
 def _buttons(name: str) -> tuple[Any, Any]:
@@ -182,7 +188,8 @@ def _connect(
                     yield [told, gr.skip(), gr.skip(), gr.skip()]
                     continue
                 done = len(frame.drawn)
-                known = [*reversed(frame.drawn), *drawn_before][:KEPT]
+                kept = (it for it in drawn_before if it.path.exists())
+                known = [*reversed(frame.drawn), *kept][:KEPT]
                 gallery = gr.update(value=[str(it.path) for it in frame.drawn], visible=done > 0)
                 yield [told, gallery, known, thumbnails(known)]
 

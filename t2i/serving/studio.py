@@ -3,7 +3,7 @@
 - Pictures are drawn one by one, each in a batch of its own: picture n is the same however many are asked for, and each
   is shown when it is done.
 - The model is used by one thread, the studio's own: one who stops a request does not wait for it, the next one does.
-- A picture is a PNG that says in its text, under "settings", what it was drawn with.
+- A picture is a PNG that says in its text, under "settings", what it was drawn with. The latest are kept.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from tempfile import mkdtemp
 from threading import Event
 from typing import Any
@@ -39,9 +37,9 @@ from t2i.serving.session import Form, Request, check_form
 
 Pixels = NDArray[np.uint8]
 
-KEPT = 200
-"""Requests whose pictures stay on the disk: more than a history shows."""
 PREVIEW_EVERY_S = 0.25
+KEPT = 60
+"""Pictures that a history shows, and whose files there are: the latest."""
 BEAT_S = 1.0
 """Whoever waits hears from the studio this often."""
 
@@ -81,14 +79,14 @@ class Studio:
         pipeline: the model.
         made_of: which model and weights, for the pictures' texts.
         limits: sizes that may be asked for.
-        folder: where pictures are written.
+        folder: where pictures are written, and nothing else is.
     """
 
     def __init__(self, pipeline: Pipeline, made_of: dict[str, Any], limits: Limits, folder: Path) -> None:
-        self.pipeline, self.limits = pipeline, limits
-        self._made_of, self._folder = made_of, folder
+        self.pipeline, self.limits, self.folder = pipeline, limits, folder
+        self._made_of = made_of
+        self._kept = deque[Path]()
         self._device = ThreadPoolExecutor(1, "studio")
-        self._kept: deque[Path] = deque()
         self._closing = Event()
 
     def close(self) -> None:
@@ -142,8 +140,8 @@ class Studio:
             request: what is asked for.
             images: makes its pictures, uint8 (3, H, W); the watch is shown every call of the network.
         """
-        frames: SimpleQueue[Frame | None] = SimpleQueue()  # None: there are no more
-        stop = Event()
+        latest = Frame(0.0, None, ())  # those that nobody saw in time are not missed
+        news, stop = Event(), Event()
 
         def is_over() -> bool:
             return stop.is_set() or self._closing.is_set()
@@ -151,41 +149,37 @@ class Studio:
         called, shown, drawn = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...]()
 
         def watch(predicted: Tensor, t: float) -> None:
-            nonlocal called, shown
+            nonlocal called, shown, latest
             if is_over():
                 raise _Stopped
             called += 1
             if time.monotonic() - shown >= PREVIEW_EVERY_S:
-                frames.put(Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn))
+                latest = Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn)
+                news.set()
                 shown = time.monotonic()
 
         def make() -> None:
-            nonlocal drawn
-            folder = Path(mkdtemp(dir=self._folder))
-            self._kept.append(folder)
-            if len(self._kept) > KEPT:
-                shutil.rmtree(self._kept.popleft())
+            nonlocal drawn, latest
+            if is_over():
+                return
             for number, image in enumerate(images(watch)):
                 settings = self._made_of | request.settings | {"number": number}
-                path = folder / f"{request.stem}_{number}.png"
+                path = self._place() / f"{request.stem}_{number}.png"
                 write_picture(path, image, settings)
                 drawn = (*drawn, Drawn(path, settings, request))
-                frames.put(Frame(called / request.calls, None, drawn))
+                latest = Frame(called / request.calls, None, drawn)
+                news.set()
 
-        def run() -> None:
-            try:
-                if not is_over():
-                    make()
-            finally:
-                frames.put(None)
-
-        future = self._device.submit(run)
-        latest: Frame | None = Frame(0.0, None, ())
+        future = self._device.submit(make)
+        future.add_done_callback(lambda _: news.set())
         try:
-            while latest is not None:
+            ended = False
+            while not ended:
                 yield latest
-                with suppress(Empty):  # the same once more: whoever listens may want to leave
-                    latest = newest(frames, BEAT_S)
+                news.wait(BEAT_S)  # then the same once more: whoever listens may want to leave
+                news.clear()
+                ended = future.done()
+            yield latest
             future.result()
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
@@ -193,21 +187,12 @@ class Studio:
         finally:
             stop.set()
 
-
-def newest(frames: SimpleQueue[Frame | None], patience_s: float) -> Frame | None:
-    """The last frame that is there, for who listens slowly; each has what those before it had.
-
-    Raises:
-        Empty: there was none within so many seconds.
-    """
-    latest = frames.get(timeout=patience_s)
-    while latest is not None and not frames.empty():
-        following = frames.get()
-        if following is None:
-            frames.put(None)
-            break
-        latest = following
-    return latest
+    def _place(self) -> Path:
+        """A new folder for a picture; the oldest beyond KEPT are removed."""
+        self._kept.append(Path(mkdtemp(dir=self.folder)))
+        while len(self._kept) > KEPT:
+            shutil.rmtree(self._kept.popleft())
+        return self._kept[-1]
 
 
 def to_array(image: Tensor) -> Pixels:

@@ -272,8 +272,29 @@ def test_an_image_is_edited(visit: Callable[..., Visitor], tmp_path: Path) -> No
     page.is_shown("#history img")
     source = page.page.locator(".pictures .grid-container img").evaluate_all("all => all.map(it => it.src)")[-1]
     edited = Image.open(io.BytesIO(page.page.request.get(source).body()))
-    assert edited.size == (20, 12)
+    assert edited.size == (16, 12)
     assert json.loads(edited.text["settings"])["target"] == "a blue star"
+    page.open("History")
+    page.page.locator("#history button img").first.click()
+    page.page.click("#again-left")
+    api.expect(page.page.locator("#target textarea")).to_be_visible()
+    page.page.click("#edit")
+    page.is_shown("#history img", 2)
+    sources = page.page.locator("#history img").evaluate_all("all => all.map(it => it.src)")
+    again, before = (page.page.request.get(it).body() for it in sources)
+    assert sources[0] != sources[1]
+    assert again == before
+
+
+def test_a_file_that_is_no_image_is_refused_in_words(visit: Callable[..., Visitor], tmp_path: Path) -> None:
+    page = visit()
+    (tmp_path / "words.png").write_text("no image")
+    page.open("Edit")
+    page.page.fill("#target textarea", "a blue star")
+    page.page.set_input_files("#image input[type=file]", tmp_path / "words.png")
+    page.is_shown("#image img")
+    page.page.click("#edit")
+    page.shows("image: cannot be read")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import simplejpeg
 import webdataset
@@ -143,7 +144,9 @@ def test_goes_on_after_a_kill(tmp_path):
         deadline = time.monotonic() + 60
         while not list(out.glob("train/*.tar")) and time.monotonic() < deadline:
             time.sleep(0.01)
+        workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(workers, timeout=30)  # one may yet begin a file
     whole = shapes.contents(200, size=192)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar.idx")}
     assert kept and not (out / "dataset.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from random_model import config, write_random_model
 from data.errors import UserError
 from t2i.config_loading import validate_config
 from t2i.pipeline import Pipeline
-from t2i.serving.limits import STATE_COPIES, Limits, find_limits, free_bytes, most_patches, traced_bytes
+from t2i.serving.limits import STATE_COPIES, Limits, find_limits, free_bytes, line_of_peaks, most_patches, traced_bytes
 
 CPU = torch.device("cpu")
 LIMITS = Limits(patch=16, max_pixels=512 * 512, reason="the memory here")
@@ -105,6 +106,33 @@ def test_a_model_that_does_not_fit(pipeline: Pipeline) -> None:
         find_limits(pipeline, 1000, None)
     with pytest.raises(UserError, match="--max_pixels 15: must hold one patch at least, 16 pixels"):
         find_limits(pipeline, 2**30, 15)
+
+
+def tight(most: int) -> Callable[[int], int]:
+    """A stand-in for a GPU: 3 rows of so many columns take 100 bytes and 7 a patch; more than `most` do not fit."""
+
+    def peak(columns: int) -> int:
+        if columns > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 100 + 7 * 3 * columns
+
+    return peak
+
+
+@pytest.mark.parametrize("most", [20, 16, 8, 7, 2])
+def test_sizes_that_do_not_fit_are_not_measured(most: int) -> None:
+    line = line_of_peaks(tight(most), 3, 8)
+    assert [line(patches) for patches in (3, 24, 48, 3000)] == [100 + 7 * n for n in (3, 24, 48, 3000)]
+
+
+def test_a_single_column_that_fits_counts_as_a_share() -> None:
+    assert [line_of_peaks(tight(1), 3, 8)(patches) for patches in (3, 6)] == [121, 242]
+
+
+def test_a_gpu_that_holds_not_even_a_column(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2i.serving.limits.traced_bytes", lambda *given: line_of_peaks(tight(0), 4, 4))
+    with pytest.raises(UserError, match="GiB of free memory are too little to draw at 16 x 16"):
+        find_limits(pipeline, 2**40, None)
 
 
 def test_free_memory_is_less_than_all() -> None:

@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,12 +16,10 @@ from PIL import Image
 from random_model import write_random_model
 
 from data.errors import UserError
-from t2i.editing import EditSettings, edit_image
 from t2i.pipeline import Picture, Pipeline
-from t2i.serving.edits import EditForm, first_edits, fit_image, open_image
 from t2i.serving.limits import Limits
 from t2i.serving.session import MOST_STEPS, Form, first_request
-from t2i.serving.studio import BEAT_S, Drawn, Frame, Studio, newest
+from t2i.serving.studio import BEAT_S, Drawn, Studio
 
 CPU = torch.device("cpu")
 
@@ -153,103 +149,16 @@ def test_what_goes_wrong_reaches_whoever_listens(studio: Studio, monkeypatch: py
     assert len(drawn(studio)) == 1
 
 
-def edit_form(**changes: Any) -> EditForm:
-    plain = EditForm(Image.new("RGB", (16, 16)), "a red circle", "a blue star", 4, 3, 1.5, 2.0, 5)
-    return replace(plain, **changes)
+def test_the_latest_pictures_are_kept(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2i.serving.studio.KEPT", 3)
+    paths = [it.path for it in (*drawn(studio, pictures=2), *drawn(studio, pictures=2, seed=1))]
+    assert [path.exists() for path in paths] == [False, True, True, True]
+    assert len(list(studio.folder.iterdir())) == 3
 
 
-def test_an_edit_is_edit_images(studio: Studio) -> None:
-    given = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 16), np.uint8))
-    image = Image.fromarray(given.permute(1, 2, 0).numpy())
-    request = studio.check_edit(edit_form(image=image))
-    (edited,) = list(studio.edit(request))[-1].drawn
-    settings = EditSettings(
-        steps=4, n_max=3, source_guidance=1.5, target_guidance=2.0, seed=5,
-        timeshift=studio.pipeline.config.sampling.timeshift,
-    )  # fmt: skip
-    wanted = edit_image(studio.pipeline, given, "a red circle", "a blue star", settings)
-    assert (pixels(edited) == wanted.permute(1, 2, 0).numpy()).all()
-    again = studio.check_edit(request.form)
-    assert (again.image == request.image).all()
-    assert again.settings == request.settings == {key: edited.settings[key] for key in request.settings}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"image": None}, "image: there is none"),
-        ({"target": " "}, "what it is to show: is empty"),
-        ({"n_max": 5}, "n_max 5 must be at most steps"),
-        ({"steps": 2.5}, "steps 2.5: must be a whole number"),
-        ({"target_guidance": None}, "guidance of what it is to show is empty"),
-        ({"image": Image.new("RGB", (3, 40))}, "each side must be at least 4"),
-    ],
-)
-def test_edits_that_are_refused(studio: Studio, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        studio.check_edit(edit_form(**changes))
-
-
-@pytest.mark.parametrize(
-    ("given", "fitted"),
-    [
-        ((16, 16), (16, 16)),
-        ((14, 10), (8, 12)),  # smaller than trained: the middle's whole patches
-        ((1600, 1600), (16, 16)),
-        ((300, 200), (12, 20)),
-        ((4000, 40), (4, 160)),
-    ],
-)
-def test_images_are_brought_to_the_trained_area(
-    studio: Studio, given: tuple[int, int], fitted: tuple[int, int]
-) -> None:
-    image = Image.new("RGBA", given, "red")
-    found = fit_image(image, studio.pipeline.config, studio.limits)
-    assert tuple(found.shape) == (3, *fitted)
-    assert found[:, 0, 0].tolist() == [255, 0, 0]
-
-
-def test_rounding_to_patches_does_not_exceed_the_limit(studio: Studio) -> None:
-    config = studio.pipeline.config
-    for seed in range(300):
-        width, height = (int(it) for it in np.random.default_rng(seed).integers(40, 120, 2))
-        limits = replace(studio.limits, max_pixels=256)
-        found = fit_image(Image.new("RGB", (width, height)), config, limits)
-        assert found.shape[1] * found.shape[2] <= 256
-
-
-def test_a_file_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
-    path = tmp_path / "wide.png"
-    Image.new("1", (13_000, 13_000)).save(path)
-    assert path.stat().st_size < 50_000
-    with mock.patch("PIL.ImageFile.ImageFile.load") as decoding, pytest.raises(UserError, match="image: "):
-        open_image(str(path))
-    assert not decoding.called
-    (tmp_path / "words.png").write_text("no image")
-    with pytest.raises(UserError, match="image: cannot be used"):
-        open_image(str(tmp_path / "words.png"))
-    Image.new("RGBA", (9, 7), "red").save(tmp_path / "red.png")
-    assert open_image(str(tmp_path / "red.png")).size == (9, 7)
-
-
-def test_who_listens_slowly_is_told_the_newest() -> None:
-    frames: SimpleQueue[Frame | None] = SimpleQueue()
-    with pytest.raises(Empty):
-        newest(frames, 0.01)
-    for share in (0.1, 0.2, 0.3):
-        frames.put(Frame(share, None, ()))
-    assert newest(frames, 1).share == 0.3
-    frames.put(Frame(1.0, None, ()))
-    frames.put(None)
-    assert newest(frames, 1).share == 1.0 and newest(frames, 1) is None
-
-
-def test_pictures_of_old_requests_go(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2i.serving.studio.KEPT", 2)
-    paths = [drawn(studio)[0].path for _ in range(3)]
-    assert [path.exists() for path in paths] == [False, True, True]
-
-
-def test_the_page_opens_with_flowedits_defaults(studio: Studio) -> None:
-    config = studio.pipeline.config
-    assert first_edits(config) == EditSettings(timeshift=config.sampling.timeshift)
+def test_a_slow_listener_sees_the_latest_frame(studio: Studio) -> None:
+    frames = studio.draw(studio.check(form(studio, steps=20)))
+    next(frames)
+    drawn(studio)  # waits for the thread
+    (last,) = frames
+    assert (last.share, len(last.drawn)) == (1.0, 1)
