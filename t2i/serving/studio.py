@@ -175,11 +175,13 @@ class Studio:
         try:
             ended = False
             while not ended:
-                yield latest
+                told = latest
+                yield told
                 news.wait(BEAT_S)  # then the same once more: whoever listens may want to leave
                 news.clear()
                 ended = future.done()
-            yield latest
+            if latest is not told:  # told twice at once, a page may show neither
+                yield latest
             future.result()
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
