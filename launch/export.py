@@ -2,7 +2,7 @@
 
     python launch/export.py runs/pixelgen_xxl/sft512/model --out pixelgen.ckpt
     python launch/export.py runs/pixelgen_xl/imagenet256/model --out pixelgen_xl.ckpt
-    python launch/export.py runs/pixeldit_t2i/text1024/model --out pixeldit.pth
+    python launch/export.py runs/pixeldit_t2i/shapes1024/model --out pixeldit.pth
 
 It holds weights, average and projector, and neither an optimizer nor the null caption, for which those layouts have no
 place: good to draw from there, and to import again, not to go on training with.

@@ -116,7 +116,8 @@ class ModelConfig(Section):
         if self.repa_layer > self.depth:
             raise ValueError(f"repa_layer {self.repa_layer} must be at most depth ({self.depth})")
         if self.family == "pixeldit":
-            _check_heads("pixel.attention_width", self.pixel_attention[0], "heads", self.pixel_attention[1])
+            named = "pixel.attention_heads" if self.pixel.attention_heads else "heads"
+            _check_heads("pixel.attention_width", self.pixel_attention[0], named, self.pixel_attention[1])
             if any(self.patch_size % parts for parts in self.pixel.cut):
                 raise ValueError(
                     f"pixel.tokens_per_patch {self.pixel.tokens_per_patch} must cut a patch of {self.patch_size} x "

@@ -49,8 +49,9 @@ def _advice(stage: PlannedStage, options: list[Option], chosen: Option | None) -
     """Sentences: whether the config's own settings fit, and what would be cheaper."""
     micro, gib = stage.config.train.micro_batch_size, 2**30
     said = []
-    if stage.share % micro:
-        said.append(f"train.micro_batch_size {micro} does not divide a rank's share of the batch, {stage.share}")
+    if stage.together % micro:
+        of = "data.group_size" if stage.config.data.aspect_buckets else "a rank's share of the batch"
+        said.append(f"train.micro_batch_size {micro} does not divide {of}, {stage.together}")
     else:
         need = stage.memory.device_bytes("zero1", micro, False)
         verdict = "fits" if need <= stage.budget else "does not fit"

@@ -97,6 +97,12 @@ class PlannedStage:
         """Samples of a global batch that a rank has."""
         return self.config.train.batch_size // self.given.gpus
 
+    @property
+    def together(self) -> int:
+        """Samples that a micro-batch divides: a rank's share of a batch, or of one size in buckets."""
+        buckets = self.config.data.aspect_buckets
+        return buckets.group_size if buckets is not None else self.share
+
     def flops(self) -> dict[str, float]:
         """FLOPs of one training image, by component."""
         memory, objective = self.square, self.config.objective
@@ -134,9 +140,7 @@ class PlannedStage:
 
     def option(self, engine: Engine, checkpointing: Checkpointing) -> Option:
         """The largest micro-batch that divides a rank's share and fits."""
-        buckets = self.config.data.aspect_buckets
-        together = buckets.group_size if buckets is not None else self.share  # a micro-batch is of one size
-        sizes = [n for n in range(1, together + 1) if together % n == 0]
+        sizes = [n for n in range(1, self.together + 1) if self.together % n == 0]
         fitting = [n for n in sizes if self.memory.device_bytes(engine, n, checkpointing) <= self.budget]
         best = max(fitting, default=0)
         return Option(engine, checkpointing, best, self.memory.device_bytes(engine, max(best, 1), checkpointing))

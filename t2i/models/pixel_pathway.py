@@ -33,7 +33,7 @@ Modulation = Literal["pixel", "patch", "additive"]
 
 
 class PixelBlock(nn.Module):
-    """A PiT block. Arguments as of `PixelPathway`."""
+    """A PiT block. `pixels`: P; `tokens`: parts of a patch that attend; the rest as of `PixelPathway`."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class PixelPathway(nn.Module):
         super().__init__()
         self.patch_size, self.cut = patch_size, cut
         self.pixel_width = pixel_width
-        self.head_width = attention[0] // attention[1] if attention is not None else 4
+        self.head_width = attention[0] // attention[1] if attention is not None else 4  # without, nobody turns
         self.embed = nn.Linear(3, pixel_width)
         self.blocks = nn.ModuleList(
             PixelBlock(

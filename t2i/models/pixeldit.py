@@ -81,19 +81,13 @@ class JointBlock(nn.Module):
         self, x_BND: Tensor, text_BLD: Tensor, given_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Patches and text after it. `mask` (B, L + N), bool: keys that take part, the text's first; None: all."""
-        streams = (self.text, text_BLD, text_rope), (self.image, x_BND, rope)
-        signals = [stream.signals(given_B1D) for stream, _, _ in streams]
-        projected = [
-            stream.attn.project(stream.enter(x, made), turns)
-            for (stream, x, turns), made in zip(streams, signals, strict=True)
-        ]
-        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*projected, strict=True))
-        attended = attention(q, k, v, mask).split([text_BLD.shape[1], x_BND.shape[1]], dim=2)
-        text_BLD, x_BND = (
-            stream.leave(x, stream.attn.merge(got), made)
-            for (stream, x, _), made, got in zip(streams, signals, attended, strict=True)
-        )
-        return x_BND, text_BLD
+        text_signals, signals = self.text.signals(given_B1D), self.image.signals(given_B1D)
+        of_text = self.text.attn.project(self.text.enter(text_BLD, text_signals), text_rope)
+        of_image = self.image.attn.project(self.image.enter(x_BND, signals), rope)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_text, of_image, strict=True))
+        text_attended, attended = attention(q, k, v, mask).split([text_BLD.shape[1], x_BND.shape[1]], dim=2)
+        text_BLD = self.text.leave(text_BLD, self.text.attn.merge(text_attended), text_signals)
+        return self.image.leave(x_BND, self.image.attn.merge(attended), signals), text_BLD
 
 
 class LastJointBlock(nn.Module):
