@@ -23,6 +23,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SEEDS ?= 1
+NAME ?= prove
 
 .PHONY: setup demo prove prove-pixeldit test test-s3 test-browser lint bench step soak ablation xxl clean
 
@@ -39,24 +40,19 @@ demo: setup
 	python launch/pack.py shapes --out $(DATA)/shapes --size 64 --count 20000
 	deepspeed --log_level error --num_gpus 2 launch/curriculum.py --config configs/demo.yaml
 
-SCENES := --out .cache/prove/shapes --size 32 --count 100000 --heldout 0.01 --heldout_captions 0.1
-
 # Runs prove, prove1, prove2, ... differ in their seed alone.
 prove: setup
-	python launch/pack.py shapes $(SCENES)
+	python launch/pack.py shapes --out .cache/prove/shapes --size 32 --count 100000 --heldout 0.01 --heldout_captions 0.1
 	@runs=; for seed in $$(seq 0 $$(($(SEEDS) - 1))); do \
-		run=runs/prove$${seed#0}; runs="$$runs $$run"; \
-		deepspeed --log_level error --num_gpus 2 launch/stage1.py --config configs/prove.yaml \
+		run=runs/$(NAME)$${seed#0}; runs="$$runs $$run"; \
+		deepspeed --log_level error --num_gpus 2 launch/stage1.py --config configs/$(NAME).yaml \
 			--name $${run#runs/} --seed $$seed && \
 		deepspeed --log_level error --num_gpus 2 launch/geneval.py --detector shapes \
 			--model $$run/scenes/model --out $$run/geneval || exit 1; \
 	done; [ $(SEEDS) = 1 ] || python launch/compare.py $$runs
 
-prove-pixeldit: setup
-	python launch/pack.py shapes $(SCENES)
-	deepspeed --log_level error --num_gpus 2 launch/stage1.py --config configs/prove_pixeldit.yaml
-	deepspeed --log_level error --num_gpus 2 launch/geneval.py --detector shapes \
-		--model runs/prove_pixeldit/scenes/model --out runs/prove_pixeldit/geneval
+prove-pixeldit:
+	$(MAKE) prove NAME=prove_pixeldit
 
 test: setup
 	pytest --numprocesses 2 --dist loadfile

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -29,10 +29,8 @@ from evaluation.editing.outcome import as_text
 from evaluation.geneval.detectors import Name, build_detector
 from launch.drawing import job_parser, parsed
 from launch.process import joined_world, main
-from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.config_loading import validate_section
-from t2i.editing import EditSettings, edit_image, patch_window
+from t2i.editing import EditSettings, edit_image, edit_settings, patch_window
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
@@ -85,15 +83,6 @@ def _check(options: Namespace) -> None:
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
 
 
-def settings_of(config: RunConfig, given: dict[str, Any]) -> EditSettings:
-    """How a model edits: the defaults and its own timeshift, with what is given entered.
-
-    Raises:
-        ConfigError: a setting that is wrong.
-    """
-    return validate_section(EditSettings, {"timeshift": config.sampling.timeshift, **given}, "command line")
-
-
 def edit() -> None:
     """Parse the command line and do the job."""
     options = parsed(_parser())
@@ -103,7 +92,7 @@ def edit() -> None:
         pipeline = Pipeline.load(options.model, options.weights, world.device)
         if pipeline.config.model.condition == "class":
             raise ConfigError(f"--model {options.model} draws classes: editing needs one that draws captions")
-        settings = settings_of(pipeline.config, given)
+        settings = edit_settings(pipeline.config, given, "command line")
         if options.edits is not None:
             _edit_many(world, pipeline, options, settings)
         elif world.is_main:
@@ -112,10 +101,7 @@ def edit() -> None:
 
 def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
     image = torch.from_numpy(read_picture(options.image))
-    try:
-        window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size)
-    except UserError as error:
-        raise UserError(f"--image {options.image}: {error}") from error
+    window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
     with tqdm(total=calls, unit="step") as bar:
 

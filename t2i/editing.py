@@ -8,18 +8,23 @@ of it).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.errors import UserError
 from data.randomness import key
+from t2i.config import RunConfig
 from t2i.config_base import Section
+from t2i.config_loading import validate_section
 from t2i.diffusion.editing import flow_edit
 from t2i.diffusion.flow import to_pixels, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.sampling import time_grid
-from t2i.pipeline import Picture, Pipeline, Watch, watched
+from t2i.pipeline import Picture, Pipeline, Preview, previewed
 
 
 class EditSettings(Section):
@@ -51,14 +56,23 @@ class EditSettings(Section):
         return self
 
 
-def patch_window(height: int, width: int, patch: int) -> tuple[slice, slice]:
+def edit_settings(config: RunConfig, given: Mapping[str, Any], where: str) -> EditSettings:
+    """How a model edits: the defaults on its own time grid, with what is given entered.
+
+    Raises:
+        ConfigError: a setting that is wrong, said to be `where`.
+    """
+    return validate_section(EditSettings, {"timeshift": config.sampling.timeshift, **given}, where)
+
+
+def patch_window(height: int, width: int, patch: int, name: str = "the image") -> tuple[slice, slice]:
     """The rows and columns of an image's middle that are whole patches.
 
     Raises:
-        UserError: it is smaller than a patch.
+        UserError: it is smaller than a patch; `name` says which it is.
     """
     if min(height, width) < patch:
-        raise UserError(f"the image has {height} x {width} pixels: each side must be at least {patch}, a patch's")
+        raise UserError(f"{name} has {height} x {width} pixels: each side must be at least {patch}, a patch's")
     top, left = height % patch // 2, width % patch // 2
     return slice(top, top + height // patch * patch), slice(left, left + width // patch * patch)
 
@@ -70,7 +84,7 @@ def edit_image(
     source: str,
     target: str,
     settings: EditSettings,
-    watch: Watch | None = None,
+    preview: Preview | None = None,
 ) -> Tensor:
     """An edited image, uint8 (3, H, W) on the host.
 
@@ -83,7 +97,7 @@ def edit_image(
         source: what it shows.
         target: what it is to show.
         settings: how.
-        watch: is shown what each call of the network for the target makes of the image, n_avg calls a step.
+        preview: is shown what each call of the network for the target makes of the image, n_avg calls a step.
     """
     config, patch = pipeline.config, pipeline.denoiser.patch_size
     assert config.model.condition == "text"
@@ -94,8 +108,8 @@ def edit_image(
         pipeline.velocity([it], states, config.sampling.model_copy(update={"guidance_scale": scale}))
         for it, scale in zip(words, (settings.source_guidance, settings.target_guidance), strict=True)
     )
-    if watch is not None:
-        of_target = watched(of_target, watch, 1)
+    if preview is not None:
+        of_target = previewed(of_target, preview, 1)
 
     def noise(step: int, average: int) -> Tensor:
         of_step = key(settings.seed, "edit", source, target, step)

@@ -1,8 +1,9 @@
 """A trained model's folder: `model.safetensors` (raw), `ema.safetensors` and `config.yaml`.
 
 Both weight files hold the denoiser under `denoiser.`, the projector of representation alignment under `projector.`
-(absent without it) and the null caption's states, which a library's update could otherwise change. The folder is
-written aside, made durable and renamed: if it is there, it is whole.
+(absent without it) and the null caption's states, which a library's update could otherwise change. What an imported
+checkpoint has besides, and no network of ours reads, is under `unread.` by its name there, to be exported again. The
+folder is written aside, made durable and renamed: if it is there, it is whole.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from t2i.engine.checkpoint.format import sync
 
 DENOISER = "denoiser."
 PROJECTOR = "projector."
+UNREAD = "unread."
 NULL_CAPTION = "null_caption"
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 

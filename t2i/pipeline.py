@@ -72,16 +72,16 @@ def states_of_batches(
 
 States = tuple[dict[str, Tensor], dict[str, Tensor]]
 """States (L, E) or classes () of a batch's prompts, and of its negative prompts, by their words."""
-Watch = Callable[[Tensor, float], None]
+Preview = Callable[[Tensor, float], None]
 """Is given the images (b, 3, H, W) that a call of the network predicts, in [-1, 1] or about, and its t."""
 
 
-def watched(velocity: Velocity, watch: Watch, count: int) -> Velocity:
-    """The same velocity; `watch` is shown what each call of the network makes of the first `count` pictures."""
+def previewed(velocity: Velocity, preview: Preview, count: int) -> Velocity:
+    """The same velocity; `preview` is shown what each call of the network makes of the first `count` pictures."""
 
     def shown(x_t: Tensor, t: float, guided: bool) -> Tensor:
         slope = velocity(x_t, t, guided)
-        watch(image_from_velocity(slope, x_t, torch.full((len(x_t),), t, device=x_t.device))[:count], t)
+        preview(image_from_velocity(slope, x_t, torch.full((len(x_t),), t, device=x_t.device))[:count], t)
         return slope
 
     return shown
@@ -148,7 +148,7 @@ class Pipeline:
         pictures: Sequence[Picture],
         sampling: SamplingConfig,
         size: tuple[int, int] | None = None,
-        watch: Watch | None = None,
+        preview: Preview | None = None,
     ) -> Iterator[Tensor]:
         """Pictures in their order, uint8 (b, 3, H, W) on the host, with at most `sampling.batch_size` in a batch.
 
@@ -156,7 +156,7 @@ class Pipeline:
             pictures: what to draw; those that share a prompt are best neighbours, and its states are computed once.
             sampling: how.
             size: height and width in pixels, multiples of the patch; none takes those the model was trained at.
-            watch: is shown each batch as it forms.
+            preview: is shown each batch as it forms.
         """
         height, width = size or self.config.data.size
         assert height % self.denoiser.patch_size == 0 and width % self.denoiser.patch_size == 0
@@ -167,8 +167,8 @@ class Pipeline:
         for batch, states in zip(batches, self.states(batches), strict=True):
             filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]
             velocity = self.velocity(filled, states, sampling)
-            if watch is not None:
-                velocity = watched(velocity, watch, len(batch))
+            if preview is not None:
+                velocity = previewed(velocity, preview, len(batch))
             scale = self.config.objective.noise_scale
             noise = [starting_noise(it, sampling.seed, (height, width), self.device, scale) for it in filled]
             images = solve(velocity, torch.stack(noise), times, guided)

@@ -16,7 +16,8 @@ from t2i.train.run_folder import NO_SCORES, Stage
 Pick = Callable[[Member], Scores | None]
 
 _OUTCOMES = {"overall", "overall_interval", "tasks", "absent_tasks", "held_out", "correct_images", "correct_prompts"}
-_OUTCOMES |= {"prompts", "images", "images_sha256"}  # of a summary
+_OUTCOMES |= {"prompts", "images", "images_sha256", "bounds"}  # of a summary
+_SPEED = "drawn.speed."  # of a summary, too: not how, but how fast
 _JUDGE = ("detector", "thresholds")  # of a summary: what scores must share to be compared
 _PLACES = ("model", "file")  # and of that, where weights were found: their hash tells which they are
 _OVERALL, _HELD_OUT = "overall", "held out"
@@ -140,7 +141,8 @@ def _how(columns: Sequence[Column], pick: Pick) -> list[Row]:
 
     def flat(member: Member) -> Flat:
         scores = pick(member)
-        return {} if scores is None else flatten({k: v for k, v in scores.summary.items() if k not in _OUTCOMES})
+        how = {} if scores is None else flatten({k: v for k, v in scores.summary.items() if k not in _OUTCOMES})
+        return {name: value for name, value in how.items() if not name.startswith(_SPEED)}
 
     found = [flat(member) for member in all_members(columns) if pick(member) is not None]
 

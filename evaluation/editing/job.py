@@ -113,10 +113,7 @@ class EditJob:
         """The image and the region that its entry gives, of whole patches."""
         pixels = read_picture(edit.image)
         height, width = pixels.shape[1:]
-        try:
-            window = patch_window(height, width, self.patch)
-        except UserError as error:
-            raise UserError(f"{edit.image}: {error}") from error
+        window = patch_window(height, width, self.patch, str(edit.image))
         inside = given_region(edit, self.folder, height, width)
         return np.ascontiguousarray(pixels.transpose(1, 2, 0)[window]), None if inside is None else inside[window]
 

@@ -45,32 +45,28 @@ def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor, min_noise: float)
     return (image - x_t) / (1.0 - _per_sample(t, x_t)).clamp(min=min_noise)
 
 
-def image_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor, min_noise: float = 0.0) -> Tensor:
-    """The inverse of `velocity_from_image`."""
-    return x_t + velocity * (1.0 - _per_sample(t, x_t)).clamp(min=min_noise)
+def image_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The image that a velocity leads to on a straight line: x_t + (1 - t) v."""
+    return x_t + velocity * (1.0 - _per_sample(t, x_t))
 
 
-def noise_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The noise that a velocity implies: x_t - t v."""
-    return x_t - _per_sample(t, x_t) * velocity
-
-
-def predicted_velocity(output: Tensor, x_t: Tensor, t: Tensor, kind: PredictionKind, min_noise: float) -> Tensor:
+def predicted_velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: PredictionKind, min_noise: float) -> Tensor:
     """The velocity that a network's output means; `min_noise` is heeded where it follows from an image."""
-    return velocity_from_image(output, x_t, t, min_noise) if kind == "image" else output
+    return velocity_from_image(output, x_t, t, min_noise) if prediction == "image" else output
 
 
 def flow_matching_loss(
-    output: Tensor, image: Tensor, noise: Tensor, t: Tensor, min_noise: float, kind: PredictionKind
+    output: Tensor, image: Tensor, noise: Tensor, t: Tensor, prediction: PredictionKind, min_noise: float
 ) -> Tensor:
     """Squared error of the velocities (PixelGen eq. 5, PixelDiT eq. 8), the mean over each sample's pixels: (B,).
 
-    Of predicted images, both velocities share x_t and the clamp, so their difference is that of the images over
-    max(1 - t, min_noise). Of predicted velocities, the true one is image - noise, and nothing divides.
+    Of predicted velocities, the true one is image - noise, and nothing divides. Of predicted images, both velocities
+    share x_t and the clamp, so their difference is that of the images over max(1 - t, min_noise).
     """
-    wanted = image.float() if kind == "image" else image.float() - noise.float()
-    error = (output.float() - wanted).square().flatten(1).mean(1)
-    return error if kind == "velocity" else error / (1.0 - t.float()).clamp(min=min_noise).square()
+    if prediction == "velocity":
+        return (output.float() - (image.float() - noise.float())).square().flatten(1).mean(1)
+    error = (output.float() - image.float()).square().flatten(1).mean(1)
+    return error / (1.0 - t.float()).clamp(min=min_noise).square()
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

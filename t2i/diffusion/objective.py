@@ -214,7 +214,7 @@ class Objective:
         return loss + alignment, part.terms
 
     def _flow(self, part: _Part, output: Tensor, image: Tensor, noise: Tensor, t: Array, times: Tensor) -> Tensor:
-        flow = flow_matching_loss(output, image, noise, times, self.weights.min_noise, self.prediction)
+        flow = flow_matching_loss(output, image, noise, times, self.prediction, self.weights.min_noise)
         part.terms.add("loss_fm", flow.sum(), len(t))
         add_bands(part.terms, "loss_fm", flow, t)
         return flow.sum() * part.per_sample

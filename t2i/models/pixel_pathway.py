@@ -49,16 +49,16 @@ class PixelBlock(nn.Module):
         super().__init__()
         self.tokens = tokens
         self.post_modulation = post_modulation
-        self.signals = 2 if post_modulation else 3  # scale and shift; before a branch shift, scale and gate
+        self.per_branch = 2 if post_modulation else 3  # scale and shift; before a branch shift, scale and gate
         self.modulated = pixels if modulation == "pixel" else 1
-        self.given: nn.Linear | None = None
+        self.add_patch: nn.Linear | None = None
         self.adaln: nn.Linear | None = None
         if modulation == "additive":
             assert attention is not None
-            self.given = nn.Linear(width, attention[0])
+            self.add_patch = nn.Linear(width, attention[0])
         else:
             # Signals of the attention are made without attention, too: so the paper counts its ablation.
-            self.adaln = nn.Linear(width, self.modulated * 2 * self.signals * pixel_width)
+            self.adaln = nn.Linear(width, self.modulated * 2 * self.per_branch * pixel_width)
         self.norm1: RMSNorm | None = None
         if attention is not None:
             part = pixels // tokens * pixel_width
@@ -71,32 +71,32 @@ class PixelBlock(nn.Module):
             nn.Linear(pixel_width, 4 * pixel_width), nn.GELU(), nn.Linear(4 * pixel_width, pixel_width)
         )
 
-    def _made(self, patches_BND: Tensor) -> list[Tensor | None]:
-        """Of the attention and the MLP: the signals (B, N, P or 1, `signals`, C) that adaLN makes."""
+    def _signals(self, patches_BND: Tensor) -> list[Tensor | None]:
+        """Of the attention and the MLP: what adaLN makes (B, N, P or 1, `per_branch`, C)."""
         if self.adaln is None:
             return [None, None]
-        return [*self.adaln(patches_BND).unflatten(-1, (self.modulated, 2, self.signals, -1)).unbind(3)]
+        return [*self.adaln(patches_BND).unflatten(-1, (self.modulated, 2, self.per_branch, -1)).unbind(3)]
 
-    def _branch(self, x: Tensor, run: Callable[[Tensor], Tensor], made: Tensor | None) -> Tensor:
-        if made is None:
+    def _branch(self, x: Tensor, run: Callable[[Tensor], Tensor], signals: Tensor | None) -> Tensor:
+        if signals is None:
             return run(x)
         if self.post_modulation:
-            scale, shift = made.unbind(3)
+            scale, shift = signals.unbind(3)
             return modulate(run(x), shift, scale)
-        shift, scale, gate = made.unbind(3)
+        shift, scale, gate = signals.unbind(3)
         return gate * run(modulate(x, shift, scale))
 
     def _attend(self, x_BNPC: Tensor, patches_BND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Compact, attend over all tokens of the image, expand."""
         compact = self.compress(x_BNPC.unflatten(2, (self.tokens, -1)).flatten(3))
-        if self.given is not None:
-            compact = compact + self.given(patches_BND)[:, :, None]
+        if self.add_patch is not None:
+            compact = compact + self.add_patch(patches_BND)[:, :, None]
         return self.expand(self.attn(compact.flatten(1, 2), rope)).reshape(x_BNPC.shape)
 
     def forward(self, x_BNPC: Tensor, patches_BND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """`patches_BND` are the patches' tokens; `rope` is of the tokens that pixels are compacted to, N `tokens` of
         them."""
-        of_attention, of_mlp = self._made(patches_BND)
+        of_attention, of_mlp = self._signals(patches_BND)
         if self.norm1 is not None:
             x_BNPC = x_BNPC + self._branch(
                 self.norm1(x_BNPC), lambda x: self._attend(x, patches_BND, rope), of_attention

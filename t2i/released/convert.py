@@ -16,15 +16,13 @@ from torch import Tensor
 from t2i.build import build_denoiser, build_projector
 from t2i.config import ModelConfig, RunConfig
 from t2i.config_base import ConfigError
-from t2i.config_model import PixelConfig
-from t2i.model_folder import DENOISER, PROJECTOR
+from t2i.model_folder import DENOISER, PROJECTOR, UNREAD
 from t2i.models.layers import sincos_table
 from t2i.released.checkpoint import AVERAGE, Checkpoint
 from t2i.released.layout import from_released, released_sizes, to_released
 from t2i.released.names import (
     PLAIN,
     POSITIONS,
-    PREDICTIONS,
     PROJECTOR_TABLE,
     TITLES,
     Table,
@@ -33,7 +31,7 @@ from t2i.released.names import (
     released_shares,
     unread,
 )
-from t2i.released.network import network_name
+from t2i.released.network import check_released, network_name
 from t2i.released.positions import compare_positions
 
 _OTHER = {"raw": "ema", "ema": "raw"}
@@ -104,13 +102,14 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
         ConfigError: the checkpoint is damaged, or of another network.
     """
     model, named = config.model, prefixes(config.model)
-    _check_released(model)
+    check_released(model)
     with torch.device("meta"):
         denoiser = build_denoiser(model, text_width, config.text.length)
     report, found = Report(), dict[str, dict[str, Tensor]]()
     for which, prefix in named.denoiser.items():
         if any(name.startswith(prefix) for name in checkpoint.weights):
             found[which] = _take(checkpoint, _denoiser(which, model), denoiser, model, report)
+            found[which] |= _keep(checkpoint, prefix, model, report)
             if (positions := prefix + POSITIONS) in checkpoint.weights:
                 report.recomputed[positions] = compare_positions(checkpoint, positions, model.width)
     if not found:
@@ -128,7 +127,9 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
     if not projectors:
         report.notes.append("projector: the checkpoint has none; training with alignment would start a fresh one")
     if unread(model):
-        report.notes.append("the last block's text: left, but for its keys and values; no picture depends on the rest")
+        report.notes.append(
+            "the last block's text: but for its keys and values it is kept to be exported again, and not trained"
+        )
     _note_what_is_left(checkpoint, report)
     raw, ema = ({**_either(found, which), **_either(projectors, which)} for which in _OTHER)
     return Imported(raw, ema, report)
@@ -136,20 +137,6 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
 
 def _either(found: Mapping[str, dict[str, Tensor]], which: str) -> dict[str, Tensor]:
     return found.get(which) or found.get(_OTHER[which], {})
-
-
-def _check_released(model: ModelConfig) -> None:
-    """See that networks of a config's kind are ones that were released."""
-    prediction = PREDICTIONS[model.family]
-    if model.prediction != prediction:
-        raise ConfigError(
-            f"model.prediction {model.prediction}: it should be {prediction} for the released layout of "
-            f"{TITLES[model.family]}"
-        )
-    for name in ("attention", "tokens_per_patch", "modulation"):
-        value, default = getattr(model.pixel, name), PixelConfig.model_fields[name].default
-        if value != default:
-            raise ConfigError(f"model.pixel.{name} {value}: it should be {default} for the released layout of PixelDiT")
 
 
 def _take(
@@ -175,10 +162,26 @@ def _take(
             report.used[released] = part.ours + name
             if not share.whole:
                 first, last = (size[0] // share.of * edge for edge in (share.first, share.last))
-                report.left[f"{_place(released)}, the other rows"] = f"used are {first} to {last - 1} of {size[0]}"
+                report.left[f"{_place(released)}, the other rows"] = (
+                    f"used are {first} to {last - 1} of {size[0]}; kept to be exported again"
+                )
+                taken[UNREAD + share.name] = checkpoint.tensor(released).float()
         tensors = [checkpoint.tensor(part.released + share.name).float() for share in shares]
         taken[part.ours + name] = from_released(name, tensors, shares, model)
     return taken
+
+
+def _keep(checkpoint: Checkpoint, prefix: str, model: ModelConfig, report: Report) -> dict[str, Tensor]:
+    """Tensors of a denoiser that no network of ours reads, as far as the checkpoint has them."""
+    kept = {}
+    for name, shape in unread(model).items():
+        if (released := prefix + name) in checkpoint.weights:
+            size = checkpoint.weights[released].size
+            if tuple(size) != shape:
+                raise ConfigError(f"{checkpoint.path}: {released} is {list(size)}, by the config {list(shape)}")
+            report.left[_place(released)] = f"tensor {list(size)}, kept to be exported again"
+            kept[UNREAD + name] = checkpoint.tensor(released).float()
+    return kept
 
 
 def _take_projector(checkpoint: Checkpoint, part: _Part, model: ModelConfig, report: Report) -> dict[str, Tensor]:
@@ -189,7 +192,7 @@ def _take_projector(checkpoint: Checkpoint, part: _Part, model: ModelConfig, rep
 
 def _note_what_is_left(checkpoint: Checkpoint, report: Report) -> None:
     for name in checkpoint.weights.keys() - report.used.keys() - report.recomputed.keys():
-        report.left[_place(name)] = f"tensor {list(checkpoint.weights[name].size)}"
+        report.left.setdefault(_place(name), f"tensor {list(checkpoint.weights[name].size)}")
     for key, value in checkpoint.rest.items():
         plain = isinstance(value, str | int | float | None)
         report.left[str(key)] = repr(value) if plain else f"{type(value).__name__} of {len(value)}"
@@ -215,10 +218,10 @@ def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[st
             are not square.
     """
     model, named = config.model, prefixes(config.model)
-    _check_released(model)
+    check_released(model)
     weights: dict[str, Tensor] = {}
     for which, tensors in (("raw", raw), ("ema", ema)):
-        weights |= _made(config, named.denoiser[which])
+        weights |= _besides(config, tensors, named.denoiser[which])
         weights |= _renamed(tensors, _denoiser(which, model), model)
         if which in named.projector:
             weights |= _renamed(tensors, _projector(named.projector[which]), model)
@@ -230,16 +233,21 @@ def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[st
     content = {"state_dict": own}
     if own.keys() != average.keys() or any(not torch.equal(own[name], average[name]) for name in own):
         content[AVERAGE] = average
-    return Exported(
-        content, ["the last block's text: zeros, but for its keys and values; no picture depends on the rest"]
-    )
+    if any(name.startswith(UNREAD) for name in raw):
+        return Exported(content, [])
+    zeros = "the last block's text: zeros, but for its keys and values; no picture depends on the rest"
+    return Exported(content, [zeros])
 
 
-def _made(config: RunConfig, prefix: str) -> dict[str, Tensor]:
-    """What a checkpoint's denoiser has and no folder's: PixelGen's position table, and zeros that nothing reads."""
+def _besides(config: RunConfig, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What a checkpoint's denoiser has and our network does not: PixelGen's position table, and what nothing reads, as
+    it was imported, or zeros."""
     model = config.model
     if model.family == "pixeldit":
-        return {prefix + name: torch.zeros(shape) for name, shape in unread(model).items()}
+        return {
+            prefix + name: tensors[UNREAD + name] if UNREAD + name in tensors else torch.zeros(shape)
+            for name, shape in unread(model).items()
+        }
     rows, columns = (side // model.patch_size for side in config.data.size)
     if rows != columns:
         raise ConfigError(
@@ -251,11 +259,14 @@ def _made(config: RunConfig, prefix: str) -> dict[str, Tensor]:
 
 def _renamed(tensors: Mapping[str, Tensor], part: _Part, model: ModelConfig) -> dict[str, Tensor]:
     renamed = {}
+    kept = {name.removeprefix(UNREAD): tensor for name, tensor in tensors.items() if name.startswith(UNREAD)}
     for name in (whole.removeprefix(part.ours) for whole in tensors if whole.startswith(part.ours)):
         try:
             shares = released_shares(part.table, name)
         except KeyError as error:
             raise ConfigError(f"the released layout has no name for {part.ours}{error.args[0]}") from error
-        for share, tensor in zip(shares, to_released(name, tensors[part.ours + name], shares, model), strict=True):
+        for share, tensor in zip(
+            shares, to_released(name, tensors[part.ours + name], shares, model, kept), strict=True
+        ):
             renamed[part.released + share.name] = tensor
     return renamed

@@ -11,7 +11,7 @@ The other two take their patches apart and put them together as we do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,8 +65,11 @@ def from_released(name: str, tensors: Sequence[Tensor], shares: Sequence[Share],
     return -tensor if _is_negated(name, model) else tensor
 
 
-def to_released(name: str, tensor: Tensor, shares: Sequence[Share], model: ModelConfig) -> list[Tensor]:
-    """The reverse of `from_released`; zero where our network has nothing."""
+def to_released(
+    name: str, tensor: Tensor, shares: Sequence[Share], model: ModelConfig, kept: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """The reverse of `from_released`. Where our network has nothing, it is what was `kept` of the checkpoint by names
+    there, else zero."""
     sizes = released_sizes(name, tensor.shape, shares, model)
     if _is_pixelwise(name, model):
         channelwise = tensor.unflatten(0, (_CHANNELS, model.patch_size, model.patch_size))
@@ -75,7 +78,10 @@ def to_released(name: str, tensor: Tensor, shares: Sequence[Share], model: Model
         tensor = -tensor
     if len(shares) == 1 and shares[0].whole:
         return [tensor.reshape(sizes[0])]
-    made = [tensor.new_zeros(size) for size in sizes]
+    made = [
+        kept[share.name].clone() if share.name in kept else tensor.new_zeros(size)
+        for share, size in zip(shares, sizes, strict=True)
+    ]
     wanted = [_rows(whole, share) for whole, share in zip(made, shares, strict=True)]
     for rows, ours in zip(wanted, tensor.split([len(rows) for rows in wanted]), strict=True):
         rows.copy_(ours)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from t2i.config import ModelConfig
 from t2i.config_base import ConfigError
+from t2i.config_model import PixelConfig
 from t2i.released.checkpoint import Checkpoint
 from t2i.released.names import LIGHTNING, PLAIN, PREDICTIONS, TITLES, Prefixes
 
@@ -67,24 +68,39 @@ def network_name(checkpoint: Checkpoint) -> str:
     return _SHIPPED.get(network, f"{TITLES[family]} for {condition} to image, {depth} blocks of width {width}")
 
 
-def check_kind(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """See that a checkpoint is of the config's family, draws from what its model draws from, and predicts the same.
+def check_released(model: ModelConfig) -> None:
+    """See that networks of a config's kind are ones that were released.
 
     Raises:
-        ConfigError: one of these is another.
+        ConfigError: they were not.
     """
-    network = network_of(checkpoint)
-    if network is None:
-        return
-    expected = {
-        "family": network.family,
-        "condition": network.condition,
-        "prediction": PREDICTIONS[network.family],
-    }
-    wrong = [
-        f"model.{field} should be {value}, not {getattr(model, field)}"
-        for field, value in expected.items()
-        if getattr(model, field) != value
-    ]
-    if wrong:
-        raise ConfigError(f"{checkpoint.path} is {network_name(checkpoint)}: the config's {' and '.join(wrong)}")
+    prediction = PREDICTIONS[model.family]
+    if model.prediction != prediction:
+        raise ConfigError(
+            f"model.prediction {model.prediction}: it should be {prediction} for the released layout of "
+            f"{TITLES[model.family]}"
+        )
+    for name in ("attention", "tokens_per_patch", "modulation"):
+        value, default = getattr(model.pixel, name), PixelConfig.model_fields[name].default
+        if value != default:
+            raise ConfigError(f"model.pixel.{name} {value}: it should be {default} for the released layout of PixelDiT")
+
+
+def check_kind(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """See that a checkpoint is of the config's family and draws from what its model draws from, and that such networks
+    were released.
+
+    Raises:
+        ConfigError: it is another, or they were not.
+    """
+    if (network := network_of(checkpoint)) is not None:
+        # All that is to be changed is said at once.
+        expected = {"family": network.family, "condition": network.condition, "prediction": PREDICTIONS[network.family]}
+        wrong = [
+            f"model.{field} should be {value}, not {getattr(model, field)}"
+            for field, value in expected.items()
+            if getattr(model, field) != value
+        ]
+        if wrong:
+            raise ConfigError(f"{checkpoint.path} is {network_name(checkpoint)}: the config's {' and '.join(wrong)}")
+    check_released(model)

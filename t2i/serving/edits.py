@@ -13,8 +13,7 @@ from torch import Tensor
 from data.decode import decode, image_size
 from data.errors import BadSample, UserError
 from t2i.config import RunConfig
-from t2i.config_loading import validate_section
-from t2i.editing import EditSettings, patch_window
+from t2i.editing import EditSettings, edit_settings, patch_window
 from t2i.serving.limits import Limits
 from t2i.serving.session import MOST_SEED, MOST_STEPS, check_number, check_whole, check_words, stem_of
 
@@ -74,11 +73,6 @@ class EditRequest:
         return stem_of(self.target, self.edits.seed)
 
 
-def first_edits(config: RunConfig) -> EditSettings:
-    """What the page's fields say when it opens: the defaults, on the model's own time grid."""
-    return EditSettings(timeshift=config.sampling.timeshift)
-
-
 def check_edit(form: EditForm, config: RunConfig, limits: Limits) -> EditRequest:
     """What a form asks for.
 
@@ -102,7 +96,7 @@ def check_edit(form: EditForm, config: RunConfig, limits: Limits) -> EditRequest
         "target_guidance": check_number("guidance of what it is to show", form.target_guidance),
         "seed": check_whole("seed", form.seed, 0, MOST_SEED),
     }
-    edits = validate_section(EditSettings, first_edits(config).model_dump() | asked, "settings")
+    edits = edit_settings(config, asked, "settings")
     image = fit_image(form.image, config, limits)
     limits.check(*image.shape[1:])
     return EditRequest(image, source, target, edits)

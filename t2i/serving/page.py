@@ -20,8 +20,9 @@ from gradio.data_classes import ImageData
 
 from data.errors import UserError
 from t2i.config_sampling import SamplingConfig
+from t2i.editing import edit_settings
 from t2i.serving import look
-from t2i.serving.edits import EditForm, first_edits
+from t2i.serving.edits import EditForm
 from t2i.serving.history import AskTab, History, history_tab, thumbnails
 from t2i.serving.session import Form, Request, first_request, sizes_like
 from t2i.serving.studio import KEPT, Frame, Studio
@@ -102,7 +103,7 @@ def _draw_tab(studio: Studio, small: bool) -> AskTab:
 def _edit_tab(studio: Studio, small: bool) -> AskTab:
     config = studio.pipeline.config
     height, width = config.data.size
-    first = first_edits(config)
+    first = edit_settings(config, {}, "page")
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             image: Any = gr.Image(

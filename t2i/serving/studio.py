@@ -30,7 +30,7 @@ from torch import Tensor
 from data.errors import UserError
 from t2i.diffusion.flow import to_pixels
 from t2i.editing import edit_image
-from t2i.pipeline import Picture, Pipeline, Watch
+from t2i.pipeline import Picture, Pipeline, Preview
 from t2i.serving.edits import EditForm, EditRequest, check_edit
 from t2i.serving.limits import Limits
 from t2i.serving.session import Form, Request, check_form
@@ -111,8 +111,8 @@ class Studio:
         """
         wanted = [Picture(request.prompt, number, request.negative) for number in range(request.pictures)]
 
-        def images(watch: Watch) -> Iterator[Tensor]:
-            for batch in self.pipeline.draw_batches(wanted, request.sampling, request.size, watch):
+        def images(preview: Preview) -> Iterator[Tensor]:
+            for batch in self.pipeline.draw_batches(wanted, request.sampling, request.size, preview):
                 yield batch[0]
 
         return self._follow(request, images)
@@ -128,17 +128,17 @@ class Studio:
     def edit(self, request: EditRequest) -> Iterator[Frame]:
         """The same of an edit, which makes one picture."""
 
-        def images(watch: Watch) -> Iterator[Tensor]:
-            yield edit_image(self.pipeline, request.image, request.source, request.target, request.edits, watch)
+        def images(preview: Preview) -> Iterator[Tensor]:
+            yield edit_image(self.pipeline, request.image, request.source, request.target, request.edits, preview)
 
         return self._follow(request, images)
 
-    def _follow(self, request: Request | EditRequest, images: Callable[[Watch], Iterator[Tensor]]) -> Iterator[Frame]:
+    def _follow(self, request: Request | EditRequest, images: Callable[[Preview], Iterator[Tensor]]) -> Iterator[Frame]:
         """Have the studio's thread make pictures, and yield how far it is, at least every BEAT_S seconds.
 
         Args:
             request: what is asked for.
-            images: makes its pictures, uint8 (3, H, W); the watch is shown every call of the network.
+            images: makes its pictures, uint8 (3, H, W); the preview is shown every call of the network.
         """
         latest = Frame(0.0, None, ())  # those that nobody saw in time are not missed
         news, stop = Event(), Event()
@@ -148,7 +148,7 @@ class Studio:
 
         called, shown, drawn = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...]()
 
-        def watch(predicted: Tensor, t: float) -> None:
+        def preview(predicted: Tensor, t: float) -> None:
             nonlocal called, shown, latest
             if is_over():
                 raise _Stopped
@@ -162,7 +162,7 @@ class Studio:
             nonlocal drawn, latest
             if is_over():
                 return
-            for number, image in enumerate(images(watch)):
+            for number, image in enumerate(images(preview)):
                 settings = self._made_of | request.settings | {"number": number}
                 path = self._place() / f"{request.stem}_{number}.png"
                 write_picture(path, image, settings)

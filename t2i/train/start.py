@@ -16,7 +16,7 @@ from t2i.engine.checkpoint import Checkpoint, CheckpointError, moments_of, newes
 from t2i.engine.ema import Ema
 from t2i.engine.interface import Engine
 from t2i.engine.shards import Shards
-from t2i.model_folder import PROJECTOR, read_model
+from t2i.model_folder import PROJECTOR, UNREAD, read_model
 from t2i.train.places import StagePlace
 from t2i.train.processes import World
 
@@ -138,9 +138,10 @@ def _load_model(folder: Path, init: InitConfig, engine: Engine, ema: Ema) -> Non
 
 
 def _fill(shards: Shards, targets: dict[str, Tensor], whole: dict[str, Tensor], folder: Path) -> None:
-    """Copy this rank's slices of whole tensors; a projector that is missing there keeps its fresh weights."""
+    """Copy this rank's slices of whole tensors; a projector that is missing there keeps its fresh weights. What is not
+    read here is not trained, and gone from what this run writes."""
     for name in whole.keys() - shards.keys():
-        if not name.startswith(PROJECTOR):
+        if not name.startswith((PROJECTOR, UNREAD)):
             raise ConfigError(f"init.source {folder} is of another model: it has {name}, this model does not")
     for name, shard in shards.items():
         found = whole[name].shape if name in whole else None

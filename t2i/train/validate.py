@@ -62,7 +62,7 @@ class Evaluator:
             condition = stack_conditions(conditions[start : start + len(index)])
             output = self.pipeline.denoiser(x_t, times, condition).output
             losses = flow_matching_loss(
-                output, image, noise, times, config.objective.min_noise, config.model.prediction
+                output, image, noise, times, config.model.prediction, config.objective.min_noise
             )
             terms.add("loss", losses.sum(), len(index))
             add_bands(terms, "loss", losses, t[index])

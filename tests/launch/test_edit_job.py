@@ -321,7 +321,7 @@ REFUSED: dict[str, list[str]] = {
     "entry 0: the region covers all of circle.png": ["--edits", "all.yaml"],
     "gone.png: cannot be read: No such file": ["--edits", "gone.yaml"],
     "edits.yaml: is no image": ["--edits", "text.yaml"],
-    "tiny.png: the image has 3 x 9 pixels: each side must be at least 4": ["--edits", "tiny.yaml"],
+    "tiny.png has 3 x 9 pixels: each side must be at least 4": ["--edits", "tiny.yaml"],
 }
 
 
@@ -362,7 +362,7 @@ def test_mistakes_leave_nothing_behind(job: Callable[..., Path], tmp_path: Path,
         ({}, "none/out.png", "--out .*: there is no folder .*none"),
         ({"--image": "gone.png"}, "out.png", "gone.png: cannot be read"),
         ({"--image": "edits.yaml"}, "out.png", "edits.yaml: is no image that can be read"),
-        ({"--image": "tiny.png"}, "out.png", "--image tiny.png: the image has 3 x 9 pixels"),
+        ({"--image": "tiny.png"}, "out.png", "--image tiny.png has 3 x 9 pixels"),
         ({"--detector": "shapes"}, "out.png", "--detector measures edits of a file: give --edits"),
         ({"--n-avg": "0"}, "out.png", "n_avg: input should be greater than 0"),
         ({"--steps": "many"}, "out.png", "steps"),

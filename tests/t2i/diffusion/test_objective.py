@@ -89,7 +89,7 @@ def test_loss_is_the_weighted_sum_of_its_terms_over_the_right_samples() -> None:
     net, (predicted, projected, image) = StandIn(), batch()
     clean = net.layer(image)
     expected = {
-        "loss_fm": flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), 0.05, "image").mean(),
+        "loss_fm": flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), "image", 0.05).mean(),
         "loss_lpips": net.distance(predicted[UNGATED], image[UNGATED]).mean(),
         "loss_pdino": cosine(net.layer(predicted[UNGATED]), clean[UNGATED]).mean(),
         "loss_repa": cosine(projected, clean).mean(),
@@ -213,7 +213,7 @@ def test_no_gradient_flows_into_targets() -> None:
     loss, _ = Objective(weights(pdino=1.0, repa=1.0, lpips=0.0), None, net)(
         predicted, projected, image, NOISE, TIMES, grid=GRID, batch_size=8, ungated=4, micro_batches=1
     )
-    flow = flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), 0.05, "image").mean()
+    flow = flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), "image", 0.05).mean()
     # Of all terms only the flow's plain arithmetic knows the clean image.
     torch.testing.assert_close(*torch.autograd.grad(loss, image), *torch.autograd.grad(flow, image))
 
@@ -345,7 +345,7 @@ def test_bands_split_the_flow_loss() -> None:
     assert "loss_fm_t0.4-0.6" not in terms.sums
     assert sum(terms.sums[name] for name in present).item() == pytest.approx(terms.sums["loss_fm"].item(), rel=1e-6)
     predicted, _, image = batch()
-    low = flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), 0.05, "image")[[0, 2]].sum()
+    low = flow_matching_loss(predicted, image, NOISE, torch.from_numpy(TIMES), "image", 0.05)[[0, 2]].sum()
     assert terms.sums[names[0]].item() == pytest.approx(low.item(), rel=1e-6)
 
 

@@ -118,19 +118,6 @@ def test_output_features_and_gradients_are_the_references(s: DiTSizes, which: st
             compare([released[name]], [gradient])
 
 
-def kept(name: str, value: Tensor, s: DiTSizes) -> Tensor:
-    """A released weight as it comes back: of the last block's text, the keys and values, what modulates them."""
-    last = f"core.patch_blocks.{s.blocks - 1}."
-    kept = torch.ones_like(value)
-    if name.removeprefix("core.") in ends_unread(s):
-        kept[:] = 0
-    elif name == f"{last}attn.qkv_y.weight":
-        kept[: s.hidden] = 0
-    elif name.startswith(f"{last}adaLN_modulation_txt.0."):
-        kept[2 * s.hidden :] = 0
-    return value * kept
-
-
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("s", TINY.values(), ids=TINY)
 def test_the_way_back_gives_every_key_and_byte(s: DiTSizes, average: bool, tmp_path: Path) -> None:
@@ -142,12 +129,32 @@ def test_the_way_back_gives_every_key_and_byte(s: DiTSizes, average: bool, tmp_p
         written = exported.content[key]
         assert written.keys() == tensors.keys()
         for name, value in tensors.items():
-            assert torch.equal(written[name], kept(name, value, s)), name
-    assert [note.partition(":")[0] for note in exported.notes] == ([] if s.classes else ["the last block's text"])
+            assert torch.equal(written[name], value), name
+    assert exported.notes == []
     torch.save(exported.content, tmp_path / "y.ckpt")
     again = import_weights(Checkpoint(tmp_path / "y.ckpt"), dit_config(s), s.text_width)
     for one, other in ((again.raw, result.raw), (again.ema, result.ema)):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_no_network_reads_is_zero_once_it_is_gone(tmp_path: Path) -> None:
+    """As after training: of the last block's text the keys and values are left, and what modulates them."""
+    s = TINY_TEXT
+    weights, _, result = imported(s, tmp_path, average=False)
+    trained = {name: value for name, value in result.raw.items() if not name.startswith("unread.")}
+    assert len(result.raw) - len(trained) == len(ends_unread(s)) + 3
+    exported = export_weights(dit_config(s), trained, trained)
+    last = f"core.patch_blocks.{s.blocks - 1}."
+    for name, value in exported.content["state_dict"].items():
+        expected = weights[name].clone()
+        if name.removeprefix("core.") in ends_unread(s):
+            expected[:] = 0
+        elif name == f"{last}attn.qkv_y.weight":
+            expected[: s.hidden] = 0
+        elif name.startswith(f"{last}adaLN_modulation_txt.0."):
+            expected[2 * s.hidden :] = 0
+        assert torch.equal(value, expected), name
+    assert [note.partition(":")[0] for note in exported.notes] == ["the last block's text"]
 
 
 def test_every_key_is_accounted_for(tmp_path: Path) -> None:
@@ -160,8 +167,14 @@ def test_every_key_is_accounted_for(tmp_path: Path) -> None:
     rows = {name: text for name, text in report.left.items() if name.endswith(", the other rows")}
     assert report.left.keys() == places | rows.keys() | {"optimizer", "scheduler", "epoch", "rng_state"}
     at = "core.patch_blocks.2"
-    assert rows[f"state_dict.{at}.attn.qkv_y.weight, the other rows"] == "used are 48 to 143 of 144"
-    assert rows[f"state_dict_ema.{at}.adaLN_modulation_txt.0.bias, the other rows"] == "used are 0 to 95 of 288"
+    assert (
+        rows[f"state_dict.{at}.attn.qkv_y.weight, the other rows"]
+        == "used are 48 to 143 of 144; kept to be exported again"
+    )
+    assert (
+        rows[f"state_dict_ema.{at}.adaLN_modulation_txt.0.bias, the other rows"]
+        == "used are 0 to 95 of 288; kept to be exported again"
+    )
     assert len(rows) == 6
     assert report.used[f"{at}.mlp_x.w1.weight"] == report.used[f"{at}.mlp_x.w3.weight"]
     assert [note.partition(":")[0] for note in report.notes] == ["the last block's text"]
@@ -177,7 +190,8 @@ def test_without_the_part_that_nothing_reads(tmp_path: Path) -> None:
     end = {f"core.{name}" for name in ends_unread(TINY_TEXT)}
     checkpoint = dit_stored(tmp_path / "y.pth", {name: weights[name] for name in weights.keys() - end}, {})
     shorter = import_weights(checkpoint, dit_config(TINY_TEXT), TINY_TEXT.text_width)
-    assert all(torch.equal(shorter.raw[name], result.raw[name]) for name in result.raw)
+    assert len(shorter.raw) == len(result.raw) - len(end)
+    assert all(torch.equal(shorter.raw[name], result.raw[name]) for name in shorter.raw)
 
 
 TEXT, CLASS = (
@@ -198,6 +212,7 @@ TEXT, CLASS = (
         ),
         (TINY_CLASS, {"diffusion_trainer.proj.0.2.bias": None}, r"it lacks diffusion_trainer.proj.0.2.bias$"),
         (TINY_TEXT, {"core.patch_blocks.2.attn.qkv_y.weight": torch.ones(96, 48)}, r"\[96, 48\], .* \[144, 48\]"),
+        (TINY_TEXT, {"core.patch_blocks.2.norm_y2.weight": torch.ones(9)}, r"norm_y2.weight is \[9\], by the config"),
         (TINY_TEXT, {"core.patch_blocks.1.norm_y2.weight": None}, rf"{TEXT} .* it lacks core.patch_blocks.1.norm_y2"),
         (TINY_TEXT, {"core.patch_blocks.3.norm_y2.weight": torch.ones(48)}, r"it has core.patch_blocks.3.norm_y2"),
         (TINY_TEXT, {"core.y_pos_embedding": torch.ones(1, 8, 48)}, r"is \[1, 8, 48\], by the config \[1, 7, 48\]"),
@@ -258,4 +273,6 @@ def test_what_a_network_predicts_is_told_before_its_weights_are_read(tmp_path: P
         check_kind(checkpoint, dit_config(TINY_CLASS, prediction="image").model)
     with pytest.raises(ConfigError, match="model.condition should be class, not text$"):
         check_kind(checkpoint, dit_config(TINY_TEXT).model)
+    with pytest.raises(ConfigError, match="model.pixel.modulation patch: it should be pixel"):
+        check_kind(checkpoint, dit_config(TINY_CLASS, pixel={"modulation": "patch"}).model)
     check_kind(checkpoint, dit_config(TINY_CLASS).model)

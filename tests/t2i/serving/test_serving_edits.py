@@ -18,9 +18,9 @@ from random_model import write_random_model
 
 from data.errors import UserError
 from t2i.config_loading import validate_config
-from t2i.editing import EditSettings, edit_image
+from t2i.editing import EditSettings, edit_image, edit_settings
 from t2i.pipeline import Pipeline
-from t2i.serving.edits import EditForm, first_edits, fit_image
+from t2i.serving.edits import EditForm, fit_image
 from t2i.serving.limits import Limits
 from t2i.serving.studio import Studio
 
@@ -151,4 +151,4 @@ def test_an_image_is_upright() -> None:
 
 def test_the_page_opens_with_flowedits_defaults(studio: Studio) -> None:
     config = studio.pipeline.config
-    assert first_edits(config) == EditSettings(timeshift=config.sampling.timeshift)
+    assert edit_settings(config, {}, "page") == EditSettings(timeshift=config.sampling.timeshift)

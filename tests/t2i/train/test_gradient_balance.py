@@ -83,7 +83,7 @@ def step(network: Network, balance: GradientBalance, number: int, micro: int, t:
 def two_backwards(network: Network) -> tuple[Tensor, Tensor]:
     """Gradients of flow matching and of the perceptual terms at the head's weight, each by its own backward pass."""
     predicted = network(0.3 * CLEAN)
-    flow = flow_matching_loss(predicted, CLEAN, NOISE, torch.from_numpy(TIMES), 0.05, "image").mean()
+    flow = flow_matching_loss(predicted, CLEAN, NOISE, torch.from_numpy(TIMES), "image", 0.05).mean()
     pair = predicted[OPEN], CLEAN[OPEN]
     (a,), (b,) = (Features().tokens(image, (2, 2), [1]) for image in pair)
     perceptual = 0.5 * Features().distance(*pair).mean() + 0.3 * cosine_distance(a, b).mean()
