@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import boto3
-import numpy as np
 import pytest
+from grouped import LANES, RULES, SHAPES, SIZES, Case, bucket, came_and_waits, number_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tar_samples import jpeg, write_source
@@ -20,99 +16,7 @@ from tar_samples import jpeg, write_source
 from data.buckets import Buckets, Size
 from data.errors import DataError
 from data.example import ImageSettings
-from data.fetch import MOST_AT_ONCE
-from data.fixed import fixed_samples
-from data.loader import Loader, merge_states
-from data.order import SourceOrder, mix
-from data.select import Rules
-from data.shards.index import SourceIndex, open_index
-from data.store import StoreOptions, open_store
-from data.stream import SetAside, Source
-from data.window import request_bytes
-
-SIZES: tuple[Size, ...] = ((8, 16), (8, 8), (16, 8))
-SHAPES: tuple[Size, ...] = ((16, 16), (16, 30), (40, 20), (18, 16), (17, 33), (29, 17))
-"""Of the images, (height, width), by their numbers."""
-LANES = 4
-RULES = Rules(min_caption_words=2)
-
-
-def bucket(number: int) -> Size:
-    """Worked out by hand."""
-    return ((8, 8), (8, 16), (16, 8), (8, 8), (8, 16), (16, 8))[number % len(SHAPES)]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sources with a number of samples in each shard, the groups of a lane in a batch, and what is wrong with some."""
-
-    counts: tuple[tuple[int, ...], ...]
-    weights: tuple[float, ...] = (1.0,)
-    lanes: int = LANES
-    group_size: int = 2
-    groups: int = 1
-    block: int = 5
-    broken: frozenset[int] = frozenset()
-    """Behind a good header."""
-    no_image: frozenset[int] = frozenset()
-    short: frozenset[int] = frozenset()
-    """Samples with captions that the rules leave out."""
-
-    def write(self, folder: Path) -> list[SourceIndex]:
-        replaced = {n: {"jpg": jpeg(n, SHAPES[n % len(SHAPES)])} for n in range(max(map(sum, self.counts)))}
-        for n in replaced.keys() & self.broken:
-            replaced[n] = {"jpg": replaced[n]["jpg"][:-2]}
-        for n in replaced.keys() & self.no_image:
-            replaced[n] = {"jpg": b"no image"}
-        for n in replaced.keys() & self.short:
-            replaced[n]["txt"] = b"short"
-        return [
-            write_source(folder / f"s{n}", counts, f"s{n}", {k: v for k, v in replaced.items() if k < sum(counts)})
-            for n, counts in enumerate(self.counts)
-        ]
-
-    def loader(self, indices: list[SourceIndex], rank: int = 0, world: int = 1, **changes: Any) -> Loader:
-        options: dict[str, Any] = {
-            "images": ImageSettings(8, crop="random", horizontal_flip=True, buckets=Buckets(SIZES, self.group_size)),
-            "batch_size": self.lanes * self.group_size * self.groups,
-            "lanes": self.lanes,
-            "seed": 1,
-            "stage": "s",
-            "workers": 0,
-            "shuffle_block": self.block,
-            "buffer_bytes": 4 << 30,
-            "rules": RULES,
-        } | changes
-        rules = options.pop("rules")
-        sources = [Source(index, weight, rules) for index, weight in zip(indices, self.weights, strict=True)]
-        return Loader(sources, rank=rank, world_size=world, **options)
-
-    def read(
-        self, indices: list[SourceIndex], batches: int, world: int = 1, **changes: Any
-    ) -> tuple[list[Any], list[SetAside], dict[str, Any]]:
-        """The global batches by slot, what was set aside, and the state after them."""
-        per_rank, states, aside = [], [], []
-        for rank in range(world):
-            with self.loader(indices, rank, world, **changes) as loader:
-                read = [next(loader) for _ in range(batches)]
-            per_rank.append(read)
-            states.append(read[-1].state)
-            aside += [it for batch in read for it in batch.set_aside]
-        merged = []
-        for shares in zip(*per_rank, strict=True):
-            rows = []
-            for share in shares:
-                pixels = [image for group in share.pixels for image in group]
-                rows += [
-                    (int(slot), id_, caption, tuple(image.shape[1:]), image.numpy().tobytes())
-                    for slot, id_, caption, image in zip(share.slots, share.ids, share.captions, pixels, strict=True)
-                ]
-            merged.append(sorted(rows))
-        return merged, sorted(aside, key=str), json.loads(json.dumps(merge_states(states)))
-
-
-def number_of(id_: str) -> int:
-    return int(id_.rsplit("/", 1)[1])
+from data.order import mix
 
 
 @st.composite
@@ -239,28 +143,6 @@ def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_passed_over(
     assert sum(counters.values()) - len(aside) == came.total() - waits.total()
 
 
-def came_and_waits(
-    case: Case, indices: list[SourceIndex], state: dict[str, Any]
-) -> tuple[Counter[tuple[str, int]], Counter[tuple[str, int]]]:
-    """How often each sample, by source and number, was come by until a state, and how often it waits there."""
-    came: Counter[tuple[str, int]] = Counter()
-    waits: Counter[tuple[str, int]] = Counter()
-    for index in indices:
-        order = SourceOrder(index.name, index.counts, case.lanes, case.block, 1, "s")
-
-        def number(lane: int, epoch: int, position: int, index: SourceIndex = index, order: SourceOrder = order) -> int:
-            shard, sample = order.block(lane, epoch, position // case.block)[position % case.block]
-            return int(index.counts[:shard].sum() + sample)
-
-        for lane, it in ((int(lane), it) for lane, it in state["lanes"].items()):
-            epoch, position = it["sources"][index.name]
-            places = [(before, n) for before in range(epoch) for n in range(order.lane_size(lane, before))]
-            places += [(epoch, n) for n in range(position)]
-            came.update((index.name, number(lane, *place)) for place in places)
-            waits.update((index.name, number(lane, *place)) for name, *place in it["waiting"] if name == index.name)
-    return came, waits
-
-
 def test_sources_are_mixed_by_weight_though_one_is_half_broken(tmp_path: Path) -> None:
     case = Case(((30,), (30,)), weights=(1.0, 2.0), lanes=1)
     good, bad = (
@@ -310,116 +192,3 @@ def test_filters_of_size_hold_before_anything_waits(tmp_path: Path) -> None:
         "samples",
         "small_image",
     }
-
-
-# States
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return Case(((13, 1, 20, 6),), group_size=3)
-
-
-@pytest.fixture
-def indices(case: Case, tmp_path: Path) -> list[SourceIndex]:
-    return case.write(tmp_path)
-
-
-def test_states_of_other_buckets_are_refused(case: Case, indices: list[SourceIndex]) -> None:
-    _, _, state = case.read(indices, 2)
-    plain = ImageSettings(8)
-    _, _, without = case.read(indices, 2, images=plain)
-    assert all("waiting" not in lane for lane in without["lanes"].values())
-    assert not without["order"].keys() & {"buckets", "group_size"}
-    other = ImageSettings(8, buckets=Buckets(((8, 8), (8, 16)), 3))
-    for images, saved in ((other, state), (plain, state), (other, without)):
-        with pytest.raises(DataError, match="buckets has other sizes than when the data state was saved"):
-            case.loader(indices, images=images, state=saved)
-    grouped = ImageSettings(8, buckets=Buckets(SIZES, 1))
-    with pytest.raises(DataError, match="group_size is 1, but the data state was saved with 3"):
-        case.loader(indices, images=grouped, state=state)
-
-
-def test_what_waits_is_read_again_from_the_shard_it_was_in(case: Case, indices: list[SourceIndex]) -> None:
-    _, _, state = case.read(indices, 2)
-    assert sum(len(lane["waiting"]) for lane in state["lanes"].values()) > 4
-    shards = [Path(indices[0].store.url) / name for name in indices[0].names]
-    for shard in shards:
-        os.utime(shard)
-    with case.loader(indices, state=state) as loader, pytest.raises(DataError, match="changed since it was indexed"):
-        next(loader)
-    for shard in shards:
-        shard.unlink()
-    with case.loader(indices, state=state) as loader, pytest.raises(DataError, match=r"\.tar"):
-        next(loader)
-
-
-def test_what_waits_passes_by_the_rules_of_now(case: Case, indices: list[SourceIndex]) -> None:
-    _, _, state = case.read(indices, 2)
-    stricter = replace(RULES, max_aspect_ratio=1.4)
-    wide = {n for n in range(40) if max(SHAPES[n % 6]) > 1.4 * min(SHAPES[n % 6])}
-    came, waits = came_and_waits(case, indices, state)
-    assert {n for _, n in waits} & wide and {n for _, n in waits} - wide
-    read, _, after = case.read(indices, 1, state=state, rules=stricter)
-    assert not {number_of(id_) for _, id_, *_ in read[0]} & wide
-    passed = came_and_waits(case, indices, after)[0] - came + waits
-    counted = sum(lane["counters"].get("aspect_ratio", 0) for lane in after["lanes"].values())
-    assert counted == sum(n for (_, number), n in passed.items() if number in wide)
-
-
-def test_from_s3_as_from_disk(case: Case, indices: list[SourceIndex], tmp_path: Path, endpoint: str) -> None:
-    client = boto3.client("s3", endpoint_url=endpoint)
-    client.create_bucket(Bucket="grouped")
-    for shard in (tmp_path / "s0").iterdir():
-        client.put_object(Bucket="grouped", Key=f"set/{shard.name}", Body=shard.read_bytes())
-    remote = [open_index(open_store("s3://grouped/set", StoreOptions(endpoint=endpoint)), "s0")]
-    expected, _, end = case.read(indices, 5)
-    first, _, state = case.read(remote, 2, 2, workers=2)
-    rest, _, last = case.read(remote, 3, 4, workers=1, state=state)
-    assert (first + rest, last) == (expected, end)
-
-
-# Shares, micro-batches, memory
-
-
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_ranks_have_as_many_micro_batches_each_of_one_size(tmp_path: Path, micro: int) -> None:
-    case = Case(((40,),), group_size=4, groups=2)
-    indices = case.write(tmp_path)
-    for world in (1, 2, 4):
-        for rank in range(world):
-            with case.loader(indices, rank, world) as loader:
-                batch = next(loader)
-            parts = list(batch.micro_batches(micro))
-            assert len(parts) == 32 // world // micro
-            places = np.concatenate([np.arange(32 // world)[part] for part, _ in parts])
-            assert places.tolist() == list(range(32 // world))
-            for part, pixels in parts:
-                assert len(pixels) == micro
-                assert {bucket(number_of(id_)) for id_ in batch.ids[part]} == {tuple(pixels.shape[2:])}
-                assert len({slot % LANES for slot in batch.slots[part]}) == 1
-
-
-def test_a_batch_that_does_not_divide_into_groups_is_refused(case: Case, indices: list[SourceIndex]) -> None:
-    with pytest.raises(DataError, match="batch_size 16 is no multiple of 4 lanes x group_size 3: .* 12 or 24"):
-        case.loader(indices, batch_size=16)
-
-
-def test_what_waits_counts_in_the_buffer(tmp_path: Path) -> None:
-    case = Case(((40,),), group_size=9)
-    (index,) = case.write(tmp_path)
-    ahead = 2 * 9 * index.mean_bytes * LANES + 2 * MOST_AT_ONCE * request_bytes(index)
-    waiting = LANES * 3 * 4 * index.mean_bytes  # 4 of 9 in each of 3 buckets
-    case.loader([index], buffer_bytes=int(ahead + waiting) + 9).close()
-    with pytest.raises(
-        DataError, match="and samples that wait in buckets 0.00 GiB, over the buffer .*lower group_size"
-    ):
-        case.loader([index], buffer_bytes=int(ahead + waiting) - 9)
-
-
-def test_a_source_of_one_shape_has_samples_for_its_bucket_alone(tmp_path: Path) -> None:
-    index = write_source(tmp_path, [4], "s0", {n: {"jpg": jpeg(n, (8, 16))} for n in range(4)})
-    images = ImageSettings(16, buckets=Buckets(SIZES, 2))
-    assert fixed_samples([Source(index)], 1, images).pixels.shape == (1, 3, 8, 16)
-    with pytest.raises(DataError, match="small_image"):
-        fixed_samples([Source(index)], 1, ImageSettings(16))

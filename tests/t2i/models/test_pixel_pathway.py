@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from random_weights import randomise
 
 from t2i.config_model import PixelConfig
 from t2i.models.layers import rope_table
@@ -36,8 +36,7 @@ def pathway(pixel: dict[str, Any], patch: int = PATCH) -> PixelPathway:
         post_modulation=config.post_modulation,
     )
     torch.manual_seed(0)
-    for parameter in pixels.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 0.8 / math.sqrt(parameter.shape[-1]))
+    randomise(pixels)
     return pixels
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_weights import randomise
 from torch import Tensor
 
 from t2i.build import build_denoiser, build_projector
@@ -36,15 +37,9 @@ def fresh(condition: str, **changes: Any) -> PixelDiT | ClassPixelDiT:
     return model
 
 
-def randomise(module: torch.nn.Module) -> None:
-    """All weights random and of a size at which every part matters, none left at zero or one."""
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 0.8 / math.sqrt(parameter.shape[-1]))
-
-
 def randomised(condition: str, **changes: Any) -> PixelDiT | ClassPixelDiT:
     model = fresh(condition, **changes)
+    torch.manual_seed(0)
     randomise(model)
     return model
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from random_weights import randomise
 from torch import Tensor
 
 from t2i.config import ModelConfig
@@ -32,8 +33,7 @@ def tiny(**changes: int) -> PixelGen:
 def randomised(**changes: int) -> PixelGen:
     """All weights random and of a size at which every part matters, none left at zero or one."""
     model = tiny(**changes)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 0.8 / math.sqrt(parameter.shape[-1]))
+    randomise(model)
     return model
 
 

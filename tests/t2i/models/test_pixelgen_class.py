@@ -8,13 +8,13 @@ makes the masks, which tests/t2i/models/test_dropout.py checks.
 from __future__ import annotations
 
 import copy
-import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from random_weights import randomise
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -39,8 +39,7 @@ def tiny(**changes: float) -> ClassPixelGen:
 def randomised(**changes: float) -> ClassPixelGen:
     """All weights random and of a size at which every part matters, none left at zero or one."""
     model = tiny(**changes)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 0.8 / math.sqrt(parameter.shape[-1]))
+    randomise(model)
     return model
 
 
