@@ -1,0 +1,58 @@
+"""Files that users write: text in one encoding, lines by one rule.
+
+Text is UTF-8, with or without a byte-order mark. A line ends at a newline (LF, CRLF or CR) and nowhere else:
+U+2028, form feed and NEL, at which `str.splitlines` also splits, are part of a line.
+"""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+from data.errors import UserError
+
+
+def decode_text(raw: bytes, where: str) -> str:
+    """The text of a file; `where` names it in the error.
+
+    Raises:
+        UserError: the bytes are not UTF-8; the sentence names the first byte that is not.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{where}: is UTF-16, and should be UTF-8")
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: should be UTF-8, but byte {error.start} is 0x{raw[error.start]:02x}: save it as UTF-8"
+        ) from error
+
+
+def split_lines(text: str) -> list[str]:
+    """Lines without their newlines; blank lines at the end are dropped, others kept."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def read_text(path: Path, where: str = "") -> str:
+    """The text of a file; `where` names it in errors, and is the path itself if empty.
+
+    Raises:
+        UserError: it cannot be opened (missing, a folder, no permission), or is not UTF-8.
+    """
+    where = where or str(path)
+    try:
+        return decode_text(path.read_bytes(), where)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+
+
+def read_lines(path: Path, where: str = "") -> list[str]:
+    """The lines of a file (`split_lines`).
+
+    Raises:
+        UserError: as `read_text`.
+    """
+    return split_lines(read_text(path, where))
