@@ -139,9 +139,12 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
             if name is None:
                 continue
             parts = split_name(name)
-            if reason := lost if parts is not None else _why_no_member(name):
-                left_out[reason] += 1
-            if parts is None or lost:
+            if parts is None:
+                if not lost and (reason := _why_no_member(name)):
+                    left_out[reason] += 1
+                continue
+            if lost:
+                left_out[lost] += 1
                 continue
             # The same extension twice is two samples under one key, not one sample that lost a member.
             if parts[0] != key or parts[1] in extensions:
