@@ -28,9 +28,15 @@ IMAGE_BESIDE_SHARDS = "images beside the shards (a source is read as tars or as 
 
 _DECOMPRESS = {
     "gz": "gunzip", "tgz": "gunzip", "zst": "unzstd", "tzst": "unzstd", "bz2": "bunzip2", "tbz": "bunzip2",
-    "tbz2": "bunzip2", "xz": "unxz", "txz": "unxz", "lz4": "unlz4", "lzma": "unlzma", "Z": "uncompress",
+    "tbz2": "bunzip2", "xz": "unxz", "txz": "unxz", "lz4": "unlz4", "lzma": "unlzma", "z": "uncompress",
 }  # fmt: skip
 _ONE_WORD = ("tgz", "tzst", "tbz", "tbz2", "txz")  # for .tar.gz and so on
+_ARCHIVES = ("zip", "7z", "rar")
+_TABLES = {
+    "csv": "pack it with launch/pack.py csv", "tsv": "pack it with launch/pack.py csv",
+    "parquet": "pack it with launch/pack.py parquet", "jsonl": "write it as CSV or Parquet, and pack that",
+}  # fmt: skip
+_OTHER_SHARDS = ("mds", "tfrecord", "tfrecords", "arrow", "beton")
 _MAGIC = {
     b"\x1f\x8b": "gzip-compressed: gunzip it first",
     b"\x28\xb5\x2f\xfd": "Zstandard-compressed: unzstd it first",
@@ -80,23 +86,23 @@ def is_image(name: str) -> bool:
 
 def why_not_a_shard(name: str) -> str | None:
     """Why a path that does not end in .tar is left out of a source of tars; None where it has nothing to do with it."""
-    base = name.rpartition("/")[2]
-    *_, before, last = ["", *base.split(".")]
-    if last in _ONE_WORD or (last in _DECOMPRESS and before.lower() == "tar"):
-        suffix = last if last in _ONE_WORD else f"tar.{last}"
-        return f"compressed (.{suffix}: {_DECOMPRESS[last]} it first)"
-    if last.lower() == "tar":
-        return f"tars that are not named .tar (.{last}: rename it)"
+    stem, _, suffix = name.rpartition(".")
+    ending, tarred = extension(name), extension(stem) == "tar"
+    if ending in _ONE_WORD or (tarred and ending in _DECOMPRESS):
+        return f"compressed (.{'tar.' if tarred else ''}{ending}: {_DECOMPRESS[ending]} it first)"
+    if ending == "tar":
+        return f"tars that are not named .tar (.{suffix}: rename it)"
+    if ending in _ARCHIVES:
+        return f"archives (.{ending}: unpack it)"
     return IMAGE_BESIDE_SHARDS if is_image(name) else None
 
 
 def why_not_an_image(name: str) -> str:
     """Why a path is no part of a folder of images, where no image has its name."""
-    base, ending = name.rpartition("/")[2], extension(name)
-    if base in ("metadata.csv", "metadata.parquet"):
-        return f"tables of captions ({base}: pack it with launch/pack.py {ending})"
-    if base == "metadata.jsonl":
-        return "tables of captions (metadata.jsonl: write it as CSV or Parquet, and pack that)"
+    if (ending := extension(name)) in _TABLES:
+        return f"tables (.{ending}: {_TABLES[ending]})"
+    if ending in _OTHER_SHARDS:
+        return f"shards in a form that is not read (.{ending}: convert it to tar)"
     return why_not_decoded(name) or why_not_a_shard(name) or "files without an image of their name"
 
 
