@@ -38,7 +38,7 @@ MAX_PIXELS = 178_000_000
 """Where Pillow, too, calls an image a decompression bomb."""
 
 # A name outside this list may start another program (EPS runs Ghostscript).
-_PILLOW_FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP")
+_PILLOW_FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 _DECODED_LARGER_THAN_TARGET = 2
 _STRAY_BYTES = 64

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.errors import BadSample, DataError, Filtered
+from data.formats import IMAGE_EXTENSIONS
 
 UNIFORMS = 3
 """Numbers in (0, 1) that `select` wants: choice of caption, whether to prefix, which prefix."""
@@ -61,7 +62,7 @@ class Rules:
         DataError: a value that makes no sense, by name.
     """
 
-    images: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    images: tuple[str, ...] = IMAGE_EXTENSIONS
     captions: Mapping[str, float] = field(default_factory=lambda: {"txt": 1.0})
     metadata: str = "json"
     min_side: int = 0

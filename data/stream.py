@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from data.errors import BadSample, DataError, Filtered
 from data.fetch import Fetcher
+from data.formats import FORMATS, IMAGE_EXTENSIONS
 from data.order import SourceOrder, mix
 from data.select import Rules
 from data.shards.index import SourceIndex
@@ -296,14 +297,15 @@ class LaneStream:
 def _nothing_left(name: str, misses: _Misses) -> str:
     reasons = Counter({reason: count for reason, count in misses.reasons.items() if reason != "set_aside"})
     counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+    formats = ", ".join(it.name for it in FORMATS.values())
     remedy = {
         "small_image": "set small_images: upscale, or a lower resolution or min_side",
         "missing_caption": "give every image a .txt member, or name the member that holds its caption",
         "bad_caption": "write the captions as UTF-8",
         "empty_caption": "name a member that holds captions",
-        "missing_image": "give every sample an image member (jpg, jpeg, png or webp), or name its extension",
+        "missing_image": f"give every sample an image member ({', '.join(IMAGE_EXTENSIONS)}), or name its extension",
         "too_many_pixels": "write the images smaller",
-        "undecodable_image": "write the shards again from whole JPEG, PNG or WebP files",
+        "undecodable_image": f"write the shards again from whole files ({formats})",
         "malformed_tar": "index the source anew",
     }.get(reasons.most_common(1)[0][0], "relax the filters")
     return (

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from data.listing import told
 from evaluation.adm_npz import drawn_as
 from evaluation.fid.images import open_images
 from evaluation.fid.measure import compare, groups_of, measure
@@ -133,7 +134,8 @@ def make_reference(world: World, network: Network, options: Namespace) -> None:
         }
         groups = groups_of(kept_numbers(len(images)), options.batch_size)
         write_reference(options.make_reference, measured.gaussians(), about, images, groups)
-        print(f"statistics of {len(images)} images in {options.make_reference}", file=sys.stderr)
+        count = f"{len(images)} images{told(images.left_out)}"
+        print(f"statistics of {count}, in {options.make_reference}", file=sys.stderr)
 
     world.from_main(write)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.inspect.page import size_of
+from data.listing import told
 from data.shards.manifest import MANIFEST, build_manifest, open_place
 from data.store import StoreOptions, open_store
 from launch.command import run
@@ -45,7 +46,8 @@ def index(sources: list[str], /, options: StoreOptions, out: str | None = None, 
     if built.damaged:
         more = f"; and {len(built.damaged) - _NAMED} more, see the manifest" if len(built.damaged) > _NAMED else ""
         damaged = f"; {len(built.damaged)} damaged: {damaged}{more}"
-    print(f"{out}: {built.shards:,} shards, {built.samples:,} samples, {size_of(built.bytes)}{damaged}")
+    size = size_of(built.bytes)
+    print(f"{out}: {built.shards:,} shards, {built.samples:,} samples, {size}{damaged}{told(built.left_out)}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from data.errors import UserError
 from data.example import ImageSettings
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
-from data.shards.index import open_index
+from data.shards.index import list_left_out, open_index
 from data.store import open_store
 from data.stream import Source
 from launch.command import run
@@ -237,7 +237,7 @@ def _write_page(job: _Job, chosen: SourceConfig, options: Options) -> None:
                 seed=job.seed,
                 progress=bar.update,
             )
-        report = Report(source.index, findings, job.conditions, job.token_limit)
+        report = Report(source.index, findings, job.conditions, job.token_limit, list_left_out(source.index))
         file.write(report.page())
     print(f"{report.text()}\n\nthe page is {options.out}")
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 import os
 import posixpath
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import data.packing.openmoji
 import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
+from data.listing import told
 from data.packing.contents import Contents
 from data.packing.recipe import Recipe
 from data.store import Store, StoreOptions, open_store
@@ -51,9 +53,9 @@ class Target:
         own = replace(options, anonymous=False, requester_pays=False)
         done = data.packing.pack.pack(contents, self.out, self.shard_size, workers, own)
         counts = ", ".join(f"{n} {split}" for split, n in done.summary["samples"].items())
-        left_out = "".join(f"; left out: {n} ({why})" for why, n in done.summary["left_out"].items())
+        captions = f", {n:,} of them without a caption (.txt)" if (n := done.summary["without_caption"]) else ""
         verb = "was already packed, nothing to do" if done.was_finished else "packed"
-        print(f"{self.out} {verb}: {counts}{left_out}")
+        print(f"{self.out} {verb}: {counts}{captions}{told(done.summary['left_out'])}")
 
 
 def folder(source: str, /, target: Target, recipe: Recipe, options: StoreOptions) -> None:
@@ -106,14 +108,16 @@ def parquet(
     from data.packing.parquet_table import parquet_table
     from data.packing.table import Columns, Files
 
+    left_out: Counter[str] = Counter()
     if source.endswith(_PARQUET):
         store, name = _open_file(source, options)
         names = [name]
     else:
         store = open_store(source, options)
-        names = [info.name for info in store.list(_PARQUET)]
+        names = [info.name for info in store.list(_PARQUET, left_out)]
     files = Files(open_store(root, options), beside=False) if root else Files(store)
-    target.pack(parquet_table(store, names, Columns(image_column, caption_column), files, recipe), options)
+    contents = parquet_table(store, names, Columns(image_column, caption_column), files, recipe)
+    target.pack(replace(contents, left_out={**contents.left_out, **left_out}), options)
 
 
 def csv(

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data.buckets import Buckets, Size, pixeldit_sizes, sdxl_sizes
 from data.example import Crop
+from data.formats import IMAGE_EXTENSIONS
 from data.select import Rules
 from data.store import StoreOptions
 from t2i.config_base import Section
@@ -43,7 +44,7 @@ class SourceConfig(Section):
     """Directory or s3:// prefix, with its own index.json, that validation reads; none: no validation on this source."""
     weight: float = Field(1.0, gt=0)
     """Share of the samples drawn from this source, relative to the other sources' weights."""
-    images: list[str] = Field(["jpg", "jpeg", "png", "webp"])
+    images: list[str] = Field(list(IMAGE_EXTENSIONS))
     """Extensions of image members; the first that a sample has is taken."""
     captions: CaptionConfig = CaptionConfig()
     """Which words its samples train on."""

@@ -19,6 +19,7 @@ from string import Template
 import numpy as np
 
 from data.inspect.findings import ASPECT_RATIOS, Findings, Reasons, Tally, Tile
+from data.listing import listed
 from data.shards.index import SourceIndex
 
 TOKENS_A_WORD = 1.3
@@ -64,12 +65,14 @@ class Report:
         findings: what was found in some of its samples.
         conditions: a sentence on what they were judged by.
         token_limit: tokens that training takes of a caption.
+        left_out: what the source holds that is in no sample, by reason.
     """
 
     index: SourceIndex
     findings: Findings
     conditions: str
     token_limit: int = 128
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
         """Lines for a terminal."""
@@ -215,6 +218,8 @@ class Report:
                 lines.append(f"and {count(len(index.damage) - _NAMED_SHARDS)} more")
             blank = ("",) * len(_SHARES)
             rows.append(Row(("damaged", *blank), tuple(printable(line)[:_MOST_DETAIL] for line in lines)))
+        if self.left_out:
+            note = f"Left out: {printable(listed(self.left_out))}. {note}"
         return Table("Shards", ("", *_SHARES), rows, note)
 
     def _histograms(self) -> list[str]:

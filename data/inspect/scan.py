@@ -26,6 +26,7 @@ from data.decode import decode, image_size
 from data.errors import BadSample, DataError, Filtered
 from data.example import ImageSettings, example
 from data.fetch import Fetcher
+from data.formats import format_of
 from data.inspect.findings import ASPECT_RATIOS, Findings, Reason, Reasons, Tile
 from data.select import UNIFORMS, Rules, select
 from data.shards.index import SourceIndex
@@ -42,10 +43,9 @@ _CHUNK = 64
 _DRAWN_AT_ONCE = 1 << 16
 _THUMBNAIL_SIDE = 320
 _THUMBNAIL_QUALITY = 82
-_MAGIC = {
-    "JPEG": (0, b"\xff\xd8"), "PNG": (0, b"\x89PNG"), "WebP": (8, b"WEBP"), "GIF": (0, b"GIF8"), "BMP": (0, b"BM"),
-    "AVIF": (4, b"ftypavi"), "HEIC or MP4": (4, b"ftyp"), "TIFF": (0, b"II*\0"), "big-endian TIFF": (0, b"MM\0*"),
-    "JPEG XL": (0, b"\xff\x0a"), "HTML or XML": (0, b"<"),
+_UNDECODED = {
+    "HEIC or MP4": (4, b"ftyp"), "JPEG XL": (0, b"\xff\x0a"), "JPEG XL box": (4, b"JXL "), "JPEG 2000": (4, b"jP  "),
+    "HTML or XML": (0, b"<"),
 }  # fmt: skip
 NO_FORMAT = "unknown"
 
@@ -260,7 +260,9 @@ def _image(members: Mapping[str, bytes], rules: Rules) -> bytes | None:
 
 def image_format(image: bytes) -> str:
     """What a file is by its first bytes, whatever its name says; `NO_FORMAT` where they tell nothing."""
-    return next((name for name, (at, magic) in _MAGIC.items() if image.startswith(magic, at)), NO_FORMAT)
+    if (format_ := format_of(image)) is not None:
+        return format_.name
+    return next((name for name, (at, magic) in _UNDECODED.items() if image.startswith(magic, at)), NO_FORMAT)
 
 
 def header_size(image: bytes) -> tuple[int, int] | None:

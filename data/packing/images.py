@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from data.errors import BadSample
+from data.formats import FORMATS, format_of
 from data.packing.contents import JPEG_QUALITY, check
 
 
@@ -42,32 +43,21 @@ class Images:
         """Return the member's extension, which is that of the content whatever its file was called, and its bytes.
 
         Raises:
-            BadSample: ("other_format") to pass through but not JPEG, PNG or WebP;
-                ("undecodable_image", "too_many_pixels") to be encoded again.
+            BadSample: ("other_format") of a format that is not decoded; ("undecodable_image", "too_many_pixels") to be
+                encoded again.
         """
-        kind = _sniff(content)
+        if (format_ := format_of(content)) is None:
+            raise BadSample("other_format", f"not {', '.join(it.name for it in FORMATS.values())}")
         if self.resize is None and self.quality is None:
-            if kind is None:
-                raise BadSample("other_format", "not JPEG, PNG or WebP; resize or quality would encode it again")
-            return kind, content
+            return format_.extensions[0], content
         # Imported here: only who encodes again needs the decoder, whose torch takes seconds.
         from data.decode import image_size
 
         height, width = image_size(content)
         scale = min(1.0, (self.resize or min(height, width)) / min(height, width))
-        if kind is not None and scale == 1 and self.quality is None:
-            return kind, content
+        if scale == 1 and self.quality is None:
+            return format_.extensions[0], content
         return "jpg", _encode(content, (round(height * scale), round(width * scale)), self.quality or JPEG_QUALITY)
-
-
-def _sniff(content: bytes) -> str | None:
-    if content.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        return "webp"
-    return None
 
 
 def _encode(content: bytes, size: tuple[int, int], quality: int) -> bytes:

@@ -22,7 +22,7 @@ from typing import Any
 from data.errors import DataError
 from data.packing.contents import Contents, check
 from data.packing.output import SUMMARY, Output
-from data.packing.shards import LEFT_OUT_SUFFIX, Stretch, shard_stem, write_all
+from data.packing.shards import LEFT_OUT_SUFFIX, WITHOUT_CAPTION, Stretch, shard_stem, write_all
 from data.shards.manifest import build_manifest
 from data.shards.offsets import SHARD_SUFFIX
 from data.store import StoreOptions
@@ -113,14 +113,16 @@ def _done(output: Output, cuts: Mapping[str, _Cut]) -> set[str]:
                 done.add(stem)
             elif stem + LEFT_OUT_SUFFIX in names:
                 rows = cut.start(shard + 1) - cut.start(shard)
-                if sum(_left_out(output, stem).values()) == rows:
+                if _left_out(output, stem)[0].total() == rows:
                     done.add(stem)
     return done
 
 
-def _left_out(output: Output, stem: str) -> Counter[str]:
+def _left_out(output: Output, stem: str) -> tuple[Counter[str], int]:
+    """The rows that a shard lacks, by reason, and the number of its samples without a caption."""
     content = json.loads(bytes(output.store.read(stem + LEFT_OUT_SUFFIX)))
-    return Counter({reason: len(rows) for reason, rows in content.items()})
+    without_caption = len(content.pop(WITHOUT_CAPTION, ()))
+    return Counter({reason: len(rows) for reason, rows in content.items()}), without_caption
 
 
 def _stretches(contents: Contents, cuts: Mapping[str, _Cut], done: set[str], workers: int) -> list[Stretch]:
@@ -143,14 +145,15 @@ def _stretches(contents: Contents, cuts: Mapping[str, _Cut], done: set[str], wor
 def _finish(output: Output, plan: dict[str, Any], cuts: Mapping[str, _Cut], contents: Contents) -> dict[str, Any]:
     """Write what describes the whole: each split's index.json, and dataset.json."""
     names = output.names()
-    left_out, samples, shards = Counter(contents.left_out), {}, {}
+    left_out, samples, shards, without_caption = Counter(contents.left_out), {}, {}, 0
     for split, cut in cuts.items():
         stems = [shard_stem(split, shard) for shard in range(cut.shards)]
         shards[split] = sum(stem + SHARD_SUFFIX in names for stem in stems)
         lacking: Counter[str] = Counter()
         for stem in stems:
             if stem + LEFT_OUT_SUFFIX in names:
-                lacking += _left_out(output, stem)
+                lacks, uncaptioned = _left_out(output, stem)
+                lacking, without_caption = lacking + lacks, without_caption + uncaptioned
         samples[split] = cut.rows - lacking.total()
         left_out += lacking
     if not any(samples.values()):
@@ -165,6 +168,7 @@ def _finish(output: Output, plan: dict[str, Any], cuts: Mapping[str, _Cut], cont
         "samples": samples,
         "shards": shards,
         "left_out": dict(left_out),
+        "without_caption": without_caption,
     }
     output.store.write(
         SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -20,6 +20,9 @@ from data.packing.output import Output
 from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, to_bytes
 
 LEFT_OUT_SUFFIX = ".left_out.json"
+WITHOUT_CAPTION = "packed without a caption (no .txt)"
+"""Where a shard's left-out rows lie are listed under it, too, the samples that are packed although nothing says what
+they show."""
 
 _ROWS_A_STEP = 50
 """How often a process says how far it is, and asks whether to stop."""
@@ -92,6 +95,8 @@ def _write_shard(output: Output, stem: str, rows: Iterable[Sample | LeftOut]) ->
                 if isinstance(row, LeftOut):
                     left_out.setdefault(row.reason, []).append(row.row)
                     continue
+                if not row.members.get("txt", b"").strip():
+                    left_out.setdefault(WITHOUT_CAPTION, []).append(row.key)
                 offsets.append(tar.tarstream.offset)
                 tar.write({"__key__": row.key, **row.members})
             offsets.append(tar.tarstream.offset)

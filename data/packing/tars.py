@@ -6,6 +6,7 @@ Every member comes along, whatever training would make of it; only what has no i
 from __future__ import annotations
 
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
@@ -13,15 +14,16 @@ from urllib.parse import unquote
 import numpy as np
 
 from data.errors import BadSample, DataError
+from data.formats import IMAGE_EXTENSIONS
+from data.listing import told
 from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.images import Images
 from data.packing.recipe import Recipe
 from data.packing.rows import ahead, fingerprint, left_out, sample_key
-from data.shards.index import SourceIndex, index_source
+from data.shards.index import SourceIndex, index_source, list_left_out
 from data.shards.tar import parse_sample
 from data.store import Store
 from data.store.folder import FolderStore
-from data.store.virtual import IMAGE_EXTENSIONS
 
 _LONGEST_NAME = 100
 """Bytes of a member's name in a plain tar header."""
@@ -104,6 +106,7 @@ class _Reader:
 
 def samples_of_tars(index: SourceIndex, recipe: Recipe, name: str = "tars") -> Contents:
     """List the samples of existing tars to pack anew, with all their members."""
+    damaged = {"rest of a damaged shard": len(index.damage)} if index.damage else {}
     table = zip(index.names, index.sizes.tolist(), index.versions, index.counts.tolist(), strict=True)
     return recipe.contents(
         name,
@@ -111,7 +114,7 @@ def samples_of_tars(index: SourceIndex, recipe: Recipe, name: str = "tars") -> C
         _Reader(index, recipe.images),
         origin=index.store.url,
         fingerprint=fingerprint(table),
-        left_out={"rest of a damaged shard": len(index.damage)} if index.damage else {},
+        left_out={**list_left_out(index), **damaged},
     )
 
 
@@ -123,7 +126,8 @@ def samples_of_folder(store: Store, recipe: Recipe) -> Contents:
     Raises:
         DataError: there is no image.
     """
-    folder = FolderStore(store)
-    if not folder.list():
-        raise DataError(f"source {store.url}: it should be a folder with images ({', '.join(IMAGE_EXTENSIONS)})")
+    folder, left_out = FolderStore(store), Counter[str]()
+    if not folder.list(left_out=left_out):
+        formats = ", ".join(IMAGE_EXTENSIONS)
+        raise DataError(f"source {store.url}: it should be a folder with images ({formats}){told(left_out)}")
     return samples_of_tars(index_source(folder, "source"), recipe, "folder")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.listing import told
 from data.shards.manifest import MANIFEST, complete, for_each_shard, open_place, read_manifest
-from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, from_bytes, read_offsets, scan_shard
+from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, from_bytes, list_shards, read_offsets, scan_shard
 from data.shards.tar import TarScan, scan_tar
 from data.store import ObjectInfo, OnFault, Store, StoreOptions
 from data.store.class_folder import ClassFolderStore
@@ -56,6 +57,7 @@ class SourceIndex:
         place: the manifest's folder.
         vouched: the offsets' files were compared with the shards when the manifest was written; else that is done when
             they are read.
+        left_out: what the shards hold that is in no sample, by reason, as far as their manifest says.
     """
 
     name: str
@@ -69,6 +71,7 @@ class SourceIndex:
     elsewhere: Mapping[int, str] = field(default_factory=dict, repr=False)
     place: Store | None = None
     vouched: bool = True
+    left_out: Mapping[str, int] = field(default_factory=dict)
     _cache: _Cache = field(default_factory=lambda: _Cache(), repr=False)
 
     def __post_init__(self) -> None:
@@ -187,29 +190,36 @@ def open_index(
         return _listed(store, name, *open_place(manifest, options))
     if store.info(MANIFEST) is not None:
         return _listed(store, name, store, MANIFEST)
-    infos, remedy = store.list(SHARD_SUFFIX), f"run python launch/index.py {shlex.quote(store.url)}"
+    left_out: Counter[str] = Counter()
+    (infos, beside), remedy = list_shards(store, left_out), f"run python launch/index.py {shlex.quote(store.url)}"
     if not infos:
+        left_out.clear()
         store, remedy = FolderStore(store), f"pack them with python launch/pack.py folder {shlex.quote(store.url)}"
-        infos = store.list(SHARD_SUFFIX)
+        infos = store.list(SHARD_SUFFIX, left_out)
         if len(infos) > _MOST_VIRTUAL:
             raise DataError(
                 f"source {name!r}: the images below {store.url} make {len(infos):,} shards of up to {SAMPLES_A_SHARD}, "
                 f"and a folder may make {_MOST_VIRTUAL}: {remedy} first"
             )
     if not infos:
-        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard and no image below {store.url}")
+        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard and no image below {store.url}{told(left_out)}")
     if len(infos) > _MOST_UNINDEXED:
         raise DataError(
             f"source {name!r}: {len(infos):,} shards below {store.url} and no {MANIFEST} there: {remedy} first"
         )
-    notice(f"source {name!r}: no {MANIFEST} at {store.url}, reading {len(infos)} shards; to do it once, {remedy}")
-    return _indexed(store, name, infos)
+    notice(
+        f"source {name!r}: no {MANIFEST} at {store.url}, reading {len(infos)} shards; to do it once, {remedy}"
+        f"{told(left_out)}"
+    )
+    return _indexed(store, name, infos, beside)
 
 
 def _class_folder(store: Store, name: str, notice: Callable[[str], None]) -> SourceIndex:
     notice(f"source {name!r}: listing the images in the folders of {store.url}")
-    folders = ClassFolderStore(store)
-    infos = folders.list()
+    folders, left_out = ClassFolderStore(store), Counter[str]()
+    infos = folders.list(left_out=left_out)
+    if left_out:
+        notice(f"source {name!r}{told(left_out)}")
     if len(infos) > _MOST_CLASS_SHARDS:
         raise DataError(
             f"source {name!r}: the images below {store.url} make {len(infos):,} shards of up to {SAMPLES_A_SHARD}, and "
@@ -243,6 +253,7 @@ def _listed(store: Store, name: str, place: Store, manifest: str) -> SourceIndex
         elsewhere=it.elsewhere,
         place=place,
         vouched=ours,
+        left_out=it.left_out,
     )
 
 
@@ -274,6 +285,19 @@ def check_listing(index: SourceIndex) -> str | None:
     return None
 
 
+def list_left_out(index: SourceIndex) -> Counter[str]:
+    """What lies below a source's root, or in its shards, and is in no sample, by reason; lists its store once.
+
+    Raises:
+        DataError, StoreError: the store cannot be listed.
+    """
+    left_out = Counter(index.left_out)
+    listed, _ = list_shards(index.store, left_out)
+    if unknown := len({info.name for info in listed}.difference(index.names)):
+        left_out["shards that are not in the manifest"] = unknown
+    return left_out
+
+
 def index_source(store: Store, name: str) -> SourceIndex:
     """Index every shard of a source here and now, however many there are.
 
@@ -281,15 +305,14 @@ def index_source(store: Store, name: str) -> SourceIndex:
         DataError: there is no shard in it, or no sample.
         StoreError: the network or a disk failed for longer than the retries last.
     """
-    infos = store.list(SHARD_SUFFIX)
+    left_out: Counter[str] = Counter()
+    infos, beside = list_shards(store, left_out)
     if not infos:
-        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard below {store.url}")
-    return _indexed(store, name, infos)
+        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard below {store.url}{told(left_out)}")
+    return _indexed(store, name, infos, beside)
 
 
-def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo]) -> SourceIndex:
-    beside = {info.name: info for info in store.list(SHARD_SUFFIX + OFFSETS_SUFFIX)}
-
+def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo], beside: Mapping[str, ObjectInfo]) -> SourceIndex:
     def index(info: ObjectInfo) -> TarScan:
         written = beside.get(info.name + OFFSETS_SUFFIX)
         return read_offsets(store, info, store, written) or scan_shard(store, info)
@@ -304,4 +327,5 @@ def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo]) -> SourceInde
         np.array([len(scan.offsets) - 1 for scan in scans], np.int64),
         {shard: scan.damage for shard, scan in enumerate(scans) if scan.damage},
         held={shard: scan.offsets for shard, scan in enumerate(scans)},
+        left_out=sum((scan.left_out for scan in scans), Counter()),
     )

@@ -1,9 +1,9 @@
 """The manifest of indexed shards, `index.json`: the wids shard list of the WebDataset ecosystem, and some keys more.
 
 - `{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url", "nsamples", "filesize", ...}]}`. Ours
-  besides: `version` (the shard's ETag or mtime), `damage` (where and why it ends early), and `offsets`, the path of its
-  `.tar.idx` where that is not beside the shard. What others wrote has no `version`, and perhaps no `filesize`: a
-  listing tells them then.
+  besides: `version` (the shard's ETag or mtime), `damage` (where and why it ends early), `left_out` (what it holds that
+  is in no sample: {reason: number}), and `offsets`, the path of its `.tar.idx` where that is not beside the shard. What
+  others wrote has no `version`, and perhaps no `filesize`: a listing tells them then.
 - A url is relative to the manifest's own folder for a shard below it, else absolute, as wids resolves them. So shards
   and manifest can be moved together if the versions stay: a directory with its modification times (`mv`, `cp -a`,
   `rsync -a`), objects with their ETags (those of multipart uploads change with the parts' size). Else they are indexed
@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.errors import DataError
-from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, read_offsets, scan_shard, to_bytes
+from data.listing import told
+from data.shards.offsets import (
+    OFFSETS_SUFFIX,
+    SHARD_SUFFIX,
+    is_left_out,
+    list_shards,
+    read_offsets,
+    scan_shard,
+    write_offsets,
+)
 from data.shards.tar import TarScan
 from data.store import ObjectInfo, ReadOnly, Store, StoreOptions, WritableStore, open_store
 
@@ -54,6 +64,7 @@ class ShardTable:
         counts: samples.
         damage: where and why a shard ends early, by its number in the table.
         elsewhere: where in the manifest's folder a shard's offsets lie, if not beside it; by its number.
+        left_out: what the shards hold that is in no sample, by reason.
     """
 
     names: tuple[str, ...]
@@ -62,16 +73,18 @@ class ShardTable:
     counts: NDArray[np.int64]
     damage: dict[int, str]
     elsewhere: dict[int, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a manifest lists; `damaged` has a line for each shard that ends early."""
+    """What a manifest lists; `damaged` has a line for each shard that ends early, `left_out` what is in no sample."""
 
     shards: int
     samples: int
     bytes: int
     damaged: list[str]
+    left_out: Counter[str]
 
 
 # --- building ---
@@ -89,27 +102,34 @@ def build_manifest(
         workers: shards that are read at a time.
 
     Raises:
-        DataError: a source has no shard, or no sample; or neither it nor the manifest's folder can be written.
+        DataError: a source has no shard, or no sample; or neither it nor the manifest's folder can be written; or what
+            is there under the manifest's name is something else.
         StoreError: the network or a disk failed for longer than the retries last.
     """
     entries: dict[str, dict[str, Any]] = {}
     damaged = []
+    left_out: Counter[str] = Counter()
+    _check_replaceable(place, name)
     for source in sources:
-        infos = source.list(SHARD_SUFFIX)
+        infos, beside = list_shards(source, left_out)
         if not infos:
-            raise DataError(f"no {SHARD_SUFFIX} shard below {source.url}")
-        indexer = _Indexer(source, place, name)
+            raise DataError(f"no {SHARD_SUFFIX} shard below {source.url}{told(left_out)}")
+        indexer = _Indexer(source, beside, place, name)
         found = for_each_shard(infos, indexer, workers)
-        if not any(count for count, _, _ in found):
-            raise DataError(f"no shard below {source.url} has a sample: {infos[0].name}: {found[0][1]}")
-        for info, (count, damage, elsewhere) in zip(infos, found, strict=True):
+        if not any(len(scan.offsets) > 1 for scan, _ in found):
+            raise DataError(f"no shard below {source.url} has a sample: {infos[0].name}: {found[0][0].damage}")
+        for info, (scan, elsewhere) in zip(infos, found, strict=True):
             url = _relative(place.url, source.url, info.name)
             if url in entries:
                 raise DataError(f"{source.url} lies inside another prefix of this manifest: name each shard once")
+            count = len(scan.offsets) - 1
             entry = {"url": url, "nsamples": count, "filesize": info.size, "version": info.version}
-            if damage:
-                entry["damage"] = damage
-                damaged.append(f"{info.name}: {damage}; {count} samples kept")
+            if scan.damage:
+                entry["damage"] = scan.damage
+                damaged.append(f"{info.name}: {scan.damage}; {count} samples kept")
+            if scan.left_out:
+                entry["left_out"] = scan.left_out
+                left_out += scan.left_out
             entries[url] = {**entry, "offsets": elsewhere} if elsewhere else entry
     head = json.dumps({"__kind__": _KIND, "wids_version": 1})
     lines = ",\n".join(json.dumps(entry) for entry in entries.values())
@@ -119,22 +139,45 @@ def build_manifest(
         sum(entry["nsamples"] for entry in entries.values()),
         sum(entry["filesize"] for entry in entries.values()),
         damaged,
+        left_out,
     )
 
 
-class _Indexer:
-    """Sees to it that a shard's offsets are written; gives its samples, its damage, where they lie if not beside it."""
+def _check_replaceable(place: Store, name: str) -> None:
+    """Refuse to write a manifest over what is none."""
+    if place.info(name) is None:
+        return
+    content = place.read(name)
+    if (format_ := _foreign(content)) or b'"shardlist"' not in content:
+        raise DataError(
+            f"{place.url}/{name} is {format_ or 'no index of tar shards'}, and is not overwritten: give the index "
+            "another name (--out), or remove it"
+        )
 
-    def __init__(self, source: WritableStore, place: WritableStore, manifest: str) -> None:
-        self._source, self._place, self._manifest = source, place, manifest
-        self._beside = {info.name: info for info in source.list(SHARD_SUFFIX + OFFSETS_SUFFIX)}
+
+def _foreign(content: bytes | bytearray) -> str | None:
+    """What an index of another tool is called; None for what is not known as one."""
+    try:
+        top = json.loads(content)
+    except ValueError:
+        return None
+    if not isinstance(top, dict) or "shardlist" in top:
+        return None
+    if isinstance(top.get("shards"), list):
+        return "an index of MosaicML Streaming (MDS)"
+    return "an index of LitData" if isinstance(top.get("chunks"), list) else None
+
+
+class _Indexer:
+    """Sees to it that a shard's offsets are written; gives its scan, and where they lie if not beside it."""
+
+    def __init__(
+        self, source: WritableStore, beside: dict[str, ObjectInfo], place: WritableStore, manifest: str
+    ) -> None:
+        self._source, self._beside, self._place, self._manifest = source, beside, place, manifest
         self._read_only = False
 
-    def __call__(self, info: ObjectInfo) -> tuple[int, str | None, str | None]:
-        scan, elsewhere = self._find(info)
-        return len(scan.offsets) - 1, scan.damage, elsewhere
-
-    def _find(self, info: ObjectInfo) -> tuple[TarScan, str | None]:
+    def __call__(self, info: ObjectInfo) -> tuple[TarScan, str | None]:
         beside = info.name + OFFSETS_SUFFIX
         if scan := read_offsets(self._source, info, self._source, self._beside.get(beside)):
             return scan, None
@@ -146,11 +189,11 @@ class _Indexer:
             return scan, None
         if not self._read_only:
             try:
-                self._source.write(beside, to_bytes(scan.offsets))
+                write_offsets(self._source, beside, scan)
                 return scan, None
             except ReadOnly:
                 self._read_only = True
-        self._place.write(elsewhere, to_bytes(scan.offsets))
+        write_offsets(self._place, elsewhere, scan)
         return scan, elsewhere
 
 
@@ -191,17 +234,26 @@ def read_manifest(place: Store, name: str, source_url: str) -> ShardTable:
         DataError: there is no such manifest, or it is malformed, or lists no shard of this source.
     """
     where = f"manifest {place.url}/{name}"
+    content = place.read(name)
+    if format_ := _foreign(content):
+        raise DataError(
+            f"{where} is {format_}, whose shards are not read: convert them to tars; index tars that are there with "
+            "launch/index.py --out FILE, and name FILE as the source's index"
+        )
     try:
-        listed = json.loads(place.read(name))["shardlist"]
+        listed = json.loads(content)["shardlist"]
         rows = [_row(place.url, entry) for entry in listed]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is no wids index ({error!r}): write it anew with launch/index.py") from error
+        raise DataError(
+            f"{where} is no wids index ({error!r}): remove it and write it anew with launch/index.py"
+        ) from error
     root = _absolute(source_url).rstrip("/") + "/"
-    shards = sorted((url.removeprefix(root), *rest) for url, *rest in rows if url.startswith(root))
+    below = ((url.removeprefix(root), *rest) for url, *rest in rows if url.startswith(root))
+    shards = sorted(below, key=lambda row: str(row[0]))
     if not shards:
         example = f", but such as {rows[0][0]}" if rows else ""
         raise DataError(f"{where} lists no shard below {source_url}{example}")
-    names, counts, sizes, versions, damage, elsewhere = zip(*shards, strict=True)
+    names, counts, sizes, versions, damage, elsewhere, left_out = zip(*shards, strict=True)
     if len(set(names)) < len(names):
         raise DataError(f"{where} lists a shard below {source_url} twice: write it anew")
     return ShardTable(
@@ -211,6 +263,7 @@ def read_manifest(place: Store, name: str, source_url: str) -> ShardTable:
         np.array(counts, np.int64),
         {shard: words for shard, words in enumerate(damage) if words},
         {shard: path for shard, path in enumerate(elsewhere) if path},
+        sum(map(Counter, left_out), Counter()),
     )
 
 
@@ -236,14 +289,16 @@ def complete(table: ShardTable, store: Store) -> ShardTable:
     )
 
 
-def _row(base: str, entry: dict[str, Any]) -> tuple[str, int, int, str, str, str]:
+def _row(base: str, entry: dict[str, Any]) -> tuple[str, int, int, str, str, str, dict[str, int]]:
     url, count, size, version = entry["url"], entry["nsamples"], entry.get("filesize", -1), entry.get("version", "")
-    damage, offsets = entry.get("damage", ""), entry.get("offsets", "")
+    damage, offsets, left_out = entry.get("damage", ""), entry.get("offsets", ""), entry.get("left_out", {})
     if not (type(count) is type(size) is int and count >= 0 and size >= -1):
         raise ValueError(f"nsamples {count!r} and filesize {size!r} of {url!r}")
     if not type(version) is type(damage) is type(offsets) is str:
         raise ValueError(f"version, damage or offsets of {url!r}")
-    return _resolved(base, url), count, size, version, damage, offsets
+    if not is_left_out(left_out):
+        raise ValueError(f"left_out of {url!r}")
+    return _resolved(base, url), count, size, version, damage, offsets, left_out
 
 
 # --- addresses ---

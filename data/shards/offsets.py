@@ -2,22 +2,59 @@
 
 The layout: one little-endian uint64 for each sample, the first byte of its first header; then one for the end of the
 last member, where the closing zeros begin. `00000.tar.idx` lies beside `00000.tar`. A shard that ends early keeps its
-whole samples: its last number is the end of the last of them, and the fault is found there again.
+whole samples: its last number is the end of the last of them, and the fault is found there again. What else a scan
+found that is lost (links, samples in pieces) lies in `00000.tar.left_out.json`, {reason: number}, if there is any.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.listing import kind_of, told, why_not_a_shard
 from data.shards.tar import BLOCK, TarScan, scan_tar
-from data.store import ObjectInfo, Store
+from data.store import ObjectInfo, Store, WritableStore
 
 SHARD_SUFFIX = ".tar"
 OFFSETS_SUFFIX = ".idx"
 """Appended to the shard's name."""
+_LEFT_OUT_SUFFIX = ".left_out.json"
+"""Likewise."""
+
+
+def list_shards(store: Store, left_out: Counter[str]) -> tuple[list[ObjectInfo], dict[str, ObjectInfo]]:
+    """List a source's shards, sorted by name, and the files of offsets beside them, by their names.
+
+    What the source holds besides and somebody may miss (compressed shards, images) is added to `left_out`, by reason.
+
+    Raises:
+        DataError, StoreError: the store cannot be listed.
+    """
+    shards, offsets = [], {}
+    for info in store.list(left_out=left_out):
+        if info.name.endswith(SHARD_SUFFIX):
+            shards.append(info)
+        elif info.name.endswith(SHARD_SUFFIX + OFFSETS_SUFFIX):
+            offsets[info.name] = info
+        elif reason := why_not_a_shard(info.name):
+            left_out[reason] += 1
+    return shards, offsets
+
+
+def write_offsets(store: WritableStore, name: str, scan: TarScan) -> None:
+    """Write a `.tar.idx` file and, before it, what else the scan found.
+
+    Raises:
+        DataError, StoreError: the store cannot be written.
+    """
+    beside = name.removesuffix(OFFSETS_SUFFIX) + _LEFT_OUT_SUFFIX
+    if scan.left_out or store.info(beside):
+        store.write(beside, json.dumps(scan.left_out).encode())
+    store.write(name, to_bytes(scan.offsets))
 
 
 def to_bytes(offsets: NDArray[np.int64]) -> bytes:
@@ -55,8 +92,36 @@ def read_offsets(store: Store, info: ObjectInfo, beside: Store, written: ObjectI
         two = scan_tar(store, replace(info, size=int(offsets[n + 2])), int(offsets[n]) if n else 0)
         if two.damage or not np.array_equal(two.offsets[:-1], offsets[n : n + 2]):
             return None
-    rest = scan_tar(store, info, int(offsets[last]) if last else 0)
-    return TarScan(offsets, rest.damage) if np.array_equal(rest.offsets, offsets[last:]) else None
+    rest = _closed(scan_tar(store, info, int(offsets[last]) if last else 0), info)
+    left_out = _read_left_out(beside, written.name, info)
+    if left_out is None or not np.array_equal(rest.offsets, offsets[last:]):
+        return None
+    return TarScan(offsets, rest.damage, left_out)
+
+
+def _read_left_out(beside: Store, offsets_name: str, shard: ObjectInfo) -> Counter[str] | None:
+    """What `write_offsets` wrote of a shard besides its offsets; None where that cannot be read."""
+    noted = beside.info(offsets_name.removesuffix(OFFSETS_SUFFIX) + _LEFT_OUT_SUFFIX)
+    if noted is None or noted.modified < shard.modified:
+        return Counter()
+    try:
+        found = json.loads(beside.read(noted.name))
+    except ValueError:
+        return None
+    return Counter(found) if is_left_out(found) else None
+
+
+def is_left_out(value: object) -> bool:
+    """Whether a value of a JSON file gives numbers by reason."""
+    return isinstance(value, dict) and all(type(n) is int for n in value.values())
+
+
+def _closed(scan: TarScan, info: ObjectInfo) -> TarScan:
+    """The scan of a shard, which is damaged if it has no end."""
+    if scan.damage is None and scan.offsets[-1] == info.size > 0:
+        words = f"it ends at byte {info.size} without the zeros that close a tar: it may be cut off"
+        return replace(scan, damage=words)
+    return scan
 
 
 def scan_shard(store: Store, info: ObjectInfo) -> TarScan:
@@ -65,13 +130,13 @@ def scan_shard(store: Store, info: ObjectInfo) -> TarScan:
     Raises:
         DataError, StoreError: the store cannot be read.
     """
-    scan = scan_tar(store, info)
+    scan = _closed(scan_tar(store, info), info)
     if len(scan.offsets) > 1:
         return scan
     words = scan.damage or "no member that belongs to a sample"
-    magic = bytes(store.read(info.name, 0, min(4, info.size), version=info.version))
-    if magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd":
-        words = "compressed, not a plain tar: decompress it"
-    elif words.endswith("header at byte 0"):
-        words += ": not a tar"
-    return TarScan(scan.offsets, words)
+    if words.endswith("header at byte 0"):
+        begin = bytes(store.read(info.name, 0, min(BLOCK, info.size), version=info.version))
+        words = f"not a tar but {kind}" if (kind := kind_of(begin)) else f"{words}: not a tar"
+    elif scan.left_out:
+        words += told(scan.left_out)
+    return replace(scan, damage=words)

@@ -2,9 +2,10 @@
 
 - WebDataset's convention: neighbouring members whose names agree up to the first dot of the basename are one sample;
   the rest of the name, in lower case, is the member's extension. Folders, links, sparse files, hidden files and
-  `__meta__` members belong to none.
-- One walk over headers serves both. It reads ustar, GNU long names and pax itself: WebDataset's own writer puts a pax
-  header before every member, and tarfile would take ten times as long over it.
+  `__meta__` members belong to none; a scan counts what is lost by that.
+- One walk over headers serves both. It reads v7, ustar, GNU and pax itself: WebDataset's own writer puts a pax header
+  before every member, and tarfile would take ten times as long over it.
+- Blocks of zeros end an archive, and another may follow (`cat a.tar b.tar`): it is read on.
 - Everything a header says is checked before it is believed. A member's name is only compared and shown.
 - A scan skips data where that is cheaper than reading it along, and streams where it is not: a request costs as much
   as `Store.readahead` bytes.
@@ -13,24 +14,42 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import BadSample
+from data.formats import IMAGE_EXTENSIONS
+from data.listing import excluded
 from data.store import ObjectInfo, Store
 
 BLOCK = 512
 """Bytes of a header; contents are padded to a multiple of it."""
 
-_ZEROS = bytes(BLOCK)
+_ZEROS = bytes(1 << 14)
+_MOST_CLOSING_ZEROS = 1 << 20
+"""Bytes; tars are padded to records, of 10,240 bytes by default. More is a file that was never filled."""
+_PREFIXED = b"ustar\0"
+"""What a header with a prefix of the name says at byte 257; old GNU headers, "ustar  ", have times there."""
 _REGULAR = (b"0", b"\0", b"7")
 _EXTENSIONS = (b"x", b"X", b"L", b"K", b"g")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 _SPARSE = b"S"
+_LOST = {
+    b"1": "hard links in tars (write the files: tar --hard-dereference)",
+    b"2": "symbolic links in tars (write the files: tar --dereference)",
+    _SPARSE: "sparse files in tars (write them anew without tar --sparse)",
+    b"M": "files in tars that begin in another volume (join the volumes)",
+}
+"""Members that would belong to a sample if they were plain files."""
+_NO_EXTENSION = "members of tars without an extension"
+_FURTHER_IMAGES = "further images in samples (training takes one of each)"
+_IMAGES = frozenset(IMAGE_EXTENSIONS)
+_IN_PIECES = "samples in pieces (their members must be neighbours: sort them by name, as with tar --sort=name)"
 _LARGEST_EXTENSION = 1 << 20
 """Bytes of a pax header or long name; a larger one is damage, not a name."""
 _LARGEST_READ = 8 << 20
@@ -45,10 +64,12 @@ class TarScan:
         offsets: int64 (samples + 1,): the first header byte of each sample; then the end of the last member, where the
             archive's closing zeros begin or, in a damaged shard, the end of its last whole sample.
         damage: where and why reading ended early, None if it did not. The samples before it are whole.
+        left_out: members that belong to no sample, and samples whose members are not neighbours, by reason.
     """
 
     offsets: NDArray[np.int64]
     damage: str | None
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -77,9 +98,11 @@ def parse_sample(content: bytes | bytearray | memoryview) -> RawSample:
     current: str | None = None
     members: dict[str, bytes] = {}
     try:
-        for _, name, at, size in walk(lambda start, stop: view[start:stop], 0, len(view)):
-            if name is None or (parts := split_name(name)) is None:
+        for header, name, lost, at, size in walk(lambda start, stop: view[start:stop], 0, len(view)):
+            if name is None or lost or (parts := split_name(name)) is None:
                 continue
+            if current is None and header:
+                raise BadSample("malformed_tar", f"its first member begins at byte {header} of {len(view)}")
             key, extension = parts
             if extension in members or key != (current or key):
                 raise BadSample("malformed_tar", f"member {name!r} belongs to another sample than {current!r}")
@@ -106,17 +129,34 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
     offsets: list[int] = []
     key: str | None = None
     extensions: set[str] = set()
+    left_out: Counter[str] = Counter()
+    before: dict[str, frozenset[str]] = {}  # by the key of a sample, its extensions
+    in_pieces: set[str] = set()
     end, damage = start, None
     try:
-        for header, name, at, size in walk(_Reader(store, info), start, info.size):
+        for header, name, lost, at, size in walk(_Reader(store, info), start, info.size):
             end = min(at + _padded(size), info.size)
-            if name is None or (parts := split_name(name)) is None:
+            if name is None:
+                continue
+            parts = split_name(name)
+            if parts is None:
+                if not lost and (reason := _why_no_member(name)):
+                    left_out[reason] += 1
+                continue
+            if lost:
+                left_out[lost] += 1
                 continue
             # The same extension twice is two samples under one key, not one sample that lost a member.
             if parts[0] != key or parts[1] in extensions:
+                if key is not None:
+                    before[key] = before.get(key, frozenset()) | extensions
                 key = parts[0]
                 extensions.clear()
                 offsets.append(header)
+                if key in before and parts[1] not in before[key]:
+                    in_pieces.add(key)
+            if parts[1] in _IMAGES and not _IMAGES.isdisjoint(extensions):
+                left_out[_FURTHER_IMAGES] += 1
             extensions.add(parts[1])
         if end == info.size and end % BLOCK:
             damage = f"cut off at byte {end}, inside the padding of the last member"
@@ -127,7 +167,9 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
             end = offsets.pop()  # it lost this member
     if not offsets:
         end = start
-    return TarScan(np.array([*offsets, end], np.int64), damage)
+    if in_pieces:
+        left_out[_IN_PIECES] = len(in_pieces)
+    return TarScan(np.array([*offsets, end], np.int64), damage, left_out)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -136,7 +178,16 @@ def split_name(name: str) -> tuple[str, str] | None:
     dot = name.find(".", slash)
     if dot <= slash or dot + 1 == len(name) or (name.startswith("__") and _META.match(name)):
         return None
+    if slash and excluded(name):
+        return None
     return name[:dot], name[dot + 1 :].lower()
+
+
+def _why_no_member(name: str) -> str | None:
+    """Why a plain file's name belongs to no sample, if that is worth a word."""
+    if _META.match(name):
+        return None
+    return excluded(name) or _NO_EXTENSION
 
 
 def is_header(block: bytes) -> bool:
@@ -156,8 +207,8 @@ def is_header(block: bytes) -> bool:
 
 def walk(
     read: Callable[[int, int], bytes | memoryview], at: int, end: int
-) -> Iterator[tuple[int, str | None, int, int]]:
-    """Walk over a tar's members, up to the closing zeros or byte `end`.
+) -> Iterator[tuple[int, str | None, str | None, int, int]]:
+    """Walk over a tar's members, and those of archives that follow it, up to byte `end`.
 
     Args:
         read: (start, stop) to those bytes, stop <= end.
@@ -165,8 +216,9 @@ def walk(
         end: bytes there are.
 
     Yields:
-        (first header byte, name, first byte and number of bytes of the content); None for the name of what is not a
-        plain file. The content lies before `end`.
+        (first header byte, name, None, first byte and number of bytes of the content). What is no file has None for a
+        name; a file that is not there in full, such as a link, has in place of the first None why. The content lies
+        before `end`.
 
     Raises:
         TarDamage: what comes next is no header, or ends early.
@@ -178,7 +230,8 @@ def walk(
         if header == _ZEROS[: len(header)]:
             if begin != at:
                 raise TarDamage(f"the archive ends at byte {at}, after a header that announces a member", begin)
-            return
+            begin = at = _next_archive(read, at, end)
+            continue
         if len(header) < BLOCK:
             raise TarDamage(f"cut off at byte {end}, inside the header at byte {at}", begin)
         name, kind, size = _fields(header, at, begin)
@@ -202,12 +255,38 @@ def walk(
             size = 0
         if data + size > end:
             raise TarDamage(f"cut off at byte {end}, inside member {name!r}", begin, name)
-        plain = kind in _REGULAR and "sparse" not in told and not name.endswith("/")
-        yield begin, name if plain else None, data, size
+        lost = _LOST[_SPARSE] if "sparse" in told else _LOST.get(kind)
+        file = (kind in _REGULAR and not name.endswith("/")) or lost is not None
+        yield begin, name if file else None, lost, data, size
         begin = at = data + _padded(size)
         told = {}
     if begin < at:
         raise TarDamage(f"cut off at byte {end}, after a header that announces a member", begin)
+
+
+def _next_archive(read: Callable[[int, int], bytes | memoryview], at: int, end: int) -> int:
+    """The byte behind the zeros that end an archive at `at`: the first header of another archive, or `end`.
+
+    Raises:
+        TarDamage: what follows is no archive, or the zeros are more than end one.
+    """
+    closing = at
+    while at < end:
+        part = bytes(read(at, min(at + len(_ZEROS), end)))
+        zeros = len(part) - len(part.lstrip(b"\0"))
+        if zeros < len(part):
+            at += zeros - zeros % BLOCK
+            if not is_header(bytes(read(at, min(at + BLOCK, end)))):
+                raise TarDamage(
+                    f"{end - at} bytes that are no tar follow the end of the archive, from byte {at}", closing
+                )
+            return at
+        at += len(part)
+    if end - closing > _MOST_CLOSING_ZEROS:
+        raise TarDamage(
+            f"only zeros from byte {closing} on, {end - closing} of them: was the file ever filled?", closing
+        )
+    return end
 
 
 def _fields(header: bytes, at: int, begin: int) -> tuple[str, bytes, int]:
@@ -216,7 +295,7 @@ def _fields(header: bytes, at: int, begin: int) -> tuple[str, bytes, int]:
         raise TarDamage(f"no tar header at byte {at}", begin)
     name = header[: header.find(b"\0", 0, 100)] if b"\0" in header[:100] else header[:100]
     kind = header[156:157]
-    if header[345] and kind not in (*_EXTENSIONS, _SPARSE):
+    if header[345] and header.startswith(_PREFIXED, 257) and kind not in _EXTENSIONS:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
     try:
         size = _number(header[124:136])

@@ -7,6 +7,7 @@ import math
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,12 @@ class Store(Protocol):
     url: str
     readahead: int
 
-    def list(self, suffix: str = "") -> list[ObjectInfo]:
-        """List every object whose name ends in `suffix`, sorted by name."""
+    def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
+        """List every object that counts (`data/listing.py`) and whose name ends in `suffix`, sorted by name.
+
+        Args:
+            left_out: what does not count is added to it, by reason and whatever its name ends in.
+        """
 
     def read(
         self,

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.formats import IMAGE_EXTENSIONS
+from data.listing import is_image, why_not_an_image
 from data.randomness import key, permutation
 from data.store.base import ObjectInfo, Store
 from data.store.virtual import (
     BLOCK,
-    IMAGE_EXTENSIONS,
     SAMPLES_A_SHARD,
     VirtualTars,
     piece_offsets,
@@ -77,23 +79,22 @@ class ClassFolderStore(VirtualTars[_Shard]):
     """
 
     def __init__(self, inner: Store) -> None:
-        images = [info for info in inner.list() if _is_image(info.name)]
+        left_out: Counter[str] = Counter()
+        images, others = list[ObjectInfo](), list[ObjectInfo]()
+        for info in inner.list(left_out=left_out):
+            (images if is_image(info.name) else others).append(info)
+        left_out.update(why_not_an_image(info.name) for info in others)
         if stray := next((info.name for info in images if "/" not in info.name), None):
             raise DataError(f"{inner.url}/{stray} lies in no folder: put it into its class's")
         if not images:
-            raise DataError(f"{inner.url} holds no folder with an image (jpg, jpeg, png or webp)")
+            raise DataError(f"{inner.url} holds no folder with an image ({', '.join(IMAGE_EXTENSIONS)})")
         self.classes = tuple(sorted({_class(info.name) for info in images}))
         """The folders' names; a class's number is its place among them."""
-        super().__init__(inner, _shards(images, self.classes), "a folder of classes")
+        super().__init__(inner, _shards(images, self.classes), "a folder of classes", left_out)
 
     def offsets(self, name: str) -> NDArray[np.int64]:
         """The first byte of each sample of a virtual tar, then the end of the last."""
         return self._tars[name].offsets
-
-
-def _is_image(name: str) -> bool:
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return not hidden and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in name
 
 
 def _class(name: str) -> str:

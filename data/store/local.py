@@ -6,17 +6,23 @@ import errno
 import os
 import secrets
 import shutil
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from data.errors import DataError
+from data.listing import excluded
 from data.store.base import Fault, ObjectInfo, OnFault, ReadOnly, Retries, StoreOptions, changed, shrunk, unreadable
 
 T = TypeVar("T")
 
 _PARTIAL = ".partial"  # what is not whole yet is named so, and not listed
+_UNFINISHED = f"unfinished ({_PARTIAL})"
+_BROKEN = "broken links"
+_AGAIN = "links to folders that are listed already"
+_SPECIAL = "neither files nor folders"
 _PASSING = {
     errno.EIO: "broken",
     errno.ESTALE: "broken",
@@ -39,11 +45,16 @@ class LocalStore:
         if not Path(root).is_dir():
             raise DataError(f"source {root!r} is not a directory: give the folder that holds the .tar shards")
 
-    def list(self, suffix: str = "") -> list[ObjectInfo]:
-        def attempt() -> list[ObjectInfo]:
-            return [self._described(name, os.stat(path)) for name, path in _files(self.url) if name.endswith(suffix)]
+    def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
+        def attempt() -> tuple[list[ObjectInfo], Counter[str]]:
+            skipped: Counter[str] = Counter()
+            files = [it for it in _files(self.url, skipped) if it[0].endswith(suffix)]
+            return [self._described(name, os.stat(path)) for name, path in files], skipped
 
-        return sorted(self._retried("listing", "", attempt), key=lambda info: info.name)
+        infos, skipped = self._retried("listing", "", attempt)
+        if left_out is not None:
+            left_out.update(skipped)
+        return sorted(infos, key=lambda info: info.name)
 
     def read(
         self,
@@ -147,15 +158,51 @@ class LocalStore:
         return Retries(what, self._minutes, on_fault).run(attempt, (OSError,), judge)
 
 
-def _files(folder: str, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
-    """Name and path of every file below a folder, links followed; but none to a folder that it lies in."""
-    stat = os.stat(folder)
-    this = stat.st_dev, stat.st_ino
-    if this in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _files(entry.path, f"{prefix}{entry.name}/", (*above, this))
-            elif not entry.name.endswith(_PARTIAL):
-                yield prefix + entry.name, entry.path
+def _files(root: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Name and path of every file below a folder that counts; the rest is added to `left_out`.
+
+    Each real folder is listed once, by its own name before a link's, and a link to a folder that holds the root is not
+    followed: so links may form circles.
+    """
+    top = os.path.realpath(root)
+    walked: set[str] = set()
+    folders, links = deque([("", root, top)]), deque[tuple[str, str]]()
+    while folders or links:
+        if not folders:
+            name, path = links.popleft()
+            try:
+                target = os.path.realpath(path, strict=True)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                left_out[_BROKEN] += 1
+                continue
+            if not os.path.isdir(target):
+                if os.path.isfile(target):
+                    yield name, path
+                else:
+                    left_out[_SPECIAL] += 1
+            elif f"{top}/".startswith(f"{target.rstrip('/')}/"):
+                left_out[_AGAIN] += 1
+            else:
+                folders.append((f"{name}/", path, target))
+            continue
+        prefix, folder, real = folders.popleft()
+        if real in walked:
+            left_out[_AGAIN] += 1
+            continue
+        walked.add(real)
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if (reason := excluded(entry.name)) is not None:
+                    left_out[reason] += 1
+                elif entry.is_symlink():
+                    links.append((prefix + entry.name, entry.path))
+                elif entry.is_dir():
+                    folders.append((f"{prefix}{entry.name}/", entry.path, f"{real.rstrip('/')}/{entry.name}"))
+                elif not entry.is_file():
+                    left_out[_SPECIAL] += 1
+                elif entry.name.endswith(_PARTIAL):
+                    left_out[_UNFINISHED] += 1
+                else:
+                    yield prefix + entry.name, entry.path

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -23,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data.errors import DataError
+from data.listing import that_count
 from data.store.base import ObjectInfo, OnFault, Retries, StoreOptions, changed, shrunk, unreadable
 from data.store.s3_client import Connection, open_session
 from data.store.s3_errors import CHANGED, ERRORS, OUTSIDE, CutShort, Dripping, Refused, judged
@@ -73,8 +75,9 @@ class S3Store:
             self._connection = Connection(self._where(), self._options)
         return self._connection.client()
 
-    def list(self, suffix: str = "") -> list[ObjectInfo]:
-        return sorted((info for info in self._all() if info.name.endswith(suffix)), key=lambda info: info.name)
+    def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
+        infos = that_count(self._all(), lambda info: info.name, Counter() if left_out is None else left_out)
+        return sorted((info for info in infos if info.name.endswith(suffix)), key=lambda info: info.name)
 
     def _all(self) -> Iterator[ObjectInfo]:
         # Page by page, as each is retried by itself: a listing may be tens of thousands of pages.

@@ -6,6 +6,7 @@ Names are cut to what a plain ustar header holds, with a hash in place of the re
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from data.errors import DataError
 from data.store.base import ObjectInfo, OnFault, Store, changed, shrunk
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SAMPLES_A_SHARD = 1000
 
 BLOCK = 512
@@ -61,16 +61,19 @@ class VirtualTars(Generic[T]):
         inner: what holds the files.
         tars: what is made of them.
         what: the source in words, for messages.
+        left_out: what `inner` holds besides, by reason.
     """
 
     readahead = 0  # headers are made, not read: what a request costs, it costs a file
 
-    def __init__(self, inner: Store, tars: Iterable[T], what: str) -> None:
-        self.url, self._inner, self._what = inner.url, inner, what
+    def __init__(self, inner: Store, tars: Iterable[T], what: str, left_out: Counter[str]) -> None:
+        self.url, self._inner, self._what, self._left_out = inner.url, inner, what, left_out
         self._tars = {tar.info.name: tar for tar in tars}
 
-    def list(self, suffix: str = "") -> list[ObjectInfo]:
-        """List the virtual tars, sorted by name."""
+    def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
+        """List the virtual tars, sorted by name; as `Store.list` does."""
+        if left_out is not None:
+            left_out.update(self._left_out)
         return [tar.info for name, tar in sorted(self._tars.items()) if name.endswith(suffix)]
 
     def info(self, name: str) -> ObjectInfo | None:
@@ -139,9 +142,12 @@ def tar_header(name: bytes, size: int) -> bytes:
     return head + b"%06o\0 " % checksum + tail
 
 
-def tar_key(stem: str) -> bytes:
-    """A sample's key: the name of its files without the extension, with no dot in it and no longer than may be."""
-    key = encoded(stem.replace("%", "%25").replace(".", "%2E"))
+def tar_key(stem: str, ending: str = "") -> bytes:
+    """A sample's key: the name of its files without the extension, with no dot in it and no longer than may be.
+
+    `ending` tells samples of one stem apart; it holds no dot.
+    """
+    key = encoded(stem.replace("%", "%25").replace(".", "%2E") + ending)
     if len(key) <= _LONGEST_KEY:
         return key
     digest = hashlib.blake2b(key, digest_size=8).hexdigest()

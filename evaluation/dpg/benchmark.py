@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import UserError
+from data.listing import excluded
 from evaluation.dpg.rules import Item, Question, zeroing_order
 
 TABLE = "dpg_bench.csv"
@@ -66,7 +67,8 @@ def read(folder: Path, parity: bool = False) -> Benchmark:
 
 def _read_prompts(folder: Path) -> dict[str, str]:
     try:
-        prompts = {path.stem: path.read_text(encoding="utf-8").strip() for path in folder.glob("*.txt")}
+        paths = [path for path in folder.glob("*.txt") if not excluded(path.name)]
+        prompts = {path.stem: path.read_text(encoding="utf-8").strip() for path in paths}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder} cannot be read: {error}") from error
     if not prompts:

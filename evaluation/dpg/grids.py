@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.errors import UserError
+from data.listing import excluded, is_image
 from evaluation.dpg.rules import Item
 from evaluation.drawing import unfinished_batches, write_png
 from evaluation.parts import note_settings
@@ -27,7 +28,6 @@ from t2i.pipeline import Picture, Pipeline
 
 PICTURES = 4
 """Of a prompt."""
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def boxes(resolution: int, pictures: int) -> list[tuple[int, int, int, int]]:
@@ -44,7 +44,7 @@ def find(folder: Path, ids: Collection[str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+        paths = sorted(path for path in folder.iterdir() if is_image(path.name) and not excluded(path.name))
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
     for path in paths:

@@ -1,16 +1,17 @@
 """Sets of images to measure: an `.npz` in ADM's form, or a folder.
 
 An `.npz` is read front to back, whether its members are compressed or not: 50,000 images of 256 px are 9.8 GB. A
-folder's images are PNG, JPEG or WebP, its subfolders' too, in the order of their paths, decoded by several threads.
-All images of a set have one size; the networks bring it to theirs.
+folder's images are those of every format that is decoded, its subfolders' too, in the order of their paths, decoded by
+several threads; what the folder holds besides is counted (`data/listing.py`), and so is grid.png of GenEval's layout,
+whose pictures lie beside it. All images of a set have one size; the networks bring it to theirs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Protocol
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from data.decode import Pixels, decode, image_size
 from data.errors import BadSample, UserError
+from data.formats import IMAGE_EXTENSIONS
+from data.listing import is_image, told, why_not_decoded
+from data.store import open_store
 from t2i.engine.checkpoint.format import sha256
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _THREADS = 8
 _MEMBER = "arr_0.npy"
 
@@ -33,6 +36,8 @@ class Images(Protocol):
 
     size: tuple[int, int]
     """Height and width of every image, in pixels."""
+    left_out: Counter[str]
+    """What a folder holds besides, by reason."""
 
     def __len__(self) -> int: ...
 
@@ -80,7 +85,7 @@ class NpzImages:
             raise UserError(f"{path}: cannot be read as an .npz: {error}") from error
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or 0 in shape:
             raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), and is {dtype} {shape}")
-        self.size = (shape[1], shape[2])
+        self.size, self.left_out = (shape[1], shape[2]), Counter[str]()
         self._count = shape[0]
 
     def __len__(self) -> int:
@@ -124,10 +129,13 @@ class FolderImages:
 
     def __init__(self, path: Path, crop: int | None) -> None:
         self.path = path
-        found = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-        self.files = sorted(found, key=lambda file: file.relative_to(path).as_posix())
+        self.left_out = Counter[str]()
+        names = {info.name for info in open_store(str(path)).list(left_out=self.left_out)}
+        others = {name: reason for name in names if (reason := _why_none(name, names)) is not None}
+        self.left_out.update(others.values())
+        self.files = [path / name for name in sorted(names - others.keys())]
         if not self.files:
-            raise UserError(f"{path}: holds no images, which end in {', '.join(SUFFIXES)}")
+            raise UserError(f"{path}: holds no images ({', '.join(IMAGE_EXTENSIONS)}){told(self.left_out)}")
         self._crop = crop
         self.size = (crop, crop) if crop else self._read(0).shape[1:]
 
@@ -163,6 +171,14 @@ class FolderImages:
                 "to which all are cropped, or make them alike"
             )
         return pixels
+
+
+def _why_none(name: str, names: Collection[str]) -> str | None:
+    """Why a file is no image of the set; None where it is one."""
+    folder, _, base = name.rpartition("/")
+    if base == "grid.png" and f"{folder}/metadata.jsonl".lstrip("/") in names:
+        return "grids of GenEval's layout"
+    return None if is_image(name) else why_not_decoded(name) or "files that are no images"
 
 
 def _ahead(groups: Iterable[Sequence[int]], read: Callable[[int], Pixels], threads: int) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
+from data.listing import told
 from evaluation.fid.estimators import (
     NEIGHBOUR,
     SPLIT,
@@ -210,6 +211,9 @@ def described(network: Network, samples: Images, reference: Reference) -> dict[s
 def warnings(network: Network, samples: Images, reference: Reference) -> list[str]:
     """What to know before a value is believed, a sentence each."""
     said, n = [], len(samples)
+    for what, images in (("samples", samples), ("reference", reference.images)):
+        if images is not None and images.left_out:
+            said.append(f"the {what} are {len(images)} images{told(images.left_out)}")
     if not network.comparable:
         said.append(f"these are features of {network.name}: not comparable with any published FID, sFID or the rest")
     if n != USUAL_SAMPLES:

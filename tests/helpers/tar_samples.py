@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import simplejpeg
 
 from data.errors import DataError
+from data.listing import that_count
 from data.shards.index import SourceIndex, open_index
 from data.store import ObjectInfo, ReadOnly, open_store
 
@@ -69,9 +71,10 @@ class MemoryStore:
         self.lists = 0
         self.now = 100.0
 
-    def list(self, suffix: str = "") -> list[ObjectInfo]:
+    def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
         self.lists += 1
-        found = (self.info(name) for name in sorted(self._objects) if name.endswith(suffix))
+        names = that_count(sorted(self._objects), str, Counter() if left_out is None else left_out)
+        found = (self.info(name) for name in names if name.endswith(suffix))
         return [info for info in found if info is not None]
 
     def read(

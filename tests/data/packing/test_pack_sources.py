@@ -149,7 +149,9 @@ def test_of_a_folder_only_images_that_are_none_are_left_out(tmp_path: Path) -> N
     for name, content in {**others, "deep/not.a.jpg": b"<html>", "b.txt": b"\xff\xfe caption"}.items():
         (folder / name).write_bytes(content)
     packed("folder {i} --out {o} --workers 1", i=folder, o=tmp_path / "out")
-    assert summary(tmp_path / "out")["left_out"] == {"other_format": 1}
+    beside = "files without an image of their name"
+    assert summary(tmp_path / "out")["left_out"] == {"other_format": 1, "hidden": 1, beside: 1}
+    assert summary(tmp_path / "out")["without_caption"] == 1
     listed = json.loads((tmp_path / "out/train/00000.left_out.json").read_text())["other_format"]
     assert len(listed) == 1 and listed[0].startswith("deep/00000.tar sample 3 (deep/not.a): ")
     found = {s.key[10:]: s.members for s in samples(f"{tmp_path}/out")}
@@ -189,18 +191,24 @@ def test_images_are_made_smaller_never_larger(tmp_path: Path) -> None:
     assert len(again) < len(Images(quality=95)(buffer.getvalue())[1])
     kind, same_size = Images(resize=512, quality=90)(jpeg(3))
     assert kind == "jpg" and simplejpeg.decode_jpeg_header(same_size)[:2] == (16, 16)
-    assert Images(resize=512)(encoded("GIF"))[0] == "jpg"
+    assert (
+        Images(resize=512)(encoded("GIF")) == ("gif", encoded("GIF")) and Images(resize=8)(encoded("GIF"))[0] == "jpg"
+    )
 
 
-def test_an_image_is_named_after_its_content_and_tiff_is_none(tmp_path: Path) -> None:
+def test_an_image_is_named_after_its_content(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    for name, form in {"a.jpg": "PNG", "b.png": "JPEG", "c.jpeg": "JPEG", "d.jpg": "WEBP", "e.jpg": "TIFF"}.items():
+    forms = {"a.jpg": "PNG", "b.png": "JPEG", "c.jpeg": "JPEG", "d.jpg": "WEBP", "e.jpg": "TIFF", "f.JFIF": "AVIF"}
+    for name, form in {**forms, "g.jpg": "TGA"}.items():
         (tmp_path / "in" / name).write_bytes(encoded(form))
     packed("folder {i} --out {o} --workers 1", i=tmp_path / "in", o=tmp_path / "out")
-    assert [[*s.members] for s in samples(f"{tmp_path}/out")] == [["png"], ["jpg"], ["jpg"], ["webp"]]
+    assert [[*s.members] for s in samples(f"{tmp_path}/out")] == [
+        ["png"], ["jpg"], ["jpg"], ["webp"], ["tif"], ["avif"]
+    ]  # fmt: skip
+    assert summary(tmp_path / "out")["left_out"] == {"other_format": 1}
     packed("folder {i} --out {o} --workers 1 --resize 20", i=tmp_path / "in", o=tmp_path / "out2")
-    assert summary(tmp_path / "out2")["left_out"] == {"undecodable_image": 1}
-    assert [[*s.members] for s in samples(f"{tmp_path}/out2")] == [["jpg"]] * 4
+    assert summary(tmp_path / "out2")["left_out"] == {"other_format": 1}
+    assert [[*s.members] for s in samples(f"{tmp_path}/out2")] == [["jpg"]] * 6
 
 
 def test_a_turned_image_is_encoded_upright() -> None:
@@ -216,7 +224,7 @@ def test_images_that_cannot_be_encoded_again_are_left_out(tmp_path: Path) -> Non
     (tmp_path / "in/a.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "in/b.jpg").write_bytes(b"not an image")
     packed("folder {i} --out {o} --quality 80 --workers 1", i=tmp_path / "in", o=tmp_path / "out")
-    assert summary(tmp_path / "out")["left_out"] == {"undecodable_image": 2}
+    assert summary(tmp_path / "out")["left_out"] == {"undecodable_image": 1, "other_format": 1}
     assert {tuple(s.members) for s in samples(f"{tmp_path}/out")} == {("jpg", "txt")}
     assert set(summary(tmp_path / "out")["versions"]) == {"contents", "pillow", "simplejpeg", "torch"}
 

@@ -19,7 +19,7 @@ import launch.index
 from data.errors import DataError
 from data.shards.index import open_index
 from data.shards.manifest import build_manifest, offsets_name, open_place, read_manifest
-from data.shards.offsets import from_bytes, read_offsets, to_bytes
+from data.shards.offsets import from_bytes, read_offsets, scan_shard, to_bytes
 from data.shards.tar import scan_tar
 from data.store import open_store
 
@@ -349,7 +349,7 @@ def test_a_damaged_shard_scans_the_same_from_its_last_offset() -> None:
     for cut in range(2048, 5 * 2048, 100):
         store = MemoryStore({"a.tar": content[:cut]}, readahead=512)
         info = store.list()[0]
-        whole = scan_tar(store, info)
+        whole = scan_shard(store, info)
         store.write("a.tar.idx", to_bytes(whole.offsets))
         again = read_offsets(store, info, store, store.info("a.tar.idx"))
         assert again is not None and again.damage == whole.damage

@@ -528,16 +528,48 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root" / "sub" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "sub" / "above").symlink_to(tmp_path)
+    (tmp_path / "root" / "again").symlink_to(tmp_path / "root" / "sub")
+    (tmp_path / "root" / "later").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "root" / "gone.tar").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "root" / "itself").symlink_to("itself")
     (tmp_path / "elsewhere" / "deep" / "here").symlink_to(".")
     (tmp_path / "root" / "file.tar").symlink_to(tmp_path / "root" / "sub" / "b.tar")
-    store = open_store(str(tmp_path / "root"))
-    infos = store.list()
-    assert [info.name for info in infos] == ["c.txt", "file.tar", "linked/deep/a.tar", "sub/b.tar"]
+    os.mkfifo(tmp_path / "root" / "pipe.tar")
+    (tmp_path / "root" / "e.tar.partial").touch()
+    store, left_out = open_store(str(tmp_path / "root")), Counter[str]()
+    infos = store.list(left_out=left_out)
+    assert [info.name for info in infos] == ["c.txt", "file.tar", "later/a.tar", "sub/b.tar"]
     assert [store.info(info.name) for info in infos] == infos
     assert store.read("linked/deep/a.tar") == b"elsewhere/deep/a.tar"
-    (tmp_path / "root" / "gone.tar").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"listing .*/root is not possible: No such file .*gone\.tar"):
-        store.list()
+    assert left_out == {
+        "hidden": 1,
+        "broken links": 2,
+        "links to folders that are listed already": 5,
+        "neither files nor folders": 1,
+        "unfinished (.partial)": 1,
+    }
+
+
+HIDDEN = (
+    ".ipynb_checkpoints/a.tar",
+    ".snapshot/hourly/a.tar",
+    ".snapshot/b.tar",
+    "sub/.Trash-1000/a.tar",
+    "sub/._b.tar",
+)
+SYSTEM = ("__MACOSX/a.tar", "@eaDir/a.tar", "#snapshot/a.tar", "deep/lost+found/a.tar", "$RECYCLE.BIN/a.tar")
+
+
+def test_hidden_and_system_files_are_left_out_alike_everywhere(store: WritableStore) -> None:
+    counted = ["@eaDir.tar", "a..b/c.tar", "lost+found.tar", "sub/a.tar"]
+    for name in (*HIDDEN, *SYSTEM, *counted):
+        store.write(name, b"x")
+    left_out = Counter[str]()
+    assert [info.name for info in store.list(".tar", left_out) if info.name not in CONTENT] == counted
+    # The two files of .snapshot are one thing that is hidden.
+    assert left_out == {"hidden": 4, "in system folders (snapshots, recycle bins)": 5}
+    assert store.read(HIDDEN[0]) == b"x"
 
 
 def test_a_folder_that_may_not_be_listed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

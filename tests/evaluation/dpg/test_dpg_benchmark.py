@@ -34,6 +34,8 @@ def test_hashes_tell_of_what_changed(tmp_path: Path) -> None:
     assert first == again
     other = read(write_copy(tmp_path / "c", changed(3, question_natural_language="Is it a drawing?")))
     assert other.prompts_sha256 == first.prompts_sha256 and other.table_sha256 != first.table_sha256
+    (tmp_path / "a" / "prompts" / "._dog2.txt").write_bytes(b"\0\5\x16\7\xff")  # what a Mac leaves is no prompt
+    assert read(tmp_path / "a") == first
     (tmp_path / "a" / "prompts" / "dog2.txt").write_text("another dog")
     other = read(tmp_path / "a")
     assert other.prompts_sha256 != first.prompts_sha256 and other.table_sha256 == first.table_sha256

@@ -50,6 +50,38 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     assert np.abs(found[3].astype(int) - np.asarray(Image.open(tmp_path / "d.jpg")).astype(int)).max() <= 2
 
 
+def test_a_folder_holds_what_counts_in_every_listing(tmp_path: Path) -> None:
+    image = pixels(1)[0]
+    there, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    names = ["00000/samples/0000.png", "00000/samples/0001.JPG", "b.tif", "c.jfif", "grid.png"]
+    others = [
+        "00000/grid.png",
+        ".ipynb_checkpoints/b-checkpoint.png",
+        "._b.png",
+        "__MACOSX/b.png",
+        "00000/@eaDir/x.png",
+    ]
+    for name in (*names, *others, "../elsewhere/d.bmp"):
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        form = {".JPG": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}.get(Path(name).suffix, "PNG")
+        Image.fromarray(image).save(there / name, form)
+    (there / "linked").symlink_to(elsewhere)
+    (there / "again").symlink_to(there / "00000")
+    (there / "00000" / "metadata.jsonl").write_text("{}")
+    (there / "phone.heic").touch()
+    opened = open_images(there, None)
+    assert [file.relative_to(there).as_posix() for file in opened.files] == [*names, "linked/d.bmp"]
+    assert torch.cat(list(opened.batches([range(6)]))).shape == (6, 3, 8, 12)
+    assert opened.left_out == {
+        "hidden": 2,
+        "in system folders (snapshots, recycle bins)": 2,
+        "links to folders that are listed already": 1,
+        "grids of GenEval's layout": 1,
+        "files that are no images": 1,
+        "images of a format that is not decoded (.heic)": 1,
+    }
+
+
 def test_hashes_are_those_of_sha256sum(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -111,7 +143,7 @@ def test_an_npz_of_another_form(tmp_path: Path, arrays: dict[str, np.ndarray], s
 
 
 def test_what_is_no_set_of_images(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no images, which end in .png"):
+    with pytest.raises(UserError, match="holds no images .jpg, "):
         open_images(tmp_path, None)
     for path in (tmp_path / "missing.npz", Path(__file__)):
         with pytest.raises(UserError, match=r"must be a folder of images or an \.npz with arr_0"):

@@ -1,0 +1,128 @@
+"""Which files below a root count, and what a listing says of those that do not: one rule for disks, S3 and tars.
+
+- A file counts unless its path below the root has a part that is hidden (`.ipynb_checkpoints`, `.snapshot`,
+  `.Trash-1000`, `._0.tar`) or a folder that a system keeps for itself (`SYSTEM_FOLDERS`).
+- Links are followed (`data/store/local.py`): each link to a file is a file, each real folder is listed once.
+- What is left out is counted by reason. A reason is a phrase that a message can show; it holds the advice, if any.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from data.formats import IMAGE_EXTENSIONS, UNDECODED_EXTENSIONS
+
+T = TypeVar("T")
+
+SYSTEM_FOLDERS = frozenset(
+    ("__MACOSX", "lost+found", "@eaDir", "#snapshot", "#recycle", "@Recycle", "@Recently-Snapshot", "~snapshot",
+     "$RECYCLE.BIN", "System Volume Information")
+)  # fmt: skip
+"""Snapshots, recycle bins, thumbnails and metadata of file systems, network storage and archivers."""
+
+HIDDEN = "hidden"
+SYSTEM = "in system folders (snapshots, recycle bins)"
+IMAGE_BESIDE_SHARDS = "images beside the shards (a source is read as tars or as a folder of images)"
+
+_DECOMPRESS = {
+    "gz": "gunzip", "tgz": "gunzip", "zst": "unzstd", "tzst": "unzstd", "bz2": "bunzip2", "tbz": "bunzip2",
+    "tbz2": "bunzip2", "xz": "unxz", "txz": "unxz", "lz4": "unlz4", "lzma": "unlzma", "z": "uncompress",
+}  # fmt: skip
+_ONE_WORD = ("tgz", "tzst", "tbz", "tbz2", "txz")  # for .tar.gz and so on
+_ARCHIVES = ("zip", "7z", "rar")
+_TABLES = {
+    "csv": "pack it with launch/pack.py csv", "tsv": "pack it with launch/pack.py csv",
+    "parquet": "pack it with launch/pack.py parquet", "jsonl": "write it as CSV or Parquet, and pack that",
+}  # fmt: skip
+_OTHER_SHARDS = ("mds", "tfrecord", "tfrecords", "arrow", "beton")
+_MAGIC = {
+    b"\x1f\x8b": "gzip-compressed: gunzip it first",
+    b"\x28\xb5\x2f\xfd": "Zstandard-compressed: unzstd it first",
+    b"BZh": "bzip2-compressed: bunzip2 it first",
+    b"\xfd7zXZ\0": "xz-compressed: unxz it first",
+    b"\x04\x22\x4d\x18": "LZ4-compressed: unlz4 it first",
+    b"PK\x03\x04": "a ZIP archive: unpack it, and pack it as tar",
+    b"7z\xbc\xaf": "a 7-Zip archive: unpack it, and pack it as tar",
+    b"\x00\x05\x16\x07": "what macOS keeps beside a file (AppleDouble): remove it",
+    b"version https://git-lfs": "a Git LFS pointer, not the file: run git lfs pull",
+}
+
+
+def excluded(name: str) -> str | None:
+    """Why a path below a root does not count, by its name: `HIDDEN` or `SYSTEM`; None where it counts."""
+    for part in name.split("/"):
+        if part.startswith(".") and part not in (".", ".."):
+            return HIDDEN
+        if part in SYSTEM_FOLDERS:
+            return SYSTEM
+    return None
+
+
+def that_count(items: Iterable[T], name: Callable[[T], str], left_out: Counter[str]) -> list[T]:
+    """The items of a flat listing whose names count; the others are counted, those of one folder as one."""
+    found, roots = [], set()
+    for item in items:
+        if (reason := excluded(name(item))) is None:
+            found.append(item)
+            continue
+        parts = name(item).split("/")
+        roots.add((reason, next("/".join(parts[:n]) for n in range(1, len(parts) + 1) if excluded(parts[n - 1]))))
+    left_out.update(reason for reason, _ in roots)
+    return found
+
+
+def extension(name: str) -> str:
+    """A path's extension in lower case, without the dot; "" where there is none."""
+    stem, dot, found = name.rpartition("/")[2].rpartition(".")
+    return found.lower() if dot and stem else ""
+
+
+def is_image(name: str) -> bool:
+    """Whether a path is, by its extension, that of an image in a format that is decoded."""
+    return extension(name) in IMAGE_EXTENSIONS
+
+
+def why_not_a_shard(name: str) -> str | None:
+    """Why a path that does not end in .tar is left out of a source of tars; None where it has nothing to do with it."""
+    stem, _, suffix = name.rpartition(".")
+    ending, tarred = extension(name), extension(stem) == "tar"
+    if ending in _ONE_WORD or (tarred and ending in _DECOMPRESS):
+        return f"compressed (.{'tar.' if tarred else ''}{ending}: {_DECOMPRESS[ending]} it first)"
+    if ending == "tar":
+        return f"tars that are not named .tar (.{suffix}: rename it)"
+    if ending in _ARCHIVES:
+        return f"archives (.{ending}: unpack it)"
+    return IMAGE_BESIDE_SHARDS if is_image(name) else None
+
+
+def why_not_an_image(name: str) -> str:
+    """Why a path is no part of a folder of images, where no image has its name."""
+    if (ending := extension(name)) in _TABLES:
+        return f"tables (.{ending}: {_TABLES[ending]})"
+    if ending in _OTHER_SHARDS:
+        return f"shards in a form that is not read (.{ending}: convert it to tar)"
+    return why_not_decoded(name) or why_not_a_shard(name) or "files without an image of their name"
+
+
+def why_not_decoded(name: str) -> str | None:
+    """Why the image of a path is left out, by its extension; None for what is no image or one that is decoded."""
+    if (ending := extension(name)) in UNDECODED_EXTENSIONS:
+        return f"images of a format that is not decoded (.{ending})"
+    return None
+
+
+def kind_of(content: bytes) -> str | None:
+    """What a file that is no tar is, by its first bytes; None where they tell nothing."""
+    return next((words for magic, words in _MAGIC.items() if content.startswith(magic)), None)
+
+
+def told(left_out: Mapping[str, int]) -> str:
+    """The end of a sentence, "; left out: 2 hidden, 1 compressed (...)"; "" where nothing is left out."""
+    return f"; left out: {listed(left_out)}" if left_out else ""
+
+
+def listed(left_out: Mapping[str, int]) -> str:
+    """Numbers and reasons: "2 hidden, 1 compressed (.tar.gz: gunzip it first)"."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
