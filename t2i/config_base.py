@@ -33,7 +33,7 @@ def read_none(value: Any, annotation: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base of every part of the tree: unknown keys are errors, numbers are finite, and docstrings are the help texts."""
+    """Base of every part of the tree: unknown keys are errors, numbers are finite, docstrings are the help texts."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False

@@ -107,19 +107,18 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
     for index, stage in enumerate(config.stages):
         _check_stage(stage, where)
         # As the fields have it: paths filled in once, numbers and none as such.
-        resolved = stage_config(config, index).model_dump()
-        config.stages[index] = {**_same_fields(stage, resolved), "name": stage["name"]}
+        resolved = {**stage_config(config, index).model_dump(), "name": stage["name"]}
+        config.stages[index] = _same_fields(stage, resolved)
     if len({stage["name"] for stage in config.stages}) < len(config.stages):
         raise ConfigError(f"{where}: stages: two stages have the same name")
     return config
 
 
-def _same_fields(changes: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """The values in `tree` of those fields that `changes` has, its own name aside."""
-    return {
-        name: _same_fields(value, tree[name]) if isinstance(value, dict) and isinstance(tree[name], dict) else tree[name]
-        for name, value in changes.items()
-    }
+def _same_fields(changes: Any, tree: Any) -> Any:
+    """The values in `tree` of those fields that `changes` has."""
+    if not (isinstance(changes, dict) and isinstance(tree, dict)):
+        return tree
+    return {name: _same_fields(value, tree[name]) for name, value in changes.items()}
 
 
 def _check_buckets(config: RunConfig, where: str) -> None:

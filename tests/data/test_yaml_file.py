@@ -102,7 +102,9 @@ def test_what_is_refused_in_one_sentence(text: str, sentence: str) -> None:
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("item", ["[{0},{0},{0},{0},{0},{0},{0},{0},{0}]", "{{<<: [{0},{0},{0},{0},{0},{0},{0},{0},{0}]}}"])
+@pytest.mark.parametrize(
+    "item", ["[{0},{0},{0},{0},{0},{0},{0},{0},{0}]", "{{<<: [{0},{0},{0},{0},{0},{0},{0},{0},{0}]}}"]
+)
 def test_an_alias_bomb_is_refused_before_it_is_built(item: str) -> None:
     lines = ["a0: &a0 {lol: lol}"] + [f"a{n}: &a{n} {item.format(f'*a{n - 1}')}" for n in range(1, 9)]
     with pytest.raises(UserError, match=r"line 7: its aliases expand to more than a file may hold"):
@@ -117,8 +119,8 @@ def test_a_chain_of_aliases_is_as_deep_as_what_it_stands_for() -> None:
 
 @pytest.mark.parametrize(
     "tree",
-    ["yes", "010", "08", "1e-4", "1.5e3", "1:30", "2024-01-01", "none", "null", "~", "", "<<", "0x1f", "\u2028a\x85b", 1e-5,
-     5e22, 10, True, None, [], {}, {"a": [{"on": "off"}, "a: b", "ünï # hash"]}],
+    ["yes", "010", "08", "1e-4", "1.5e3", "1:30", "2024-01-01", "none", "null", "~", "", "<<", "0x1f", "\u2028a\x85b",
+     1e-5, 5e22, 10, True, None, [], {}, {"a": [{"on": "off"}, "a: b", "ünï # hash"]}],
 )  # fmt: skip
 def test_what_is_written_is_read_back(tree: Any) -> None:
     text = dump_yaml({"a": tree})
