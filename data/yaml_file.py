@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
@@ -43,7 +43,7 @@ _SHOW = {hidden: plain for plain, hidden in _HIDE.items()}
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = dict[str, Any]()
     yaml_constructors: ClassVar[dict[Any, Any]] = {
         tag and _TAG + tag: yaml.SafeLoader.yaml_constructors[tag and _TAG + tag]
         for tag in ("null", "bool", "int", "float", "str", "seq", "map", None)
@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > MOST_DEPTH:
             self._refuse(self.peek_event().start_mark, f"it is nested more than {MOST_DEPTH} deep")
-        node: Any = super().compose_node(parent, index)
+        node = cast(Node, super().compose_node(parent, index))
         self._depth -= 1
         if isinstance(node, ScalarNode):
             size, depth = 1 + len(node.value), 1
