@@ -43,7 +43,7 @@ _SHOW = {hidden: plain for plain, hidden in _HIDE.items()}
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = dict[str, Any]()
+    yaml_implicit_resolvers = dict[str, Any]()  # noqa: RUF012, as PyYAML has it
     yaml_constructors: ClassVar[dict[Any, Any]] = {
         tag and _TAG + tag: yaml.SafeLoader.yaml_constructors[tag and _TAG + tag]
         for tag in ("null", "bool", "int", "float", "str", "seq", "map", None)
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str, where: str) -> None:
         super().__init__(text.translate(_HIDE))
-        self._where, self._depth = where, 0
+        self._text, self._where, self._depth = text, where, 0
         self._extents = dict[Node, tuple[int, int]]()  # characters and depth of finished nodes, aliases expanded
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -107,7 +107,12 @@ class _Loader(yaml.SafeLoader):
             self._refuse(node.start_mark, f"{value:.40} is no number that can be read")
 
     def _refuse(self, mark: yaml.Mark, words: str) -> NoReturn:
-        raise UserError(f"{self._where}, line {mark.line + 1}: {words}")
+        raise UserError(f"{self._where}{_line(mark, self._text)}: {words}")
+
+
+def _line(mark: yaml.Mark | None, text: str) -> str:
+    """Where in a text of several lines."""
+    return f", line {mark.line + 1}" if mark is not None and "\n" in text else ""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -135,8 +140,7 @@ def load_yaml(text: str, where: str) -> Any:
     try:
         return _Loader(text, where).get_single_data()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark else ""
+        line = _line(error.problem_mark or error.context_mark, text)
         words = " ".join(part for part in (error.context, error.problem) if part)
         raise UserError(f"{where}{line}: not YAML: {words}") from error
     except yaml.YAMLError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.files import PathText
 from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
@@ -35,7 +36,7 @@ def _parse() -> Namespace:
     parser.add_argument("--score-only", action="store_true", help="score the grids in --out")
     parser.add_argument("--resolution", type=int, help="side of a picture in pixels; by default the model's")
     parser.add_argument("--pic-num", type=int, help="pictures of a grid of --images to score, 1 to 4 (default)")
-    parser.add_argument("--judge", help="model that answers the questions, by name or path")
+    parser.add_argument("--judge", type=PathText, help="model that answers the questions, by name or path")
     parser.add_argument("--answers", type=Path, help="answers of a judge that ran elsewhere")
     parser.add_argument("--write-questions", type=Path, help="write what such a judge has to answer, and stop")
     parser.add_argument("--sample-only", action="store_true", help="draw, and stop")

@@ -8,24 +8,23 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
+from launch.parser import Parser
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import validate_section
 from t2i.config_sampling import SamplingConfig
 
 
-def job_parser(docstring: str | None) -> ArgumentParser:
+def job_parser(docstring: str | None) -> Parser:
     """A parser without options; a job's first line of documentation is its help."""
-    parser = ArgumentParser(description=(docstring or "").splitlines()[0], exit_on_error=False)
+    parser = Parser(description=(docstring or "").splitlines()[0], exit_on_error=False)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
     return parser
 
 
-def drawing_parser(
-    docstring: str | None, model: str = "model/ folder of a run", required: bool = True
-) -> ArgumentParser:
+def drawing_parser(docstring: str | None, model: str = "model/ folder of a run", required: bool = True) -> Parser:
     """A parser of the options that say which weights draw, and how.
 
     Args:
@@ -40,12 +39,12 @@ def drawing_parser(
     return parser
 
 
-def add_size(parser: ArgumentParser) -> None:
+def add_size(parser: Parser) -> None:
     """Let the size be chosen."""
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; by default the model's training resolution")
 
 
-def parsed(parser: ArgumentParser) -> Namespace:
+def parsed(parser: Parser) -> Namespace:
     """What the process's command line says.
 
     Raises:

@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from data.files import read_lines
 from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -23,10 +24,7 @@ from t2i.pipeline import Picture, Pipeline, batches_of
 
 
 def _read_prompts(path: Path) -> list[str]:
-    try:
-        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: cannot be read: {error}") from error
+    prompts = [line.strip() for line in read_lines(path, f"--prompts {path}") if line.strip()]
     if not prompts:
         raise ConfigError(f"--prompts {path}: holds no prompt")
     return prompts

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from data.errors import UserError
+from data.files import PathText
 from launch.command import run
 from launch.process import quiet
 from t2i.config import RunConfig
@@ -29,7 +30,7 @@ from t2i.serving.studio import Studio
 
 
 def serve(
-    model: str,
+    model: PathText,
     which: WhichWeights = "ema",
     host: str = "127.0.0.1",
     port: int = 7860,

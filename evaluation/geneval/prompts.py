@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.errors import UserError
+from data.files import read_lines
 
 Metadata = dict[str, Any]
 
@@ -172,12 +173,7 @@ def read(path: Path) -> list[Metadata]:
     Raises:
         UserError: the file cannot be read, holds no prompt, or a line is not one; it is named.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"prompts {path}: {error.strerror}: give a file as GenEval's evaluation_metadata.jsonl"
-        ) from error
+    lines = read_lines(path, f"prompts {path}")
     if not lines:
         raise UserError(f"prompts {path}: the file is empty: it needs a line of JSON for each prompt")
     for number, line in enumerate(lines, 1):

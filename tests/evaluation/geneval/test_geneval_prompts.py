@@ -97,7 +97,7 @@ def test_a_line_that_is_no_prompt_is_named(line: str | Metadata, said: str, tmp_
 
 def test_a_file_that_is_empty_or_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: cannot be read: No such file"):
         prompts.read(path)
     path.touch()
     with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: the file is empty"):
