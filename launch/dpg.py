@@ -21,7 +21,7 @@ from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
 from evaluation.drawing import made_of, read_speed
-from launch.drawing import drawing_parser, parsed, sampling_of
+from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Pipeline
@@ -81,7 +81,9 @@ def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
         raise UserError(f"--resolution must be given, since the model was trained at {height} x {width} pixels")
     if resolution % config.model.patch_size:
         raise UserError(f"--resolution {resolution} must be a multiple of model.patch_size ({config.model.patch_size})")
-    drawing = Drawing(options.out, asked.items, resolution, sampling_of(config, options.sampling))
+    sampling = sampling_of(config, options.sampling)
+    check_memory(world, pipeline, (resolution, resolution), sampling, "--resolution")
+    drawing = Drawing(options.out, asked.items, resolution, sampling)
     drawn_from = {"which": options.weights, "prompts_sha256": asked.prompts_sha256}
     drawn_from |= made_of(pipeline, options.model, options.weights)
     job.draw(world, pipeline, drawing, drawn_from, {"model": str(options.model)})

@@ -15,6 +15,9 @@ from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import validate_section
 from t2i.config_sampling import SamplingConfig
+from t2i.pipeline import Pipeline
+from t2i.size_limits import check_fits
+from t2i.train.processes import World
 
 
 def job_parser(docstring: str | None) -> Parser:
@@ -63,6 +66,19 @@ def sampling_of(config: RunConfig, overrides: dict[str, Any]) -> SamplingConfig:
         ConfigError: a setting that is unknown or wrong.
     """
     return validate_section(SamplingConfig, {**config.sampling.model_dump(), **overrides}, "--sampling")
+
+
+def check_memory(
+    world: World, pipeline: Pipeline, size: tuple[int, int], sampling: SamplingConfig, option: str = "--size"
+) -> None:
+    """See, before anything is drawn, that a batch of pictures of this height and width fits. A collective.
+
+    Raises:
+        UserError: it does not.
+    """
+    advice = "give a smaller size, or a lower --sampling.batch_size"
+    name = f"{option} {size[0]}x{size[1]}"
+    world.from_main(lambda: check_fits(pipeline, size, sampling.batch_size, name, advice))
 
 
 def size_of(config: RunConfig, text: str | None) -> tuple[int, int]:

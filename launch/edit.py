@@ -24,7 +24,7 @@ from data.errors import UserError
 from data.files import PathText
 from evaluation.drawing import made_of, write_png
 from evaluation.editing.edit_list import read_edits, read_picture
-from evaluation.editing.job import EditJob
+from evaluation.editing.job import SCALE_DOWN, EditJob
 from evaluation.editing.outcome import as_text
 from evaluation.geneval.detectors import Name, build_detector
 from launch.drawing import job_parser, parsed
@@ -33,6 +33,7 @@ from launch.process import joined_world, main
 from t2i.config_base import ConfigError
 from t2i.editing import EditSettings, edit_image, edit_settings, patch_window
 from t2i.pipeline import Pipeline
+from t2i.size_limits import check_fits
 from t2i.train.processes import World
 
 _OF_ONE = ("image", "source", "target")
@@ -107,13 +108,16 @@ def edit() -> None:
 def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
     image = torch.from_numpy(read_picture(options.image))
     window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
+    pixels = image[:, *window]
+    _, height, width = pixels.shape
+    check_fits(pipeline, (height, width), 1, f"--image {options.image}, {height} x {width} pixels", SCALE_DOWN)
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
     with tqdm(total=calls, unit="step") as bar:
 
         def step_done(images: Tensor, t: float) -> None:
             bar.update()
 
-        result = edit_image(pipeline, image[:, *window], options.source, options.target, settings, step_done)
+        result = edit_image(pipeline, pixels, options.source, options.target, settings, step_done)
     try:
         write_png(options.out, result.permute(1, 2, 0).numpy())
     except OSError as error:

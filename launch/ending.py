@@ -16,7 +16,7 @@ from t2i.exit_codes import BAD_INPUT, DONE, FAILED
 
 RANK_0_FIRST_S = 3.0
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
-_ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
+_ASKED_FOR = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", re.IGNORECASE)
 _NOT_WRITTEN = re.compile(r"PytorchStreamWriter failed writing|No space left on device|\(os error \d+\)")
 """What torch and safetensors say of a disk, without an OSError."""
 
@@ -73,7 +73,10 @@ def machine_fault(error: Exception) -> str | None:
         return "a process was killed, perhaps for its memory"
     if isinstance(error, MemoryError) or _NO_MEMORY.search(words):
         asked = _ASKED_FOR.search(words)
-        return "the memory is not enough" + (f": {asked[1]} more were asked for" if asked else "")
+        if asked is None:
+            return "the memory is not enough"
+        many = f"{int(asked[1]) / 2**30:,.1f} GiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+        return f"the memory is not enough: {many} were asked for at once"
     if isinstance(error, OSError):
         if error.strerror is None:
             return words or type(error).__name__

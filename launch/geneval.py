@@ -31,7 +31,7 @@ from evaluation.geneval.self_check import self_check
 from evaluation.geneval.verdicts import Verdicts
 from evaluation.parts import write_aside
 from evaluation.proving.bounds import bounds
-from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
+from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.parser import Parser
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -145,6 +145,7 @@ def _draw(world: World, options: Namespace, detector: Detector | None = None) ->
         raise ConfigError(f"--model {options.model} draws from classes: GenEval needs one that draws from captions")
     settings = sampling_of(pipeline.config, options.sampling)
     size, each = size_of(pipeline.config, options.size), options.images_per_prompt or EACH
+    check_memory(world, pipeline, size, settings)
     samples = Samples(options.out, chosen, each, size, settings)
     about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
     batches = world.from_main(lambda: samples.begin(about, beside))

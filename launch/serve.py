@@ -25,8 +25,8 @@ from launch.process import quiet
 from t2i.config import RunConfig
 from t2i.model_folder import WhichWeights
 from t2i.pipeline import Pipeline
-from t2i.serving.limits import USABLE, find_limits, free_bytes
 from t2i.serving.studio import Studio
+from t2i.size_limits import USABLE, find_limits, free_bytes
 
 
 def serve(
