@@ -1,4 +1,4 @@
-"""Files that users write: text in one encoding, lines by one rule.
+"""Files that users name and write: paths filled in, text in one encoding, lines by one rule.
 
 Text is UTF-8, with or without a byte-order mark. A line ends at a newline (LF, CRLF or CR) and nowhere else:
 U+2028, form feed and NEL, at which `str.splitlines` also splits, are part of a line.
@@ -7,9 +7,47 @@ U+2028, form feed and NEL, at which `str.splitlines` also splits, are part of a 
 from __future__ import annotations
 
 import codecs
+import os
+import re
 from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator
 
 from data.errors import UserError
+
+P = TypeVar("P", str, Path)
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+
+
+def expand_path(path: P) -> P:
+    """A path, or the address of a store, with its `~`, `~user`, `$NAME` and `${NAME}` filled in.
+
+    What comes of it has none, so that it may be expanded again.
+
+    Raises:
+        UserError: a variable that is not set, is empty or holds a `$` or `~` itself, or a user that is not known.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        held = os.environ.get(name, "")
+        if not held:
+            raise UserError(f"{str(path)!r}: the variable {name} is not set")
+        if "$" in held or held.startswith("~"):
+            raise UserError(f"{str(path)!r}: the variable {name} should hold a path as it is, not {held!r}")
+        return held
+
+    filled = os.path.expanduser(_VARIABLE.sub(value, str(path)))
+    if filled.startswith("~"):
+        raise UserError(f"{str(path)!r}: there is no user {filled[1:].partition('/')[0]!r} whose folder it could be")
+    return type(path)(filled)
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path, an address such as s3://bucket/prefix, or a name that may be a path."""
+ExpandedPath = Annotated[Path, AfterValidator(expand_path)]
 
 
 def decode_text(raw: bytes, where: str) -> str:

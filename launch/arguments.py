@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 
+from data.yaml_file import load_yaml
+from launch.parser import Parser
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_data import CaptionConfig, SourceConfig
@@ -43,7 +44,7 @@ def parse(description: str, default_config: str, argv: list[str]) -> RunConfig:
     return config
 
 
-def _parser(description: str, default_config: str) -> ArgumentParser:
+def _parser(description: str, default_config: str) -> Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     fields = [
         f"{prefix}{name}: {field.description}"
@@ -51,7 +52,7 @@ def _parser(description: str, default_config: str) -> ArgumentParser:
         for name, field in section.model_fields.items()
     ]
     epilog = "Fields of each of data.sources: " + " ".join(fields)
-    parser = ArgumentParser(description=description, epilog=epilog, exit_on_error=False, print_config=None)
+    parser = Parser(description=description, epilog=epilog, exit_on_error=False, print_config=None)
     parser.add_argument(
         "--config",
         type=Path,
@@ -64,11 +65,11 @@ def _parser(description: str, default_config: str) -> ArgumentParser:
     return parser
 
 
-def _check_names(parser: ArgumentParser, argv: list[str]) -> None:
+def _check_names(parser: Parser, argv: list[str]) -> None:
     """Refuse unknown options, with the nearest known one, and whole sections, which would reset their other fields."""
     known = {action.dest for action in parser._actions}
     sections = {name for name in RunConfig.model_fields if any(option.startswith(f"{name}.") for option in known)}
-    for name in _values(argv):
+    for name in values_of(argv):
         if name in sections:
             raise ConfigError(f"--{name} is a section: set its fields, such as --{name}.FIELD VALUE")
         if name not in known:
@@ -80,12 +81,9 @@ def _reworded(error: ArgumentError, argv: list[str]) -> str:
     """The config's own sentence on a wrong value; the parser's where the config has none."""
     message = " ".join(str(error).split())
     found = re.search(r'key "([\w.]+)"', message)
-    raw = _values(argv).get(found.group(1)) if found else None
+    raw = values_of(argv).get(found.group(1)) if found else None
     if found and raw is not None:
-        try:
-            value: Any = yaml.safe_load(raw)
-        except yaml.YAMLError:
-            return f"--{found.group(1)}: {raw!r} is not a value in YAML's form"
+        value: Any = load_yaml(raw, f"--{found.group(1)}")
         for part in reversed(found.group(1).split(".")):
             value = {part: value}
         try:
@@ -95,7 +93,7 @@ def _reworded(error: ArgumentError, argv: list[str]) -> str:
     return message
 
 
-def _values(argv: list[str]) -> dict[str, str]:
+def values_of(argv: list[str]) -> dict[str, str]:
     """The words behind the options on a command line, by dotted name."""
     found = {}
     for index, word in enumerate(argv):

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from data.files import PathText
 from evaluation.compare.page import check_columns, write_comparison
 from evaluation.compare.read import read_columns
 from evaluation.compare.tables import all_tables
@@ -21,7 +22,9 @@ from evaluation.compare.text import as_text
 from launch.command import run
 
 
-def compare(runs: list[str], /, out: str | None = None, seeds: Literal["together", "apart"] = "together") -> None:
+def compare(
+    runs: list[PathText], /, out: PathText | None = None, seeds: Literal["together", "apart"] = "together"
+) -> None:
     """Print runs side by side.
 
     Args:

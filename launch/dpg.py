@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.files import PathText
 from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
 from evaluation.drawing import made_of, read_speed
-from launch.drawing import drawing_parser, parsed, sampling_of
+from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Pipeline
@@ -35,7 +36,7 @@ def _parse() -> Namespace:
     parser.add_argument("--score-only", action="store_true", help="score the grids in --out")
     parser.add_argument("--resolution", type=int, help="side of a picture in pixels; by default the model's")
     parser.add_argument("--pic-num", type=int, help="pictures of a grid of --images to score, 1 to 4 (default)")
-    parser.add_argument("--judge", help="model that answers the questions, by name or path")
+    parser.add_argument("--judge", type=PathText, help="model that answers the questions, by name or path")
     parser.add_argument("--answers", type=Path, help="answers of a judge that ran elsewhere")
     parser.add_argument("--write-questions", type=Path, help="write what such a judge has to answer, and stop")
     parser.add_argument("--sample-only", action="store_true", help="draw, and stop")
@@ -80,7 +81,9 @@ def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
         raise UserError(f"--resolution must be given, since the model was trained at {height} x {width} pixels")
     if resolution % config.model.patch_size:
         raise UserError(f"--resolution {resolution} must be a multiple of model.patch_size ({config.model.patch_size})")
-    drawing = Drawing(options.out, asked.items, resolution, sampling_of(config, options.sampling))
+    sampling = sampling_of(config, options.sampling)
+    check_memory(world, pipeline, (resolution, resolution), sampling, "--resolution")
+    drawing = Drawing(options.out, asked.items, resolution, sampling)
     drawn_from = {"which": options.weights, "prompts_sha256": asked.prompts_sha256}
     drawn_from |= made_of(pipeline, options.model, options.weights)
     job.draw(world, pipeline, drawing, drawn_from, {"model": str(options.model)})

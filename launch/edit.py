@@ -17,28 +17,30 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
+from data.files import PathText
 from evaluation.drawing import made_of, write_png
 from evaluation.editing.edit_list import read_edits, read_picture
-from evaluation.editing.job import EditJob
+from evaluation.editing.job import SCALE_DOWN, EditJob
 from evaluation.editing.outcome import as_text
 from evaluation.geneval.detectors import Name, build_detector
 from launch.drawing import add_text_model, job_parser, parsed
+from launch.parser import Parser
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
 from t2i.editing import EditSettings, edit_image, edit_settings, patch_window
 from t2i.pipeline import Pipeline
+from t2i.size_limits import check_fits
 from t2i.train.processes import World
 
 _OF_ONE = ("image", "source", "target")
 _OF_MANY = ("detector", "detector_weights", "clip")
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> Parser:
     parser = job_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model/ folder of a run that draws captions")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights edit")
@@ -53,8 +55,12 @@ def _parser() -> ArgumentParser:
         parser.add_argument(_option(name), type=field.annotation, help=f"{field.description} (default: {default})")
     names = "finds what entries of --edits name under detect: mask2former, or shapes in drawn shapes"
     parser.add_argument("--detector", type=Name, help=names)
-    parser.add_argument("--detector-weights", help="mask2former's: file, folder or name; by default the cached ones")
-    parser.add_argument("--clip", help="CLIP's, which mask2former comes with; by default the cached ones")
+    parser.add_argument(
+        "--detector-weights", type=PathText, help="mask2former's: file, folder or name; by default the cached ones"
+    )
+    parser.add_argument(
+        "--clip", type=PathText, help="CLIP's, which mask2former comes with; by default the cached ones"
+    )
     return parser
 
 
@@ -103,13 +109,16 @@ def edit() -> None:
 def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
     image = torch.from_numpy(read_picture(options.image))
     window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
+    pixels = image[:, *window]
+    _, height, width = pixels.shape
+    check_fits(pipeline, (height, width), 1, f"--image {options.image}, {height} x {width} pixels", SCALE_DOWN)
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
     with tqdm(total=calls, unit="step") as bar:
 
         def step_done(images: Tensor, t: float) -> None:
             bar.update()
 
-        result = edit_image(pipeline, image[:, *window], options.source, options.target, settings, step_done)
+        result = edit_image(pipeline, pixels, options.source, options.target, settings, step_done)
     try:
         write_png(options.out, result.permute(1, 2, 0).numpy())
     except OSError as error:

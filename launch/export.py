@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from data.files import PathText
 from launch.command import run
 from t2i.config_base import ConfigError
 from t2i.engine.checkpoint.format import sync
@@ -22,7 +23,7 @@ from t2i.model_folder import read_model
 from t2i.released.convert import export_weights
 
 
-def export(model: str, /, out: str) -> None:
+def export(model: PathText, /, out: PathText) -> None:
     """Write a model folder as a checkpoint in the layout of the public code of its family.
 
     Args:

@@ -16,10 +16,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from data.errors import UserError
+from data.files import PathText
 from evaluation.drawing import draw_together, made_of
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.detectors import Name, build_detector, check_prompts, prompts_for
@@ -31,7 +31,8 @@ from evaluation.geneval.self_check import self_check
 from evaluation.geneval.verdicts import Verdicts
 from evaluation.parts import write_aside
 from evaluation.proving.bounds import bounds
-from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
+from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
+from launch.parser import Parser
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
 from t2i.pipeline import Pipeline
@@ -43,7 +44,7 @@ _LEFT_OUT: tuple[Any, ...] = (None, False, {}, "ema")
 """What options are that were not given."""
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> Parser:
     parser = drawing_parser(__doc__, required=False)
     add_size(parser)
     parser.add_argument("--out", type=Path, help="folder for everything")
@@ -57,9 +58,13 @@ def _parser() -> ArgumentParser:
     names = "mask2former, or shapes for drawn shapes and their prompts"
     parser.add_argument("--detector", type=Name, default="mask2former", help=names)
     parser.add_argument(
-        "--detector-weights", help="mask2former's: file, folder or name; by default OpenMMLab's, cached"
+        "--detector-weights",
+        type=PathText,
+        help="mask2former's: file, folder or name; by default OpenMMLab's, cached",
     )
-    parser.add_argument("--clip", help="CLIP's, which tells colours: folder or name; by default the cached ones")
+    parser.add_argument(
+        "--clip", type=PathText, help="CLIP's, which tells colours: folder or name; by default the cached ones"
+    )
     parser.add_argument("--self-check", action="store_true", help="see that mask2former finds what it should, and end")
     parser.add_argument("--write-prompts", type=Path, help="write the official prompts to this file, and end")
     return parser
@@ -142,6 +147,7 @@ def _draw(world: World, options: Namespace, detector: Detector | None = None) ->
         raise ConfigError(f"--model {options.model} draws from classes: GenEval needs one that draws from captions")
     settings = sampling_of(pipeline.config, options.sampling)
     size, each = size_of(pipeline.config, options.size), options.images_per_prompt or EACH
+    check_memory(world, pipeline, size, settings)
     samples = Samples(options.out, chosen, each, size, settings)
     about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
     batches = world.from_main(lambda: samples.begin(about, beside))

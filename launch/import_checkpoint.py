@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.files import PathText
 from launch.command import run
 from launch.process import quiet
 from t2i.build import build_conditioner, choose_dtype
@@ -44,7 +45,12 @@ from t2i.released.positions import trained_resolution
 
 
 def import_checkpoint(
-    file: str, /, out: str, config: str, resolution: int | None = None, null_attention: NullAttention = "mean"
+    file: PathText,
+    /,
+    out: PathText,
+    config: PathText,
+    resolution: int | None = None,
+    null_attention: NullAttention = "mean",
 ) -> None:
     """Turn a released PixelGen or PixelDiT checkpoint into a model folder.
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from data.errors import UserError
+from data.files import PathText
 from data.inspect.page import size_of
 from data.listing import told
 from data.shards.manifest import MANIFEST, build_manifest, open_place
@@ -22,7 +23,7 @@ from launch.command import run
 _NAMED = 20
 
 
-def index(sources: list[str], /, options: StoreOptions, out: str | None = None, workers: int = 16) -> None:
+def index(sources: list[PathText], /, options: StoreOptions, out: PathText | None = None, workers: int = 16) -> None:
     """Index the shards of directories and s3:// prefixes, and list them in one manifest.
 
     Args:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from data.coming import coming_batches
 from data.errors import UserError
 from data.example import ImageSettings
+from data.files import PathText
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
 from data.shards.index import list_left_out, open_index
@@ -73,18 +74,18 @@ class Options:
         requester_pays: With SOURCE, agree to be charged for the requests.
     """
 
-    config: str | None = None
+    config: PathText | None = None
     stage: str | None = None
     source: str | None = None
     samples: int | Literal["all"] = 2000
     decode: int | Literal["all"] = 2000
     seed: int | None = None
     sheet: int = 48
-    out: str = "inspect.html"
+    out: PathText = "inspect.html"
     order: int | None = None
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     name: str | None = None
-    manifest: str | None = None
+    manifest: PathText | None = None
     resolution: int | None = None
     small_images: Literal["drop", "upscale"] | None = None
     batch_size: int | None = None
@@ -110,7 +111,7 @@ class _Job:
     token_limit: int
 
 
-def inspect_data(source: str | None = None, /, *, options: Options) -> None:
+def inspect_data(source: PathText | None = None, /, *, options: Options) -> None:
     """Look at the samples of one source, or at the order of all.
 
     Args:

@@ -23,6 +23,7 @@ import data.packing.openmoji
 import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
+from data.files import PathText
 from data.listing import told
 from data.packing.contents import Contents
 from data.packing.recipe import Recipe
@@ -42,7 +43,7 @@ class Target:
         workers: Processes; by default one per processor core. Does not change the result.
     """
 
-    out: str
+    out: PathText
     shard_size: int = 1000
     workers: int | None = None
 
@@ -58,7 +59,7 @@ class Target:
         print(f"{self.out} {verb}: {counts}{captions}{told(done.summary['left_out'])}")
 
 
-def folder(source: str, /, target: Target, recipe: Recipe, options: StoreOptions) -> None:
+def folder(source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions) -> None:
     """Pack a folder's images, at any depth, with the files beside them of the same name, such as .txt and .json.
 
     Args:
@@ -69,7 +70,9 @@ def folder(source: str, /, target: Target, recipe: Recipe, options: StoreOptions
     target.pack(samples_of_folder(open_store(source, options), recipe), options)
 
 
-def tars(source: str, /, target: Target, recipe: Recipe, options: StoreOptions, manifest: str | None = None) -> None:
+def tars(
+    source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions, manifest: PathText | None = None
+) -> None:
     """Pack the samples of existing tars anew, with all their members.
 
     Args:
@@ -87,14 +90,14 @@ def tars(source: str, /, target: Target, recipe: Recipe, options: StoreOptions, 
 
 
 def parquet(
-    source: str,
+    source: PathText,
     /,
     target: Target,
     recipe: Recipe,
     options: StoreOptions,
     image_column: str = "image",
     caption_column: str = "caption",
-    root: str | None = None,
+    root: PathText | None = None,
 ) -> None:
     """Pack the rows of a Parquet file or of a folder of them; other plain columns go into each sample's .json.
 
@@ -121,14 +124,14 @@ def parquet(
 
 
 def csv(
-    source: str,
+    source: PathText,
     /,
     target: Target,
     recipe: Recipe,
     options: StoreOptions,
     image_column: str = "path",
     caption_column: str = "caption",
-    root: str | None = None,
+    root: PathText | None = None,
 ) -> None:
     """Pack the rows of a CSV or TSV file with a header; its other columns go into each sample's .json.
 

@@ -14,7 +14,8 @@ import argparse
 import json
 import sys
 
-from launch.arguments import parse
+from launch.arguments import parse, values_of
+from launch.parser import read_word
 from launch.process import main
 from launch.train import DEFAULT_CONFIG
 from t2i.config_base import ConfigError
@@ -39,6 +40,9 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sample_kb", type=float, default=100.0, help="mean KB of a sample (default: %(default)s)")
     parser.add_argument("--reference", action="store_true", help="FLOPs and memory as of the public code")
     parser.add_argument("--json", action="store_true", help="print JSON in bytes, seconds and FLOPs")
+    given = values_of(argv)
+    for name, kind in {"gpus": int, "mfu": float, "sample_kb": float}.items():
+        read_word(given.get(name, "0"), kind, f"--{name}")
     try:
         return parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

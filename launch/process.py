@@ -10,7 +10,6 @@ import io
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -21,11 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.errors import StoreError, UserError
+from launch.ending import run_to_end
 from t2i.train.outcome import code_of
 from t2i.train.processes import World
-
-RANK_0_FIRST_S = 3.0
 
 
 def _forget_shared_buffer(rank: int) -> None:
@@ -89,16 +86,9 @@ def quiet(rank: int) -> None:
 
 
 def main(job: Callable[[], None]) -> None:
-    """Run a job; a user's mistake ends it with one sentence and exit code 2, what another start gets over with 75."""
+    """Run a job; a user's mistake ends it with one sentence and exit code 2, what another start gets over with 75, a
+    fault of the machine with 1."""
     rank = int(os.environ.get("RANK", "0"))
     quiet(rank)
-    try:
-        job()
-    except (UserError, StoreError) as error:
-        # Rank 0 speaks, and its launcher ends the others; what it does not know of, this rank says later.
-        if rank > 0:
-            time.sleep(RANK_0_FIRST_S)
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
-        sys.exit(code_of(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if code := run_to_end(job, rank=rank, code_of=code_of):
+        sys.exit(code)

@@ -16,17 +16,15 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
+from data.files import read_lines
+from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
 from t2i.pipeline import Picture, Pipeline, batches_of
 
 
 def _read_prompts(path: Path) -> list[str]:
-    try:
-        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: cannot be read: {error}") from error
+    prompts = [line.strip() for line in read_lines(path, f"--prompts {path}") if line.strip()]
     if not prompts:
         raise ConfigError(f"--prompts {path}: holds no prompt")
     return prompts
@@ -57,6 +55,7 @@ def sample() -> None:
         if options.negative and settings.guidance_scale == 1.0:
             raise ConfigError("--negative does nothing at guidance_scale 1: leave it out or raise the scale")
         size = size_of(pipeline.config, options.size)
+        check_memory(world, pipeline, size, settings)
         pictures = [Picture(prompt, n, options.negative) for prompt in prompts for n in range(options.pictures)]
         # Whole batches, so that a picture has its place in one for any number of processes.
         batches = batches_of(range(len(pictures)), settings.batch_size)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evaluation.adm_npz import Samples
 from evaluation.drawing import draw_together, made_of
-from launch.drawing import drawing_parser, parsed, sampling_of
+from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
 from t2i.pipeline import Pipeline
@@ -36,6 +36,7 @@ def sample_classes() -> None:
         if config.model.condition != "class":
             raise ConfigError(f"--model {options.model} draws from captions: use launch/sample.py")
         settings = sampling_of(config, options.sampling)
+        check_memory(world, pipeline, config.data.size, settings)
         samples = Samples(options.out, options.samples, config.model.classes, config.data.size, settings)
         # Beside its parts, it may lack what is known of it.
         if world.from_main(lambda: options.out.exists() and not samples.folder.exists()):

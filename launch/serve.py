@@ -19,19 +19,20 @@ from tempfile import TemporaryDirectory
 import torch
 
 from data.errors import UserError
+from data.files import PathText
 from launch.command import run
 from launch.process import quiet
 from t2i.config import RunConfig
 from t2i.model_folder import WhichWeights
 from t2i.pipeline import Pipeline
-from t2i.serving.limits import USABLE, find_limits, free_bytes
 from t2i.serving.studio import Studio
+from t2i.size_limits import USABLE, find_limits, free_bytes
 
 
 def serve(
-    model: str,
+    model: PathText,
     which: WhichWeights = "ema",
-    text_model: str | None = None,
+    text_model: PathText | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     queue: int = 8,

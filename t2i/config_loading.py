@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
-from data.errors import DataError
+from data.errors import DataError, UserError
+from data.files import expand_path
 from data.order import check_layout
+from data.yaml_file import dump_yaml, read_yaml
 from t2i.config import STAGE_SECTIONS, RunConfig
 from t2i.config_base import NAME, ConfigError, Section
 
@@ -105,10 +106,19 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
         )
     for index, stage in enumerate(config.stages):
         _check_stage(stage, where)
-        stage_config(config, index)
+        # As the fields have it: paths filled in once, numbers and none as such.
+        resolved = {**stage_config(config, index).model_dump(), "name": stage["name"]}
+        config.stages[index] = _same_fields(stage, resolved)
     if len({stage["name"] for stage in config.stages}) < len(config.stages):
         raise ConfigError(f"{where}: stages: two stages have the same name")
     return config
+
+
+def _same_fields(changes: Any, tree: Any) -> Any:
+    """The values in `tree` of those fields that `changes` has."""
+    if not (isinstance(changes, dict) and isinstance(tree, dict)):
+        return tree
+    return {name: _same_fields(value, tree[name]) for name, value in changes.items()}
 
 
 def _check_buckets(config: RunConfig, where: str) -> None:
@@ -183,12 +193,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError(f"config {path}: base: it should not lead back to a file that begins with it")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        of = f", the base of {above[-1]}" if above else ""
-        raise ConfigError(f"config {path}{of}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+        tree = read_yaml(path, f"config {path}" + (f", the base of {above[-1]}" if above else ""))
+    except UserError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: must be a mapping of sections")
     if "base" not in tree:
@@ -196,7 +203,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     name = tree.pop("base")
     if not isinstance(name, str):
         raise ConfigError(f"config {path}: base: must be the path of a config, seen from this file (got {name!r})")
-    base = path.parent / name
+    try:
+        base = path.parent / expand_path(name)
+    except UserError as error:
+        raise ConfigError(f"config {path}: base: {error}") from error
     below = _read(base, (*above, path.resolve()))
     validate_config(below, where=str(base))  # so that its mistakes are not said to be of this file
     return merge(below, tree)
@@ -204,7 +214,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """YAML that `load_config` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def check_world_size(config: RunConfig, world_size: int, where: str) -> None:

@@ -23,11 +23,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import AliasChoices, Field, model_validator
 
 from data.decode import Pixels, decode, image_size
 from data.errors import BadSample, UserError
+from data.yaml_file import read_yaml
 from evaluation.editing.background import Inside
 from t2i.config_base import Section
 from t2i.config_loading import validate_section
@@ -94,14 +94,7 @@ def read_edits(path: Path) -> list[Edit]:
     Raises:
         UserError: it cannot be read or is not of this layout, or a path leads out of its folder.
     """
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--edits {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--edits {path}: cannot be read as UTF-8: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--edits {path}: not YAML: {' '.join(str(error).split())}") from error
+    entries = read_yaml(path, f"--edits {path}")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"--edits {path}: must be a list of images with init_img, source_prompt and target_prompts")
     return [edit for number, tree in enumerate(entries) for edit in _edits(path, number, tree)]

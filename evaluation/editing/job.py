@@ -33,7 +33,11 @@ from evaluation.geneval.detection import Detector
 from evaluation.parts import note_settings
 from t2i.editing import EditSettings, edit_image, patch_window
 from t2i.pipeline import Pipeline
+from t2i.size_limits import check_fits
 from t2i.train.processes import World
+
+SCALE_DOWN = "scale the image down"
+"""What to do with one that is too large to be edited."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class EditJob:
         Raises:
             UserError: an image, box or mask is wrong, or the folder holds other edits.
         """
-        missing = world.from_main(lambda: self._begin(made_of, beside))
+        missing = world.from_main(lambda: self._begin(pipeline, made_of, beside))
         draw_together(
             world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
         )
@@ -75,12 +79,18 @@ class EditJob:
         detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
         return world.from_main(lambda: finish(self.out, lines, {**beside, **made_of}, self.settings, detector))
 
-    def _begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
+    def _begin(self, pipeline: Pipeline, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
         """Look at all that is given, make the folder or see that it is of the same edits; those that are missing."""
         if self.detector is not None:
             _check_classes(self.edits, self.detector)
         entries = {edit.entry: edit for edit in self.edits}
-        digests = {entry: hashlib.sha256(self._cropped(edit).tobytes()).hexdigest() for entry, edit in entries.items()}
+        digests, sizes = dict[int, str](), dict[tuple[int, int], Edit]()
+        for entry, edit in entries.items():
+            image = self._cropped(edit)
+            digests[entry] = hashlib.sha256(image.tobytes()).hexdigest()
+            sizes[image.shape[0], image.shape[1]] = edit
+        largest = max(sizes, key=lambda size: size[0] * size[1])
+        check_fits(pipeline, largest, 1, f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels", SCALE_DOWN)
         contents = [[digests[it.entry], it.source, it.target] for it in self.edits]
         settings = {
             **made_of,

@@ -14,8 +14,8 @@ from data.decode import decode, image_size
 from data.errors import BadSample, UserError
 from t2i.config import RunConfig
 from t2i.editing import EditSettings, edit_settings, patch_window
-from t2i.serving.limits import Limits
 from t2i.serving.session import MOST_SEED, MOST_STEPS, check_number, check_whole, check_words, stem_of
+from t2i.size_limits import Limits
 
 MOST_IMAGE_PIXELS = 2**26
 """Of an image that somebody brings, before it is scaled down."""

@@ -12,7 +12,7 @@ from t2i.config import RunConfig
 from t2i.config_loading import validate_section
 from t2i.config_sampling import SamplingConfig
 from t2i.models.conditions import Conditioner
-from t2i.serving.limits import Limits
+from t2i.size_limits import Limits
 
 # A page is for trying; what takes hours is a job's affair.
 MOST_PICTURES = 16

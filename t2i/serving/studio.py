@@ -32,8 +32,8 @@ from t2i.diffusion.flow import to_pixels
 from t2i.editing import edit_image
 from t2i.pipeline import Picture, Pipeline, Preview
 from t2i.serving.edits import EditForm, EditRequest, check_edit
-from t2i.serving.limits import Limits
 from t2i.serving.session import Form, Request, check_form
+from t2i.size_limits import Limits
 
 Pixels = NDArray[np.uint8]
 

@@ -120,7 +120,7 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"data": {"resolution": [96, 100]}}, ["data.resolution 96x100", "multiple", "model.patch_size (16)"]),
         ({"data": {"resolution": "large"}}, ["data.resolution", "[height, width]", "got 'large'"]),
         ({"data": {"resolution": 0}}, ["data.resolution", "above 0", "got 0"]),
-        ({"data": {"resolution": True}}, ["data.resolution", "whole numbers", "got True"]),
+        ({"data": {"resolution": True}}, ["data", "resolution must be a number, not true"]),
         ({"data": {"resolution": 32.5}}, ["data.resolution", "whole numbers", "got 32.5"]),
         ({"data": {"resolution": [32, 48, 3]}}, ["data.resolution", "[height, width]"]),
         ({"data": {"resolution": [-16, 32]}}, ["data.resolution", "above 0"]),
@@ -148,7 +148,7 @@ def test_a_file_that_is_no_config(tmp_path: Path, content: str, words: str) -> N
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="absent.yaml: No such file"):
+    with pytest.raises(ConfigError, match="absent.yaml: cannot be read: No such file"):
         load_config(tmp_path / "absent.yaml")
 
 

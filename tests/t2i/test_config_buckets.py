@@ -69,7 +69,7 @@ def test_a_plan_is_of_the_largest_bucket() -> None:
         ({"buckets": [64, 64]}, ["data.buckets", "a list of [height, width]"]),
         ({"buckets": [[64, 64, 3]]}, ["data.buckets", "a list of [height, width]"]),
         ({"buckets": [[64, 64.5]]}, ["data.buckets", "whole numbers"]),
-        ({"buckets": [[64, True]]}, ["data.buckets", "whole numbers"]),
+        ({"buckets": [[64, True]]}, ["data", "buckets must hold numbers, not true"]),
         ({"buckets": []}, ["data", "buckets []", "name at least one"]),
         ({"buckets": [[64, 0]]}, ["data", "buckets [[64, 0]]", "name at least one"]),
         ({"buckets": [[64, 64], [32, 32]]}, ["data", "[64, 64] and [32, 32] have the same ratio"]),

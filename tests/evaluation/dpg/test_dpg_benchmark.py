@@ -107,7 +107,7 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 2: unexpected end of data"):
         read(tmp_path / "copy")
     table.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="dpg_bench.csv cannot be read"):
+    with pytest.raises(UserError, match="dpg_bench.csv: is UTF-16"):
         read(tmp_path / "copy")
     table.unlink()
     with pytest.raises(UserError, match="dpg_bench.csv cannot be read: .*No such file"):

@@ -93,7 +93,7 @@ def test_files_that_are_refused(tmp_path: Path, entries: list[Any], said: str) -
 @pytest.mark.parametrize("content", ["[a", "a: b", "", "\xff"])
 def test_what_is_no_list_in_yaml(tmp_path: Path, content: str) -> None:
     (tmp_path / "edits.yaml").write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match="--edits .*edits.yaml: (not YAML|must be a list|cannot be read)"):
+    with pytest.raises(UserError, match="--edits .*edits.yaml(: not YAML|: must be a list|: should be UTF-8)"):
         read_edits(tmp_path / "edits.yaml")
     with pytest.raises(UserError, match="none.yaml: cannot be read"):
         read_edits(tmp_path / "none.yaml")

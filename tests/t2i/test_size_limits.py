@@ -12,7 +12,7 @@ from random_model import config, write_random_model
 from data.errors import UserError
 from t2i.config_loading import validate_config
 from t2i.pipeline import Pipeline
-from t2i.serving.limits import STATE_COPIES, Limits, find_limits, free_bytes, line_of_peaks, most_patches, traced_bytes
+from t2i.size_limits import Limits, find_limits, free_bytes, line_of_peaks, most_patches, traced_bytes
 
 CPU = torch.device("cpu")
 LIMITS = Limits(patch=16, max_pixels=512 * 512, reason="the memory here")
@@ -52,12 +52,12 @@ def test_the_largest_like_a_shape_is_allowed_itself(shape: tuple[int, int], most
 
 
 def test_the_search_finds_the_last_that_fits() -> None:
-    def peak(patches: int) -> int:
+    def takes(patches: int) -> int:
         return 3 * patches * patches + 7
 
     for available in (0, 6, 20, 1000, 12345, 10**7):
-        fitting = [n for n in range(1, 2000) if peak(n) + STATE_COPIES * 5 * n <= available]
-        assert most_patches(peak, 5, available, 1000) == min(1000, max(fitting, default=0))
+        fitting = [n for n in range(1, 2000) if takes(n) <= available]
+        assert most_patches(takes, available, 1000) == min(1000, max(fitting, default=0))
 
 
 def test_the_trace_counts_what_lives_at_once() -> None:
@@ -130,7 +130,7 @@ def test_a_single_column_that_fits_counts_as_a_share() -> None:
 
 
 def test_a_gpu_that_holds_not_even_a_column(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2i.serving.limits.traced_bytes", lambda *given: line_of_peaks(tight(0), 4, 4))
+    monkeypatch.setattr("t2i.size_limits.traced_bytes", lambda *given: line_of_peaks(tight(0), 4, 4))
     with pytest.raises(UserError, match="GiB of free memory are too little to draw at 16 x 16"):
         find_limits(pipeline, 2**40, None)
 
