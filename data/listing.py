@@ -62,14 +62,19 @@ def excluded(name: str) -> str | None:
 
 def that_count(items: Iterable[T], name: Callable[[T], str], left_out: Counter[str]) -> list[T]:
     """The items of a flat listing whose names count; the others are counted, those of one folder as one."""
-    found, roots = [], set()
+    found, others = [], dict[str, str]()
     for item in items:
-        if (reason := excluded(name(item))) is None:
+        if excluded(name(item)) is None:
             found.append(item)
             continue
-        parts = name(item).split("/")
-        roots.add((reason, next("/".join(parts[:n]) for n in range(1, len(parts) + 1) if excluded(parts[n - 1]))))
-    left_out.update(reason for reason, _ in roots)
+        top = ""
+        for part in name(item).split("/"):
+            top += part
+            if (reason := excluded(part)) is not None:
+                others[top] = reason
+                break
+            top += "/"
+    left_out.update(others.values())
     return found
 
 

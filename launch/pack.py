@@ -62,6 +62,8 @@ class Target:
 def folder(source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions) -> None:
     """Pack a folder's images, at any depth, with the files beside them of the same name, such as .txt and .json.
 
+    Captions may also be named a.jpg.txt or a.caption. What is left out is counted by reason.
+
     Args:
         source: A folder or s3://bucket/prefix.
     """

@@ -131,7 +131,7 @@ class FolderImages:
         self.path = path
         self.left_out = Counter[str]()
         names = {info.name for info in open_store(str(path)).list(left_out=self.left_out)}
-        others = {name: reason for name in names if (reason := _why_none(name, names)) is not None}
+        others = {name: reason for name in sorted(names) if (reason := _why_none(name, names)) is not None}
         self.left_out.update(others.values())
         self.files = [path / name for name in sorted(names - others.keys())]
         if not self.files:
