@@ -129,26 +129,27 @@ class _Form:
             row = self._row(line, lines)
             width, last = len(self.header), len(self.header) - 1
             if self.caption == last and not row.reason and row.cells[self.image]:
-                rest = self._short(lines, posixpath.splitext(row.cells[self.image])[1])
+                rest = self._short(lines, row.cells[self.image])
                 yield _Cells(line, row.lines + rest, row.cells, *_NEWLINE) if rest else row
             elif self.caption == 0 and row.reason == "wrong_cell_count" and len(row.cells) < width:
                 rest = self._short(lines)
-                for more in lines:
-                    is_row = len(self._split(more.text)) == width and not (self.quoted and '"' in more.text)
-                    rest += is_row
-                    lines.give_back([] if is_row else [more])
-                    break
+                end = next(lines, None)
+                if end and len(self._split(end.text)) == width and not (self.quoted and '"' in end.text):
+                    rest += 1
+                elif end:
+                    lines.give_back([end])
                 yield _Cells(line, 1 + rest, row.cells, *_NEWLINE)
             else:
                 yield row
 
-    def _short(self, lines: _Lines, kind: str = "") -> int:
-        """Read past lines with too few cells that name no image of this kind; how many, blank ones aside."""
+    def _short(self, lines: _Lines, path: str = "") -> int:
+        """Read past lines with too few cells that name no image of this path's kind; how many, blank ones aside."""
         count = 0
         for line in lines:
             is_short = line.text.count(self.delimiter) < len(self.header) - 1
             cells = self._split(line.text) if is_short and not (self.quoted and '"' in line.text) else []
-            if not cells or (kind and posixpath.splitext(cells[min(self.image, len(cells) - 1)])[1] == kind):
+            kind = _kind(path) if cells else ""
+            if not cells or (kind and kind == _kind(cells[min(self.image, len(cells) - 1)])):
                 lines.give_back([line])
                 break
             count += bool(line.text.strip())
@@ -202,9 +203,13 @@ class _Form:
         """Whether a row of several lines holds one that is a row by itself: it names another image of the same kind."""
         if len(taken) == 1:
             return False
-        path, kind = cells[self.image], posixpath.splitext(cells[self.image])[1]
+        path = cells[self.image]
         others = [split[self.image] for line in taken if len(split := self._split(line.text)) == len(self.header)]
-        return any(other != path and posixpath.splitext(other)[1] == kind for other in others)
+        return any(other != path and _kind(other) == _kind(path) for other in others)
+
+
+def _kind(path: str) -> str:
+    return posixpath.splitext(path)[1]
 
 
 @dataclass(frozen=True)
