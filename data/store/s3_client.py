@@ -27,6 +27,7 @@ _METADATA_ATTEMPTS, _METADATA_TIMEOUT_S = 2, 2
 """botocore asks for a token and then for a role: where nothing answers, both take all of it, 8 s."""
 _PROBE_S = 1.0
 _SERVICES = ("http://169.254.169.254", "http://[fd00:ec2::254]")
+_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 _NOT_NOW = (401, 408, 429)  # 401 asks for a token
 REMEDY = "configure boto3's credentials and region, or set anonymous"
 
@@ -74,8 +75,6 @@ class Connection:
             signature_version=botocore.UNSIGNED if options.anonymous else None,
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            # Few servers besides Amazon's have a DNS name for every bucket.
-            s3={"addressing_style": "path" if options.endpoint else "auto"},
         )
         session = open_session(self._where, options)
         try:
@@ -83,6 +82,11 @@ class Connection:
                 if _may_have_role(session):
                     raise aws.NoCredentialsError
                 raise DataError(f"source {self._where}: there are no credentials; {REMEDY}")
+            client = session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
+            if "://arn:" in self._where or urlsplit(client.meta.endpoint_url).netloc.endswith(_AMAZON):
+                return client
+            # Few servers besides Amazon's have a DNS name for every bucket.
+            config = config.merge(Config(s3={"addressing_style": "path"}))
             return session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
         except (*CREDENTIALS, DataError):
             raise
