@@ -82,12 +82,13 @@ class Connection:
                 if _may_have_role(session):
                     raise aws.NoCredentialsError
                 raise DataError(f"source {self._where}: there are no credentials; {REMEDY}")
-            client = session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
-            if "://arn:" in self._where or urlsplit(client.meta.endpoint_url).netloc.endswith(_AMAZON):
-                return client
-            # Few servers besides Amazon's have a DNS name for every bucket.
-            config = config.merge(Config(s3={"addressing_style": "path"}))
-            return session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
+            is_alias = "://arn:" in self._where  # of an access point, which has a DNS name
+            for style in ["path"] if options.endpoint and not is_alias else ["auto", "path"]:
+                config = config.merge(Config(s3={"addressing_style": style}))
+                client = session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
+                if is_alias or urlsplit(client.meta.endpoint_url).netloc.endswith(_AMAZON):
+                    break
+            return client  # by paths, for few servers besides Amazon's have a DNS name for every bucket
         except (*CREDENTIALS, DataError):
             raise
         except (aws.BotoCoreError, ValueError) as error:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+from altered_server import AlteredServer, Change, Headers, tagged, without
 from botocore.awsrequest import AWSResponse
 from tar_samples import jpeg, tar_bytes
 
@@ -22,88 +21,12 @@ from data.shards.index import check_listing, index_source, open_index
 from data.shards.manifest import build_manifest
 from data.store import StoreOptions, WritableStore, open_store
 
-Headers = list[tuple[str, str]]
-Change = Callable[[str, Headers, bytes], tuple[Headers, bytes]]
-"""From an answer's method ("LIST" for a listing), headers and body to those that are sent; without a Content-Length, in
-chunks."""
-
 
 @pytest.fixture
 def altered(endpoint: str) -> Iterator[Callable[[Change], str]]:
     """`altered(change)` starts a server whose answers are those of the real one, changed, and returns its URL."""
-    servers: list[ThreadingHTTPServer] = []
-
-    def start(change: Change) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                upstream = http.client.HTTPConnection(endpoint.removeprefix("http://"))
-                upstream.request(self.command, self.path, content, dict(self.headers.items()))
-                answer = upstream.getresponse()
-                body, dropped = answer.read(), ("transfer-encoding", "connection")
-                headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in dropped]
-                upstream.close()
-                kind = "LIST" if "list-type=2" in self.path else self.command
-                headers, body = change(kind, headers, body) if answer.status < 300 else (headers, body)
-                lengths = [name for name, _ in headers if name.lower() == "content-length"]
-                self.send_response_only(answer.status)
-                for name, value in headers:
-                    is_length = name in lengths and self.command != "HEAD"
-                    self.send_header(name, str(len(body)) if is_length else value)
-                if not lengths and self.command != "HEAD":
-                    self.send_header("Transfer-Encoding", "chunked")
-                    body = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
-                    body += b"0\r\n\r\n"
-                self.end_headers()
-                self.wfile.write(b"" if self.command == "HEAD" else body)
-
-            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def without(*names: str, kinds: str = "GET HEAD LIST PUT POST") -> Change:
-    """Leave headers, and elements of listings, out of answers of these kinds."""
-
-    def change(kind: str, headers: Headers, body: bytes) -> tuple[Headers, bytes]:
-        if kind not in kinds.split():
-            return headers, body
-        if kind == "LIST":
-            for name in names:
-                body = re.sub(rf"<{name}>.*?</{name}>".encode(), b"", body)
-        else:
-            headers = [(name, value) for name, value in headers if name.lower() not in map(str.lower, names)]
-        return headers, body
-
-    return change
-
-
-def tagged(write: Callable[[str], str], kinds: str = "GET HEAD LIST PUT") -> Change:
-    """Write the ETags, which are given without quotes, of answers of these kinds anew."""
-
-    def change(kind: str, headers: Headers, body: bytes) -> tuple[Headers, bytes]:
-        if kind in kinds.split():
-            headers = [(n, write(v.strip('"')) if n.lower() == "etag" else v) for n, v in headers]
-            body = re.sub(
-                rb"<ETag>(?:&quot;|\")?(.*?)(?:&quot;|\")?</ETag>",
-                lambda match: f"<ETag>{write(match[1].decode())}</ETag>".encode(),
-                body,
-            )
-        return headers, body
-
-    return change
+    with ExitStack() as stack:
+        yield lambda change: stack.enter_context(AlteredServer(endpoint, change)).url
 
 
 CHANGES: dict[str, Change] = {
@@ -130,14 +53,20 @@ CHANGES: dict[str, Change] = {
 }
 
 
+CONTENT = tar_bytes([(f"{n}.{end}", jpeg(n) if end == "jpg" else b"text") for n in range(3) for end in ("jpg", "txt")])
+
+
+@pytest.fixture(scope="module")
+def client(endpoint: str) -> Any:
+    return boto3.client("s3", endpoint_url=endpoint)
+
+
 @pytest.fixture
-def bucket(request: pytest.FixtureRequest, endpoint: str) -> str:
+def bucket(request: pytest.FixtureRequest, client: Any) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[-50:].strip("-")
-    client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket=name)
     for shard in range(2):
-        members = [(f"{n}.{end}", jpeg(n) if end == "jpg" else b"text") for n in range(3) for end in ("jpg", "txt")]
-        client.put_object(Bucket=name, Key=f"d/{shard}.tar", Body=tar_bytes(members))
+        client.put_object(Bucket=name, Key=f"d/{shard}.tar", Body=CONTENT)
     return f"s3://{name}/d"
 
 
@@ -146,23 +75,20 @@ def at(url: str, endpoint: str) -> Any:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_a_server_leaves_out_or_writes_otherwise(
-    name: str, bucket: str, endpoint: str, altered: Callable[[Change], str], tmp_path: Path
-) -> None:
-    store, real = at(bucket, altered(CHANGES[name])), at(bucket, endpoint)
-    content = bytes(real.read("0.tar"))
-    assert [(info.name, info.size) for info in store.list(".tar")] == [("0.tar", len(content)), ("1.tar", len(content))]
+def test_what_a_server_leaves_out_or_writes_otherwise(name: str, bucket: str, altered: Callable[[Change], str]) -> None:
+    store = at(bucket, altered(CHANGES[name]))
+    assert [(info.name, info.size) for info in store.list(".tar")] == [(f"{n}.tar", len(CONTENT)) for n in (0, 1)]
     for version in (None, store.list()[0].version, store.info("0.tar").version):
-        for start, stop in ((0, None), (0, 10), (512, 1024), (600, None), (len(content), None)):
-            assert store.read("0.tar", start, stop, version=version) == content[start:stop]
+        for start, stop in ((0, None), (0, 10), (512, 1024), (600, None), (len(CONTENT), None)):
+            assert store.read("0.tar", start, stop, version=version) == CONTENT[start:stop]
     index = index_source(store, "s")
     assert index.counts.tolist() == [3, 3] and not index.damage and check_listing(index) is None
-    # By its index, which another store wrote, and by the offsets beside the shards.
+    # By its manifest, and by the offsets beside the shards.
     build_manifest([store], store)
-    index = open_index(store, "s", notice=pytest.fail)
-    assert check_listing(index) is None
-    assert [index.offsets(n).tolist() for n in (0, 1)] == [index_source(real, "s").offsets(n).tolist() for n in (0, 1)]
-    assert store.read("1.tar", 0, 512, version=index.versions[1])[:5] == b"0.jpg"
+    listed = open_index(store, "s", notice=pytest.fail)
+    assert check_listing(listed) is None
+    assert [listed.offsets(n).tolist() for n in (0, 1)] == [index.offsets(n).tolist() for n in (0, 1)]
+    assert store.read("1.tar", 0, 512, version=listed.versions[1]) == CONTENT[:512]
     # What is written is there.
     store.write("new", b"content")
     assert store.read("new") == b"content"
@@ -277,40 +203,33 @@ def test_parts_without_etags_are_said(
 # --- names ---
 
 
-def test_keys_with_empty_segments(endpoint: str, tmp_path: Path) -> None:
-    client = boto3.client("s3", endpoint_url=endpoint)
+def test_keys_with_empty_segments(client: Any, endpoint: str, tmp_path: Path) -> None:
     client.create_bucket(Bucket="empty-segments")
-    keys = {"d/a//b.tar": 1, "d/a/b.tar": 2, "d//c.tar": 3, "/d/e.tar": 4, "d/f/.g.tar": 5}
+    keys = {"d/a//b.tar": 1, "d/a/b.tar": 2, "d//c.tar": 3, "/d/e.tar": 4, "d/f/g.tar": 5}
     for key, count in keys.items():
         members = [(f"{n}.jpg", jpeg(n)) for n in range(count)]
         client.put_object(Bucket="empty-segments", Key=key, Body=tar_bytes(members))
     root = at("s3://empty-segments", endpoint)
     assert sorted(info.name for info in root.list()) == sorted(keys)
     for url, names in {
-        "d": ["/c.tar", "a//b.tar", "a/b.tar", "f/.g.tar"],
+        "d": ["/c.tar", "a//b.tar", "a/b.tar", "f/g.tar"],
         "/d": ["e.tar"],
         "d/a/": ["/b.tar", "b.tar"],
     }.items():
         store = at(f"s3://empty-segments/{url}", endpoint)
         assert [info.name for info in store.list()] == names
         assert all(store.info(info.name) == info and len(store.read(info.name)) == info.size for info in store.list())
-    (tmp_path / "m").mkdir()
-    for place in (at("s3://empty-segments/d", endpoint), open_store(str(tmp_path / "m"))):
-        build_manifest([at("s3://empty-segments/d", endpoint)], place)
-        index = open_index(
-            at("s3://empty-segments/d", endpoint),
-            "s",
-            f"{place.url}/index.json",
-            options=StoreOptions(endpoint=endpoint),
-        )
+    store, options = at("s3://empty-segments/d", endpoint), StoreOptions(endpoint=endpoint)
+    for place in (store, open_store(str(tmp_path))):
+        build_manifest([store], place)
+        index = open_index(store, "s", f"{place.url}/index.json", options=options)
         assert dict(zip(index.names, index.counts.tolist(), strict=True)) == {
             name: keys[f"d/{name}"] for name in index.names
         }
         assert [len(index.offsets(n)) - 1 for n in range(4)] == index.counts.tolist()
 
 
-def test_a_prefix_that_is_an_object_is_called_so(endpoint: str) -> None:
-    client = boto3.client("s3", endpoint_url=endpoint)
+def test_a_prefix_that_is_an_object_is_called_so(client: Any, endpoint: str) -> None:
     client.create_bucket(Bucket="one-object")
     client.put_object(Bucket="one-object", Key="d/x.tar", Body=b"tar")
     client.put_object(Bucket="one-object", Key="marker", Body=b"")
