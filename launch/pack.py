@@ -138,7 +138,8 @@ def csv(
     """Pack the rows of a CSV or TSV file with a header; its other columns go into each sample's .json.
 
     Args:
-        source: The file, a path or s3:// URL; .tsv and .tab are separated by tabs.
+        source: The file, a path or s3:// URL, with tabs, commas, semicolons or bars between cells. In a TSV quotes
+            belong to the text, unless its header is quoted, or they hold a tab, a newline or a doubled quote.
         image_column: Column with the images' paths.
         caption_column: Column with captions.
         root: Folder or s3://bucket/prefix that paths are relative to, by default the file's own; nothing outside is

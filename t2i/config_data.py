@@ -19,7 +19,8 @@ class CaptionConfig(Section):
     """Which words a sample trains on."""
 
     members: dict[str, float] = Field({"txt": 1.0})
-    """Members that hold captions, or json:FIELD, and their weights; each visit chooses one of those that are there."""
+    """Members that hold captions, or json:FIELD (a text or a list of texts), and their weights; each visit chooses one
+    of those that are there."""
     min_words: int = 0
     """Captions with fewer words are passed over."""
     max_words: int | None = None

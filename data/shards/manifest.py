@@ -308,16 +308,16 @@ def offsets_name(manifest: str, source_url: str, shard: str) -> str:
     """Where offsets lie in a manifest's folder: `index.offsets/s3/bucket/prefix/00000.tar.idx`."""
     address = _absolute(f"{source_url}/{shard}").replace("://", "/").lstrip("/")
     # An object's name may hold anything; here it must not lead out of the folder.
-    parts = [quote(part).replace(".", "%2E") if set(part) <= {"."} else quote(part) for part in address.split("/")]
+    parts = [quote(part) if set(part) - {"."} else part.replace(".", "%2E") or "%2F" for part in address.split("/")]
     return "/".join([manifest.removesuffix(".json") + ".offsets", *parts]) + OFFSETS_SUFFIX
 
 
 def _relative(base: str, source_url: str, shard: str) -> str:
-    if posixpath.normpath(shard) != shard or shard.startswith(("/", "../")):
+    if not {".", ".."}.isdisjoint(shard.split("/")):
         raise DataError(f"shard {shard!r} below {source_url}: its name must be a plain path, for a manifest to list it")
     url = _absolute(f"{source_url}/{shard}")
     folder = _absolute(base).rstrip("/") + "/"
-    if url.startswith(folder):
+    if url.startswith(folder) and "//" not in f"/{shard}":  # which a relative path would lose
         url = url.removeprefix(folder)
         return f"./{url}" if ":" in url.partition("/")[0] else url  # what ends in ":" would be a scheme
     return url if "://" in url or "://" not in base else f"file://{url}"
