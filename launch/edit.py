@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
-from tqdm import tqdm
 
 from data.errors import UserError
+from data.progress import progress_bar
 from evaluation.drawing import made_of, write_png
 from evaluation.editing.edit_list import read_edits, read_picture
 from evaluation.editing.job import EditJob
@@ -103,7 +103,7 @@ def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) ->
     image = torch.from_numpy(read_picture(options.image))
     window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
-    with tqdm(total=calls, unit="step") as bar:
+    with progress_bar(calls, "step", "editing") as bar:
 
         def step_done(images: Tensor, t: float) -> None:
             bar.update()

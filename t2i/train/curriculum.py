@@ -24,9 +24,11 @@ from typing import Any
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import check_world_size, dump_config, stage_config
+from t2i.engine.checkpoint.format import write_durably
 from t2i.exit_codes import DONE
 from t2i.model_folder import check_model
 from t2i.train.build import stand_ins
+from t2i.train.events import EventLog
 from t2i.train.failures import Failure, Failures
 from t2i.train.observe import Observer
 from t2i.train.outcome import OutcomeFile, is_done
@@ -121,8 +123,9 @@ def run(
             outcome.write(DONE, f"trained {', '.join(places[i].name for i in chosen)}", rank=0)
             if pending:
                 last = places[pending[-1]]
-                print(f"done: curves and pictures are in {write_report(config.directory)},")
-                print(f"the last pictures in {last.samples}, the model in {last.model}")
+                with EventLog(config.directory, last.name).beside("report.html"):
+                    print(f"curves and pictures are in {write_report(config.directory)}")
+                print(f"done: the last pictures are in {last.samples}, the model in {last.model}")
     except Exception as error:
         end(error)
         raise
@@ -137,8 +140,9 @@ def _say_done(config: RunConfig, places: list[StagePlace], world: World) -> None
     if world.is_main:
         names = ", ".join(place.name for place in places)
         report = config.directory / "report.html"
-        if not report.exists():  # the last start was ended between the model and the report
-            write_report(config.directory)
+        if not report.exists():  # the last start was ended between the model and the report, or its disk was full
+            with EventLog(config.directory, places[-1].name).beside("report.html"):
+                write_report(config.directory)
         print(f"{config.directory}: done already: {names}; the report is {report}")
 
 
@@ -218,11 +222,12 @@ def _train_stage(
         trainer = StageTrainer(stage, place, data, world, f"{attempt}-{starts}", watch, scorer, back)
         try:
             watch.start("the first step")
-            if world.is_main:
-                (config.directory / "config.yaml").write_text(dump_config(config))
-                _write_environment(config, stage, data, trainer, world)
             notices = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage] if back is None else []
             with closing(Observer(stage, place.name, trainer.step, active=world.is_main)) as observer:
+                if world.is_main:
+                    with observer.events.beside("config.yaml and environment.json"):
+                        write_durably(config.directory / "config.yaml", dump_config(config))
+                        _write_environment(config, stage, data, trainer, world)
                 for notice in [*stand_ins(stage.objective), *notices]:
                     observer.event(notice)
                 back = trainer.run(observer, leave)
@@ -238,7 +243,8 @@ def _train_stage(
         gc.collect()  # an engine is full of cycles, and holds the stage's memory
     gc.collect()
     if world.is_main:
-        write_report(config.directory)
+        with EventLog(config.directory, place.name).beside("report.html"):
+            write_report(config.directory)
 
 
 def _commit() -> str | None:
@@ -277,6 +283,4 @@ def _write_environment(
         "data": list(known.values()),
         "git": _commit(),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(environment, indent=1))
-    partial.rename(path)
+    write_durably(path, json.dumps(environment, indent=1))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from t2i.build import condition_identity
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.engine.checkpoint import sync
+from t2i.engine.checkpoint.format import write_durably
 from t2i.model_folder import NULL_CAPTION, read_model
 from t2i.models.conditions import Conditioner
 from t2i.train.places import StagePlace
@@ -49,7 +49,5 @@ def store_null_caption(config: RunConfig, place: StagePlace, states: Tensor) -> 
     """Keep it with the run, unless it is there. On rank 0."""
     if place.null_caption.exists():
         return
-    aside = place.null_caption.with_suffix(".partial")
-    save_file({NULL_CAPTION: states.contiguous().cpu()}, aside, metadata={"text": condition_identity(config)})
-    sync(aside)
-    aside.rename(place.null_caption)
+    kept = {NULL_CAPTION: states.contiguous().cpu()}
+    write_durably(place.null_caption, save(kept, metadata={"text": condition_identity(config)}))
