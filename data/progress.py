@@ -54,7 +54,7 @@ class Lines:
             self._done,
             self._total,
             self._last - self._began,
-            prefix=self._what,
+            prefix=f"{self._what}: " if self._what else "",
             unit=f" {self._unit}",
             initial=self._initial,
             postfix=self._postfix,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from t2i.config_loading import check_world_size, dump_config, stage_config
 from t2i.engine.checkpoint.format import write_durably
 from t2i.exit_codes import DONE
 from t2i.model_folder import check_model
-from t2i.train.build import stand_ins
+from t2i.train.build import noisy_ema, stand_ins
+from t2i.train.devices import describe_devices
 from t2i.train.events import EventLog
 from t2i.train.failures import Failure, Failures
 from t2i.train.observe import Observer
@@ -110,8 +110,9 @@ def run(
         _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
         notices = check_start([(settings[i], places[i], opened[i]) for i in pending], world) if pending else []
+        devices = describe_devices(world)
         if world.is_main:
-            for notice in notices:
+            for notice in [f"on {devices}", *notices]:
                 print(notice)
         scorers = build_scorers({i: settings[i] for i in pending}, build_scorer, world)
         for index in pending:
@@ -215,6 +216,7 @@ def _train_stage(
     scorer: Scorer | None,
 ) -> None:
     """Train one stage, from an earlier checkpoint again whenever its guard asks for that; then report."""
+    devices = describe_devices(world)
     back: Back | None = None
     starts = 0
     while True:
@@ -223,12 +225,14 @@ def _train_stage(
         try:
             watch.start("the first step")
             notices = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage] if back is None else []
+            if (noise := noisy_ema(stage, first=place.previous is None)) is not None:
+                notices.append(noise)
             with closing(Observer(stage, place.name, trainer.step, active=world.is_main)) as observer:
                 if world.is_main:
                     with observer.events.beside("config.yaml and environment.json"):
                         write_durably(config.directory / "config.yaml", dump_config(config))
-                        _write_environment(config, stage, data, trainer, world)
-                for notice in [*stand_ins(stage.objective), *notices]:
+                        _write_environment(config, stage, data, trainer, world, devices)
+                for notice in [f"on {devices}", *stand_ins(stage.objective), *notices]:
                     observer.event(notice)
                 back = trainer.run(observer, leave)
         except Exception as error:
@@ -257,7 +261,7 @@ def _commit() -> str | None:
 
 
 def _write_environment(
-    config: RunConfig, stage: RunConfig, data: StageData, trainer: StageTrainer, world: World
+    config: RunConfig, stage: RunConfig, data: StageData, trainer: StageTrainer, world: World, devices: str
 ) -> None:
     """environment.json: versions, machine, stand-ins, and the data's licences, of all stages so far."""
     path = config.directory / "environment.json"
@@ -276,7 +280,7 @@ def _write_environment(
         }
     environment = {
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-        "device": f"{world.device.type}, {platform.processor() or platform.machine()}",
+        "device": devices,
         "world_size": world.size,
         "parameters": trainer.parameters,
         "stand_ins": list(dict.fromkeys([*before["stand_ins"], *stand_ins(stage.objective)])),
