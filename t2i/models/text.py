@@ -92,6 +92,13 @@ def check_same_text(stored: Tensor, computed: Tensor, where: str, of: str) -> No
         raise UserError(f"{where} is another text encoder than that of {of}: it reads the empty caption differently")
 
 
+def auto_class(config: Any) -> Any:
+    """Which of transformers' Auto classes makes a model of this configuration, with no more than need be."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if config.model_type in ENCODERS_ALONE else AutoModel
+
+
 def text_part(net: Any) -> Any:
     """The module that reads text: an encoder-decoder's encoder, the text tower or language model of a model of several
     kinds of input, or the model itself."""
@@ -109,10 +116,9 @@ def load_text_model(name: str, dtype: torch.dtype, **options: Any) -> Any:
     Raises:
         UserError: they cannot be loaded, some of them are missing, or there is no such part.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+    from transformers import AutoConfig
 
-    kind = _load(AutoConfig, name, **options).model_type
-    auto = AutoModelForTextEncoding if kind in ENCODERS_ALONE else AutoModel
+    auto = auto_class(_load(AutoConfig, name, **options))
     net, found = _load(auto, name, dtype=dtype, output_loading_info=True, **options)
     try:
         part = text_part(net)

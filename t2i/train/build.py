@@ -39,7 +39,7 @@ from t2i.models.pixeldit_class import ClassPixelDiT
 from t2i.models.transformer import Prediction, muon_takes
 from t2i.train.processes import World
 
-NOISE_SHARE = 0.01
+NOISE_SHARE = 0.05
 """Of an average: more of the random first weights is worth a notice."""
 SPANS = 10
 """A stage of so many times the average's span leaves nothing of them."""
