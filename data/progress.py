@@ -49,13 +49,13 @@ class Lines:
 
     def _show(self) -> None:
         self._last, self._shown = time.monotonic(), self._done
-        bar = "{desc}{n_fmt}/{total_fmt}{unit} ({percentage:.0f} %) [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        bar = "{desc}{n_fmt}/{total_fmt} {unit} ({percentage:.0f} %) [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         text = tqdm.format_meter(
             self._done,
             self._total,
             self._last - self._began,
             prefix=f"{self._what}: " if self._what else "",
-            unit=f" {self._unit}",
+            unit=self._unit,
             initial=self._initial,
             postfix=self._postfix,
             bar_format=bar,
