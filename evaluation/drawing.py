@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
+from data.progress import progress_bar
 from evaluation.parts import write_aside, write_json
 from t2i.model_folder import FILES, WhichWeights
 from t2i.pipeline import Pipeline, batches_of
@@ -64,7 +64,7 @@ def draw_together(
     """
     mine = [picture for batch in world.share(batches) for picture in batch]
     began = time.perf_counter()
-    with tqdm(total=len(mine), disable=not world.is_main, unit="image", desc="drawing") as bar:
+    with progress_bar(len(mine), "image", "drawing", shown=world.is_main) as bar:
         draw(mine, bar.update)
     world.barrier()
     seconds = time.perf_counter() - began

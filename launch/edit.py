@@ -18,10 +18,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.errors import UserError
 from data.files import PathText
+from data.progress import progress_bar
 from evaluation.drawing import made_of, write_png
 from evaluation.editing.edit_list import read_edits, read_picture
 from evaluation.editing.job import SCALE_DOWN, EditJob
@@ -113,7 +113,7 @@ def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) ->
     _, height, width = pixels.shape
     check_fits(pipeline, (height, width), 1, f"--image {options.image}, {height} x {width} pixels", SCALE_DOWN)
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
-    with tqdm(total=calls, unit="step") as bar:
+    with progress_bar(calls, "step", "editing") as bar:
 
         def step_done(images: Tensor, t: float) -> None:
             bar.update()

@@ -16,10 +16,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from data.errors import UserError
 from data.files import PathText
+from data.progress import progress_bar
 from evaluation.drawing import draw_together, made_of
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.detectors import Name, build_detector, check_prompts, prompts_for
@@ -180,7 +179,7 @@ def _score(world: World, options: Namespace, detector: Detector) -> None:
     if world.is_main:
         (options.out / "summary.json").unlink(missing_ok=True)  # of what was there before, and this job may be killed
     mine = missing[world.rank :: world.size]
-    with tqdm(total=len(mine), disable=not world.is_main, unit="prompt", desc="judging") as bar:
+    with progress_bar(len(mine), "prompt", "judging", shown=world.is_main) as bar:
         world.together(lambda: verdicts.judge(mine, bar.update))
     if options.detector == "shapes":
         about["bounds"] = world.from_main(lambda: bounds(prompted, detector))

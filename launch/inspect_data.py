@@ -21,7 +21,6 @@ from typing import Any, Literal, TextIO
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data.coming import coming_batches
 from data.errors import UserError
@@ -29,6 +28,7 @@ from data.example import ImageSettings
 from data.files import PathText
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
+from data.progress import progress_bar
 from data.shards.index import list_left_out, open_index
 from data.store import open_store
 from data.stream import Source
@@ -227,7 +227,7 @@ def _write_page(job: _Job, chosen: SourceConfig, options: Options) -> None:
     samples = None if options.samples == "all" else options.samples
     total = min(samples or sys.maxsize, int(source.index.counts.sum()))
     with _replacing(options.out) as file:
-        with tqdm(total=total, unit="sample", disable=None) as bar:
+        with progress_bar(total, "sample", "reading") as bar:
             findings = inspect(
                 source.index,
                 source.rules,
@@ -268,7 +268,7 @@ def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
     if checkpoint is not None:
         state = Checkpoint(Path(checkpoint)).state["data"]
     sources = [_open(job.data, source) for source in job.data.sources]
-    with tqdm(total=batches * job.batch_size, unit="sample", disable=None) as bar:
+    with progress_bar(batches * job.batch_size, "sample", "reading") as bar:
         coming = coming_batches(
             sources,
             job.images,

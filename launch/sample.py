@@ -14,9 +14,9 @@ from itertools import chain
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from data.files import read_lines
+from data.progress import followed
 from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -62,8 +62,8 @@ def sample() -> None:
         mine = [i for batch in world.share(batches) for i in batch]
         world.from_main(lambda: _make_folder(options.out))
         images = chain.from_iterable(pipeline.draw_batches([pictures[i] for i in mine], settings, size))
-        with_bar = tqdm(images, total=len(mine), disable=not world.is_main, unit="picture")
-        for i, image in zip(mine, with_bar, strict=True):
+        drawn = followed(images, len(mine), "picture", "drawing", shown=world.is_main)
+        for i, image in zip(mine, drawn, strict=True):
             prompt, number = divmod(i, options.pictures)
             path = options.out / f"{prompt:05d}_{number}.png"
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

@@ -50,9 +50,25 @@ class SavedModel:
 def write_model(
     folder: Path, config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor], null_caption: Tensor
 ) -> None:
-    """Write a folder; an earlier attempt that was cut short is replaced."""
+    """Write a folder; an earlier attempt that was cut short is replaced.
+
+    Raises:
+        OSError: the disk does not take it; nothing of it stays there.
+    """
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write_aside(aside, config, raw, ema, null_caption)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    aside.rename(folder)
+    sync(folder.parent)
+
+
+def _write_aside(
+    aside: Path, config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor], null_caption: Tensor
+) -> None:
     aside.mkdir(parents=True)
     for which, tensors in (("raw", raw), ("ema", ema)):
         whole = {**tensors, NULL_CAPTION: null_caption}
@@ -63,8 +79,6 @@ def write_model(
         (aside / name).chmod(settings.stat().st_mode)
     for path in (*aside.iterdir(), aside):
         sync(path)
-    aside.rename(folder)
-    sync(folder.parent)
 
 
 def check_model(folder: Path, which: WhichWeights) -> None:

@@ -29,10 +29,10 @@ from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from data.errors import DataError
 from data.listing import told
+from data.progress import followed
 from data.shards.offsets import (
     OFFSETS_SUFFIX,
     SHARD_SUFFIX,
@@ -198,11 +198,11 @@ class _Indexer:
 
 
 def for_each_shard(infos: Sequence[ObjectInfo], task: Callable[[ObjectInfo], T], workers: int) -> list[T]:
-    """Do a task for every shard, `workers` at a time with a progress bar; returns what it gave, in their order."""
+    """Do a task for every shard, `workers` at a time, and show how far it is; returns what it gave, in their order."""
     pool = ThreadPoolExecutor(workers)
     try:
         futures = [pool.submit(task, info) for info in infos]
-        for future in tqdm(as_completed(futures), "indexing", len(infos), unit="shard", disable=None):
+        for future in followed(as_completed(futures), len(infos), "shard", "indexing"):
             future.result()  # the first failure ends it
         return [future.result() for future in futures]
     finally:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data.errors import UserError
+from data.progress import followed
 from evaluation.dpg import rules
 from evaluation.dpg.answers import Answers
 from evaluation.dpg.benchmark import Benchmark
@@ -129,7 +128,7 @@ def ask(world: World, judge: Judge, examined: Examined, out: Path) -> Answers:
     folder = out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     mine = examined.items[world.rank :: world.size]
-    for item in tqdm(mine, disable=not world.is_main, unit="prompt"):
+    for item in followed(mine, len(mine), "prompt", "asking", shown=world.is_main):
         asked = _asked(judge, examined, item)
         path = folder / f"{item.id}.json"
         if path.exists() and json.loads(path.read_text())["asked"] == asked:

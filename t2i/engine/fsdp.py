@@ -82,7 +82,7 @@ class FsdpEngine:
         self._parameters: dict[str, DTensor] = dict(module.named_parameters())  # type: ignore[arg-type]
         self._pieces = [self._piece(name, p, mesh) for name, p in self._parameters.items()]
         for group in optimizer.param_groups:
-            group["params"] = [p.tensor for p in self._pieces if (p.name in optimizer.muon_names) == group["muon"]]
+            group["params"] = [p.tensor for p in self._pieces if p.name in group["names"]]
         self.shards: Shards = optimizer.adopt(self._pieces)
 
     def _piece(self, name: str, parameter: DTensor, mesh: DeviceMesh) -> Piece:

@@ -39,6 +39,11 @@ from t2i.models.pixeldit_class import ClassPixelDiT
 from t2i.models.transformer import Prediction, muon_takes
 from t2i.train.processes import World
 
+NOISE_SHARE = 0.05
+"""Of an average: more of the random first weights is worth a notice."""
+SPANS = 10
+"""A stage of so many times the average's span leaves nothing of them."""
+
 
 class TrainingNetwork(nn.Module):
     """Everything that is trained: the denoiser and the projector of representation alignment."""
@@ -217,6 +222,27 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
         micro_batch_size=train.micro_batch_size,
         accumulation=accumulation,
         clip_grad_norm=clip_grad_norm,
+    )
+
+
+def noisy_ema(config: RunConfig, first: bool) -> str | None:
+    """A sentence where the random weights that a stage starts from stay in its average; else None.
+
+    After n updates their share of it is `decay ** n`.
+
+    Args:
+        config: the stage's settings.
+        first: whether no stage comes before it.
+    """
+    decay, steps, source = config.ema.decay, config.train.steps, config.init.source
+    share = decay**steps if source == "scratch" or (source == "previous" and first) else 0.0
+    if share <= NOISE_SHARE:
+        return None
+    fitting = max(0.0, 1 - SPANS / steps)
+    return (
+        f"ema.decay {decay:g} averages over about {1 / (1 - decay):,.0f} updates, and the stage has {steps:,}: at its "
+        f"end {100 * share:.0f} % of the averaged weights, which draw the samples and are validated, are still the "
+        f"random ones it starts from; {fitting:.4g} would fit"
     )
 
 

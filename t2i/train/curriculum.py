@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,9 +23,12 @@ from typing import Any
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import check_world_size, dump_config, stage_config
+from t2i.engine.checkpoint.format import write_durably
 from t2i.exit_codes import DONE
 from t2i.model_folder import check_model
-from t2i.train.build import stand_ins
+from t2i.train.build import noisy_ema, stand_ins
+from t2i.train.devices import describe_devices
+from t2i.train.events import EventLog
 from t2i.train.failures import Failure, Failures
 from t2i.train.observe import Observer
 from t2i.train.outcome import OutcomeFile, is_done
@@ -108,8 +110,9 @@ def run(
         _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
         notices = check_start([(settings[i], places[i], opened[i]) for i in pending], world) if pending else []
+        devices = describe_devices(world)
         if world.is_main:
-            for notice in notices:
+            for notice in [f"on {devices}", *notices]:
                 print(notice)
         scorers = build_scorers({i: settings[i] for i in pending}, build_scorer, world)
         for index in pending:
@@ -121,8 +124,9 @@ def run(
             outcome.write(DONE, f"trained {', '.join(places[i].name for i in chosen)}", rank=0)
             if pending:
                 last = places[pending[-1]]
-                print(f"done: curves and pictures are in {write_report(config.directory)},")
-                print(f"the last pictures in {last.samples}, the model in {last.model}")
+                with EventLog(config.directory, last.name).beside("report.html"):
+                    print(f"curves and pictures are in {write_report(config.directory)}")
+                print(f"done: the last pictures are in {last.samples}, the model in {last.model}")
     except Exception as error:
         end(error)
         raise
@@ -137,8 +141,9 @@ def _say_done(config: RunConfig, places: list[StagePlace], world: World) -> None
     if world.is_main:
         names = ", ".join(place.name for place in places)
         report = config.directory / "report.html"
-        if not report.exists():  # the last start was ended between the model and the report
-            write_report(config.directory)
+        if not report.exists():  # the last start was ended between the model and the report, or its disk was full
+            with EventLog(config.directory, places[-1].name).beside("report.html"):
+                write_report(config.directory)
         print(f"{config.directory}: done already: {names}; the report is {report}")
 
 
@@ -211,6 +216,7 @@ def _train_stage(
     scorer: Scorer | None,
 ) -> None:
     """Train one stage, from an earlier checkpoint again whenever its guard asks for that; then report."""
+    devices = describe_devices(world)
     back: Back | None = None
     starts = 0
     while True:
@@ -218,12 +224,15 @@ def _train_stage(
         trainer = StageTrainer(stage, place, data, world, f"{attempt}-{starts}", watch, scorer, back)
         try:
             watch.start("the first step")
-            if world.is_main:
-                (config.directory / "config.yaml").write_text(dump_config(config))
-                _write_environment(config, stage, data, trainer, world)
             notices = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage] if back is None else []
+            if (noise := noisy_ema(stage, first=place.previous is None)) is not None:
+                notices.append(noise)
             with closing(Observer(stage, place.name, trainer.step, active=world.is_main)) as observer:
-                for notice in [*stand_ins(stage.objective), *notices]:
+                if world.is_main:
+                    with observer.events.beside("config.yaml and environment.json"):
+                        write_durably(config.directory / "config.yaml", dump_config(config))
+                        _write_environment(config, stage, data, trainer, world, devices)
+                for notice in [f"on {devices}", *stand_ins(stage.objective), *notices]:
                     observer.event(notice)
                 back = trainer.run(observer, leave)
         except Exception as error:
@@ -238,7 +247,8 @@ def _train_stage(
         gc.collect()  # an engine is full of cycles, and holds the stage's memory
     gc.collect()
     if world.is_main:
-        write_report(config.directory)
+        with EventLog(config.directory, place.name).beside("report.html"):
+            write_report(config.directory)
 
 
 def _commit() -> str | None:
@@ -251,7 +261,7 @@ def _commit() -> str | None:
 
 
 def _write_environment(
-    config: RunConfig, stage: RunConfig, data: StageData, trainer: StageTrainer, world: World
+    config: RunConfig, stage: RunConfig, data: StageData, trainer: StageTrainer, world: World, devices: str
 ) -> None:
     """environment.json: versions, machine, stand-ins, and the data's licences, of all stages so far."""
     path = config.directory / "environment.json"
@@ -270,13 +280,11 @@ def _write_environment(
         }
     environment = {
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-        "device": f"{world.device.type}, {platform.processor() or platform.machine()}",
+        "device": devices,
         "world_size": world.size,
         "parameters": trainer.parameters,
         "stand_ins": list(dict.fromkeys([*before["stand_ins"], *stand_ins(stage.objective)])),
         "data": list(known.values()),
         "git": _commit(),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(environment, indent=1))
-    partial.rename(path)
+    write_durably(path, json.dumps(environment, indent=1))

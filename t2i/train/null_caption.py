@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from t2i.build import condition_identity
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.engine.checkpoint import sync
+from t2i.engine.checkpoint.format import write_durably
 from t2i.model_folder import NULL_CAPTION, read_model
 from t2i.models.conditions import Conditioner
 from t2i.models.text import check_same_text
@@ -53,8 +53,5 @@ def store_null_caption(config: RunConfig, place: StagePlace, states: Tensor) -> 
     """Keep it with the run, unless it is there. On rank 0."""
     if place.null_caption.exists():
         return
-    aside = place.null_caption.with_suffix(".partial")
     about = {"text": condition_identity(config), "text_model": config.text.model}
-    save_file({NULL_CAPTION: states.contiguous().cpu()}, aside, metadata=about)
-    sync(aside)
-    aside.rename(place.null_caption)
+    write_durably(place.null_caption, save({NULL_CAPTION: states.contiguous().cpu()}, metadata=about))

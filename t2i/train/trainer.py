@@ -22,6 +22,7 @@ from t2i.pipeline import Pipeline
 from t2i.train.balance import build_balance
 from t2i.train.build import build_ema, build_engine, build_network, build_objective, denoiser_training_flops
 from t2i.train.dry_run import dry_run
+from t2i.train.events import EventLog
 from t2i.train.failures import is_lost_contact
 from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
 from t2i.train.intake import Intake
@@ -96,7 +97,8 @@ class StageTrainer:
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
         pipeline = Pipeline(config, averaged, self.conditioner, self.null_caption, world.device)
-        self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples, watch.alive)
+        events, heldout = EventLog(config.directory, place.name, world.is_main), data.heldout_samples(config)
+        self.evaluator = Evaluator(pipeline, world, heldout, place.samples, watch.alive, events)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = build_ema(config, self.engine)
         self.balance = build_balance(config, network.denoiser)
@@ -160,7 +162,8 @@ class StageTrainer:
         observer.event(self._dry_run)
         observer.event(self._origin)
         if self.world.is_main:
-            store_null_caption(self.config, self.place, self.null_caption)
+            with observer.events.beside("the null caption"):
+                store_null_caption(self.config, self.place, self.null_caption)
         self._end_if_scored_enough(observer)
         if self.step == 0 or self._scores_now():  # a departure may have left out what was due here
             observer.take_back(self.step, ("score", "validation"))

@@ -232,10 +232,10 @@ def test_allowed_numbers_of_ranks(world_size: int) -> None:
 @pytest.mark.parametrize(
     ("lanes", "batch", "micro", "world_size", "words"),
     [
-        (128, 1536, 4, 3, ["world_size 3", "128 lanes", "2 or 4"]),
+        (128, 1536, 4, 3, ["world_size 3", "data.lanes 128", "2 or 4"]),
         (128, 1536, 4, 100, ["world_size 100", "64 or 128"]),
-        (16, 64, 4, 17, ["world_size 17", "16 lanes", "is 16"]),
-        (128, 1500, 4, 2, ["batch_size 1500", "128 lanes", "1408 or 1536"]),
+        (16, 64, 4, 17, ["world_size 17", "data.lanes 16", "is 16"]),
+        (128, 1500, 4, 2, ["train.batch_size 1500", "data.lanes 128", "1408 or 1536"]),
         (128, 1536, 50, 8, ["micro_batch_size 50", "192", "48 would"]),
         (128, 1536, 64, 128, ["micro_batch_size 64", "12 would"]),
     ],
@@ -357,7 +357,7 @@ def test_the_launchers_local_rank_is_ignored(file: str, words: list[str]) -> Non
         (["--optimiser.lr=1"], "unknown option --optimiser.lr; did you mean --optimizer.lr?"),
         (["--model.depth"], "model.depth"),
         (["--model.depth", "eight"], "model.depth"),
-        (["--model.depth", "1"], "command line: model: repa_layer 2 must be at most depth (1)"),
+        (["--model.depth", "1"], "command line: model.repa_layer 2 must be at most depth (1)"),
         (["--data.resolution", "30"], "command line: data.resolution 30 must be a multiple of model.patch_size (4)"),
         (["--model.depth", "8", "extra"], "extra"),
         (["--config", "absent.yaml"], "absent.yaml"),

@@ -75,14 +75,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is either whole or absent after a crash."""
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a small file so that it is whole or as before, after a crash and on a disk that does not take it.
+
+    Raises:
+        OSError: the disk does not take it; nothing of it stays there.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

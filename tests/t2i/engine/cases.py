@@ -155,8 +155,13 @@ def reference(dtype: torch.dtype, muon: bool, clip: float) -> Trace:
     module = network()
     named = dict(module.named_parameters())
     momenta = {n: torch.zeros_like(p) for n, p in named.items() if muon and p.ndim == 2 and takes_muon(n)}
-    others = [p for n, p in named.items() if n not in momenta]
-    adamw = torch.optim.AdamW(others, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    others = {n: p for n, p in named.items() if n not in momenta}
+    assert {n for n, p in others.items() if p.ndim > 2} == {"denoiser.text_position"}
+    groups = [  # decay is for matrices alone
+        {"params": [p for p in others.values() if (p.ndim == 2) == decays], "weight_decay": WEIGHT_DECAY * decays}
+        for decays in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
     start = {n: p.detach().clone() for n, p in named.items()}
     average = dict(start)
     losses, norms = [], []
