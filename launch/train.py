@@ -29,7 +29,7 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
         return departure.reason
 
     patience = collective_timeout(config.limits.start_minutes)
-    with ExitStack() as at_exit, joined_world(patience) as world, Failures(world) as failures:
+    with ExitStack() as at_exit, joined_world(config.model_dump(), patience) as world, Failures(world) as failures:
         try:
             run(config, world, only, leave, failures, at_exit, build_scorer)
             world.barrier()  # else rank 0's end would look like its death
