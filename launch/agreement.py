@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from t2i.build import choose_dtype
+from t2i.config_loading import fields_of
 from t2i.source import source_files
 
 PACKAGES = (
@@ -38,7 +39,7 @@ def agreed_values(settings: Mapping[str, Any], device: torch.device) -> dict[str
         device: on which this rank computes.
     """
     values: dict[str, str] = {}
-    for name, value in flatten(settings).items():
+    for name, value in fields_of(dict(settings)).items():
         values[name] = value if isinstance(value, str) else json.dumps(value, default=str)
         if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
             values |= {f"{name}: {file}": ends for file, ends in _contents(Path(value)).items()}
@@ -50,18 +51,6 @@ def agreed_values(settings: Mapping[str, Any], device: torch.device) -> dict[str
     values |= {f"version of {name}": _version(name) for name in PACKAGES}
     values |= {f"variable {name}": os.environ.get(name, "not set") for name in VARIABLES}
     return values | {f"source {name}": digest[:12] for name, digest in source_files().items()}
-
-
-def flatten(tree: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of a tree by dotted name; dictionaries in a list go by their name, where each has one."""
-    if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
-        tree = {"": [item["name"] for item in tree], **{str(item["name"]): item for item in tree}}
-    if not isinstance(tree, Mapping):
-        return {name: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flatten(value, ".".join(part for part in (name, key) if part))
-    return found
 
 
 def differences(own: Mapping[str, str], other: Mapping[str, str]) -> list[str]:

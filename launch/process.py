@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from data.errors import StoreError, UserError
-from launch.agreement import agreed_values
 from launch.launcher import launchers
 from launch.rendezvous import Place, meet
 from t2i.train.outcome import code_of
@@ -57,6 +56,8 @@ def joined_world(
     """
     with redirect_stdout(io.StringIO()):
         import deepspeed
+
+        from launch.agreement import agreed_values  # imports the networks, which not every job needs
 
     rank = int(os.environ.setdefault("RANK", "0"))
     size = int(os.environ.setdefault("WORLD_SIZE", "1"))

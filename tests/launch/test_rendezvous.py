@@ -15,7 +15,7 @@ from tiny import free_port, tiny_config
 
 from data.errors import StoreError, UserError
 from launch import rendezvous
-from launch.agreement import agreed_values, flatten
+from launch.agreement import agreed_values
 from launch.rendezvous import Place, meet
 
 RUN = {"job": "stage1.py", "folder": "runs/mine", "ranks": "2"}
@@ -162,11 +162,11 @@ def values_of(tree: dict[str, Any]) -> dict[str, str]:
 
 def test_settings_are_compared_by_field_and_name(tmp_path: Path) -> None:
     tree = tiny_config(tmp_path, tmp_path)
-    found = flatten(tree)
-    assert found["optimizer.lr"] == 1e-3
+    found = values_of(tree)
+    assert found["optimizer.lr"] == "0.001"
     assert found["data.sources.shapes.url"] == str(tmp_path / "train")
-    assert found["stages.high.train.steps"] == 10
-    assert found["stages"] == ["low", "high"]
+    assert found["stages.high.train.steps"] == "10"
+    assert found["stages"] == '["low", "high"]'
 
 
 def test_files_that_settings_name_count_with_what_they_hold(tmp_path: Path) -> None:
