@@ -10,9 +10,14 @@ answered, --answers FILE. Only with the answers of mPLUG, the official judge, is
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import json
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
@@ -128,7 +133,7 @@ def _score(world: World, options: Namespace, asked: benchmark.Benchmark) -> None
 def dpg() -> None:
     """Parse the command line, draw and score."""
     options = _parse()
-    with joined_world() as world:
+    with joined_world(vars(options)) as world:
         asked = world.from_main(lambda: benchmark.read(options.benchmark, options.parity))
         if options.model:
             _draw(world, options, asked)

@@ -12,8 +12,12 @@ the background where the file says what was to be edited. A job that is killed g
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from argparse import Namespace
 from typing import Literal
 
 import torch
@@ -95,7 +99,7 @@ def edit() -> None:
     options = parsed(_parser())
     _check(options)
     given = {name: value for name in EditSettings.model_fields if (value := getattr(options, name)) is not None}
-    with joined_world() as world:
+    with joined_world(vars(options)) as world:
         pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         if pipeline.config.model.condition == "class":
             raise ConfigError(f"--model {options.model} draws classes: editing needs one that draws captions")

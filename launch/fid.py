@@ -10,10 +10,14 @@ of them. `--features efficientnet-lite0` needs no weights from elsewhere, and co
 
 from __future__ import annotations
 
-import json
 import sys
-from argparse import Namespace
 from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -68,7 +72,7 @@ def _options() -> Namespace:
 def fid() -> None:
     """Parse the command line and measure."""
     options = _options()
-    with joined_world() as world:
+    with joined_world(vars(options)) as world:
         # Convolutions and distances in fp32 proper: TF32 moves FID.
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")

@@ -12,8 +12,12 @@ where it stood, on any number of processes, to the same images.
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from argparse import Namespace
 from typing import Any, Literal
 
 from data.errors import UserError
@@ -76,7 +80,7 @@ def geneval() -> None:
         _write_prompts(options.write_prompts)
         return
     _check(options)
-    with joined_world() as world:
+    with joined_world(vars(options)) as world:
         if options.sample_only:
             _draw(world, options)
             return

@@ -17,11 +17,15 @@ out, try --null_attention zero. The null class is in the file.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import json
 import shutil
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor

@@ -13,9 +13,14 @@ nothing when that is there, and goes on where it was stopped when it is not.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import os
 import posixpath
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 

@@ -10,9 +10,14 @@ A few seconds of arithmetic: no weights, no data, no GPU.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
 import json
-import sys
 
 from launch.arguments import parse, values_of
 from launch.parser import read_word

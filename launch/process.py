@@ -9,19 +9,23 @@ import gc
 import io
 import logging
 import os
+import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from launch.ending import run_to_end
+from launch.launcher import launchers
 from launch.overlooked import gpu_signs, overlooked_gpu
+from launch.rendezvous import Place, meet
 from t2i.train.outcome import code_of
 from t2i.train.processes import World
 
@@ -35,16 +39,29 @@ def _forget_shared_buffer(rank: int) -> None:
 
 
 @contextmanager
-def joined_world(patience: timedelta = timedelta(minutes=30)) -> Iterator[World]:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave them again; collectives wait so long."""
+def joined_world(
+    settings: Mapping[str, Any] = MappingProxyType({}), patience: timedelta = timedelta(minutes=30)
+) -> Iterator[World]:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave them again.
+
+    Args:
+        settings: the job's config or options, which have to be alike on all ranks.
+        patience: how long to wait for the other ranks, here and in each collective.
+
+    Raises:
+        UserError: the ranks differ, or the port is taken (`rendezvous.meet`).
+        StoreError: some rank did not come.
+    """
     with redirect_stdout(io.StringIO()):
         import deepspeed
+
+        from launch.agreement import agreed_values  # imports the networks, which not every job needs
 
     rank = int(os.environ.setdefault("RANK", "0"))
     size = int(os.environ.setdefault("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500" if size > 1 else "0")
+    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.setdefault("MASTER_PORT", "29500"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -60,6 +77,13 @@ def joined_world(patience: timedelta = timedelta(minutes=30)) -> Iterator[World]
         cores = int(os.environ.get("OMP_NUM_THREADS", cores))
     torch.set_num_threads(1 if device.type == "cuda" else max(1, cores))
     backend = "nccl" if device.type == "cuda" else "gloo"
+    store: dist.Store = dist.HashStore()
+    if size > 1:
+        place = Place(rank, size, local_rank, address, port)
+        values = agreed_values({name: it for name, it in settings.items() if name != "local_rank"}, device)
+        store = meet(place, _identity(settings, size, local_size), values, patience)
+    bound = device if size > 1 and device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=patience, world_size=size, rank=rank, store=store, device_id=bound)
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
     if backend == "gloo":
@@ -73,6 +97,16 @@ def joined_world(patience: timedelta = timedelta(minutes=30)) -> Iterator[World]
             dist.destroy_process_group()
         except dist.DistError as error:  # of a rank that is gone; what ended this one counts
             print(f"rank {rank}: {error}", file=sys.stderr)
+
+
+def _identity(settings: Mapping[str, Any], size: int, local_size: int) -> dict[str, str]:
+    """What tells this job from others that may meet at the same port. Where all ranks are of one node, they also have
+    one launcher, if any."""
+    folder = f"{settings['root']}/{settings['name']}" if "root" in settings else str(settings.get("out") or "none")
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if size == local_size and (found := launchers()):
+        launch = f"{launch}, process {found[0][0]} on {socket.gethostname()} (started {found[0][1]})"
+    return {"job": Path(sys.argv[0]).name, "folder": folder, "ranks": str(size), "launcher": launch}
 
 
 def quiet(rank: int) -> None:

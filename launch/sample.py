@@ -8,10 +8,14 @@ One prompt a line; picture n of prompt i is DIR/iiiii_n.png, with DIR/prompts.js
 
 from __future__ import annotations
 
-import json
 import sys
-from itertools import chain
 from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+from itertools import chain
 
 from PIL import Image
 
@@ -49,7 +53,7 @@ def sample() -> None:
     prompts = _read_prompts(options.prompts)
     if options.pictures < 1:
         raise ConfigError(f"--pictures {options.pictures}: at least one picture a prompt")
-    with joined_world() as world:
+    with joined_world(vars(options)) as world:
         pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         settings = sampling_of(pipeline.config, options.sampling)
         if options.negative and settings.guidance_scale == 1.0:

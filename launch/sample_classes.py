@@ -12,6 +12,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from evaluation.adm_npz import Samples
 from evaluation.drawing import draw_together, made_of
 from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
@@ -30,7 +33,7 @@ def sample_classes() -> None:
         raise ConfigError(f"--samples {options.samples}: at least one image")
     if options.out.suffix != ".npz":
         raise ConfigError(f"--out {options.out}: the name ends in .npz")
-    with joined_world() as world:
+    with joined_world(vars(options)) as world:
         pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         config = pipeline.config
         if config.model.condition != "class":

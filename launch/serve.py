@@ -8,12 +8,16 @@ password. Pictures last as long as the server.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import importlib.util
 import os
 import signal
-import sys
 from contextlib import closing
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch

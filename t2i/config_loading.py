@@ -169,16 +169,23 @@ def override(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return validate_config(tree, where="command line")
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the fields in which two plain trees differ."""
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += changes(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(prefix + name)
+def fields_of(tree: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of a plain tree by dotted name. Trees in a list go by the names that they have, as stages and sources
+    do, and the list by those names' order."""
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
+        tree = {"": [item["name"] for item in tree], **{str(item["name"]): item for item in tree}}
+    if not isinstance(tree, dict):
+        return {name: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= fields_of(value, ".".join(part for part in (name, key) if part))
     return found
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted names of the fields in which two plain trees differ; what is missing in one counts as None."""
+    old, new = fields_of(before), fields_of(now)
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 def load_config(path: Path) -> RunConfig:

@@ -73,7 +73,7 @@ class Member:
     def recipe(self) -> tuple[Any, ...]:
         """Equal for runs that differ in nothing but the seed."""
         settings = {k: v for k, v in self.config.items() if k not in _ITS_OWN}
-        return settings, self.environment.get("git")
+        return settings, self.environment.get("git"), self.environment.get("source_sha256")
 
 
 @dataclass(frozen=True)
