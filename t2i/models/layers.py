@@ -3,9 +3,9 @@
 Shape suffixes: B batch, N image tokens, L text tokens, M keys, H heads, K head width, D model width.
 
 - Rotary embedding in real arithmetic: complex tensors keep a compiler from fusing it.
-- Attention is flash-attn on CUDA where it is installed and nothing is masked, PyTorch's fused kernel otherwise, and
-  three plain operations on a CPU, whose fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py).
-  On the meta device, where the planner counts, it is what it would be on CUDA.
+- Attention on CUDA is PyTorch's fused kernel, or flash-attn where that is installed and nothing is masked. On a CPU it
+  is three plain operations, as the fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py). On the
+  meta device, where the planner counts, it is what it would be on CUDA.
 - Norms and the rotation are computed in fp32 and cast back.
 """
 

@@ -1,4 +1,4 @@
-"""Every kind of block, compiled, computes what it does eagerly: results and all gradients, at the sizes of real training.
+"""Every kind of block, compiled, computes what it does eagerly: results and all gradients, at the real sizes.
 
 Compiled code is another for every processor, so this is worth running on each (and on a GPU, where there is one).
 Tokens and head widths are real, as code is made for them; models are narrow, but for the text block.
@@ -121,4 +121,5 @@ def test_compiled_is_eager(kind: str, dtype: torch.dtype) -> None:
         expected = outcome(block.forward, block, given, weights)
         found = outcome(compiled, block, given, weights)
         off = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+        print(kind, dtype, grid, f"{max(off):.2g}", flush=True)
         assert all(share < tolerance for share in off), (grid, off)  # NaN is not
