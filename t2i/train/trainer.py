@@ -24,6 +24,7 @@ from t2i.train.build import build_ema, build_engine, build_network, build_object
 from t2i.train.dry_run import dry_run
 from t2i.train.events import EventLog
 from t2i.train.failures import is_lost_contact
+from t2i.train.first_update import explain, is_finite, never
 from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
 from t2i.train.intake import Intake
 from t2i.train.null_caption import find_null_caption, store_null_caption
@@ -105,6 +106,7 @@ class StageTrainer:
         self._train = TrainingStep(
             config, place.name, world, self.conditioner, self.null_caption, objective, self.engine, self.balance
         )
+        self._first = True  # update of this start
         self._dry_run = dry_run(self._train, config, place.name, world)
         start = restore(config, place, world, self.engine, self.ema, before=back.rollback.first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
@@ -204,6 +206,7 @@ class StageTrainer:
             self.step += 1
         else:
             trained = self._train(batch, self.step, self.guard.veto)
+            self._look_at_first(batch, trained, observer)
             self.step += 1
             self.watch.step_done()
             loss, result = trained.means["loss"], trained.result
@@ -220,6 +223,24 @@ class StageTrainer:
         self._tell_guard(observer, batch)
         observer.progress(numbers)
         return decision
+
+    def _look_at_first(self, batch: Batch, trained: Trained, observer: Observer) -> None:
+        """Explain the first update of this start where it is not finite."""
+        first, self._first = self._first, False
+        if not first or is_finite(trained):
+            return
+
+        def repeat() -> Trained:
+            self.watch.alive(f"step {self.step + 1}, without compilation")
+            return self._train(batch, self.step, never)
+
+        compiled = self.config.engine.compile
+        explain(
+            trained,
+            repeat if compiled else None,
+            self.world,
+            lambda text: observer.event(f"step {self.step + 1}: {text}"),
+        )
 
     def _tell_guard(self, observer: Observer, batch: Batch) -> None:
         """What the guard has to say of this batch, in events.log and, with the batch's ids, in skipped.jsonl."""
