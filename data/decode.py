@@ -121,20 +121,22 @@ def image_size(data: bytes, *, min_side: int = 0, max_aspect_ratio: float | None
     return (image.height, image.width) if image.orientation < 5 else (image.width, image.height)
 
 
-def read_image(path: Path) -> Pixels:
-    """An image file as `decode` makes it at its own size, uint8 (3, H, W).
+def decode_file(path: Path, adm_side: int | None = None) -> Pixels:
+    """An image file as `decode` makes it, uint8 (3, H, W), at its own size or cropped as ADM does to a square's side.
 
     Raises:
         UserError: it cannot be read, is no image, has more than `MAX_PIXELS` or misses some of its pixels.
     """
     try:
         data = path.read_bytes()
+        if adm_side:
+            return decode(data, adm_side, small_images="upscale", as_adm=True)
         return decode(data, image_size(data))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except BadSample as error:
-        what = "too many pixels" if error.reason == "too_many_pixels" else "no image that can be read"
-        raise UserError(f"{path}: {what} ({error.detail}): give another PNG, JPEG or WebP") from error
+        what = "has too many pixels" if error.reason == "too_many_pixels" else "is no image that can be read"
+        raise UserError(f"{path}: {what} ({error.detail}): make it again, or take another") from error
 
 
 def _check_size(height: int, width: int, max_pixels: int, min_side: int, max_aspect_ratio: float | None) -> None:

@@ -42,6 +42,8 @@ class Png:
     def rgba(self) -> NDArray[np.uint8]:
         """(H, W, 4) of one with `clear_rgb16`."""
         bgra = cv2.imdecode(np.frombuffer(self.file, np.uint8), cv2.IMREAD_UNCHANGED)
+        if bgra is None:
+            raise ValueError("OpenCV does not read it")
         return ((bgra[..., [2, 1, 0, 3]].astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 

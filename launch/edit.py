@@ -21,9 +21,10 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
+from data.decode import decode_file
 from data.errors import UserError
 from evaluation.drawing import made_of, write_png
-from evaluation.editing.edit_list import read_edits, read_picture
+from evaluation.editing.edit_list import read_edits
 from evaluation.editing.job import EditJob
 from evaluation.editing.outcome import as_text
 from evaluation.geneval.detectors import Name, build_detector
@@ -100,7 +101,7 @@ def edit() -> None:
 
 
 def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
-    image = torch.from_numpy(read_picture(options.image))
+    image = torch.from_numpy(decode_file(options.image))
     window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
     with tqdm(total=calls, unit="step") as bar:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.decode import Pixels, decode, image_size
-from data.errors import BadSample, UserError
+from data.decode import Pixels, decode_file
+from data.errors import UserError
 from t2i.engine.checkpoint.format import sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -146,13 +146,7 @@ class FolderImages:
 
     def _read(self, number: int) -> Pixels:
         file = self.files[number]
-        try:
-            data = file.read_bytes()
-            if self._crop:
-                return decode(data, self._crop, small_images="upscale", as_adm=True)
-            return decode(data, image_size(data))
-        except (OSError, BadSample) as error:
-            raise UserError(f"{file}: cannot be read: {error}: mend it, or take it out of the folder") from error
+        return decode_file(file, adm_side=self._crop)
 
     def _checked(self, number: int) -> Pixels:
         pixels = self._read(number)
