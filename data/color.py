@@ -103,7 +103,7 @@ def _transform(icc: bytes, space: _Mode) -> ImageCms.ImageCmsTransform | None:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         transform = ImageCms.ImageCmsTransform(profile, ImageCms.ImageCmsProfile(_SRGB), space, "RGB")
-    except (OSError, ImageCms.PyCMSError):
+    except (OSError, ValueError):
         return None
     if space == "CMYK":
         return transform

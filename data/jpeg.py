@@ -35,6 +35,8 @@ _COLOURS = {1: "GRAY", 3: "RGB", 4: "CMYK"}
 
 _STRAY_BYTES = 64
 """Most bytes of any value behind a scan. One column of blocks that a header keeps silent about is more."""
+_READ_AHEAD = 8
+"""Bytes behind a scan that libjpeg takes without a word, until they add up."""
 _MOST_SCANS = 100
 _MOST_WORK = 1 << 33
 """Pixels of all decodings that may go into finding the bytes before restart markers: some seconds."""
@@ -145,28 +147,33 @@ class Jpeg:
                 raise
         return 0
 
-    def _trimmed(self, header: bytes, scan: bytes) -> bytes:
-        """A scan's data without the bytes at its end that libjpeg has no use for.
+    def _trimmed(self, header: bytes, scan: bytes, restarts: bool = False) -> bytes:
+        """The data of a scan, or of an interval before a restart marker, without the bytes that libjpeg has no use for.
 
         Raises:
             ValueError: pixels are missing, or the bytes may be pixels: they are too many to be chance.
         """
+        end = len(scan)
         stray = self._stray_bytes(header + scan)
-        if not stray and not scan.endswith(b"\0\0"):  # libjpeg takes up to 7 bytes without a word
-            return scan
-        rest = len(scan.rstrip(scan[-1:]))
-        if len(scan) - rest < stray:
-            if stray > _STRAY_BYTES:
+        if stray or (not restarts and scan.endswith(b"\0\0")):
+            rest = len(scan.rstrip(scan[-1:]))
+            if end - rest >= stray:
+                # One byte over and over is padding, or what fills a file that was not written to its end, and libjpeg
+                # may have decoded some of it: the scan has to do without. Where more follows, nothing was filled, and
+                # an interval's own last byte may be like the padding; so is the 0 that belongs to ff.
+                end = rest + (restarts or scan[rest - 1 : rest] == b"\xff")
+            elif stray <= _STRAY_BYTES:
+                end -= stray
+            else:
                 raise ValueError(f"{stray} bytes too many in a scan")
-            return scan[:-stray]
-        # One byte over and over is padding, or what a file that was not written to its end is filled with, and libjpeg
-        # may have decoded some of it: the scan has to do without. Its own last byte may be like them.
-        try:
-            self._stray_bytes(header + scan[:rest])
-            return scan[:rest]
-        except ValueError:
-            self._stray_bytes(header + scan[: rest + 1])
-            return scan[: rest + 1]
+            self._stray_bytes(header + scan[:end])
+        for _ in range(_READ_AHEAD):
+            try:
+                self._stray_bytes(header + scan[: end - 1])
+            except ValueError:
+                break
+            end -= 1
+        return scan[:end]
 
     def _without_stray_bytes(self, header: bytes, scan: bytes) -> bytes:
         """A sequential scan without what precedes its restart markers.
@@ -177,7 +184,7 @@ class Jpeg:
         if len(pieces) * self.height * self.width // 2 > _MOST_WORK:
             return scan
         for at in range(0, len(pieces) - 1, 2):
-            pieces[at] = self._trimmed(header, pieces[at])
+            pieces[at] = self._trimmed(header, pieces[at], restarts=True)
             pieces[at + 1] = b"\xff" + pieces[at + 1]
         return b"".join(pieces)
 
