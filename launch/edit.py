@@ -23,11 +23,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data.decode import decode_file
 from data.errors import UserError
 from data.files import PathText
 from data.progress import progress_bar
 from evaluation.drawing import made_of, write_png
-from evaluation.editing.edit_list import read_edits, read_picture
+from evaluation.editing.edit_list import read_edits
 from evaluation.editing.job import SCALE_DOWN, EditJob
 from evaluation.editing.outcome import as_text
 from evaluation.geneval.detectors import Name, build_detector
@@ -111,7 +112,7 @@ def edit() -> None:
 
 
 def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
-    image = torch.from_numpy(read_picture(options.image))
+    image = torch.from_numpy(decode_file(options.image))
     window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
     pixels = image[:, *window]
     _, height, width = pixels.shape

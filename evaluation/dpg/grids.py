@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from data.decode import decode_file
 from data.errors import UserError
 from data.listing import excluded, is_image
 from evaluation.dpg.rules import Item
 from evaluation.drawing import unfinished_batches, write_png
 from evaluation.parts import note_settings
 from t2i.config_sampling import SamplingConfig
+from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Picture, Pipeline
 
 PICTURES = 4
@@ -61,25 +61,20 @@ def examine(path: Path, resolution: int, pictures: int) -> str:
     Raises:
         UserError: it cannot be read whole, or is no grid of pictures of this resolution (nor, if one is scored, one).
     """
-    try:
-        content = path.read_bytes()
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read: {error}: draw it anew") from error
+    height, width = decode_file(path).shape[1:]
     side = 2 * resolution
-    if image.size != (side, side) and not (pictures == 1 and image.size == (resolution, resolution)):
+    if not (height == width == side or (pictures == 1 and height == width == resolution)):
         raise UserError(
-            f"{path} is {image.width} x {image.height} pixels: a grid of 2 x 2 pictures of --resolution {resolution} "
+            f"{path} is {width} x {height} pixels: a grid of 2 x 2 pictures of --resolution {resolution} "
             f"has {side} x {side}"
         )
-    return hashlib.sha256(content).hexdigest()
+    return sha256(path)
 
 
 def crops(path: Path, resolution: int, pictures: int) -> list[Image.Image]:
     """A grid's pictures."""
-    with Image.open(path) as image:
-        return [image.convert("RGB").crop(box) for box in boxes(resolution, pictures)]
+    image = Image.fromarray(decode_file(path).transpose(1, 2, 0))
+    return [image.crop(box) for box in boxes(resolution, pictures)]
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ class Drawing:
     def assemble(self, mine: Sequence[Item]) -> None:
         """Put these prompts' grids together."""
         for item in mine:
-            tiles = [np.asarray(Image.open(self.tile(item, number))) for number in range(PICTURES)]
+            tiles = [decode_file(self.tile(item, number)).transpose(1, 2, 0) for number in range(PICTURES)]
             write_png(self.grid(item), np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])]))
 
     def end(self) -> None:

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from pydantic import AliasChoices, Field, model_validator
 
-from data.decode import Pixels, decode, image_size
-from data.errors import BadSample, UserError
+from data.decode import decode_file
+from data.errors import UserError
 from data.yaml_file import read_yaml
 from evaluation.editing.background import Inside
 from t2i.config_base import Section
@@ -123,21 +123,6 @@ def _inside_folder(path: Path, name: str, where: str) -> Path:
     return path.parent / parts
 
 
-def read_picture(path: Path) -> Pixels:
-    """An image file at its own size, uint8 (3, H, W), upright, alpha laid on white.
-
-    Raises:
-        UserError: it is missing, or no image that can be decoded.
-    """
-    try:
-        data = path.read_bytes()
-        return decode(data, image_size(data))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except BadSample as error:
-        raise UserError(f"{path}: is no image that can be read ({error.detail}): give a PNG, JPEG or WebP") from error
-
-
 def given_region(edit: Edit, folder: Path, height: int, width: int) -> Inside | None:
     """The region (height, width) that an entry's box or mask gives; None: it has neither.
 
@@ -159,7 +144,7 @@ def given_region(edit: Edit, folder: Path, height: int, width: int) -> Inside | 
         return in_boxes([it.box], height, width)
     if it.mask is None:
         return None
-    mask = read_picture(folder / it.mask)
+    mask = decode_file(folder / it.mask)
     if mask.shape[1:] != (height, width):
         raise UserError(
             f"entry {edit.entry}: mask {it.mask}: has {mask.shape[2]} x {mask.shape[1]} pixels, and must have "

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.decode import Pixels
+from data.decode import Pixels, decode_file
 from data.errors import UserError
 from evaluation.drawing import draw_together, write_png
 from evaluation.editing.background import Inside, background_scores
-from evaluation.editing.edit_list import Box, Edit, given_region, in_boxes, read_picture
+from evaluation.editing.edit_list import Box, Edit, given_region, in_boxes
 from evaluation.editing.outcome import Line, finish
 from evaluation.geneval.detection import Detector
 from evaluation.parts import note_settings
@@ -121,7 +121,7 @@ class EditJob:
 
     def _read(self, edit: Edit) -> tuple[Pixels, Inside | None]:
         """The image and the region that its entry gives, of whole patches."""
-        pixels = read_picture(edit.image)
+        pixels = decode_file(edit.image)
         height, width = pixels.shape[1:]
         window = patch_window(height, width, self.patch, str(edit.image))
         inside = given_region(edit, self.folder, height, width)
@@ -135,7 +135,7 @@ class EditJob:
 
     def _edit(self, pipeline: Pipeline, mine: Sequence[Edit], done: Callable[[int], object]) -> None:
         for edit in mine:
-            image = torch.from_numpy(read_picture(self._source(edit.entry)))
+            image = torch.from_numpy(decode_file(self._source(edit.entry)))
             result = edit_image(pipeline, image, edit.source, edit.target, self.settings)
             write_png(self._result(edit), result.permute(1, 2, 0).numpy())
             done(1)
@@ -143,7 +143,7 @@ class EditJob:
     def _measure(self, edit: Edit) -> Line:
         """An edit's line of results.jsonl."""
         before, result = (
-            read_picture(path).transpose(1, 2, 0) for path in (self._source(edit.entry), self._result(edit))
+            decode_file(path).transpose(1, 2, 0) for path in (self._source(edit.entry), self._result(edit))
         )
         _, inside = self._read(edit)
         boxes: list[Box] = []

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.decode import decode_file
 from data.randomness import key
 from evaluation.drawing import read_speed
 from evaluation.editing.background import METRICS
@@ -134,7 +135,6 @@ def _pair(out: Path, line: Line) -> str:
 
 def _shown(path: Path) -> Image.Image:
     """A picture for the page: small ones by their pixels."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    image = Image.fromarray(decode_file(path).transpose(1, 2, 0))
     times = max(1, _SIDE // max(image.size))
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as Picture
 
+from data.decode import decode_file
 from data.errors import UserError
 from evaluation.drawing import write_png
 from evaluation.geneval.detection import Image
@@ -66,16 +66,12 @@ def begin_folder(root: Path, prompts: Sequence[Metadata]) -> None:
 
 
 def read_image(path: Path) -> Image:
-    """An image, uint8 (H, W, 3); transparency is dropped, grey becomes RGB.
+    """An image, uint8 (H, W, 3).
 
     Raises:
         UserError: it is no image, or a damaged one.
     """
-    try:
-        with Picture.open(path) as file:
-            return np.array(file.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged PNGs
-        raise UserError(f"{path} cannot be read as an image: make it again ({error})") from error
+    return np.ascontiguousarray(decode_file(path).transpose(1, 2, 0))
 
 
 def write_grid(it: Prompted) -> None:

@@ -22,11 +22,11 @@ from random_model import write_random_model
 from tiny import run, start
 
 import launch.edit
+from data.decode import decode_file
 from data.errors import UserError
 from data.packing.shapes import Group, Object, Scene, draw
 from evaluation.drawing import write_png
 from evaluation.editing.background import background_scores
-from evaluation.editing.edit_list import read_picture
 from t2i.editing import EditSettings, edit_image
 from t2i.pipeline import Pipeline
 
@@ -107,7 +107,7 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def pixels(path: Path) -> NDArray[np.uint8]:
-    return read_picture(path).transpose(1, 2, 0)
+    return decode_file(path).transpose(1, 2, 0)
 
 
 def edited(pipeline: Pipeline, image: NDArray[np.uint8], source: str, target: str, **changes: Any) -> NDArray[np.uint8]:

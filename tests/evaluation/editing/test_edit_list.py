@@ -10,8 +10,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from data.decode import decode_file
 from data.errors import UserError
-from evaluation.editing.edit_list import Edit, given_region, in_boxes, read_edits, read_picture
+from evaluation.editing.edit_list import Edit, given_region, in_boxes, read_edits
 
 AS_PUBLISHED = """
 -
@@ -152,15 +153,15 @@ def test_pictures_come_at_their_own_size_upright_and_on_white(tmp_path: Path) ->
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned to the right
     turned.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_picture(tmp_path / "turned.png"), pixels.transpose(2, 0, 1))
+    np.testing.assert_array_equal(decode_file(tmp_path / "turned.png"), pixels.transpose(2, 0, 1))
     Image.new("RGBA", (5, 7), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_picture(tmp_path / "clear.png") == 255).all()
+    assert (decode_file(tmp_path / "clear.png") == 255).all()
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_what_is_no_picture(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"a.png: is no image that can be read \(.*\): give a PNG, JPEG or WebP"):
-        read_picture(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png: is no image that can be read \(.*\): make it again"):
+        decode_file(tmp_path / "a.png")
     with pytest.raises(UserError, match="b.png: cannot be read: No such file"):
-        read_picture(tmp_path / "b.png")
+        decode_file(tmp_path / "b.png")
