@@ -22,6 +22,7 @@ import numpy as np
 
 from data.decode import decode_file
 from data.errors import UserError
+from data.listing import is_image
 from evaluation.drawing import write_png
 from evaluation.geneval.detection import Image
 from evaluation.geneval.prompts import Metadata, read_one, to_lines
@@ -94,7 +95,7 @@ def read_folder(root: Path) -> list[Prompted]:
     """
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder of images")
-    folders = _numbered(path for path in root.iterdir() if path.is_dir())
+    folders = _numbered((path.name, path) for path in root.iterdir() if path.is_dir())
     if not folders:
         raise UserError(f"{root}: must hold a folder for each prompt: 00000/metadata.jsonl and 00000/samples/0000.png")
     found = [_read_prompt(folder) for folder in folders]
@@ -110,21 +111,23 @@ def _read_prompt(folder: Path) -> Prompted:
     if not line.exists():
         raise UserError(f"{folder}: has no metadata.jsonl, which says what its images must show")
     samples = folder / "samples"
-    images = _numbered(path for path in (samples.iterdir() if samples.is_dir() else ()) if path.suffix == ".png")
+    files = sorted(samples.iterdir()) if samples.is_dir() else []
+    images = _numbered((path.stem, path) for path in files if is_image(path.name))
     if not images:
-        raise UserError(f"{folder}: has no image samples/0000.png")
+        others = f", but {', '.join(path.name for path in files[:3])}" if files else ""
+        raise UserError(f"{folder}: has no image samples/0000.png{others}")
     return Prompted(folder, read_one(line), tuple(images))
 
 
-def _numbered(paths: Iterable[Path]) -> list[Path]:
-    """Those that a number names, in its order; others are left out, as by the official code.
+def _numbered(paths: Iterable[tuple[str, Path]]) -> list[Path]:
+    """The paths whose names, given before them, are numbers, in their order; others are left out, as by the official
+    code.
 
     Raises:
         UserError: two have the same number.
     """
     found: dict[int, Path] = {}
-    for path in sorted(paths):
-        name = path.name.removesuffix(".png")
+    for name, path in sorted(paths):
         if name.isdecimal() and (first := found.setdefault(int(name), path)) is not path:
             raise UserError(f"{path.parent}: {first.name} and {path.name} are of one number: remove one")
     return [found[number] for number in sorted(found)]

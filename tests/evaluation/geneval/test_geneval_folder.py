@@ -114,6 +114,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         "Invalid JSON",
     ),
     "no samples": (lambda root: shutil.rmtree(root / "00001" / "samples"), "00001: has no image samples/0000.png"),
+    "samples of another name": (
+        lambda root: [path.rename(path.with_suffix(".txt")) for path in (root / "00001" / "samples").iterdir()],
+        "00001: has no image samples/0000.png, but 0000.txt, 0001.txt, 0002.txt",
+    ),
+    "an image twice": (
+        lambda root: shutil.copy(image_path(root, 1, 2), image_path(root, 1, 2).with_suffix(".jpg")),
+        "samples: 0002.jpg and 0002.png are of one number: remove one",
+    ),
     "an image lost": (
         lambda root: image_path(root, 1, 2).unlink(),
         r"0000\d: holds [23] images where others hold [23]: complete it",
