@@ -116,8 +116,9 @@ def attention(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask_BM: Tensor | 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels by its angle. x (B, H, N, K); cos, sin (N, K), fp32, of `turns`."""
     values = x.float()
-    # Every result is one product of a channel and one of its partner, and so is its gradient. Written as even and odd
-    # channels that are stacked, a compiler makes the gradient in strided stores, and one for AVX512 made NaNs of them.
+    # Every channel is a product of itself and one of its partner, and so is its gradient. Stacked from even and odd
+    # channels instead, the gradient of keys is strided stores of transposed tiles in compiled code, and came out of it
+    # as NaN on a processor with AVX512 and without bf16 (torch 2.14).
     partners = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(values * cos, partners, sin).to(x.dtype)
 

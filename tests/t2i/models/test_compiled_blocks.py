@@ -6,7 +6,7 @@ Tokens and head widths are real, as code is made for them; models are narrow, bu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +23,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEXT, BATCH, CONTEXT = 128, 2, 32
 GRIDS = [(16, 16), (32, 32), (13, 19)]
 """Patches of 256 px, 512 px and a bucket: one graph for the first size, one for all others."""
-Inputs = tuple[nn.Module, list[Any]]
 
 
 def noise(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -102,9 +101,19 @@ def outcome(forward: Callable[..., Any], block: nn.Module, given: list[Any], wei
     return [*results, *(it for it in gradients if it is not None)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_is_eager(kind: str, dtype: torch.dtype) -> None:
+def cases() -> Iterator[Any]:
+    """A GPU takes every kind, type and size. A CPU, for which a graph takes ten seconds to make, takes each kind and
+    each type at one of the sizes, and the kinds that read text at all of them."""
+    every = DEVICE.type == "cuda"
+    for kind in KINDS:
+        reads = kind in ("text to image, masked", "patches and text")
+        yield pytest.param(kind, torch.bfloat16, GRIDS if every or reads else GRIDS[:1], id=f"{kind}-bf16")
+        if every or kind in ("text to image", "class to image", "patches and text", "pixels"):
+            yield pytest.param(kind, torch.float32, GRIDS if every else GRIDS[1:2], id=f"{kind}-fp32")
+
+
+@pytest.mark.parametrize(("kind", "dtype", "grids"), cases())
+def test_compiled_is_eager(kind: str, dtype: torch.dtype, grids: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     make, inputs = KINDS[kind]
@@ -114,12 +123,11 @@ def test_compiled_is_eager(kind: str, dtype: torch.dtype) -> None:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     block.to(DEVICE, dtype)
     compiled = torch.compile(block.forward, fullgraph=True)
-    # Of a tensor's largest value. A channel that is another's, or not written at all, is 20 times further off.
-    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
-    for grid in GRIDS if dtype == torch.bfloat16 else GRIDS[:1]:
+    # Of a tensor's largest value. A channel that is another's, or not written at all, is some 10 times further off.
+    tolerance = 0.06 if dtype == torch.bfloat16 else 1e-4
+    for grid in grids:
         given, weights = inputs(dtype, *grid), []
         expected = outcome(block.forward, block, given, weights)
         found = outcome(compiled, block, given, weights)
         off = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
-        print(kind, dtype, grid, f"{max(off):.2g}", flush=True)
         assert all(share < tolerance for share in off), (grid, off)  # NaN is not
