@@ -53,12 +53,14 @@ def flatten(image: Image.Image, icc: bytes | None) -> tuple[Pixels, bytes | None
     if image.mode in ("I", "F"):
         return _gray32(image), icc
     if image.has_transparency_data:
-        gray = image.mode in ("1", "L", "LA")
-        rgba = np.asarray(image.convert("RGBA"))
-        # White is sRGB's, so that what is blended with it has to be.
-        colours = Image.fromarray(to_srgb(np.ascontiguousarray(rgba[..., : 1 if gray else 3]), icc))
+        rgba = image.convert("RGBA")
+        colours = rgba.convert("RGB")
+        if icc is not None:  # white is sRGB's, so that what is blended with it has to be
+            gray = image.mode in ("1", "L", "LA")
+            colours = Image.fromarray(to_srgb(np.asarray(colours)[..., : 1 if gray else 3], icc))
         white = Image.new("RGB", image.size, "white")
-        return np.array(Image.composite(colours, white, Image.fromarray(rgba[..., 3]))), None
+        white.paste(colours, mask=rgba.getchannel("A"))
+        return np.array(white), None
     if image.mode in ("1", "L"):
         return np.array(image.convert("L"))[..., None], icc
     return np.array(image if image.mode in ("RGB", "CMYK") else image.convert("RGB")), icc

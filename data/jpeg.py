@@ -30,16 +30,14 @@ _NO_SEGMENT = frozenset((0x00, 0x01, *range(0xD0, 0xD8), 0xFF))
 _SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
-_COLOURS = {1: "GRAY", 3: "RGB", 4: "CMYK"}
-"""Colour spaces that simplejpeg decodes to, by the number of components."""
 
 _STRAY_BYTES = 64
 """Most bytes of any value behind a scan. One column of blocks that a header keeps silent about is more."""
 _READ_AHEAD = 8
 """Bytes behind a scan that libjpeg takes without a word, until they add up."""
 _MOST_SCANS = 100
-_MOST_WORK = 1 << 33
-"""Pixels of all decodings that may go into finding the bytes before restart markers: some seconds."""
+_MOST_WORK = 1 << 32
+"""Pixels of all scans or restart intervals that may go into writing a picture anew: some seconds."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Jpeg:
         """Pixels at 1/8, 1/4, 1/2 or 1/1 of the size, the smallest that is not below `least`, and the 8, 4, 2 or 1.
 
         Returns:
-            (h, w, c), c being 1 for gray, 3 for RGB and 4 for CMYK, of which 255 is all ink.
+            (h, w, c), c being 1 for gray with a profile of its own, 3 for RGB and 4 for CMYK, of which 255 is all ink.
 
         Raises:
             ValueError: pixels are missing, or it is no JPEG that libjpeg knows.
@@ -84,8 +82,15 @@ class Jpeg:
 
     def _decode(self, data: bytes, shrink: int) -> Pixels:
         least = {"min_height": -(-self.height // shrink), "min_width": -(-self.width // shrink)}
-        pixels: Pixels = simplejpeg.decode_jpeg(data, _COLOURS[len(self.components)], **least)
+        pixels: Pixels = simplejpeg.decode_jpeg(data, self._colours, **least)
         return pixels
+
+    @property
+    def _colours(self) -> str:
+        """The colour space to decode to. Three equal channels are resized faster than one."""
+        if len(self.components) == 1:
+            return "GRAY" if self.icc and self.icc[16:20] == b"GRAY" else "RGB"
+        return "CMYK" if len(self.components) == 4 else "RGB"
 
     def _load_by_pillow(self) -> Pixels:
         """It refuses what ends before its time like simplejpeg, but believes an end mark and any size."""
@@ -110,7 +115,7 @@ class Jpeg:
             header = b"".join(self._segment(*segment) for segment in segments)
             parts.append((header, self.data[start:end].rstrip(b"\xff")))  # markers may follow fill bytes
         written = b"\xff\xd8"
-        if len(parts) > _MOST_SCANS:
+        if len(parts) > _MOST_SCANS or len(parts) * self.height * self.width > _MOST_WORK:
             raise ValueError(f"it is faulty and has {len(parts)} scans")
         for header, scan in parts:
             written += header
@@ -215,7 +220,7 @@ def read_jpeg(data: bytes) -> Jpeg:
         raise ValueError("it ends before its pixels begin")
     kind, start, end = frame
     components = tuple(data[start + 6 : end : 3])
-    if len(components) not in _COLOURS:  # 0 of a frame that is cut
+    if len(components) not in (1, 3, 4):  # 0 of a frame that is cut
         raise ValueError(f"it has {len(components)} components")
     progressive = kind in _PROGRESSIVE
     return Jpeg(

@@ -245,6 +245,32 @@ def test_truncated_files_are_refused(kind: str, share: float) -> None:
     assert reason(BadSample, data[: int(len(data) * share)], 64) == "undecodable_image"
 
 
+@pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True}])
+def test_a_webp_is_used_if_its_pixels_are_there(options: dict[str, Any]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    plain = encode(photo(100, 100), "WEBP", **options)
+    data = encode(photo(100, 100), "WEBP", exif=exif, xmp=b"<x/>" * 30, **options)
+    assert data[12:16] == b"VP8X"
+    expected = decode(data, 100)
+    for cut in (1, 60):  # in XMP, which follows the rest
+        assert (decode(data[:-cut], 100) == expected).all() and image_size(data[:-cut]) == (100, 100)
+    at = data.index(b"EXIF")
+    assert (decode(data[: at + 9], 100) == expected[:, ::-1, ::-1]).all()
+    assert reason(BadSample, data[: at - 9], 64) == "undecodable_image"
+    for size in (0, 40, len(plain), len(plain) + 99):
+        odd = plain[:4] + struct.pack("<I", size) + plain[8:]
+        assert (decode(odd, 100) == decode(plain, 100)).all()
+        assert reason(BadSample, odd[:-9], 64) == "undecodable_image"
+    assert (decode(plain + b"trailer", 100) == decode(plain, 100)).all()
+
+
+def test_gifs_and_avifs_with_or_without_what_follows_their_pixels() -> None:
+    gif, avif = encode(photo(100, 100), "GIF"), encode(photo(100, 100), "AVIF")
+    assert (decode(gif[:-1], 64) == decode(gif, 64)).all() and (decode(gif + b"x", 64) == decode(gif, 64)).all()
+    assert (decode(avif + b"trailer", 64) == decode(avif, 64)).all()
+
+
 def claim_jpeg(data: bytes, height: int, width: int) -> bytes:
     at = next(m.start() for m in re.finditer(b"\xff[\xc0\xc2]\x00[\x11\x14]", data))
     return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]

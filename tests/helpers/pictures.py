@@ -120,3 +120,22 @@ def encoded(linear: NDArray[np.float64]) -> NDArray[np.float64]:
     """Linear sRGB, 0 to 1, as its values from 0 to 255."""
     linear = linear.clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def foreign(side: int) -> dict[str, tuple[bytes, tuple[int, int, int]]]:
+    """Squares of one colour as others write them, by file name, and that colour in sRGB."""
+    green = np.full((side, side, 3), (60, 180, 60), np.uint8)
+    adobe = rgb_profile(ADOBE_RGB, 563 / 256)
+    gray = np.full((side, side), 100 * 257, np.uint16)
+    return {
+        "gray16.png": (encode(gray), (100, 100, 100)),
+        "gray16.tif": (encode(gray, "TIFF"), (100, 100, 100)),
+        "adobe.png": (encode(green, icc_profile=adobe), (0, 180, 41)),
+        "adobe.webp": (encode(green, "WEBP", lossless=True, icc_profile=adobe), (0, 180, 41)),
+        "clear.png": (encode(np.zeros((side, side, 4), np.uint8)), (255, 255, 255)),
+        "odd.png": (encode(green)[:33] + chunk(b"tEXt", b"a\0b")[:-4] + bytes(4) + encode(green)[33:], (60, 180, 60)),
+    }
+
+
+BOMB = png((60_000, 60_000), 8, 2, b"")
+"""An image over any pixel limit."""

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
+from pictures import ADOBE_RGB, encode, rgb_profile
 from PIL import Image
 from tar_samples import MemoryStore, jpeg, tar_bytes
 
@@ -209,6 +210,18 @@ def test_an_image_is_named_after_its_content(tmp_path: Path) -> None:
     packed("folder {i} --out {o} --workers 1 --resize 20", i=tmp_path / "in", o=tmp_path / "out2")
     assert summary(tmp_path / "out2")["left_out"] == {"other_format": 1}
     assert [[*s.members] for s in samples(f"{tmp_path}/out2")] == [["jpg"]] * 6
+
+
+def test_encoded_images_are_in_srgb_and_others_keep_their_bytes() -> None:
+    adobe = rgb_profile(ADOBE_RGB, 563 / 256)
+    picture = np.full((64, 64, 3), (60, 180, 60), np.uint8)
+    for whole in (encode(picture, icc_profile=adobe), encode(picture, "JPEG", quality=100, icc_profile=adobe)):
+        assert Images()(whole)[1] == Images(resize=64)(whole)[1] == whole
+        for images in (Images(resize=32), Images(quality=95)):
+            _, again = images(whole)
+            assert "icc_profile" not in Image.open(io.BytesIO(again)).info
+            # The linear values by hand: 60 and 180 of Adobe RGB at its gamma are more green than sRGB has.
+            assert np.abs(simplejpeg.decode_jpeg(again)[9, 9].astype(int) - (0, 180, 41)).max() <= 2
 
 
 def test_a_turned_image_is_encoded_upright() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import BOMB, foreign
 from PIL import Image
 from random_model import write_random_model
 
@@ -132,6 +133,17 @@ def test_an_image_that_is_no_grid(tmp_path: Path) -> None:
     path.write_bytes(b"no image")
     with pytest.raises(UserError, match="cat1.png: is no image that can be read "):
         examine(path, 16, 4)
+
+
+def test_grids_of_others_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    for name, (content, colour) in foreign(32).items():
+        (tmp_path / name).write_bytes(content)
+        assert len(examine(tmp_path / name, 16, 4)) == 64
+        for cut in crops(tmp_path / name, 16, 4):
+            assert cut.mode == "RGB" and np.abs(np.asarray(cut).astype(int) - colour).max() <= 1
+    (tmp_path / "bomb.png").write_bytes(BOMB)
+    with pytest.raises(UserError, match=r"bomb.png: has too many pixels"):
+        examine(tmp_path / "bomb.png", 16, 4)
 
 
 def test_boxes() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pictures import encode, foreign
 from PIL import Image
 
 from data.decode import decode_file
 from data.errors import UserError
-from evaluation.editing.edit_list import Edit, given_region, in_boxes, read_edits
+from evaluation.editing.edit_list import Edit, Entry, given_region, in_boxes, read_edits
 
 AS_PUBLISHED = """
 -
@@ -156,6 +157,26 @@ def test_pictures_come_at_their_own_size_upright_and_on_white(tmp_path: Path) ->
     np.testing.assert_array_equal(decode_file(tmp_path / "turned.png"), pixels.transpose(2, 0, 1))
     Image.new("RGBA", (5, 7), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (decode_file(tmp_path / "clear.png") == 255).all()
+
+
+def test_pictures_and_masks_of_others_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    for name, (content, colour) in foreign(16).items():
+        (tmp_path / name).write_bytes(content)
+        assert np.abs(decode_file(tmp_path / name).astype(int) - np.array(colour)[:, None, None]).max() <= 1
+    wide = np.zeros((16, 16), np.uint16)
+    wide[2:4] = 257
+    (tmp_path / "mask.png").write_bytes(encode(wide))
+    edit = Edit(
+        0,
+        0,
+        tmp_path / "a.png",
+        "",
+        "",
+        "",
+        Entry(init_img="a.png", source_prompt="", target_prompts=[""], mask="mask.png"),
+    )
+    region = given_region(edit, tmp_path, 16, 16)
+    assert region is not None and region[2:4].all() and region.sum() == 32
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])

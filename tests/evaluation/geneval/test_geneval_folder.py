@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import BOMB, foreign
 from PIL import Image
 
 from data.errors import UserError
@@ -95,6 +96,19 @@ def test_a_grid_shows_its_images_row_by_row(tmp_path: Path, images: int, rows: i
 def test_images_of_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     Image.new("RGB", (6, 4), (204, 204, 204)).convert(mode).save(tmp_path / "0.png")
     assert np.array_equal(read_image(tmp_path / "0.png"), plain(204))
+
+
+@pytest.mark.parametrize("name", foreign(8))
+def test_images_of_others_are_read_as_training_reads_them(tmp_path: Path, name: str) -> None:
+    content, colour = foreign(8)[name]
+    (tmp_path / name).write_bytes(content)
+    assert np.abs(read_image(tmp_path / name).astype(int) - colour).max() <= 1
+
+
+def test_an_image_over_the_pixel_limit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0000.png").write_bytes(BOMB)
+    with pytest.raises(UserError, match=r"0000.png: has too many pixels"):
+        read_image(tmp_path / "0000.png")
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
