@@ -52,9 +52,7 @@ class _Part:
     content: bytearray | None = None  # made when its length is known
     got: int = 0
     noted: int = 0  # of those, how many were noted as progress or dripped in
-    seen: tuple[int, object] | None = (
-        None  # what all answers must have in common: the object's size, and its ETag or date
-    )
+    seen: tuple[int, object] | None = None  # the size and the ETag, else the date, that every answer must have
 
 
 class S3Store:
@@ -102,7 +100,7 @@ class S3Store:
         while True:
             page = self._call("listing", "", "list_objects_v2", *_LISTING, Prefix=self._prefix, **after)
             items = page.get("Contents", [])
-            if not items and not after:
+            if not items and not after and not page.get("IsTruncated"):
                 self._check_prefix()
             for item in items:
                 name = item["Key"].removeprefix(self._prefix)
@@ -160,6 +158,8 @@ class S3Store:
         return part.content
 
     def _fetch(self, name: str, part: _Part, retries: Retries) -> None:
+        if part.got and part.content is not None and part.got == len(part.content):
+            return  # only the answer's end was lost
         with closing(self._get(name, part)) as body:
             assert part.content is not None
             view = memoryview(part.content)
@@ -177,6 +177,11 @@ class S3Store:
                 if part.got - part.noted >= _PIECE:
                     part.noted, due = part.got, time.monotonic() + self._options.read_timeout_s
                     retries.progress()
+            is_end = part.seen is not None and part.start + len(view) == part.seen[0]
+            if is_end and body.length_remaining is None and body.read1(1):  # in chunks, as no length was known
+                raise DataError(
+                    f"the server of {self._where(name)} sends more bytes than it has: it may be decompressed"
+                )
 
     def _get(self, name: str, part: _Part) -> Any:
         """Ask for the bytes of `part` that are missing, and make its buffer when their number is known."""

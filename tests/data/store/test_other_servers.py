@@ -189,6 +189,16 @@ def test_what_cannot_be_read_is_the_servers_fault(bucket: str, altered: Callable
             call()
 
 
+def test_an_object_that_is_decompressed_on_its_way_is_not_cut(bucket: str, altered: Callable[[Change], str]) -> None:
+    def change(kind: str, headers: Headers, body: bytes) -> tuple[Headers, bytes]:
+        return CHANGES["no length and no range"](kind, headers, body * 2 if kind == "GET" else body)
+
+    store = at(bucket, altered(change))
+    for stop in (None, len(CONTENT)):
+        with pytest.raises(DataError, match=rf"the server of {bucket}/0\.tar at .* sends more bytes than it has"):
+            store.read("0.tar", 0, stop)
+
+
 def test_parts_without_etags_are_said(
     bucket: str, altered: Callable[[Change], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
