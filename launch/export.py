@@ -38,7 +38,8 @@ def export(model: PathText, /, out: PathText) -> None:
     partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(exported.content, partial)
+        with partial.open("wb") as opened:  # else a full disk is no OSError
+            torch.save(exported.content, opened)
         sync(partial)
         partial.rename(file)
         sync(file.parent)

@@ -102,3 +102,14 @@ def test_a_file_that_is_empty_or_not_there_is_named(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: the file is empty"):
         prompts.read(path)
+
+
+def test_prompts_are_lines_of_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    odd = {**dog(), "prompt": "a\u2028dog\x85"}
+    lines = [json.dumps(it, ensure_ascii=False) for it in (dog(), odd)]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n\n").encode())
+    assert prompts.read(path) == [dog(), odd]
+    path.write_bytes(lines[1].encode("utf-16"))
+    with pytest.raises(UserError, match="prompts.jsonl: is UTF-16, and should be UTF-8"):
+        prompts.read(path)
