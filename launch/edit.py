@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
-from data.files import PathText
 from evaluation.drawing import made_of, write_png
 from evaluation.editing.edit_list import read_edits, read_picture
 from evaluation.editing.job import SCALE_DOWN, EditJob
@@ -30,7 +29,7 @@ from evaluation.geneval.detectors import Name, build_detector
 from launch.drawing import job_parser, parsed
 from launch.parser import Parser
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.editing import EditSettings, edit_image, edit_settings, patch_window
 from t2i.pipeline import Pipeline
 from t2i.size_limits import check_fits

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from data.files import PathText
 from launch.command import run
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.engine.checkpoint.format import sync
 from t2i.model_folder import read_model
 from t2i.released.convert import export_weights

@@ -19,7 +19,6 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from data.errors import UserError
-from data.files import PathText
 from evaluation.drawing import draw_together, made_of
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.detectors import Name, build_detector, check_classes, prompts_for
@@ -34,7 +33,7 @@ from evaluation.proving.bounds import bounds
 from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.parser import Parser
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 from data.errors import UserError
-from data.files import PathText
 from data.inspect.page import size_of
 from data.shards.manifest import MANIFEST, build_manifest, open_place
 from data.store import StoreOptions, open_store
 from launch.command import run
+from t2i.config_base import PathText
 
 _NAMED = 20
 

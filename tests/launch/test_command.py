@@ -29,10 +29,10 @@ import launch.sample
 import launch.sample_classes
 import launch.serve
 from data.errors import DataError, StoreError, UserError
-from data.files import PathText
 from data.store import StoreOptions
 from launch.command import run
 from launch.process import main
+from t2i.config_base import PathText
 
 ROOT = Path(__file__).parents[2]
 SEEN: list[object] = []
