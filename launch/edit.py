@@ -4,9 +4,10 @@
     deepspeed launch/edit.py --model MODEL --edits flowedit.yaml --out DIR      # any number of processes; or python
 
 FlowEdit (Kulikov et al. 2025), in pixels: --n-max says how far an edit may go from its image. Of images whose sides are
-no multiples of the model's patch the middle is edited. A file of edits has the layout of FlowEdit's data set
-(evaluation/editing/edit_list.py); DIR holds the edits, results.jsonl, summary.json and edits.html, with MSE and SSIM of
-the background where the file says what was to be edited. A job that is killed goes on where it stood.
+no multiples of the model's patch the middle is edited; images that the memory cannot hold are refused. A file of edits
+has the layout of FlowEdit's data set (evaluation/editing/edit_list.py); DIR holds the edits, results.jsonl,
+summary.json and edits.html, with MSE and SSIM of the background where the file says what was to be edited. A job that
+is killed goes on where it stood.
 """
 
 from __future__ import annotations

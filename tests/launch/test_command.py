@@ -222,7 +222,7 @@ def test_words_follow_the_rules_of_files(words: str, values: Values, monkeypatch
         ("--number 0b11", "--number 0b11: 0b11 is no number"),
         ("--share .inf", "--share .inf: must be a finite number"),
         ("--share 1e999", "--share 1e999: must be a finite number"),
-        ("--share nan", "share"),
+        ("--share nan", "--share nan: must be a finite number"),
         ("--number yes", "number"),
     ],
 )

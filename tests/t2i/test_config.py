@@ -470,7 +470,7 @@ def test_the_launchers_local_rank_is_ignored(file: str, words: list[str]) -> Non
         (["--train.steps", "1:30"], "1:30 is no number"),
         (["--data.sources", "[{name: a, url: b, min_side: 1:30}]"], "1:30 is no number"),
         (["--optimizer.lr", "1e999"], "--optimizer.lr 1e999: must be a finite number"),
-        (["--optimizer.lr", "nan"], "optimizer.lr: input should be a finite number"),
+        (["--optimizer.lr", "nan"], "--optimizer.lr nan: must be a finite number"),
         (["--sampling.cfg_interval", "[2, 3]"], "sampling.cfg_interval.0: input should be less than or equal to 1"),
         (["--data.sources", "[{name: a, name: b}]"], "--data.sources: 'name' is given twice"),
     ],
