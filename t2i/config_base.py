@@ -52,7 +52,8 @@ class Section(BaseModel):
             return tree
         for name, field in cls.model_fields.items():
             parts = parts_of(field.annotation)
-            if parts & {int, float} and bool not in parts and (truth := _truth_value(tree.get(name))) is not None:
+            numeric = bool(parts & {int, float}) or any(isinstance(part, int) for part in parts)  # of a literal
+            if numeric and bool not in parts and (truth := _truth_value(tree.get(name))) is not None:
                 must = "be a number" if isinstance(tree[name], bool) else "hold numbers"
                 raise ValueError(f"{name} must {must}, not {str(truth).lower()}")
         annotations = {name: field.annotation for name, field in cls.model_fields.items()}

@@ -103,6 +103,7 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"stages": [{"name": "a", "ema": {"decay": "nan"}}]}, ["stage a: ema.decay", "finite number"]),
         ({"train": {"steps": "1:30"}}, ["train.steps", "integer", "got '1:30'"]),
         ({"data": {"sources": [{"name": "a", "url": "$NOT_SET"}]}}, ["data.sources.0.url", "NOT_SET is not set"]),
+        ({"engine": {"zero_stage": True}}, ["engine", "zero_stage must be a number, not true"]),
         ({"optimizer": {"betas": [True, 0.9]}}, ["optimizer", "betas must hold numbers, not true"]),
         ({"scoring": {"every": 1, "promote_gain": True}}, ["scoring", "promote_gain must be a number, not true"]),
         ({"optimizer": {"betas": [0.9]}}, ["optimizer.betas.1"]),
