@@ -10,9 +10,7 @@ import codecs
 import os
 import re
 from pathlib import Path
-from typing import Annotated, TypeVar
-
-from pydantic import AfterValidator
+from typing import TypeVar
 
 from data.errors import UserError
 
@@ -43,11 +41,6 @@ def expand_path(path: P) -> P:
     if filled.startswith("~"):
         raise UserError(f"{str(path)!r}: there is no user {filled[1:].partition('/')[0]!r} whose folder it could be")
     return type(path)(filled)
-
-
-PathText = Annotated[str, AfterValidator(expand_path)]
-"""A path, an address such as s3://bucket/prefix, or a name that may be a path."""
-ExpandedPath = Annotated[Path, AfterValidator(expand_path)]
 
 
 def decode_text(raw: bytes, where: str) -> str:

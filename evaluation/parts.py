@@ -15,12 +15,19 @@ from t2i.engine.checkpoint.format import sync
 
 
 def write_aside(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file, durably, under another name, and give it its own once it is whole."""
+    """Write a file, durably, under another name, and give it its own once it is whole.
+
+    Raises:
+        OSError: with the file's name, also if the disk is full.
+    """
     aside = path.with_suffix(".partial")
-    with aside.open("wb") as file:
-        file.writelines(pieces)
-    sync(aside)
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            file.writelines(pieces)
+        sync(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -21,13 +21,13 @@ from argparse import Namespace
 from typing import Any
 
 from data.errors import UserError
-from data.files import PathText
 from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
 from evaluation.drawing import made_of, read_speed
 from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
+from t2i.config_base import PathText
 from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World

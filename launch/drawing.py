@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError
 
-from data.files import PathText
 from launch.parser import Parser
 from t2i.config import RunConfig
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.config_loading import validate_section
 from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Pipeline

@@ -4,9 +4,10 @@
     deepspeed launch/edit.py --model MODEL --edits flowedit.yaml --out DIR      # any number of processes; or python
 
 FlowEdit (Kulikov et al. 2025), in pixels: --n-max says how far an edit may go from its image. Of images whose sides are
-no multiples of the model's patch the middle is edited. A file of edits has the layout of FlowEdit's data set
-(evaluation/editing/edit_list.py); DIR holds the edits, results.jsonl, summary.json and edits.html, with MSE and SSIM of
-the background where the file says what was to be edited. A job that is killed goes on where it stood.
+no multiples of the model's patch the middle is edited; images that the memory cannot hold are refused. A file of edits
+has the layout of FlowEdit's data set (evaluation/editing/edit_list.py); DIR holds the edits, results.jsonl,
+summary.json and edits.html, with MSE and SSIM of the background where the file says what was to be edited. A job that
+is killed goes on where it stood.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from data.decode import decode_file
 from data.errors import UserError
-from data.files import PathText
 from data.progress import progress_bar
 from evaluation.drawing import made_of, write_png
 from evaluation.editing.edit_list import read_edits
@@ -35,7 +35,7 @@ from evaluation.geneval.detectors import Name, build_detector
 from launch.drawing import add_text_model, job_parser, parsed
 from launch.parser import Parser
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.editing import EditSettings, edit_image, edit_settings, patch_window
 from t2i.pipeline import Pipeline
 from t2i.size_limits import check_fits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -15,10 +16,14 @@ from data.errors import StoreError, UserError
 from t2i.exit_codes import BAD_INPUT, DONE, FAILED
 
 RANK_0_FIRST_S = 3.0
-_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|Cannot allocate memory|bad_alloc|size calculation overflow", re.IGNORECASE
+)
 _ASKED_FOR = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", re.IGNORECASE)
-_NOT_WRITTEN = re.compile(r"PytorchStreamWriter failed writing|No space left on device|\(os error \d+\)")
-"""What torch and safetensors say of a disk, without an OSError."""
+_OF_SAFETENSORS = re.compile(r"\(os error \d+\)")
+"""Its errors of a disk, which are no OSError."""
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""No mistake of the user's, also where a job says which option's file met it."""
 
 
 def code_of(error: Exception) -> int:
@@ -39,14 +44,15 @@ def run_to_end(
         advice: what to do after a fault or an interruption; ends the sentence.
         rank: of this process. Rank 0 speaks, and its launcher ends the others; what it does not know of, another rank
             says later.
-        code_of: the exit code of a UserError, ArgumentError or StoreError.
+        code_of: the exit code of a UserError, ArgumentError or StoreError, unless it tells of a machine's fault.
     """
     try:
         job()
         sys.stdout.flush()
         return DONE
     except (UserError, ArgumentError, StoreError) as error:
-        code = code_of(error)
+        cause = error.__cause__
+        code = FAILED if isinstance(cause, OSError) and cause.errno in _EXHAUSTED else code_of(error)
         words = str(error) + (advice if code != BAD_INPUT else "")
     except KeyboardInterrupt:
         if rank == 0:
@@ -80,5 +86,5 @@ def machine_fault(error: Exception) -> str | None:
     if isinstance(error, OSError):
         if error.strerror is None:
             return words or type(error).__name__
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return words.partition("\n")[0] if _NOT_WRITTEN.search(words) else None
+        return f"{error.filename or 'a file cannot be read or written'}: {error.strerror}"
+    return words.partition("\n")[0] if _OF_SAFETENSORS.search(words) else None

@@ -18,9 +18,8 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 
 import torch
 
-from data.files import PathText
 from launch.command import run
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.engine.checkpoint.format import sync
 from t2i.model_folder import read_model
 from t2i.released.convert import export_weights
@@ -41,7 +40,8 @@ def export(model: PathText, /, out: PathText) -> None:
     partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(exported.content, partial)
+        with partial.open("wb") as opened:  # else a full disk is no OSError
+            torch.save(exported.content, opened)
         sync(partial)
         partial.rename(file)
         sync(file.parent)

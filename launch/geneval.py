@@ -21,7 +21,6 @@ from argparse import Namespace
 from typing import Any, Literal
 
 from data.errors import UserError
-from data.files import PathText
 from data.progress import progress_bar
 from evaluation.drawing import draw_together, made_of
 from evaluation.geneval.detection import Detector
@@ -37,7 +36,7 @@ from evaluation.proving.bounds import bounds
 from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.parser import Parser
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 

@@ -30,12 +30,11 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from data.files import PathText
 from launch.command import run
 from launch.process import quiet
 from t2i.build import build_conditioner, choose_dtype
 from t2i.config import RunConfig
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.config_loading import load_config, stage_config
 from t2i.engine.checkpoint.format import commit, write_durably
 from t2i.model_folder import write_model

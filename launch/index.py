@@ -16,12 +16,12 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import UserError
-from data.files import PathText
 from data.inspect.page import size_of
 from data.listing import told
 from data.shards.manifest import MANIFEST, build_manifest, open_place
 from data.store import StoreOptions, open_store
 from launch.command import run
+from t2i.config_base import PathText
 
 _NAMED = 20
 

@@ -29,7 +29,6 @@ from PIL import Image
 from data.coming import coming_batches
 from data.errors import UserError
 from data.example import ImageSettings
-from data.files import PathText
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
 from data.progress import progress_bar
@@ -38,7 +37,7 @@ from data.store import open_store
 from data.stream import Source
 from launch.command import run
 from t2i.config import RunConfig, TextConfig, TrainConfig
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.config_data import DataConfig, SourceConfig
 from t2i.config_loading import load_config, stage_config, validate_section
 from t2i.engine.checkpoint import Checkpoint

@@ -28,12 +28,12 @@ import data.packing.openmoji
 import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
-from data.files import PathText
 from data.listing import told
 from data.packing.contents import Contents
 from data.packing.recipe import Recipe
 from data.store import Store, StoreOptions, open_store
 from launch.command import run
+from t2i.config_base import PathText
 
 _PARQUET = ".parquet"
 

@@ -19,6 +19,8 @@ from t2i.config_base import parts_of, read_none
 set_loader("yaml", lambda text: load_yaml(text, "value"), (UserError,))
 _NUMBER_OF_YAML_1_1 = re.compile(r"[-+]?(?:0b[01_]+|\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?)\Z", re.ASCII)
 """What jsonargparse would take for a number: 90 for 1:30."""
+_NOT_FINITE = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity")
+"""Words that Python takes for numbers."""
 
 
 class Parser(ArgumentParser):
@@ -63,8 +65,9 @@ def read_word(word: str, hint: Any, name: str) -> str:
     if str in parts:
         return word
     value = load_yaml(word, name)
+    numeric = bool(parts & {int, float})
     for leaf in _leaves(value):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
+        if (isinstance(leaf, float) and not math.isfinite(leaf)) or (numeric and str(leaf).lower() in _NOT_FINITE):
             raise UserError(f"{name} {word}: must be a finite number")
         if isinstance(leaf, str) and _NUMBER_OF_YAML_1_1.match(leaf):
             raise UserError(f"{name} {word}: {leaf} is no number: write it in decimal")

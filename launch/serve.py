@@ -23,10 +23,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from data.errors import UserError
-from data.files import PathText
 from launch.command import run
 from launch.process import quiet
 from t2i.config import RunConfig
+from t2i.config_base import PathText
 from t2i.model_folder import WhichWeights
 from t2i.pipeline import Pipeline
 from t2i.serving.studio import Studio

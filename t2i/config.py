@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from data.files import ExpandedPath, PathText
-from t2i.config_base import NAME, Section
+from t2i.config_base import NAME, ExpandedPath, PathText, Section
 from t2i.config_checkpoint import CheckpointConfig
 from t2i.config_data import DataConfig
 from t2i.config_guard import GuardConfig

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from data.errors import UserError
+from data.files import expand_path
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
@@ -17,6 +19,9 @@ class ConfigError(UserError):
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path, an address such as s3://bucket/prefix, or a name that may be a path."""
+ExpandedPath = Annotated[Path, AfterValidator(expand_path)]
 
 
 def parts_of(annotation: Any) -> set[Any]:
@@ -47,7 +52,8 @@ class Section(BaseModel):
             return tree
         for name, field in cls.model_fields.items():
             parts = parts_of(field.annotation)
-            if parts & {int, float} and bool not in parts and (truth := _truth_value(tree.get(name))) is not None:
+            numeric = bool(parts & {int, float}) or any(isinstance(part, int) for part in parts)  # of a literal
+            if numeric and bool not in parts and (truth := _truth_value(tree.get(name))) is not None:
                 must = "be a number" if isinstance(tree[name], bool) else "hold numbers"
                 raise ValueError(f"{name} must {must}, not {str(truth).lower()}")
         annotations = {name: field.annotation for name, field in cls.model_fields.items()}

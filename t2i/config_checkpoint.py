@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from data.files import PathText
 from data.store import StoreOptions
-from t2i.config_base import Section
+from t2i.config_base import PathText, Section
 
 
 class CheckpointConfig(Section):

@@ -8,11 +8,10 @@ from pydantic import Field, field_validator, model_validator
 
 from data.buckets import Buckets, Size, pixeldit_sizes, sdxl_sizes
 from data.example import Crop
-from data.files import PathText
 from data.formats import IMAGE_EXTENSIONS
 from data.select import Rules
 from data.store import StoreOptions
-from t2i.config_base import Section
+from t2i.config_base import PathText, Section
 
 
 class CaptionConfig(Section):

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from data.files import ExpandedPath, PathText
-from t2i.config_base import Section
+from t2i.config_base import ExpandedPath, PathText, Section
 
 STAND_IN = "efficientnet-lite0"
 

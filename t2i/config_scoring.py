@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from data.files import PathText
-from t2i.config_base import Section
+from t2i.config_base import PathText, Section
 
 _WEIGHTS = ("detector_weights", "clip")
 _RULE = ("promote_gain", "promote_steps")

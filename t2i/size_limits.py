@@ -216,7 +216,7 @@ def check_fits(pipeline: Pipeline, size: tuple[int, int], together: int, name: s
         size: height and width in pixels, multiples of the patch.
         together: pictures in a batch.
         name: what has this size, for the error.
-        advice: what would be right, before an example of a size.
+        advice: what would be right.
 
     Raises:
         UserError: it does not.
@@ -230,12 +230,14 @@ def check_fits(pipeline: Pipeline, size: tuple[int, int], together: int, name: s
     needed = together * takes(patches)
     if needed <= free:
         return
-    while patches > 1 and together * takes(patches) > free:
+    patches = min(patches, MOST_TRACED)
+    while patches and together * takes(patches) > free:
         patches //= 2
-    height, width = Limits(patch, patches * patch**2, "").largest_like(*size)
+    height, width = Limits(patch, patches * patch**2, "").largest_like(*size) if patches else (0, 0)
+    enough = f", enough for {height}x{width}" if patches else ""
     raise UserError(
         f"{name}: {'a picture takes' if together == 1 else f'{together} at once take'} about {needed / 2**30:,.1f} GiB "
-        f"of memory, and {free / 2**30:,.1f} GiB are free: {advice}, such as {height}x{width} (height x width)"
+        f"of memory, and {free / 2**30:,.1f} GiB are free{enough}: {advice}"
     )
 
 

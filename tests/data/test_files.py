@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from data.files import decode_text, read_lines, read_text, split_lines
+from data.files import decode_text, expand_path, read_lines, read_text, split_lines
 
 
 @pytest.mark.parametrize("raw", ["é red".encode(), b"\xef\xbb\xbf" + "é red".encode()])
@@ -39,3 +39,47 @@ def test_what_cannot_be_opened_is_said_in_one_sentence(tmp_path: Path) -> None:
         read_text(tmp_path / "none")
     with pytest.raises(UserError, match="--prompts .*: cannot be read: Is a directory"):
         read_lines(tmp_path, f"--prompts {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("given", "filled"),
+    [
+        ("~", "/home/me"),
+        ("~/a b/~c", "/home/me/a b/~c"),
+        ("./~/a", "./~/a"),
+        ("$BUCKET/$N", "pictures/7"),
+        ("s3://${BUCKET}/a$N.tar", "s3://pictures/a7.tar"),
+        ("a$", "a$"),
+        ("", ""),
+        ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B"),
+    ],
+)
+def test_paths_are_filled_in(given: str, filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HOME": "/home/me", "BUCKET": "pictures", "N": "7"}.items():
+        monkeypatch.setenv(name, value)
+    assert expand_path(given) == expand_path(filled) == filled
+
+
+def test_a_path_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_path(Path("~/$HOME/a")) == Path("/home/me/home/me/a")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("~nobody_here/a", "'~nobody_here/a': there is no user 'nobody_here'"),
+        ("$NOT_SET/a", "'\\$NOT_SET/a': the variable NOT_SET is not set"),
+        ("${NOT_SET}", "the variable NOT_SET is not set"),
+        ("${A:-b}", "the variable A:-b is not set"),
+        ("${}", "the variable  is not set"),
+        ("$EMPTY/data", "the variable EMPTY is not set"),
+        ("$TILDE/data", "the variable TILDE should hold a path as it is, not '~/a'"),
+        ("$NESTED/data", "the variable NESTED should hold a path as it is, not '\\$HOME'"),
+    ],
+)
+def test_paths_that_cannot_be_filled_in_are_refused(given: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"EMPTY": "", "TILDE": "~/a", "NESTED": "$HOME"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=sentence):
+        expand_path(given)

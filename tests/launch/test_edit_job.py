@@ -132,6 +132,17 @@ def test_one_edit_is_of_the_images_middle(job: Callable[..., Path], edits: Path,
     )
 
 
+def test_an_image_too_large_for_the_memory_is_refused(job: Callable[..., Path], tmp_path: Path) -> None:
+    write_png(tmp_path / "photo.png", np.zeros((1501, 2000, 3), np.uint8))
+    said = r"photo.png, 1500 x 2000 pixels: a picture takes about .* GiB are free, enough for \d+x\d+: scale the image"
+    with pytest.raises(UserError, match=said):
+        job("--image", tmp_path / "photo.png", "--source", "a", "--target", "b", out="a.png")
+    (tmp_path / "edits.yaml").write_text("[{init_img: photo.png, source_prompt: a, target_prompts: [b]}]")
+    with pytest.raises(UserError, match=said):
+        job("--edits", tmp_path / "edits.yaml")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "a.png").exists()
+
+
 def test_the_same_words_give_the_image_back(job: Callable[..., Path], edits: Path) -> None:
     guidance = ["--source-guidance", "4", "--target-guidance", "4"]
     out = job("--image", edits.parent / "circle.png", "--source", "x", "--target", "x", *guidance, out="a.png")

@@ -12,6 +12,7 @@ from PIL import Image
 from random_model import write_random_model
 
 import launch.sample
+from data.errors import UserError
 from t2i.config_base import ConfigError
 from t2i.config_sampling import SamplingConfig
 
@@ -94,3 +95,37 @@ def test_settings_on_the_command_line_count_more_than_the_models(sample: Sample)
 def test_settings_that_do_not_fit_each_other(sample: Sample) -> None:
     with pytest.raises(ConfigError, match="--sampling: config: order 3 does nothing under solver euler"):
         sample("--sampling.solver", "euler", "--sampling.order", "3")
+
+
+def test_prompts_are_lines_of_utf_8(sample: Sample) -> None:
+    prompts = "\ufeffa caf\xe9\r\na\u2028b\x0cc\x85d\n\nlast\n\n"
+    found = sample(prompts=prompts)
+    assert json.loads((found / "prompts.json").read_text())["prompts"] == ["a caf\xe9", "a\u2028b\x0cc\x85d", "last"]
+
+
+def test_prompts_in_another_encoding(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"--prompts .*prompts.txt: should be UTF-8, but byte 5 is 0xe9"):
+        run_in_process(launch.sample, "--model", model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--size", "4000x4000"], "--size 4000x4000: 2 at once take about [0-9,.]+ GiB .* GiB are free, enough for "),
+        (["--size", "400000000x400000000"], "--size 400000000x400000000: 2 at once take"),
+        (
+            ["--sampling.batch_size", "10000000"],
+            "--size 16x16: 10000000 at once take .*: give a smaller size",
+        ),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_before_drawing(sample: Sample, words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        sample(*words)
+
+
+@pytest.mark.parametrize("interval", ["[2,3]", "[-0.5,1]", "[0,.inf]", "[0.1,nan]"])
+def test_guidance_applies_between_0_and_1(sample: Sample, interval: str) -> None:
+    with pytest.raises(UserError, match=r"^--sampling"):
+        sample("--sampling.cfg_interval", interval)

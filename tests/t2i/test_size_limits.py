@@ -12,7 +12,16 @@ from random_model import config, write_random_model
 from data.errors import UserError
 from t2i.config_loading import validate_config
 from t2i.pipeline import Pipeline
-from t2i.size_limits import Limits, find_limits, free_bytes, line_of_peaks, most_patches, traced_bytes
+from t2i.size_limits import (
+    Limits,
+    check_fits,
+    drawing_bytes,
+    find_limits,
+    free_bytes,
+    line_of_peaks,
+    most_patches,
+    traced_bytes,
+)
 
 CPU = torch.device("cpu")
 LIMITS = Limits(patch=16, max_pixels=512 * 512, reason="the memory here")
@@ -137,3 +146,26 @@ def test_a_gpu_that_holds_not_even_a_column(pipeline: Pipeline, monkeypatch: pyt
 
 def test_free_memory_is_less_than_all() -> None:
     assert 0 < free_bytes(CPU) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_fits_is_let_through_and_what_does_not_names_size_need_and_room(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes = drawing_bytes(pipeline)
+    monkeypatch.setattr("t2i.size_limits.free_bytes", lambda device: 3 * takes(32 * 48 // 16))
+    check_fits(pipeline, (32, 48), 3, "--size 32x48", "ask for less")
+    with pytest.raises(
+        UserError, match=r"^--size 32x48: 4 at once take about 0.\d GiB .* free, enough for \d+x\d+: ask"
+    ):
+        check_fits(pipeline, (32, 48), 4, "--size 32x48", "ask for less")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # which share the machine's memory
+    with pytest.raises(UserError, match="3 at once"):
+        check_fits(pipeline, (32, 48), 3, "--size 32x48", "ask for less")
+    monkeypatch.setattr("t2i.size_limits.free_bytes", lambda device: 10)
+    with pytest.raises(UserError, match=r"^x: a picture takes about 0.0 GiB of memory, and 0.0 GiB are free: ask"):
+        check_fits(pipeline, (32, 48), 1, "x", "ask for less")
+
+
+def test_more_patches_than_can_be_traced_take_no_less_than_in_proportion(pipeline: Pipeline) -> None:
+    takes = drawing_bytes(pipeline)
+    assert takes(10**15) >= 10**15 // 2**20 * takes(2**20)

@@ -110,6 +110,13 @@ def test_a_line_that_is_none(
         read_answers(path, HASHES, benchmark.items, 2)
 
 
+def test_answers_are_lines_of_utf_8(tmp_path: Path, benchmark: Benchmark, lines: list[dict[str, Any]]) -> None:
+    path = write(tmp_path / "a.jsonl", answer(lines))
+    plain = read_answers(path, HASHES, benchmark.items, 2)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\n \n")
+    assert read_answers(path, HASHES, benchmark.items, 2) == plain
+
+
 def test_missing_answers_are_counted(tmp_path: Path, benchmark: Benchmark, lines: list[dict[str, Any]]) -> None:
     told = answer(lines)
     path = write(tmp_path / "a.jsonl", told[:5] + told[7:])

@@ -92,6 +92,21 @@ def test_files_that_are_refused(tmp_path: Path, entries: list[Any], said: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("- init_img: a.png\n  source_prompt: x\n  source_prompt: y\n", "line 3: 'source_prompt' is given twice"),
+        ("- init_img: a.png\n  source_prompt: x\n  target_prompts: [y]\n  box: [0, 0, 010, 9]", "line 4: 010 is octal"),
+        ("- init_img: a.png\n  source_prompt: x\n  target_prompts: [y]\n  box: [0, 0, .inf, 9]", "box.2: .* finite"),
+        ("a: &a [" + "x, " * 99 + "]\nb: &b [" + "*a, " * 99 + "]\nc: [" + "*b, " * 99 + "]", "aliases expand"),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "edits.yaml").write_text(content)
+    with pytest.raises(UserError, match=rf"--edits .*edits.yaml.*{said}"):
+        read_edits(tmp_path / "edits.yaml")
+
+
 @pytest.mark.parametrize("content", ["[a", "a: b", "", "\xff"])
 def test_what_is_no_list_in_yaml(tmp_path: Path, content: str) -> None:
     (tmp_path / "edits.yaml").write_bytes(content.encode("latin-1"))

@@ -111,3 +111,14 @@ def test_fields_of_others_are_kept(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + prompts.to_lines([asked, nothing_but]) + b"\n\n")
     assert prompts.read(path) == [asked, nothing_but]
     assert prompts.essentials(asked) == dog(color="red", position=["above", 0])
+
+
+def test_prompts_are_lines_of_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    odd = {**dog(), "prompt": "a\u2028dog\x85"}
+    lines = [json.dumps(it, ensure_ascii=False) for it in (dog(), odd)]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n\n").encode())
+    assert prompts.read(path) == [dog(), odd]
+    path.write_bytes(lines[1].encode("utf-16"))
+    with pytest.raises(UserError, match="prompts.jsonl: is UTF-16, and should be UTF-8"):
+        prompts.read(path)
