@@ -96,6 +96,12 @@ def test_what_decides_weights_may_not_change_afterwards(attempt, change: Change,
     assert "give this run another name" in said or "set it back" in said
 
 
+def test_the_command_line_of_one_stage_says_nothing_of_the_others(attempt) -> None:
+    code, said = attempt("--train.steps", "6", only=1)
+    assert code == 2
+    assert "stage high was trained with train.steps 3, and the config now says 6" in said
+
+
 def test_more_steps_name_the_way_to_train_for_longer(attempt) -> None:
     code, said = attempt("--train.steps", "6")
     assert code == 2
