@@ -1,7 +1,8 @@
 """Command lines of the jobs that take a config: jsonargparse's form over the typed tree.
 
-`--config FILE`, then any field as `--section.field VALUE`, which counts more than the file and its stages; `--help`
-documents every field and `--print_config` prints the tree. The launcher's `--local_rank` is accepted and ignored.
+`--config FILE`, then any field as `--section.field VALUE`, which counts more than the file and its stages, or than the
+one stage that a job is for; `--help` documents every field and `--print_config` prints the tree. The launcher's
+`--local_rank` is accepted and ignored.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from t2i.config_data import CaptionConfig, SourceConfig
 from t2i.config_loading import dump_config, load_config, override, validate_config
 
 
-def parse(description: str, default_config: str, argv: list[str]) -> RunConfig:
-    """The config that a command line asks for.
+def parse(description: str, default_config: str, argv: list[str], only: int | None = None) -> RunConfig:
+    """The config that a command line asks for; fields of a stage's sections are for stage `only`, or for all.
 
     Raises:
         ConfigError: a wrong option, value or file, in one sentence.
@@ -37,7 +38,7 @@ def parse(description: str, default_config: str, argv: list[str]) -> RunConfig:
         raise ConfigError(_reworded(error, argv)) from error
     given.pop("local_rank", None)
     printing = given.pop("print_config", False)
-    config = override(load_config(Path(str(given.pop("config", default_config)))), given)
+    config = override(load_config(Path(str(given.pop("config", default_config)))), given, only)
     if printing:
         sys.stdout.write(dump_config(config))
         raise SystemExit(0)

@@ -25,7 +25,7 @@ _EXTEND = "With --extend STAGE, a stage that is done is trained on, to the train
 def train(description: str, only: int | None, default_config: str = DEFAULT_CONFIG) -> None:
     """Parse the command line, join the ranks, and train one stage (`only`, from 0) or all."""
     extend, words = _extension(sys.argv[1:])
-    config = parse(f"{description.splitlines()[0]} {_EXTEND}", default_config, words)
+    config = parse(f"{description.splitlines()[0]} {_EXTEND}", default_config, words, only)
     departure.limit(config.limits.wall_clock_minutes)
 
     def leave() -> str | None:

@@ -157,16 +157,23 @@ def _check_stage(stage: dict[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: stage {name}: unknown section {key!r}; {hint}")
 
 
-def override(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+def override(config: RunConfig, changes: dict[str, Any], only: int | None = None) -> RunConfig:
     """A run with changes that count more than its stages' own.
+
+    Args:
+        only: index of the one stage that changes to a stage's sections are for; None: for all.
 
     Raises:
         ConfigError: with one sentence.
     """
     shared = {name: value for name, value in changes.items() if name in STAGE_SECTIONS}
-    stages = changes.get("stages", config.stages)
-    tree = {**merge(config.model_dump(), changes), "stages": [merge(stage, shared) for stage in stages]}
-    return validate_config(tree, where="command line")
+    stages = [
+        merge(stage, shared) if only in (None, index) else stage
+        for index, stage in enumerate(changes.get("stages", config.stages))
+    ]
+    if only is not None:
+        changes = {name: value for name, value in changes.items() if name not in shared}
+    return validate_config({**merge(config.model_dump(), changes), "stages": stages}, where="command line")
 
 
 def fields_of(tree: Any, name: str = "") -> dict[str, Any]:

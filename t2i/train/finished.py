@@ -61,19 +61,20 @@ def check_finished(config: RunConfig, places: Sequence[StagePlace], extend: int 
             )
         if place.done:
             _check_stage(stage, place, bool(pending), index == extend)
-            if follows is not None and before.get(place.name, follows.name) != follows.name:
-                raise ConfigError(
-                    f"stages: stage {place.name} was trained after {before[place.name]}, and the config now has "
-                    f"{follows.name} before it: list the stages as they were, or give this run another name"
-                )
+        now = follows.name if follows is not None else None
+        if place.begun and stage.init.source == "previous" and before.get(place.name, now) != now:
+            raise ConfigError(
+                f"stages: stage {place.name} was trained after {before[place.name] or 'no other'}, and the config "
+                f"now has {now or 'no other'} before it: list the stages as they were, or give this run another name"
+            )
     return None if extend is None else _extension(stages[extend], places[extend])
 
 
-def _stages_before(config: RunConfig) -> dict[str, str]:
-    """The stage before each, as the run's config.yaml has them of its last start; none if it has not been started."""
+def _stages_before(config: RunConfig) -> dict[str, str | None]:
+    """The stage before each, as the run's config.yaml has them of its last start; empty before the first one."""
     path = config.directory / "config.yaml"
     names = [stage["name"] for stage in load_config(path).stages] if path.exists() else []
-    return dict(zip(names[1:], names, strict=False))
+    return dict(zip(names, [None, *names], strict=False))
 
 
 def _trained_with(place: StagePlace) -> RunConfig:
