@@ -26,7 +26,7 @@ _MOST_MISSES = 5000
 class TooFewSamples(DataError):
     """Sources have fewer usable samples than were asked for; `found` is how many."""
 
-    def __init__(self, message: str, found: int) -> None:
+    def __init__(self, message: str, found: int = 0) -> None:  # by the message alone when unpickled
         super().__init__(message)
         self.found = found
 

@@ -354,26 +354,25 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _check_same_sources(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse sources, fingerprints by name, that are not those of a data state; say which is new, gone, renamed or
     changed."""
-    for name in {**before, **now}:
-        if before.get(name) == now.get(name):
-            continue
-        same = [other for other, shards in before.items() if other not in now and shards == now.get(name)]
-        if name in now and same:
+    new, gone = ([name for name in one if name not in other] for one, other in ((now, before), (before, now)))
+    for name in new:
+        was = next((old for old in gone if before[old] == now[name]), None)
+        if was is not None:
             raise DataError(
-                f"source {name!r} of data.sources has another name than when the data state was saved, {same[0]!r}: "
-                "give it that to go on, or start the stage anew"
+                f"source {name!r} of data.sources has another name than when the data state was saved, {was!r}: give "
+                "it that to go on, or start the stage anew"
             )
-        if name not in before:
-            raise DataError(
-                f"source {name!r} of data.sources is new since the data state was saved: leave it out to go on, or "
-                "start the stage anew"
-            )
-        if name not in now and before[name] not in now.values():
-            raise DataError(
-                f"source {name!r} is not in data.sources, but was when the data state was saved: put it back to go on, "
-                "or start the stage anew"
-            )
-        if name in now:
+        raise DataError(
+            f"source {name!r} of data.sources is new since the data state was saved: leave it out to go on, or start "
+            "the stage anew"
+        )
+    if gone:
+        raise DataError(
+            f"source {gone[0]!r} is not in data.sources, but was when the data state was saved: put it back to go on, "
+            "or start the stage anew"
+        )
+    for name in now:
+        if before[name] != now[name]:
             raise DataError(
                 f"source {name!r} has other shards than when the data state was saved: "
                 "restore them to go on, or start the stage anew"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -43,10 +44,10 @@ def why_no_gpu() -> str:
     return f"PyTorch {torch.__version__} does not say why"
 
 
-def overlooked_gpu(signs: list[str]) -> str | None:
-    """A loud paragraph for a job that is about to work on the CPU; None where nothing speaks of a GPU."""
+def warn_of_overlooked_gpu(signs: list[str]) -> None:
+    """Say it loudly on stderr, in a job that is about to work on the CPU; nothing where nothing speaks of a GPU."""
     if not signs:
-        return None
+        return
     shown = ", ".join(signs[:3]) + (f" and {len(signs) - 3} more signs" if len(signs) > 3 else "")
     bar = "!" * 80
-    return f"{bar}\nON THE CPU, though a GPU seems to be there ({shown}).\n{why_no_gpu()}.\n{bar}"
+    print(f"{bar}\nON THE CPU, though a GPU seems to be there ({shown}).\n{why_no_gpu()}.\n{bar}", file=sys.stderr)

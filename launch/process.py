@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from launch.ending import run_to_end
 from launch.launcher import launchers
-from launch.overlooked import gpu_signs, overlooked_gpu
+from launch.overlooked import gpu_signs, warn_of_overlooked_gpu
 from launch.rendezvous import Place, meet
 from t2i.train.outcome import code_of
 from t2i.train.processes import World
@@ -69,8 +69,8 @@ def joined_world(
         torch.set_float32_matmul_precision("high")  # TF32 where weights are fp32
     else:
         device = torch.device("cpu")
-        if local_rank == 0 and (warning := overlooked_gpu(gpu_signs())) is not None:
-            print(warning, file=sys.stderr)
+        if local_rank == 0:
+            warn_of_overlooked_gpu(gpu_signs())
     # Of GPU runs the host threads decode, and each opens a team of its own: leave them a core each.
     cores = len(os.sched_getaffinity(0)) // local_size
     if local_size == 1:  # torchrun sets it to 1 where there are several, whatever the machine has

@@ -24,6 +24,7 @@ import torch
 
 from data.errors import UserError
 from launch.command import run
+from launch.overlooked import gpu_signs, warn_of_overlooked_gpu
 from launch.process import quiet
 from t2i.config import RunConfig
 from t2i.config_base import PathText
@@ -63,6 +64,8 @@ def serve(
         raise UserError(f"--port {port}: must be from 1 to 65535")
     quiet(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        warn_of_overlooked_gpu(gpu_signs())
     pipeline = Pipeline.load(Path(model), which, device, text_model)
     limits = find_limits(pipeline, int(USABLE * free_bytes(device)), max_pixels)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted: pictures are removed

@@ -32,9 +32,11 @@ class TextConfig(Section):
     """The frozen language model that reads captions."""
 
     model: PathText = "Qwen/Qwen3-1.7B"
-    """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package."""
+    """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package. Of an
+    encoder-decoder the encoder reads captions, of a model of text and images its text tower or language model."""
     length: int = Field(128, gt=0)
-    """Tokens a caption is padded or cut to; under model.text_padding mask, the most that it may have."""
+    """Tokens a caption is padded or cut to; under model.text_padding mask, the most that it may have. At most what the
+    language model has positions for."""
     instruction: str = ""
     """Words put before every caption, but not before the empty one and negative prompts; they end with a space. Their
     tokens are not kept, but a decoder's states of the caption have seen them. Public weights that were trained under an
@@ -142,7 +144,7 @@ class LoggingConfig(Section):
     every: int = Field(10, gt=0)
     """Steps between lines of metrics.jsonl; each line is of one step, not an average."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; online needs a login and falls back to offline without one."""
+    """Weights & Biases; where online cannot begin, as without a login, it writes offline. A fault there ends no run."""
     wandb_project: str = "pixel-t2i"
     """Project name there."""
 

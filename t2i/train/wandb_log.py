@@ -66,11 +66,10 @@ def bounded(act: Callable[[], T], seconds: float) -> T:
 
 def run_id(directory: Path, events: EventLog) -> str:
     """The run's id at W&B, kept in its folder."""
-    path = directory / "wandb_id"
-    if path.exists() and (known := path.read_text().strip()):
-        return known
-    made = secrets.token_hex(8)
+    path, made = directory / "wandb_id", secrets.token_hex(8)
     with events.beside("wandb_id"):
+        if path.exists() and (known := path.read_text(errors="ignore").strip()):
+            return known
         write_durably(path, made)
     return made
 

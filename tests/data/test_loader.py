@@ -210,6 +210,7 @@ def test_a_state_of_something_else_is_refused(sources: list[SourceIndex]) -> Non
         ([a, b, replace(a, name="c")], "source 'c' of data.sources is new since"),
         ([a, replace(b, name="c")], "source 'c' of data.sources has another name than when .*, 'b': give it that"),
         ([a, replace(a, name="b")], "source 'b' has other shards than when"),
+        ([replace(b, name="a")], "source 'b' is not in data.sources, but was when"),
     ):
         with pytest.raises(DataError, match=said):
             loader(now, state=state)

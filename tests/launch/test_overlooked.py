@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch import overlooked
-from launch.overlooked import gpu_signs, overlooked_gpu, why_no_gpu
+from launch.overlooked import gpu_signs, warn_of_overlooked_gpu, why_no_gpu
 
 
 def put(root: Path, *files: str) -> Path:
@@ -45,11 +45,13 @@ def test_the_drivers_tool_is_a_sign(tmp_path: Path, monkeypatch) -> None:
     assert gpu_signs(tmp_path) == ["/usr/bin/nvidia-smi"]
 
 
-def test_it_is_said_loudly_where_there_are_signs_alone(monkeypatch) -> None:
+def test_it_is_said_loudly_where_there_are_signs_alone(monkeypatch, capsys) -> None:
     monkeypatch.setattr(overlooked, "why_no_gpu", lambda: "because")
-    assert overlooked_gpu([]) is None
-    said = overlooked_gpu(["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2", "/dev/nvidia3"])
-    assert said is not None and "!!!" in said and "because" in said
+    warn_of_overlooked_gpu([])
+    assert capsys.readouterr().err == ""
+    warn_of_overlooked_gpu(["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2", "/dev/nvidia3"])
+    said = capsys.readouterr().err
+    assert "!!!" in said and "because" in said
     assert "(/dev/nvidia0, /dev/nvidia1, /dev/nvidia2 and 1 more signs)" in said
 
 
