@@ -17,7 +17,6 @@ import torch
 
 from launch.command import run
 from t2i.config_base import ConfigError
-from t2i.engine.checkpoint.format import sync
 from t2i.model_folder import read_model
 from t2i.released.convert import export_weights
 

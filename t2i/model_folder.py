@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.files import sync
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, load_config
-from t2i.engine.checkpoint.format import sync
 
 DENOISER = "denoiser."
 PROJECTOR = "projector."

@@ -8,10 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.files import atomic_path
 from t2i.build import condition_identity
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.engine.checkpoint import sync
 from t2i.model_folder import NULL_CAPTION, read_model
 from t2i.models.conditions import Conditioner
 from t2i.train.places import StagePlace
@@ -49,7 +49,5 @@ def store_null_caption(config: RunConfig, place: StagePlace, states: Tensor) -> 
     """Keep it with the run, unless it is there. On rank 0."""
     if place.null_caption.exists():
         return
-    aside = place.null_caption.with_suffix(".partial")
-    save_file({NULL_CAPTION: states.contiguous().cpu()}, aside, metadata={"text": condition_identity(config)})
-    sync(aside)
-    aside.rename(place.null_caption)
+    with atomic_path(place.null_caption) as partial:
+        save_file({NULL_CAPTION: states.contiguous().cpu()}, partial, metadata={"text": condition_identity(config)})
