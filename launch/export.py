@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from data.files import atomic_path
 from launch.command import run
 from t2i.config_base import ConfigError
 from t2i.model_folder import read_model
@@ -33,13 +34,10 @@ def export(model: str, /, out: str) -> None:
         raise ConfigError(f"out is {out}: it should not exist yet")
     raw, ema = read_model(folder, "raw"), read_model(folder, "ema")
     exported = export_weights(raw.config, raw.tensors, ema.tensors)
-    partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(exported.content, partial)
-        sync(partial)
-        partial.rename(file)
-        sync(file.parent)
+        with atomic_path(file) as partial:
+            torch.save(exported.content, partial)
     except OSError as error:
         raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
     count = len(exported.content["state_dict"])

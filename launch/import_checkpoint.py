@@ -26,13 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.files import atomic_write
 from launch.command import run
 from launch.process import quiet
 from t2i.build import build_conditioner, choose_dtype
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import load_config, stage_config
-from t2i.engine.checkpoint.format import commit, write_durably
+from t2i.engine.checkpoint.format import commit
 from t2i.model_folder import write_model
 from t2i.models.conditions import Conditioner
 from t2i.models.text import TextEncoder
@@ -80,7 +81,7 @@ def import_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         write_model(aside, settings, imported.raw, imported.ema, null)
-        write_durably(aside / "import.json", json.dumps(asdict(imported.report), indent=1))
+        atomic_write(aside / "import.json", json.dumps(asdict(imported.report), indent=1).encode())
         commit(aside, folder)
     except OSError as error:
         raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error

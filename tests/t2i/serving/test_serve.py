@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from random_model import write_random_model
 
 from launch.serve import main
 
@@ -36,3 +37,22 @@ def test_options_that_are_refused(
 ) -> None:
     pytest.importorskip("gradio", reason="comes with the extra 'serve'")
     assert sentence in refused(capsys, "--model", str(tmp_path), *words)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_said"),
+    [("127.0.0.1", False), ("127.8.8.8", False), ("::1", False), ("localhost", False)]
+    + [("0.0.0.0", True), ("::", True), ("192.0.2.7", True), ("machine", True)],
+)
+def test_an_address_that_others_reach_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str, is_said: bool
+) -> None:
+    pytest.importorskip("gradio", reason="comes with the extra 'serve'")
+    import t2i.serving.page
+
+    served: list[object] = []
+    monkeypatch.setattr(t2i.serving.page, "serve", lambda *given: served.extend(given))
+    assert main(["--model", str(write_random_model(tmp_path / "model")), "--host", host]) == 0
+    assert host in served
+    said = capsys.readouterr().err
+    assert (f"WARNING: --host {host}: whoever reaches port 7860" in said) is is_said
