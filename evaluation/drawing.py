@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.parts import write_aside, write_json
+from data.files import atomic_write
+from evaluation.parts import write_json
 from t2i.model_folder import FILES, WhichWeights
 from t2i.pipeline import Pipeline, batches_of
 from t2i.train.processes import World
@@ -89,4 +90,4 @@ def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     """Write an image, uint8 (H, W, 3), as a PNG that is whole if it is there."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    write_aside(path, [buffer.getvalue()])
+    atomic_write(path, buffer.getvalue())

@@ -20,6 +20,7 @@ from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
 from evaluation.drawing import made_of, read_speed
+from evaluation.parts import held
 from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.engine.checkpoint.format import sha256
@@ -127,10 +128,11 @@ def dpg() -> None:
     options = _parse()
     with joined_world() as world:
         asked = world.from_main(lambda: benchmark.read(options.benchmark, options.parity))
-        if options.model:
-            _draw(world, options, asked)
-        if not options.sample_only:
-            _score(world, options, asked)
+        with held(world, options.out):
+            if options.model:
+                _draw(world, options, asked)
+            if not options.sample_only:
+                _score(world, options, asked)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
 from data.errors import UserError
+from data.files import atomic_write
 from evaluation.drawing import draw_together, made_of
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.detectors import Name, build_detector, check_classes, prompts_for
@@ -29,7 +30,7 @@ from evaluation.geneval.outcome import EACH, finish, kind_of, table
 from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
 from evaluation.geneval.self_check import self_check
 from evaluation.geneval.verdicts import Verdicts
-from evaluation.parts import write_aside
+from evaluation.parts import held
 from evaluation.proving.bounds import bounds
 from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
@@ -73,23 +74,24 @@ def geneval() -> None:
         return
     _check(options)
     with joined_world() as world:
-        if options.sample_only:
-            _draw(world, options)
-            return
-        # First, since weights that are missing should be said before hours of drawing.
-        detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
-        if options.self_check:
+        detector = None
+        if options.self_check or not options.sample_only:
+            # First, since weights that are missing should be said before hours of drawing.
+            detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
+        if options.self_check and detector is not None:
             print(self_check(detector))
             return
-        if options.images is None and not options.score_only:
-            _draw(world, options, detector)
-        _score(world, options, detector)
+        with held(world, options.out):
+            if options.images is None and not options.score_only:
+                _draw(world, options, detector)
+            if detector is not None:
+                _score(world, options, detector)
 
 
 def _write_prompts(path: Path) -> None:
     prompts = official()
     try:
-        write_aside(path, [to_lines(prompts)])
+        atomic_write(path, to_lines(prompts))
     except OSError as error:
         raise UserError(f"--write-prompts {path}: cannot be written: {error.strerror}") from error
     print(f"{len(prompts)} prompts in {path}, md5 {digest(prompts)}")
@@ -126,7 +128,7 @@ def _refuse(options: Namespace, name: str, why: str) -> None:
         raise ConfigError(f"{_option(name)} {why}")
 
 
-def _draw(world: World, options: Namespace, detector: Detector | None = None) -> None:
+def _draw(world: World, options: Namespace, detector: Detector | None) -> None:
     """Draw what is missing; a detector that is to judge it is asked first whether it can."""
     prompts = read(options.prompts) if options.prompts else prompts_for(options.detector)
     kept, choice = choose(prompts, options.tasks or (), options.limit)

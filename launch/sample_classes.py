@@ -14,6 +14,7 @@ from pathlib import Path
 
 from evaluation.adm_npz import Samples
 from evaluation.drawing import draw_together, made_of
+from evaluation.parts import held, lock_beside
 from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -37,17 +38,15 @@ def sample_classes() -> None:
             raise ConfigError(f"--model {options.model} draws from captions: use launch/sample.py")
         settings = sampling_of(config, options.sampling)
         samples = Samples(options.out, options.samples, config.model.classes, config.data.size, settings)
-        # Beside its parts, it may lack what is known of it.
-        if world.from_main(lambda: options.out.exists() and not samples.folder.exists()):
-            raise ConfigError(f"--out {options.out} is there already: remove it or give another name")
 
         def begin() -> list[range]:
             samples.begin(made_of(pipeline, options.model, options.weights))
             return samples.missing()
 
-        missing = world.from_main(begin)
-        draw_together(world, samples.folder, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
-        world.from_main(samples.assemble)
+        with held(world, options.out, lock_beside(options.out)):
+            missing = world.from_main(begin)
+            draw_together(world, samples.folder, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
+            world.from_main(samples.assemble)
         if world.is_main:
             print(f"{options.samples} images in {options.out}", file=sys.stderr)
 

@@ -8,6 +8,7 @@ same files draw whole batches, made of the same pictures for any number of proce
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,16 @@ class Picture:
     number: int = 0
     negative: str = ""
     """What guidance leads away from; where it is off, nothing reads this."""
+
+
+def pictures_of(prompts: Sequence[str], each: int, negative: str = "") -> list[Picture]:
+    """So many pictures of each prompt; where prompts are equal the numbers go on, so that no two pictures are one."""
+    before: Counter[str] = Counter()
+    pictures = []
+    for prompt in prompts:
+        pictures += [Picture(prompt, before[prompt] + number, negative) for number in range(each)]
+        before[prompt] += each
+    return pictures
 
 
 def starting_noise(

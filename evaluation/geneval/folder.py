@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image as Picture
 
 from data.errors import UserError
+from data.files import atomic_write
 from evaluation.drawing import write_png
 from evaluation.geneval.detection import Image
 from evaluation.geneval.prompts import Metadata, read, to_lines
-from evaluation.parts import write_aside
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def begin_folder(root: Path, prompts: Sequence[Metadata]) -> None:
             samples.mkdir(parents=True, exist_ok=True)
             line = samples.with_name("metadata.jsonl")
             if not line.exists():
-                write_aside(line, [to_lines([metadata])])
+                atomic_write(line, to_lines([metadata]))
     except OSError as error:
         raise UserError(f"{root}: cannot be written to: {error.strerror}") from error
 

@@ -80,8 +80,9 @@ class KeptFiles:
             descriptor = os.open(known, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:  # it has gone meanwhile, or is a link
             return None
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > self.most_bytes:
+            os.close(descriptor)
+            return None
         with open(descriptor, "rb") as file:
-            about = os.fstat(descriptor)
-            if not stat.S_ISREG(about.st_mode) or about.st_size > self.most_bytes:
-                return None
             return file.read(self.most_bytes)

@@ -165,7 +165,8 @@ def check_number(name: str, value: float | None) -> float:
         UserError: there is none.
     """
     if not isinstance(value, int | float) or not -MOST_SEED <= value <= MOST_SEED:
-        raise UserError(f"{name} {'is empty' if value is None else str(value)[:20]}: must be a number")
+        shown = "is empty" if value is None or value != value else str(value)[:20]
+        raise UserError(f"{name} {shown}: must be a number")
     return float(value)
 
 
