@@ -26,8 +26,9 @@ def decode_text(raw: bytes, where: str) -> str:
     """The text of a file; `where` names it in the error.
 
     Raises:
-        UserError: the bytes are not UTF-8; the sentence names the first byte that is not.
+        UserError: the bytes are not UTF-8 (the sentence names the first byte that is not), or a Git LFS pointer.
     """
+    refuse_lfs_pointer(raw, where)
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{where}: is UTF-16, and should be UTF-8")
     try:
@@ -36,6 +37,16 @@ def decode_text(raw: bytes, where: str) -> str:
         raise UserError(
             f"{where}: should be UTF-8, but byte {error.start} is 0x{raw[error.start]:02x}: save it as UTF-8"
         ) from error
+
+
+def refuse_lfs_pointer(head: bytes, where: str) -> None:
+    """Refuse what Git leaves in the place of a large file that it has not fetched; `head` is how the file begins.
+
+    Raises:
+        UserError: it is such a pointer.
+    """
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        raise UserError(f"{where}: is a Git LFS pointer, not the file itself: fetch it by `git lfs pull`")
 
 
 def split_lines(text: str) -> list[str]:

@@ -71,7 +71,7 @@ def _check(options: Namespace) -> None:
 
 
 def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
-    pipeline = Pipeline.load(options.model, options.weights, world.device)
+    pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
     config = pipeline.config
     if config.model.condition != "text":
         raise UserError(f"--model {options.model} draws classes, and DPG-Bench's prompts are captions")

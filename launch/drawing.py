@@ -36,8 +36,14 @@ def drawing_parser(
     parser = job_parser(docstring)
     parser.add_argument("--model", type=Path, required=required, help=model)
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
+    add_text_model(parser)
     parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
     return parser
+
+
+def add_text_model(parser: ArgumentParser) -> None:
+    """Let the model's text encoder be elsewhere than where it was trained."""
+    parser.add_argument("--text_model", help="where the model's text encoder is now: a folder or hub name")
 
 
 def add_size(parser: ArgumentParser) -> None:

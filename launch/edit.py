@@ -27,7 +27,7 @@ from evaluation.editing.edit_list import read_edits, read_picture
 from evaluation.editing.job import EditJob
 from evaluation.editing.outcome import as_text
 from evaluation.geneval.detectors import Name, build_detector
-from launch.drawing import job_parser, parsed
+from launch.drawing import add_text_model, job_parser, parsed
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
 from t2i.editing import EditSettings, edit_image, edit_settings, patch_window
@@ -42,6 +42,7 @@ def _parser() -> ArgumentParser:
     parser = job_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model/ folder of a run that draws captions")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights edit")
+    add_text_model(parser)
     parser.add_argument("--out", type=Path, required=True, help="the .png; of --edits the folder for everything")
     parser.add_argument("--image", type=Path, help="the image to edit")
     parser.add_argument("--source", help="what it shows")
@@ -89,7 +90,7 @@ def edit() -> None:
     _check(options)
     given = {name: value for name in EditSettings.model_fields if (value := getattr(options, name)) is not None}
     with joined_world() as world:
-        pipeline = Pipeline.load(options.model, options.weights, world.device)
+        pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         if pipeline.config.model.condition == "class":
             raise ConfigError(f"--model {options.model} draws classes: editing needs one that draws captions")
         settings = edit_settings(pipeline.config, given, "command line")

@@ -23,7 +23,7 @@ from data.errors import UserError
 from data.files import atomic_write
 from evaluation.drawing import draw_together, made_of
 from evaluation.geneval.detection import Detector
-from evaluation.geneval.detectors import Name, build_detector, check_classes, prompts_for
+from evaluation.geneval.detectors import Name, build_detector, check_prompts, prompts_for
 from evaluation.geneval.folder import Prompted, read_folder
 from evaluation.geneval.job import Samples, choose, compare, complete_grids, drawn_images
 from evaluation.geneval.outcome import EACH, finish, kind_of, table
@@ -38,7 +38,7 @@ from t2i.config_base import ConfigError
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
-_OF_DRAWING = ("model", "weights", "sampling", "size", "images_per_prompt", "sample_only")
+_OF_DRAWING = ("model", "weights", "text_model", "sampling", "size", "images_per_prompt", "sample_only")
 _OF_PROMPTS = ("prompts", "tasks", "limit")
 _LEFT_OUT: tuple[Any, ...] = (None, False, {}, "ema")
 """What options are that were not given."""
@@ -131,13 +131,15 @@ def _refuse(options: Namespace, name: str, why: str) -> None:
 def _draw(world: World, options: Namespace, detector: Detector | None) -> None:
     """Draw what is missing; a detector that is to judge it is asked first whether it can."""
     prompts = read(options.prompts) if options.prompts else prompts_for(options.detector)
+    kind, part = kind_of(prompts)
     kept, choice = choose(prompts, options.tasks or (), options.limit)
     chosen = [prompts[number] for number in kept]
     if detector is not None:
-        check_classes(chosen, detector)
+        check_prompts(chosen, detector)
     file = options.prompts or ("proving ground" if options.detector == "shapes" else "GenEval")
-    beside = {"model": str(options.model), "file": str(file), "kind": kind_of(prompts), "choice": choice}
-    pipeline = Pipeline.load(options.model, options.weights, world.device)
+    choice = ", ".join(filter(None, [part, choice]))
+    beside = {"model": str(options.model), "file": str(file), "kind": kind, "choice": choice}
+    pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
     if pipeline.config.model.condition == "class":
         raise ConfigError(f"--model {options.model} draws from classes: GenEval needs one that draws from captions")
     settings = sampling_of(pipeline.config, options.sampling)
@@ -158,15 +160,17 @@ def _to_score(options: Namespace) -> tuple[list[Prompted], dict[str, Any]]:
     prompts = [it.metadata for it in prompted]
     if options.prompts:
         compare(prompted, read(options.prompts), f"--prompts {options.prompts}")
+    kind, part = kind_of(prompts)
     kept, choice = choose(prompts, options.tasks or (), options.limit)
     file = str(options.prompts or f"metadata.jsonl of {options.images}")
-    about = {"file": file, "md5": digest(prompts), "kind": kind_of(prompts), "choice": choice}
+    choice = ", ".join(filter(None, [part, choice]))
+    about = {"file": file, "md5": digest(prompts), "kind": kind, "choice": choice}
     return [prompted[number] for number in kept], {"prompts": about, "drawn": {"images": str(options.images)}}
 
 
 def _score(world: World, options: Namespace, detector: Detector) -> None:
     prompted, about = world.from_main(lambda: _to_score(options))
-    check_classes([it.metadata for it in prompted], detector)
+    check_prompts([it.metadata for it in prompted], detector)
     verdicts = Verdicts(options.out, prompted, detector)
     missing = world.from_main(verdicts.begin)
     if world.is_main:

@@ -45,7 +45,7 @@ def sample() -> None:
     if options.pictures < 1:
         raise ConfigError(f"--pictures {options.pictures}: at least one picture a prompt")
     with joined_world() as world:
-        pipeline = Pipeline.load(options.model, options.weights, world.device)
+        pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         settings = sampling_of(pipeline.config, options.sampling)
         if options.negative and settings.guidance_scale == 1.0:
             raise ConfigError("--negative does nothing at guidance_scale 1: leave it out or raise the scale")

@@ -32,7 +32,7 @@ def sample_classes() -> None:
     if options.out.suffix != ".npz":
         raise ConfigError(f"--out {options.out}: the name ends in .npz")
     with joined_world() as world:
-        pipeline = Pipeline.load(options.model, options.weights, world.device)
+        pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         config = pipeline.config
         if config.model.condition != "class":
             raise ConfigError(f"--model {options.model} draws from captions: use launch/sample.py")

@@ -41,6 +41,7 @@ WARNING: nothing is encrypted. To be the only one, leave --host out and come thr
 def serve(
     model: str,
     which: WhichWeights = "ema",
+    text_model: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     queue: int = 8,
@@ -51,6 +52,7 @@ def serve(
     Args:
         model: Folder of a trained model.
         which: Which of its weights draw.
+        text_model: Where its text encoder is now: a folder or hub name.
         host: Address to bind to; any but this machine's own lets the network in, without a password.
         port: Port to listen on.
         queue: Requests that may wait; more are refused.
@@ -66,7 +68,7 @@ def serve(
         raise UserError(f"--port {port}: must be from 1 to 65535")
     quiet(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = Pipeline.load(Path(model), which, device)
+    pipeline = Pipeline.load(Path(model), which, device, text_model)
     limits = find_limits(pipeline, int(USABLE * free_bytes(device)), max_pixels)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted: pictures are removed
     with TemporaryDirectory(prefix="t2i-serve-") as folder:

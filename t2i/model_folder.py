@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import sync
+from data.files import refuse_lfs_pointer, sync
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, load_config
@@ -66,16 +66,18 @@ def write_model(
     sync(folder.parent)
 
 
-def check_model(folder: Path) -> None:
-    """See that a folder is a model's, without reading its weights.
+def check_model(folder: Path, which: WhichWeights) -> None:
+    """See that a folder is a model's and has these weights, without reading them.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not, or it has not.
     """
-    expected = [*FILES.values(), "config.yaml"]
-    missing = [name for name in expected if not (folder / name).exists()]
-    if missing:
-        raise ConfigError(f"{folder} is not a model folder: it has no {missing[0]}")
+    there = [name for name, file in FILES.items() if (folder / file).exists()]
+    if not there or not (folder / "config.yaml").exists():
+        missing = "config.yaml" if there else FILES[which]
+        raise ConfigError(f"{folder} is not a model folder: it has no {missing}")
+    if which not in there:
+        raise ConfigError(f"{folder} has no {FILES[which]}, the {which} weights: take its {there[0]} weights")
 
 
 def read_model(folder: Path, which: WhichWeights) -> SavedModel:
@@ -84,9 +86,11 @@ def read_model(folder: Path, which: WhichWeights) -> SavedModel:
     Raises:
         ConfigError: it is not a model's, or it is damaged.
     """
-    check_model(folder)
+    check_model(folder, which)
     file = folder / FILES[which]
     try:
+        with file.open("rb") as opened:
+            refuse_lfs_pointer(opened.read(64), str(file))
         tensors = load_file(file)
         null_caption = tensors.pop(NULL_CAPTION)
     except (SafetensorError, KeyError) as error:

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from data.randomness import key
 from t2i.build import Denoiser, build_conditioner, build_denoiser, choose_dtype
 from t2i.config import RunConfig
@@ -28,6 +29,7 @@ from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.sampling import Velocity, choose_solver, guided_steps, guided_velocity, time_grid
 from t2i.model_folder import WhichWeights, read_model
 from t2i.models.conditions import Conditioner, stack_conditions
+from t2i.models.text import check_same_text
 
 T = TypeVar("T")
 
@@ -110,16 +112,30 @@ class Pipeline:
     device: torch.device
 
     @classmethod
-    def load(cls, folder: Path, which: WhichWeights, device: torch.device) -> Pipeline:
+    def load(cls, folder: Path, which: WhichWeights, device: torch.device, text_model: str | None = None) -> Pipeline:
         """A trained model from its folder.
 
+        Args:
+            text_model: where its text encoder lies now, in place of its config's text.model.
+
         Raises:
-            ConfigError: the folder is not a model's, or its weights do not fit its config.
+            ConfigError: the folder is not a model's, its weights do not fit its config, or the text encoder cannot be
+                loaded or is another one.
         """
         saved = read_model(folder, which)
         config, null_caption = saved.config, saved.null_caption
+        if text_model is not None:
+            if config.model.condition == "class":
+                raise ConfigError(f"--text_model {text_model}: {folder} draws classes and has no text encoder")
+            config = config.model_copy(update={"text": config.text.model_copy(update={"model": text_model})})
         dtype = choose_dtype(config.engine.dtype, device)
-        conditioner = build_conditioner(config, device, dtype)
+        try:
+            conditioner = build_conditioner(config, device, dtype)
+        except UserError as error:
+            raise ConfigError(f"{error}; --text_model says where {folder}'s text encoder is now") from error
+        # An imported null caption was not computed by its text encoder alone.
+        if text_model is not None and not (folder / "import.json").exists():
+            check_same_text(null_caption, conditioner.null_caption(), f"--text_model {text_model}", str(folder))
         denoiser = build_denoiser(config.model, conditioner.width, config.text.length)
         try:
             denoiser.load_state_dict(saved.denoiser)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ def boxes(resolution: int, pictures: int) -> list[tuple[int, int, int, int]]:
     return [(left, upper, left + resolution, upper + resolution) for left, upper in corners[:pictures]]
 
 
-def find(folder: Path) -> dict[str, Path]:
-    """A folder's images by the ids of their prompts: their names up to the first dot.
+def find(folder: Path, ids: Collection[str]) -> dict[str, Path]:
+    """A folder's images by the ids of their prompts: their names without the ending, or else up to the first dot.
 
     Raises:
         UserError: there is no such folder, or two images are of one prompt.
@@ -48,7 +48,7 @@ def find(folder: Path) -> dict[str, Path]:
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
     for path in paths:
-        name = path.name.split(".")[0]
+        name = path.stem if path.stem in ids else path.name.split(".")[0]
         if name in found:
             raise UserError(f"{folder} holds two images of one prompt, {found[name].name} and {path.name}: remove one")
         found[name] = path

@@ -101,7 +101,8 @@ def look_over(
 
 
 def _match(benchmark: Benchmark, folder: Path, parity: bool) -> tuple[dict[str, Path], list[Item], dict[str, str]]:
-    grids, names = find(folder), {item.id for item in benchmark.items}
+    names = {item.id for item in benchmark.items}
+    grids = find(folder, names)
     missing, strange = sorted(names - set(grids)), sorted(set(grids) - names)
     if missing and not parity:
         raise UserError(

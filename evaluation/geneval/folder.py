@@ -4,8 +4,8 @@
     00000/samples/0000.png    its images
     00000/grid.png            all of them in one
 
-A folder for each prompt, in the prompts' order. What others made is read as strictly as our own: a folder from which
-something is missing would get a score that looks like a whole one.
+A folder for each prompt, in the prompts' order. Of what others made any digits may name a folder or image, and numbers
+may be missing. Images may not: a folder that lacks some would get a score that looks like a whole one.
 
 Source: Ghosh et al., "GenEval" (2023), and its evaluation/evaluate_images.py.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from data.errors import UserError
 from data.files import atomic_write
 from evaluation.drawing import write_png
 from evaluation.geneval.detection import Image
-from evaluation.geneval.prompts import Metadata, read, to_lines
+from evaluation.geneval.prompts import Metadata, read_one, to_lines
 
 
 @dataclass(frozen=True)
@@ -91,19 +91,16 @@ def write_grid(it: Prompted) -> None:
 
 
 def read_folder(root: Path) -> list[Prompted]:
-    """All prompts of a folder, in their order.
+    """All prompts of a folder, in the order of their numbers.
 
     Raises:
         UserError: it is no such folder, or something is missing from it.
     """
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder of images")
-    folders = sorted((path for path in root.iterdir() if path.is_dir() and path.name.isdigit()), key=_number)
+    folders = _numbered(path for path in root.iterdir() if path.is_dir())
     if not folders:
         raise UserError(f"{root}: must hold a folder for each prompt: 00000/metadata.jsonl and 00000/samples/0000.png")
-    for number, folder in enumerate(folders):
-        if _number(folder) != number:
-            raise UserError(f"{root}: has {len(folders)} folders of prompts, but none numbered {number}: make it again")
     found = [_read_prompt(folder) for folder in folders]
     usual, _ = Counter(len(it.images) for it in found).most_common(1)[0]
     for it in found:
@@ -116,16 +113,22 @@ def _read_prompt(folder: Path) -> Prompted:
     line = folder / "metadata.jsonl"
     if not line.exists():
         raise UserError(f"{folder}: has no metadata.jsonl, which says what its images must show")
-    prompts = read(line)
-    if len(prompts) != 1:
-        raise UserError(f"{line}: must hold one line (has {len(prompts)})")
     samples = folder / "samples"
-    files = samples.iterdir() if samples.is_dir() else ()
-    images = sorted((path for path in files if path.suffix == ".png" and path.stem.isdigit()), key=_number)
+    images = _numbered(path for path in (samples.iterdir() if samples.is_dir() else ()) if path.suffix == ".png")
     if not images:
         raise UserError(f"{folder}: has no image samples/0000.png")
-    return Prompted(folder, prompts[0], tuple(images))
+    return Prompted(folder, read_one(line), tuple(images))
 
 
-def _number(path: Path) -> int:
-    return int(path.stem)
+def _numbered(paths: Iterable[Path]) -> list[Path]:
+    """Those that a number names, in its order; others are left out, as by the official code.
+
+    Raises:
+        UserError: two have the same number.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(paths):
+        name = path.name.removesuffix(".png")
+        if name.isdecimal() and (first := found.setdefault(int(name), path)) is not path:
+            raise UserError(f"{path.parent}: {first.name} and {path.name} are of one number: remove one")
+    return [found[number] for number in sorted(found)]

@@ -27,7 +27,7 @@ from data.errors import UserError
 from data.files import atomic_write
 from evaluation.drawing import read_speed, unfinished_batches, write_png
 from evaluation.geneval.folder import Prompted, begin_folder, image_path, read_folder, write_grid
-from evaluation.geneval.prompts import TASKS, Metadata, digest, read, to_lines
+from evaluation.geneval.prompts import TASKS, Metadata, digest, essentials, read, to_lines
 from evaluation.parts import begin_or_go_on
 from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Pipeline, pictures_of
@@ -63,21 +63,22 @@ def choose(prompts: Sequence[Metadata], tasks: Collection[str], limit: int | Non
 
 
 def compare(prompted: Sequence[Prompted], prompts: Sequence[Metadata], where: str) -> None:
-    """Refuse images of other prompts than those of a file.
+    """Refuse images of other prompts than those of a file, of which they may be a part.
 
     Raises:
         UserError: naming the first that differs; `where` names the file.
     """
-    if len(prompted) != len(prompts):
-        raise UserError(
-            f"{where} has {len(prompts)} prompts, and the images are of {len(prompted)}: give the file that they were "
-            "drawn from"
-        )
-    for it, asked in zip(prompted, prompts, strict=True):
-        if it.metadata != asked:
+    for it in prompted:
+        number = int(it.folder.name)
+        if number >= len(prompts):
             raise UserError(
-                f"{it.folder}/metadata.jsonl is not prompt {it.folder.name} of {where}, {asked['prompt']!r}: give the "
-                "file that the images were drawn from"
+                f"{where} has {len(prompts)} prompts, and there is a folder {it.folder.name}: give the file that the "
+                "images were drawn from"
+            )
+        if essentials(it.metadata) != essentials(prompts[number]):
+            raise UserError(
+                f"{it.folder}/metadata.jsonl is not prompt {it.folder.name} of {where}, {prompts[number]['prompt']!r}: "
+                "give the file that the images were drawn from"
             )
 
 

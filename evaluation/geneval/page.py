@@ -96,7 +96,7 @@ def _choices(name: str, labels: Mapping[str, str]) -> str:
 
 def _prompt(number: int, images: Sequence[Judged]) -> str:
     metadata: Metadata = json.loads(images[0].result["metadata"])
-    wanted = list(dict.fromkeys(item["class"] for item in metadata["include"]))
+    wanted = list(dict.fromkeys(item["class"] for item in metadata.get("include", [])))
     right = sum(image.result["correct"] for image in images)
     about = f"{number:05d} · {_words(metadata['tag'])} · {right} of {len(images)} right"
     figures = "".join(_figure(image, wanted) for image in images)

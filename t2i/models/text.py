@@ -23,14 +23,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data.errors import UserError
+from data.files import refuse_lfs_pointer
 from t2i.upload import upload
 
 ENCODE_BATCH = 16
 LENGTH_STEP = 32
 """Under padding mask, lengths are multiples of it: few shapes for a compiler."""
+
+SAME_STATES = 0.1
+"""States whose relative distance is below this are of one encoder: bf16 makes about 0.01, another model about 1."""
 
 Key = tuple[str, bool]  # a caption, and whether the instruction comes before it
 
@@ -55,11 +60,32 @@ def resolve_model(name: str) -> str:
 
 def _load(auto: Any, name: str, **options: Any) -> Any:
     """What one of transformers' Auto classes makes of a model's name."""
+    folder = resolve_model(name)
     try:
-        return auto.from_pretrained(resolve_model(name), **options)
-    except (OSError, ValueError) as error:
+        return auto.from_pretrained(folder, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        for file in sorted(Path(folder).glob("*")):  # of a clone without its large files, each library says its own
+            if file.is_file():
+                with file.open("rb") as opened:
+                    refuse_lfs_pointer(opened.read(64), f"text.model {name!r}: {file}")
         reason = str(error).splitlines()[0]
         raise UserError(f"text.model {name!r} cannot be loaded: {reason}") from error
+
+
+def check_same_text(stored: Tensor, computed: Tensor, where: str, of: str) -> None:
+    """See that a text encoder is the one that a null caption was computed by, whatever its name is now.
+
+    Args:
+        stored, computed: states (L, E) of the empty caption, perhaps computed in different precision.
+        where: the field or option that names the encoder.
+        of: what the stored states belong to.
+
+    Raises:
+        UserError: it is another one.
+    """
+    computed = computed.to(stored)
+    if stored.shape != computed.shape or (stored - computed).norm() > SAME_STATES * stored.norm():
+        raise UserError(f"{where} is another text encoder than that of {of}: it reads the empty caption differently")
 
 
 class TextEncoder(nn.Module):

@@ -187,7 +187,7 @@ def _open_stages(settings: dict[int, RunConfig], places: list[StagePlace], pendi
     for index in pending:
         source, place = settings[index].init.source, places[index]
         if source not in ("previous", "scratch"):
-            check_model(Path(source))
+            check_model(Path(source), settings[index].init.weights)
         before = place.previous
         if source == "previous" and before is not None and not before.done and index - 1 not in pending:
             raise ConfigError(

@@ -14,6 +14,7 @@ from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.model_folder import NULL_CAPTION, read_model
 from t2i.models.conditions import Conditioner
+from t2i.models.text import check_same_text
 from t2i.train.places import StagePlace
 
 
@@ -27,12 +28,15 @@ def find_null_caption(config: RunConfig, place: StagePlace, conditioner: Conditi
     fresh, made_by = conditioner.null_caption(), condition_identity(config)
     if path.exists():
         with safe_open(path, framework="pt") as file:
-            stored_by, states = (file.metadata() or {}).get("text"), file.get_tensor(NULL_CAPTION)
+            about, states = file.metadata() or {}, file.get_tensor(NULL_CAPTION)
+        stored_by = about.get("text")
         if stored_by != made_by:
             raise ConfigError(
                 f"{path} was computed with {stored_by}, this run has {made_by}: a run keeps its text "
                 "section and its classes; give this one another name"
             )
+        if about.get("text_model", "") != config.text.model and config.model.condition == "text":  # it may have moved
+            check_same_text(states, fresh, f"text.model {config.text.model}", str(path))
         return states.to(fresh)
     if source not in ("previous", "scratch"):
         saved = read_model(Path(source), config.init.weights)
@@ -49,5 +53,6 @@ def store_null_caption(config: RunConfig, place: StagePlace, states: Tensor) -> 
     """Keep it with the run, unless it is there. On rank 0."""
     if place.null_caption.exists():
         return
+    about = {"text": condition_identity(config), "text_model": config.text.model}
     with atomic_path(place.null_caption) as partial:
-        save_file({NULL_CAPTION: states.contiguous().cpu()}, partial, metadata={"text": condition_identity(config)})
+        save_file({NULL_CAPTION: states.contiguous().cpu()}, partial, metadata=about)

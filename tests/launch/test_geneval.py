@@ -307,6 +307,10 @@ def test_what_the_detector_cannot_find_is_told_and_not_scored_0(
         job("--images", str(drawn), *weights)
     images = Path(shutil.copytree(drawn, tmp_path / "images"))
     asked = read(images / "00002" / "metadata.jsonl")[0]
+    many = {**asked, "include": [{"class": "star", "count": 17}]}
+    (images / "00002" / "metadata.jsonl").write_bytes(to_lines([many]))
+    with pytest.raises(UserError, match="asks for 17 of 'star', and GenEval counts the 16 most confident alone"):
+        job("--images", str(images), "--detector", "shapes")
     more = {**asked, "exclude": [{"class": "blob", "count": 1}]}
     (images / "00002" / "metadata.jsonl").write_bytes(to_lines([more]))
     with pytest.raises(UserError, match="the class 'blob', which the detector shapes cannot find"):
@@ -332,7 +336,7 @@ def test_prompts_that_the_images_are_not_of(drawn: Path, job: Job, tmp_path: Pat
     with pytest.raises(UserError, match=r"00005/metadata.jsonl is not prompt 00005 of --prompts"):
         job("--images", str(drawn), "--prompts", str(file), "--detector", "shapes")
     file.write_bytes(to_lines(prompts[:11]))
-    with pytest.raises(UserError, match="has 11 prompts, and the images are of 12"):
+    with pytest.raises(UserError, match="has 11 prompts, and there is a folder 00011"):
         job("--images", str(drawn), "--prompts", str(file), "--detector", "shapes")
 
 

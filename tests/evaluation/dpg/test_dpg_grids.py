@@ -104,14 +104,16 @@ def test_pictures_that_nothing_is_known_of_are_not_taken_for_the_models(tmp_path
 
 
 def test_images_are_found_by_their_prompts(tmp_path: Path) -> None:
-    for name in ("cat1.png", "dog2.v2.jpg", "readme.txt"):
+    ids = {"cat1", "dog2", "v1.5", "v1.6"}
+    images = {"cat1": "cat1.png", "dog2": "dog2.v2.jpg", "v1.5": "v1.5.png", "v1.6": "v1.6.png"}
+    for name in (*images.values(), "readme.txt"):
         (tmp_path / name).touch()
-    assert {name: path.name for name, path in find(tmp_path).items()} == {"cat1": "cat1.png", "dog2": "dog2.v2.jpg"}
+    assert {name: path.name for name, path in find(tmp_path, ids).items()} == images
     (tmp_path / "cat1.JPG").touch()
     with pytest.raises(UserError, match="holds two images of one prompt, cat1.JPG and cat1.png: remove one"):
-        find(tmp_path)
+        find(tmp_path, ids)
     with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
-        find(tmp_path / "nowhere")
+        find(tmp_path / "nowhere", ids)
 
 
 def test_an_image_that_is_no_grid(tmp_path: Path) -> None:

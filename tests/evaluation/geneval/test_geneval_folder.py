@@ -60,10 +60,23 @@ def test_folders_and_images_come_by_number_whatever_their_digits(tmp_path: Path)
         (tmp_path / str(prompt) / "metadata.jsonl").write_text(json.dumps({**CIRCLE, "prompt": str(prompt)}))
         for image in range(11):
             write_png(samples / f"{image}.png", plain(image))
-    (tmp_path / "notes").mkdir()
+    for name in ("notes", "\u00b2", "1.5"):  # no number, a digit that is none, and nothing that GenEval writes
+        (tmp_path / name).mkdir()
     found = read_folder(tmp_path)
     assert [it.metadata["prompt"] for it in found] == [str(prompt) for prompt in range(11)]
     assert [path.stem for path in found[0].images] == [str(image) for image in range(11)]
+
+
+def test_metadata_is_one_object_of_json_over_any_lines(folder: Path) -> None:
+    more = {**STARS, "id": 7}
+    (folder / "00001" / "metadata.jsonl").write_text(json.dumps(more, indent=2) + "\n\n")
+    assert read_folder(folder)[1].metadata == more
+
+
+def test_a_part_of_the_numbers_is_read(folder: Path) -> None:
+    shutil.rmtree(folder / "00000")
+    (folder / "00001").rename(folder / "0552")
+    assert [it.folder.name for it in read_folder(folder)] == ["0552"]
 
 
 @pytest.mark.parametrize(("images", "rows", "columns"), [(1, 1, 1), (3, 2, 2), (4, 2, 2), (5, 2, 3)])
@@ -87,13 +100,19 @@ def test_images_of_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda root: shutil.rmtree(root), "there is no such folder"),
     "empty": (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "must hold a folder for each prompt"),
-    "a prompt lost": (lambda root: shutil.rmtree(root / "00000"), "1 folders of prompts, but none numbered 0"),
+    "a number twice": (
+        lambda root: shutil.copytree(root / "00001", root / "1"),
+        "images: 00001 and 1 are of one number: remove one",
+    ),
     "no line": (lambda root: (root / "00001" / "metadata.jsonl").unlink(), "00001: has no metadata.jsonl"),
     "two lines": (
         lambda root: (root / "00001" / "metadata.jsonl").write_text((json.dumps(STARS) + "\n") * 2),
-        r"metadata.jsonl: must hold one line \(has 2\)",
+        "metadata.jsonl: has more than one object of JSON",
     ),
-    "no JSON": (lambda root: (root / "00001" / "metadata.jsonl").write_text("two stars"), "metadata.jsonl, line 1: "),
+    "no JSON": (
+        lambda root: (root / "00001" / "metadata.jsonl").write_text("two stars"),
+        "Invalid JSON",
+    ),
     "no samples": (lambda root: shutil.rmtree(root / "00001" / "samples"), "00001: has no image samples/0000.png"),
     "an image lost": (
         lambda root: image_path(root, 1, 2).unlink(),
