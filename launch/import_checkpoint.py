@@ -34,7 +34,7 @@ from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import load_config, stage_config
 from t2i.engine.checkpoint.format import commit
-from t2i.model_folder import write_model
+from t2i.model_folder import NULL_CAPTION, check_finite, write_model
 from t2i.models.conditions import Conditioner
 from t2i.models.text import TextEncoder
 from t2i.released.checkpoint import Checkpoint
@@ -77,6 +77,7 @@ def import_checkpoint(
     conditioner = build_conditioner(settings, device, choose_dtype(settings.engine.dtype, device))
     imported = import_weights(checkpoint, settings, conditioner.width)
     null = _null_caption(conditioner, null_attention, settings, imported.report)
+    check_finite([(NULL_CAPTION, null)], f"text.model {settings.text.model}")
     aside = folder.with_name(f".{folder.name}.importing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
