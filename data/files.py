@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -121,6 +121,11 @@ def remove_partials(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def lock_beside(path: Path) -> Path:
+    """The lock's file of a file or folder that is to appear at once."""
+    return path.with_name(f".{path.name}.lock")
+
+
 class InUseError(UserError):
     """Another process holds a lock."""
 
@@ -128,7 +133,7 @@ class InUseError(UserError):
 class FileLock:
     """A lock on a file, which the system drops with the process that holds it, on whichever machine that runs.
 
-    The file says who holds it, and goes with the lock.
+    The file says who holds it, and goes with the lock. A context, at whose end it is released.
 
     Args:
         path: the file; its folder is made if need be.
@@ -163,7 +168,8 @@ class FileLock:
         os.fsync(self._file.fileno())  # else a network file system may keep it from other machines
 
     def _open(self) -> IO[str]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # a file in the way, of which opening says that it is no folder
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.path.open("a+")
 
     def _try(self) -> bool:
@@ -180,6 +186,12 @@ class FileLock:
                 pass
             self._file.close()
             self._file = self._open()
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Let another process have it. Folders that were made for the lock and hold nothing else go again."""

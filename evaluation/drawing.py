@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,17 @@ def made_of(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, A
         "noise_scale": objective.noise_scale,
         "min_noise": objective.min_noise,
     }
+
+
+def count_cut(world: World, pipeline: Pipeline, prompts: Sequence[str]) -> dict[str, int]:
+    """How many prompts are longer than what the model reads of them, which rank 0 says; for a job's manifest."""
+    cut = pipeline.conditioner.cut(prompts)
+    if cut and world.is_main:
+        percent = 100 * cut / len(prompts)
+        share = f"{percent:.0f} % of prompts" if percent >= 1 else f"{percent:.1g} % of prompts"
+        most = f"text.length {pipeline.config.text.length} tokens"
+        print(f"{share} ({cut:,} of {len(prompts):,}) are longer than {most} and are cut", file=sys.stderr)
+    return {"cut_prompts": cut}
 
 
 def unfinished_batches(pictures: Sequence[T], batch_size: int, is_missing: Callable[[T], bool]) -> list[Sequence[T]]:

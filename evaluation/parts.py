@@ -53,11 +53,6 @@ def held(world: World, out: Path, lock: Path | None = None) -> Iterator[None]:
             it.release()
 
 
-def lock_beside(path: Path) -> Path:
-    """The lock of a single file."""
-    return path.with_name(f".{path.name}.lock")
-
-
 def begin_or_go_on(
     manifest: Path,
     made_of: dict[str, Any],

@@ -19,7 +19,7 @@ from data.errors import UserError
 from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
-from evaluation.drawing import made_of, read_speed
+from evaluation.drawing import count_cut, made_of, read_speed
 from evaluation.parts import held
 from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
@@ -84,7 +84,8 @@ def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
     drawing = Drawing(options.out, asked.items, resolution, sampling_of(config, options.sampling))
     drawn_from = {"which": options.weights, "prompts_sha256": asked.prompts_sha256}
     drawn_from |= made_of(pipeline, options.model, options.weights)
-    job.draw(world, pipeline, drawing, drawn_from, {"model": str(options.model)})
+    beside = {"model": str(options.model), **count_cut(world, pipeline, [item.prompt for item in asked.items])}
+    job.draw(world, pipeline, drawing, drawn_from, beside)
 
 
 def _read_note(out: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import atomic_path
+from data.files import FileLock, atomic_path, lock_beside
 from launch.command import run
 from t2i.config_base import ConfigError
 from t2i.model_folder import read_model
@@ -30,18 +30,23 @@ def export(model: str, /, out: str) -> None:
         out: The file to write: .ckpt, or .pth of PixelDiT for text to image.
     """
     file, folder = Path(out), Path(model)
-    if file.exists():
-        raise ConfigError(f"out is {out}: it should not exist yet")
+    _refuse_what_is_there(file)
     raw, ema = read_model(folder, "raw"), read_model(folder, "ema")
     exported = export_weights(raw.config, raw.tensors, ema.tensors)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as partial:
-            torch.save(exported.content, partial)
+        with FileLock(lock_beside(file), f"out {out}"):
+            _refuse_what_is_there(file)
+            with atomic_path(file) as partial:
+                torch.save(exported.content, partial)
     except OSError as error:
         raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
     count = len(exported.content["state_dict"])
     print("\n".join([f"{out}: {count} tensors", *exported.notes]))
+
+
+def _refuse_what_is_there(file: Path) -> None:
+    if file.exists():
+        raise ConfigError(f"out is {file}: it should not exist yet")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.errors import UserError
 from data.files import atomic_write
-from evaluation.drawing import draw_together, made_of
+from evaluation.drawing import count_cut, draw_together, made_of
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.detectors import Name, build_detector, check_prompts, prompts_for
 from evaluation.geneval.folder import Prompted, read_folder
@@ -138,7 +138,7 @@ def _draw(world: World, options: Namespace, detector: Detector | None) -> None:
         check_prompts(chosen, detector)
     file = options.prompts or ("proving ground" if options.detector == "shapes" else "GenEval")
     choice = ", ".join(filter(None, [part, choice]))
-    beside = {"model": str(options.model), "file": str(file), "kind": kind, "choice": choice}
+    beside: dict[str, Any] = {"model": str(options.model), "file": str(file), "kind": kind, "choice": choice}
     pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
     if pipeline.config.model.condition == "class":
         raise ConfigError(f"--model {options.model} draws from classes: GenEval needs one that draws from captions")
@@ -146,6 +146,7 @@ def _draw(world: World, options: Namespace, detector: Detector | None) -> None:
     size, each = size_of(pipeline.config, options.size), options.images_per_prompt or EACH
     samples = Samples(options.out, chosen, each, size, settings)
     about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+    beside |= count_cut(world, pipeline, [it["prompt"] for it in chosen])
     batches = world.from_main(lambda: samples.begin(about, beside))
     draw_together(world, options.out, batches, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
     complete_grids(world.from_main(samples.prompted)[world.rank :: world.size])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
-from evaluation.drawing import draw_together, made_of, unfinished_batches, write_png
+from evaluation.drawing import count_cut, draw_together, made_of, unfinished_batches, write_png
 from evaluation.parts import begin_or_go_on, held
 from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
@@ -55,7 +55,12 @@ def sample() -> None:
         about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
         about |= {"prompts": prompts, "pictures": options.pictures, "negative": options.negative}
         about |= {"size": size, "sampling": settings.model_dump(mode="json")}
-        beside = {"model": str(options.model)}
+        beside = {"model": str(options.model), **count_cut(world, pipeline, prompts)}
+        if world.is_main and pipeline.conditioner.cut([options.negative], plain=True):
+            print(
+                f"--negative is longer than text.length {pipeline.config.text.length} tokens and is cut",
+                file=sys.stderr,
+            )
 
         def begin() -> list[Sequence[int]]:
             begin_or_go_on(options.out / "prompts.json", about, beside)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data.files import lock_beside
 from evaluation.adm_npz import Samples
 from evaluation.drawing import draw_together, made_of
-from evaluation.parts import held, lock_beside
+from evaluation.parts import held
 from launch.drawing import drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError

@@ -38,9 +38,7 @@ def spoil(file: Path, name: str, value: float, places: int = 1) -> None:
 @pytest.mark.parametrize("name", ["denoiser.blocks.1.norm1.weight", "null_caption", "projector.layers.0.weight"])
 def test_weights_are_refused_by_name(model: Path, name: str, value: float) -> None:
     spoil(model / "ema.safetensors", name, value, 2)
-    with pytest.raises(
-        ConfigError, match=rf"ema.safetensors: {name} has 2 of [\d,]+ numbers that are not finite: give"
-    ):
+    with pytest.raises(ConfigError, match=rf"ema.safetensors: {name} has 2 of [\d,]+ numbers that are not finite"):
         read_model(model, "ema")
     assert read_model(model, "raw").tensors
 
@@ -87,19 +85,17 @@ def spoiled(pipeline: Pipeline, image: int, first: int, value: float) -> list[in
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
-    ("solver", "first", "where"),
+    ("solver", "first", "place"),
     [("euler", 0, r"step 1 of 4 \(t = 0\)"), ("euler", 2, r"step 3 of 4 \(t = 0.5\)"), ("heun", 3, "step 3 of 4")]
     + [("adams", 3, "step 4 of 4"), ("dpmpp", 1, "step 2 of 4")],
 )
-def test_a_picture_is_refused_by_prompt_and_step(
-    model: Path, solver: str, first: int, where: str, value: float
-) -> None:
+def test_a_picture_is_refused_by_its_step(model: Path, solver: str, first: int, place: str, value: float) -> None:
     pipeline = Pipeline.load(model, "ema", CPU)
     spoiled(pipeline, 1, first, value)
     order = {"order": 2, "coefficients": "variable"} if solver == "adams" else {}
     sampling = SamplingConfig(solver=solver, steps=4, batch_size=3, guidance_scale=1.0, timeshift=1.0, **order)
     pictures = [Picture("a red circle"), Picture("a blue star", 7), Picture("a dog")]
-    with pytest.raises(NotFiniteError, match=rf"prompt 'a blue star', picture 7: is not finite from {where}"):
+    with pytest.raises(NotFiniteError, match=rf"prompt 'a blue star', picture 7: is not finite from {place}"):
         pipeline.draw(pictures, sampling)
     told: list[str] = []
     pipeline.on_fault = told.append
