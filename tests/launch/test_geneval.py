@@ -212,6 +212,7 @@ def test_results_have_genevals_fields(drawn: Path, job: Job) -> None:
 def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -> None:
     found = summary(scored)
     made = found["drawn"]
+    assert made["cut_prompts"] > 0  # the model reads 8 tokens
     assert made["model"] == str(model) and made["which"] == "ema" and len(made["weights"]) == 32
     assert made["sampling"]["seed"] == 0 and made["sampling"]["steps"] == 2
     assert made["speed"]["images"] == 12 and made["speed"]["images_per_s"] > 0

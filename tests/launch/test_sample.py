@@ -13,7 +13,7 @@ import pytest
 from in_process import run_in_process
 from PIL import Image
 from random_model import write_random_model
-from tiny import run, start
+from tiny import start
 
 import launch.sample
 from data.errors import UserError
@@ -175,7 +175,7 @@ def test_a_second_job_on_the_same_folder_is_refused(sample: Sample, tmp_path: Pa
     sample("--out", str(tmp_path / "held"))
 
 
-def test_killed_and_gone_on_with_on_two_processes_it_is_the_same(model: Path, sample: Sample, tmp_path: Path) -> None:
+def test_killed_and_gone_on_with_it_is_the_same(model: Path, sample: Sample, tmp_path: Path) -> None:
     whole = pictures(sample("--pictures", "6", "--sampling.steps", "40"))
     out = tmp_path / "killed"
     words = ["--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(out), "--pictures", "6"]
@@ -188,6 +188,6 @@ def test_killed_and_gone_on_with_on_two_processes_it_is_the_same(model: Path, sa
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
-    run("forked", "sample.py", *words)
+    sample("--out", str(out), "--pictures", "6", "--sampling.steps", "40")
     assert pictures(out) == whole
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def test_grids_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out .*file: cannot be written to"):
         Drawing(tmp_path / "file", ITEMS, 16, SAMPLING).begin({}, {})
+
+
+def test_equal_prompts_have_different_pictures(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
+    items = [*ITEMS, replace(ITEMS[0], id="again")]
+    found = draw_all(Drawing(tmp_path / "equal", items, 16, SAMPLING), pipeline)
+    again = found.pop("again.png")
+    assert found == grids and again not in grids.values()
 
 
 @pytest.mark.parametrize("kind", ["grids", "tiles"])
