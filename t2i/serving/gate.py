@@ -20,7 +20,7 @@ from urllib.parse import quote
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -93,6 +93,8 @@ class Gate:
                 raise _Refused(404, "Not Found")
         except _Refused as refused:
             response = refused.response
+        except ClientDisconnect:  # with nobody left to answer
+            return
         await response(scope, receive, send)
 
     def _show(self, address: str) -> Response:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -252,6 +253,17 @@ def test_uploads_are_bounded(visitor: Visitor) -> None:
     for body in (b"{", b"[" * 100_000, b"\xff"):
         answer = visitor.post(f"{API}/queue/join", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400
+
+
+def test_one_who_leaves_in_the_middle_of_an_upload_takes_no_place(visitor: Visitor) -> None:
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    head += (
+        f'Content-Length: {2**25}\r\n\r\n--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    )
+    for _ in range(40):  # more than may be on its way at once
+        with socket.create_connection(("127.0.0.1", visitor.http.base_url.port or 0)) as connection:
+            connection.sendall(head.encode() + bytes(2**23))
+    assert visitor.upload(png()).status_code == 200
 
 
 def test_neither_pictures_nor_answers_say_where_the_servers_files_are(visitor: Visitor) -> None:

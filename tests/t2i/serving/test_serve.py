@@ -29,7 +29,7 @@ def test_without_gradio(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         (["--queue", "0"], "--queue 0: at least one request"),
         (["--max_pixels", "0"], "--max_pixels 0: must be at least 1"),
         (["--port", "70000"], "--port 70000: must be from 1 to 65535"),
-        ([], "is not a model folder: it has no model.safetensors"),
+        ([], "is not a model folder: it has no ema.safetensors"),
     ],
 )
 def test_options_that_are_refused(
