@@ -24,7 +24,8 @@ from data.errors import UserError
 from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
-from evaluation.drawing import made_of, read_speed
+from evaluation.drawing import count_cut, made_of, read_speed
+from evaluation.parts import held
 from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import PathText
@@ -91,7 +92,8 @@ def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
     drawing = Drawing(options.out, asked.items, resolution, sampling)
     drawn_from = {"which": options.weights, "prompts_sha256": asked.prompts_sha256}
     drawn_from |= made_of(pipeline, options.model, options.weights)
-    job.draw(world, pipeline, drawing, drawn_from, {"model": str(options.model)})
+    beside = {"model": str(options.model), **count_cut(world, pipeline, [item.prompt for item in asked.items])}
+    job.draw(world, pipeline, drawing, drawn_from, beside)
 
 
 def _read_note(out: Path) -> dict[str, Any]:
@@ -135,10 +137,11 @@ def dpg() -> None:
     options = _parse()
     with joined_world(vars(options)) as world:
         asked = world.from_main(lambda: benchmark.read(options.benchmark, options.parity))
-        if options.model:
-            _draw(world, options, asked)
-        if not options.sample_only:
-            _score(world, options, asked)
+        with held(world, options.out):
+            if options.model:
+                _draw(world, options, asked)
+            if not options.sample_only:
+                _score(world, options, asked)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from argparse import Namespace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from data.decode import decode_file
 from data.errors import UserError
 from data.progress import progress_bar
-from evaluation.drawing import made_of, write_png
+from evaluation.drawing import count_cut, made_of, write_png
 from evaluation.editing.edit_list import read_edits
 from evaluation.editing.job import SCALE_DOWN, EditJob
 from evaluation.editing.outcome import as_text
@@ -93,6 +93,8 @@ def _check(options: Namespace) -> None:
         raise ConfigError(f"--out {options.out}: the name ends in .png")
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out.exists() and options.image.exists() and options.out.samefile(options.image):
+        raise ConfigError(f"--out {options.out}: is the --image itself: give another name")
 
 
 def edit() -> None:
@@ -108,10 +110,11 @@ def edit() -> None:
         if options.edits is not None:
             _edit_many(world, pipeline, options, settings)
         elif world.is_main:
-            _edit_one(pipeline, options, settings)
+            _edit_one(world, pipeline, options, settings)
 
 
-def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
+def _edit_one(world: World, pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
+    count_cut(world, pipeline, [options.source, options.target])
     image = torch.from_numpy(decode_file(options.image))
     window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
     pixels = image[:, *window]
@@ -140,7 +143,9 @@ def _edit_many(world: World, pipeline: Pipeline, options: Namespace, settings: E
     job = EditJob(options.out, options.edits.parent, edits, patch, settings, detector)
     made = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
     made |= {"clamp": sampling.clamp, "guidance_rescale": sampling.guidance_rescale}
-    summary = job.run(world, pipeline, made, {"model": str(options.model), "file": str(options.edits)})
+    beside: dict[str, Any] = {"model": str(options.model), "file": str(options.edits)}
+    beside |= count_cut(world, pipeline, [words for it in edits for words in (it.source, it.target)])
+    summary = job.run(world, pipeline, made, beside)
     if world.is_main:
         print(as_text(summary))
         print(f"{options.out / 'edits.html'} shows every edit", file=sys.stderr)

@@ -21,8 +21,9 @@ from argparse import Namespace
 from typing import Any, Literal
 
 from data.errors import UserError
+from data.files import atomic_write
 from data.progress import progress_bar
-from evaluation.drawing import draw_together, made_of
+from evaluation.drawing import count_cut, draw_together, made_of
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.detectors import Name, build_detector, check_prompts, prompts_for
 from evaluation.geneval.folder import Prompted, read_folder
@@ -31,7 +32,7 @@ from evaluation.geneval.outcome import EACH, finish, kind_of, table
 from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
 from evaluation.geneval.self_check import self_check
 from evaluation.geneval.verdicts import Verdicts
-from evaluation.parts import write_aside
+from evaluation.parts import held
 from evaluation.proving.bounds import bounds
 from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.parser import Parser
@@ -80,23 +81,24 @@ def geneval() -> None:
         return
     _check(options)
     with joined_world(vars(options)) as world:
-        if options.sample_only:
-            _draw(world, options)
-            return
-        # First, since weights that are missing should be said before hours of drawing.
-        detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
-        if options.self_check:
+        detector = None
+        if options.self_check or not options.sample_only:
+            # First, since weights that are missing should be said before hours of drawing.
+            detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
+        if options.self_check and detector is not None:
             print(self_check(detector))
             return
-        if options.images is None and not options.score_only:
-            _draw(world, options, detector)
-        _score(world, options, detector)
+        with held(world, options.out):
+            if options.images is None and not options.score_only:
+                _draw(world, options, detector)
+            if detector is not None:
+                _score(world, options, detector)
 
 
 def _write_prompts(path: Path) -> None:
     prompts = official()
     try:
-        write_aside(path, [to_lines(prompts)])
+        atomic_write(path, to_lines(prompts))
     except OSError as error:
         raise UserError(f"--write-prompts {path}: cannot be written: {error.strerror}") from error
     print(f"{len(prompts)} prompts in {path}, md5 {digest(prompts)}")
@@ -133,7 +135,7 @@ def _refuse(options: Namespace, name: str, why: str) -> None:
         raise ConfigError(f"{_option(name)} {why}")
 
 
-def _draw(world: World, options: Namespace, detector: Detector | None = None) -> None:
+def _draw(world: World, options: Namespace, detector: Detector | None) -> None:
     """Draw what is missing; a detector that is to judge it is asked first whether it can."""
     prompts = read(options.prompts) if options.prompts else prompts_for(options.detector)
     kind, part = kind_of(prompts)
@@ -143,7 +145,7 @@ def _draw(world: World, options: Namespace, detector: Detector | None = None) ->
         check_prompts(chosen, detector)
     file = options.prompts or ("proving ground" if options.detector == "shapes" else "GenEval")
     choice = ", ".join(filter(None, [part, choice]))
-    beside = {"model": str(options.model), "file": str(file), "kind": kind, "choice": choice}
+    beside: dict[str, Any] = {"model": str(options.model), "file": str(file), "kind": kind, "choice": choice}
     pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
     if pipeline.config.model.condition == "class":
         raise ConfigError(f"--model {options.model} draws from classes: GenEval needs one that draws from captions")
@@ -152,6 +154,7 @@ def _draw(world: World, options: Namespace, detector: Detector | None = None) ->
     check_memory(world, pipeline, size, settings)
     samples = Samples(options.out, chosen, each, size, settings)
     about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+    beside |= count_cut(world, pipeline, [it["prompt"] for it in chosen])
     batches = world.from_main(lambda: samples.begin(about, beside))
     draw_together(world, options.out, batches, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
     complete_grids(world.from_main(samples.prompted)[world.rank :: world.size])

@@ -19,7 +19,7 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
@@ -29,6 +29,7 @@ from PIL import Image
 from data.coming import coming_batches
 from data.errors import UserError
 from data.example import ImageSettings
+from data.files import atomic_path
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
 from data.progress import progress_bar
@@ -252,18 +253,14 @@ def _replacing(out: str) -> Iterator[TextIO]:
     path = Path(out)
     if "://" in out or path.is_dir():
         raise UserError(f"out is {out}: it should be a local file to write")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"out is {out}: it cannot be written: {error.strerror}") from error
-    try:
-        with file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(atomic_path(path))
+            file = stack.enter_context(partial.open("w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"out is {out}: it cannot be written: {error.strerror}") from error
+        yield file
 
 
 def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 if not __package__:  # run by its path: with the code beside it, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.files import lock_beside
 from evaluation.adm_npz import Samples
 from evaluation.drawing import draw_together, made_of
+from evaluation.parts import held
 from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -41,17 +43,15 @@ def sample_classes() -> None:
         settings = sampling_of(config, options.sampling)
         check_memory(world, pipeline, config.data.size, settings)
         samples = Samples(options.out, options.samples, config.model.classes, config.data.size, settings)
-        # Beside its parts, it may lack what is known of it.
-        if world.from_main(lambda: options.out.exists() and not samples.folder.exists()):
-            raise ConfigError(f"--out {options.out} is there already: remove it or give another name")
 
         def begin() -> list[range]:
             samples.begin(made_of(pipeline, options.model, options.weights))
             return samples.missing()
 
-        missing = world.from_main(begin)
-        draw_together(world, samples.folder, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
-        world.from_main(samples.assemble)
+        with held(world, options.out, lock_beside(options.out)):
+            missing = world.from_main(begin)
+            draw_together(world, samples.folder, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
+            world.from_main(samples.assemble)
         if world.is_main:
             print(f"{options.samples} images in {options.out}", file=sys.stderr)
 

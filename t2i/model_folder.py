@@ -9,20 +9,20 @@ folder is written aside, made durable and renamed: if it is there, it is whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import refuse_lfs_pointer
+from data.files import refuse_lfs_pointer, sync
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, load_config
-from t2i.engine.checkpoint.format import sync
 
 DENOISER = "denoiser."
 PROJECTOR = "projector."
@@ -95,11 +95,29 @@ def check_model(folder: Path, which: WhichWeights) -> None:
         raise ConfigError(f"{folder} has no {FILES[which]}, the {which} weights: take its {there[0]} weights")
 
 
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """See that all numbers of named tensors are finite; in one pass, without copies.
+
+    Raises:
+        ConfigError: they are not; it names the first tensor and says how many there are.
+    """
+    first, count = "", 0
+    for name, tensor in tensors:
+        if tensor.numel() == 0 or not tensor.is_floating_point() or torch.stack(tensor.aminmax()).isfinite().all():
+            continue  # aminmax is NaN where any number is
+        if not first:
+            first = f"{name} has {int((~tensor.isfinite()).sum()):,} of {tensor.numel():,} numbers that are not finite"
+        count += 1
+    if count:
+        more = f" (as have {count - 1} more tensors)" if count > 1 else ""
+        raise ConfigError(f"{where}: {first}{more}: give weights that are whole")
+
+
 def read_model(folder: Path, which: WhichWeights) -> SavedModel:
     """Read a folder.
 
     Raises:
-        ConfigError: it is not a model's, or it is damaged.
+        ConfigError: it is not a model's, it is damaged, or it holds numbers that are not finite.
     """
     check_model(folder, which)
     file = folder / FILES[which]
@@ -107,6 +125,7 @@ def read_model(folder: Path, which: WhichWeights) -> SavedModel:
         with file.open("rb") as opened:
             refuse_lfs_pointer(opened.read(64), str(file))
         tensors = load_file(file)
+        check_finite(tensors.items(), str(file))
         null_caption = tensors.pop(NULL_CAPTION)
     except (SafetensorError, KeyError) as error:
         raise ConfigError(f"{file} is damaged or not a model of this kind: {error}") from error

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.files import read_lines
+from data.files import atomic_write, read_lines
 from evaluation.dpg.grids import boxes
 from evaluation.dpg.rules import Item
-from evaluation.parts import write_aside
 
 Answers = dict[str, list[dict[int, str]]]
 """By prompt, picture and question."""
@@ -56,7 +55,7 @@ def write_questions(
         for question in item.questions
     ]
     try:
-        write_aside(path, [f"{json.dumps(line)}\n".encode() for line in [{"judge": None, **header}, *lines]])
+        atomic_write(path, (f"{json.dumps(line)}\n".encode() for line in [{"judge": None, **header}, *lines]))
     except OSError as error:
         raise UserError(f"--write-questions {path} cannot be written: {error.strerror}") from error
     return len(lines)

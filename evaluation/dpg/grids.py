@@ -21,10 +21,10 @@ from data.errors import UserError
 from data.listing import excluded, is_image
 from evaluation.dpg.rules import Item
 from evaluation.drawing import unfinished_batches, write_png
-from evaluation.parts import note_settings
+from evaluation.parts import begin_or_go_on
 from t2i.config_sampling import SamplingConfig
 from t2i.engine.checkpoint.format import sha256
-from t2i.pipeline import Picture, Pipeline
+from t2i.pipeline import Pipeline, pictures_of
 
 PICTURES = 4
 """Of a prompt."""
@@ -102,27 +102,19 @@ class Drawing:
         return self.out / "tiles" / f"{item.id}_{number}.png"
 
     def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
-        """Make the folders, or see that the pictures that are there are of the same drawing.
+        """Begin in the folder, which is held, or see that the pictures that are there are of the same drawing.
 
         Args:
             made_of: what else the pictures depend on, in JSON's types.
             beside: what else is worth knowing of them.
 
         Raises:
-            UserError: they are not, or the folders cannot be made.
+            UserError: they are not, it holds anything else, or cannot be written to.
         """
         settings = {**made_of, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")}
-        note = self.out / "grids.json"
-        if not note.exists() and any(any(self.out.glob(f"{name}/*")) for name in ("grids", "tiles")):
-            raise UserError(f"--out {self.out} holds pictures that this job has not begun: give another name")
-        try:
-            for name in ("grids", "tiles"):
-                (self.out / name).mkdir(parents=True, exist_ok=True)
-            differ = note_settings(note, settings, beside)
-        except OSError as error:
-            raise UserError(f"--out {self.out} cannot be written to: {error.strerror}") from error
-        if differ:
-            raise UserError(f"--out {self.out} holds grids drawn otherwise ({', '.join(differ)}): give another name")
+        begin_or_go_on(self.out / "grids.json", settings, beside, "grids drawn otherwise")
+        for name in ("grids", "tiles"):
+            (self.out / name).mkdir(exist_ok=True)
 
     def unfinished(self) -> list[Item]:
         """Prompts without a grid."""
@@ -138,7 +130,9 @@ class Drawing:
 
     def draw(self, pipeline: Pipeline, mine: Sequence[tuple[Item, int]], drawn: Callable[[int], object]) -> None:
         """Draw these pictures, whole batches, and tell of each batch how many it was; those that are there stay."""
-        pictures = [Picture(item.prompt, number) for item, number in mine]
+        every = pictures_of([item.prompt for item in self.items], PICTURES)
+        numbered = {item.id: every[i * PICTURES :] for i, item in enumerate(self.items)}
+        pictures = [numbered[item.id][number] for item, number in mine]
         names = iter(mine)
         for batch in pipeline.draw_batches(pictures, self.sampling, (self.resolution, self.resolution)):
             for image in batch:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.files import atomic_write
 from data.progress import followed
 from evaluation.dpg import rules
 from evaluation.dpg.answers import Answers
@@ -22,7 +23,7 @@ from evaluation.dpg.grids import PICTURES, Drawing, crops, examine, find
 from evaluation.dpg.judge import Judge
 from evaluation.dpg.rules import Item
 from evaluation.drawing import draw_together
-from evaluation.parts import write_aside, write_json
+from evaluation.parts import write_json
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
@@ -185,7 +186,7 @@ def sum_up(
         "drawn_with": drawn_with,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_aside(out / "results.jsonl", [f"{json.dumps(result)}\n".encode() for result in results])
+    atomic_write(out / "results.jsonl", (f"{json.dumps(result)}\n".encode() for result in results))
     write_json(out / "summary.json", summary)
     return summary
 

@@ -30,7 +30,7 @@ from evaluation.editing.background import Inside, background_scores
 from evaluation.editing.edit_list import Box, Edit, given_region, in_boxes
 from evaluation.editing.outcome import Line, finish
 from evaluation.geneval.detection import Detector
-from evaluation.parts import note_settings
+from evaluation.parts import begin_or_go_on, held
 from t2i.editing import EditSettings, edit_image, patch_window
 from t2i.pipeline import Pipeline
 from t2i.size_limits import check_fits
@@ -70,14 +70,15 @@ class EditJob:
         Raises:
             UserError: an image, box or mask is wrong, or the folder holds other edits.
         """
-        missing = world.from_main(lambda: self._begin(pipeline, made_of, beside))
-        draw_together(
-            world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
-        )
-        measured = world.together(lambda: [self._measure(edit) for edit in world.share(self.edits)])
-        lines = [line for part in world.gather(measured) for line in part]
-        detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
-        return world.from_main(lambda: finish(self.out, lines, {**beside, **made_of}, self.settings, detector))
+        with held(world, self.out):
+            missing = world.from_main(lambda: self._begin(pipeline, made_of, beside))
+            draw_together(
+                world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
+            )
+            measured = world.together(lambda: [self._measure(edit) for edit in world.share(self.edits)])
+            lines = [line for part in world.gather(measured) for line in part]
+            detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
+            return world.from_main(lambda: finish(self.out, lines, {**beside, **made_of}, self.settings, detector))
 
     def _begin(self, pipeline: Pipeline, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
         """Look at all that is given, make the folder or see that it is of the same edits; those that are missing."""
@@ -97,13 +98,9 @@ class EditJob:
             "edits": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
             "settings": self.settings.model_dump(),
         }
+        begin_or_go_on(self.out / "edits.json", settings, beside, "edits made otherwise")
         try:
-            (self.out / "images").mkdir(parents=True, exist_ok=True)
-            differ = note_settings(self.out / "edits.json", settings, beside)
-            if differ:
-                raise UserError(
-                    f"--out {self.out}: holds edits made otherwise ({', '.join(differ)}): give another name"
-                )
+            (self.out / "images").mkdir(exist_ok=True)
             (self.out / "summary.json").unlink(missing_ok=True)  # of what was there, and this job may be killed
             for entry, edit in entries.items():
                 if not self._source(entry).exists():

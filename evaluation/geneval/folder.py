@@ -22,11 +22,11 @@ import numpy as np
 
 from data.decode import decode_file
 from data.errors import UserError
+from data.files import atomic_write
 from data.listing import is_image
 from evaluation.drawing import write_png
 from evaluation.geneval.detection import Image
 from evaluation.geneval.prompts import Metadata, read_one, to_lines
-from evaluation.parts import write_aside
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def begin_folder(root: Path, prompts: Sequence[Metadata]) -> None:
             samples.mkdir(parents=True, exist_ok=True)
             line = samples.with_name("metadata.jsonl")
             if not line.exists():
-                write_aside(line, [to_lines([metadata])])
+                atomic_write(line, to_lines([metadata]))
     except OSError as error:
         raise UserError(f"{root}: cannot be written to: {error.strerror}") from error
 

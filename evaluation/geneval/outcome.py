@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.files import atomic_write
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.page import write_page
 from evaluation.geneval.prompts import CLASSES, OFFICIAL_MD5, Metadata, digest, essentials, official
 from evaluation.geneval.summary import summarise
 from evaluation.geneval.verdicts import Judged
-from evaluation.parts import write_aside, write_json
+from evaluation.parts import write_json
 
 OFFICIAL = 553
 """GenEval's prompts."""
@@ -118,7 +119,7 @@ def finish(
         "detector": detector.identity,
         "thresholds": asdict(detector.thresholds),
     }
-    write_aside(out / "results.jsonl", ((json.dumps(it) + "\n").encode() for it in results))
+    atomic_write(out / "results.jsonl", ((json.dumps(it) + "\n").encode() for it in results))
     write_page(out / "report.html", _name(about), summary, judged)
     write_json(out / "summary.json", summary)  # the last: where it is, the others are
     return summary

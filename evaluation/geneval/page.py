@@ -18,9 +18,9 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
+from data.files import atomic_write
 from evaluation.geneval.prompts import TASKS, Metadata
 from evaluation.geneval.verdicts import Judged
-from evaluation.parts import write_aside
 
 _UNIT = 1000
 _COLOURS = 3
@@ -56,7 +56,7 @@ def write_page(path: Path, name: str, summary: Mapping[str, Any], judged: Sequen
         ),
         footer=time.strftime("Written %Y-%m-%d %H:%M UTC.", time.gmtime()),
     )
-    write_aside(path, [page.encode()])
+    atomic_write(path, page.encode())
 
 
 def _words(task: str) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -256,9 +256,24 @@ class TextEncoder(nn.Module):
         """Tokens of each caption and of what comes before it, one at least."""
         pads = [self.tokenizer.pad_token_id] * (1 if self._masks else self.length)
         words = [self._instruction + caption for caption in captions] if instructed else captions
-        most = self.length + (self._skipped if instructed else 0)
-        found = self.tokenizer(words, truncation=True, max_length=most)["input_ids"]
+        found = self.tokenizer(words, truncation=True, max_length=self._most_tokens(instructed))["input_ids"]
         return [own or pads for own in found]
+
+    def _most_tokens(self, instructed: bool) -> int:
+        return self.length + (self._skipped if instructed else 0)
+
+    def cut(self, captions: Sequence[str], plain: bool = False) -> int:
+        """How many captions have more tokens than `length`, and are cut there.
+
+        Args:
+            plain: see `forward`.
+        """
+        count = 0
+        for caption in captions:
+            instructed = bool(self._instruction and caption) and not plain
+            words = self._instruction + caption if instructed else caption
+            count += len(self.tokenizer(words)["input_ids"]) > self._most_tokens(instructed)
+        return count
 
     def _alike(self, captions: list[str], instructed: bool) -> Iterator[tuple[int, list[str], list[list[int]]]]:
         """Captions that may be encoded together: how many states a row keeps, and they with their tokens.

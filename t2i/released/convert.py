@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sized
 from dataclasses import dataclass, field
+from itertools import chain
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from t2i.build import build_denoiser, build_projector
 from t2i.config import ModelConfig, RunConfig
 from t2i.config_base import ConfigError
-from t2i.model_folder import DENOISER, PROJECTOR, UNREAD
+from t2i.model_folder import DENOISER, PROJECTOR, UNREAD, check_finite
 from t2i.models.layers import sincos_table
 from t2i.released.checkpoint import AVERAGE, Checkpoint, StoredTensor, kind_name
 from t2i.released.layout import from_released, released_sizes, to_released
@@ -100,7 +101,7 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
         text_width: of the text encoder's states; nothing to a network that draws classes.
 
     Raises:
-        ConfigError: the checkpoint is damaged, or of another network.
+        ConfigError: the checkpoint is damaged, of another network, or holds numbers that are not finite.
     """
     model, named = config.model, prefixes(config.model)
     check_released(model)
@@ -135,6 +136,9 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
             "the last block's text: but for its keys and values it is kept to be exported again, and not trained"
         )
     _note_what_is_left(checkpoint, report)
+    kept = (it for part in found.values() for it in part.items() if it[0].startswith(UNREAD))
+    used = ((name, checkpoint.tensor(name).float()) for name in report.used)
+    check_finite(chain(used, kept), str(checkpoint.path))
     raw, ema = ({**_either(found, which), **_either(projectors, which)} for which in _OTHER)
     return Imported(raw, ema, report)
 

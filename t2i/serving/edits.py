@@ -85,7 +85,7 @@ def check_edit(form: EditForm, config: RunConfig, limits: Limits) -> EditRequest
         UserError: a field that is wrong, in one sentence.
     """
     if form.image is None:
-        raise UserError("image: there is none: drop one into its place")
+        raise UserError("image: there is none, or it is no longer kept: drop one into its place")
     source, target = check_words("what the image shows", form.source), check_words("what it is to show", form.target)
     if not target:
         raise UserError("what it is to show: is empty: say it in words")

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from data.files import atomic_write
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import check_world_size, dump_config, stage_config
-from t2i.engine.checkpoint.format import write_durably
 from t2i.exit_codes import DONE
 from t2i.model_folder import check_model
 from t2i.train.build import noisy_ema, stand_ins
@@ -249,7 +249,7 @@ def _train_stage(
             with closing(Observer(stage, place.name, trainer.step, active=world.is_main)) as observer:
                 if world.is_main:
                     with observer.events.beside("config.yaml and environment.json"):
-                        write_durably(config.directory / "config.yaml", dump_config(config))
+                        atomic_write(config.directory / "config.yaml", dump_config(config).encode())
                         write_environment(config, stage, data, trainer.parameters, world.size, devices)
                 for notice in [*told, f"on {devices}", *stand_ins(stage.objective), *notices]:
                     observer.event(notice)

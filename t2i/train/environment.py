@@ -8,8 +8,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
+from data.files import atomic_write
 from t2i.config import RunConfig
-from t2i.engine.checkpoint.format import write_durably
 from t2i.source import describe_source
 from t2i.train.build import stand_ins
 from t2i.train.stage_data import StageData
@@ -44,4 +44,4 @@ def write_environment(
         "data": list(known.values()),
         **describe_source(),
     }
-    write_durably(path, json.dumps(environment, indent=1))
+    atomic_write(path, json.dumps(environment, indent=1).encode())

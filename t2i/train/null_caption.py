@@ -8,11 +8,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from data.files import atomic_write
 from t2i.build import condition_identity
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.engine.checkpoint.format import write_durably
-from t2i.model_folder import NULL_CAPTION, read_model
+from t2i.model_folder import NULL_CAPTION, check_finite, read_model
 from t2i.models.conditions import Conditioner
 from t2i.models.text import check_same_text
 from t2i.train.places import StagePlace
@@ -22,10 +22,11 @@ def find_null_caption(config: RunConfig, place: StagePlace, conditioner: Conditi
     """The states (L, E) or class () of the run, else of the model that the stage starts from, else computed.
 
     Raises:
-        ConfigError: the run's or the model's were made with another text encoder or other classes.
+        ConfigError: the run's or the model's were made with another text encoder or other classes, or are not finite.
     """
     path, source = place.null_caption, config.init.source
     fresh, made_by = conditioner.null_caption(), condition_identity(config)
+    check_finite([(NULL_CAPTION, fresh)], f"text.model {config.text.model}")
     if path.exists():
         with safe_open(path, framework="pt") as file:
             about, states = file.metadata() or {}, file.get_tensor(NULL_CAPTION)
@@ -54,4 +55,4 @@ def store_null_caption(config: RunConfig, place: StagePlace, states: Tensor) -> 
     if place.null_caption.exists():
         return
     about = {"text": condition_identity(config), "text_model": config.text.model}
-    write_durably(place.null_caption, save({NULL_CAPTION: states.contiguous().cpu()}, metadata=about))
+    atomic_write(place.null_caption, save({NULL_CAPTION: states.contiguous().cpu()}, metadata=about))

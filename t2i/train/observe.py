@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from data.files import atomic_write
 from data.progress import progress_bar
 from t2i.config import RunConfig
-from t2i.engine.checkpoint.format import write_durably
 from t2i.gpus import find_gpu
 from t2i.train.events import EventLog, append_line
 from t2i.train.wandb_log import WandbLog
@@ -84,7 +84,7 @@ class JsonLines:
             OSError: the disk does not take the rest.
         """
         kept = [line for line in self.lines() if wanted(line)]
-        write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; numbers that are not finite become null.

@@ -14,7 +14,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from t2i.engine.checkpoint.format import write_durably
+from data.files import atomic_write
 from t2i.train.report_charts import Array, Piece
 
 
@@ -109,5 +109,5 @@ def write_page(
         sections="".join(f'<section id="{a}"><h2>{name}</h2>{sections[name]}</section>' for name, a in anchors),
         footer=time.strftime("Written %Y-%m-%d %H:%M UTC.", time.gmtime()),
     )
-    write_durably(path, page)
+    atomic_write(path, page.encode())
     return path

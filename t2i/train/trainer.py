@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -318,14 +319,16 @@ class StageTrainer:
         if not (self._scores_now() or self._due(validation.every)):
             return
         load_average(self.engine.shards, self.ema.values, self.evaluator.pipeline.denoiser)
+        faults: list[str] = []  # pictures that are not finite end no training
+        self.evaluator.pipeline.on_fault = faults.append
         if self._scores_now():
             self._score(began, observer, leave)
-        if not self._due(validation.every):
-            return
-        if self.evaluator.heldout is not None:
+        if self._due(validation.every) and self.evaluator.heldout is not None:
             observer.write("validation", self.step, self.evaluator.loss())
-        if validation.prompts:
+        if self._due(validation.every) and validation.prompts:
             self.evaluator.grid(self.step)
+        for fault in chain.from_iterable(self.world.gather(faults)):
+            observer.event(fault)
 
     def _score(self, began: float, observer: Observer, leave: Callable[[], str | None]) -> None:
         """Take the score, keep the model if it is the best so far, and see whether the stage ends here."""

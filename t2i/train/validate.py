@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.files import atomic_write
 from data.fixed import FixedSamples
 from data.randomness import key, permutation
 from t2i.diffusion.flow import flow_matching_loss, interpolate, to_unit_range
 from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import Terms, add_bands, band_names
-from t2i.engine.checkpoint.format import write_durably
 from t2i.models.conditions import stack_conditions
 from t2i.pipeline import Picture, Pipeline, batches_of
 from t2i.train.events import EventLog
@@ -104,8 +104,8 @@ class Evaluator:
             path = self.folder / f"step_{step:06d}.png"
             encoded = io.BytesIO()
             Image.fromarray(tile(np.concatenate(shares), validation.columns)).save(encoded, "PNG")
-            write_durably(path, encoded.getvalue())
-            write_durably(path.with_suffix(".json"), json.dumps(description, indent=1))
+            atomic_write(path, encoded.getvalue())
+            atomic_write(path.with_suffix(".json"), json.dumps(description, indent=1).encode())
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from data.files import atomic_write
 from t2i.config import RunConfig
-from t2i.engine.checkpoint.format import write_durably
 from t2i.train.events import EventLog
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def run_id(directory: Path, events: EventLog) -> str:
     with events.beside("wandb_id"):
         if path.exists() and (known := path.read_text(errors="ignore").strip()):
             return known
-        write_durably(path, made)
+        atomic_write(path, made.encode())
     return made
 
 

@@ -187,6 +187,7 @@ def test_what_is_said_of_the_background(done: Path) -> None:
     assert told["settings"]["n_max"] == 3 and told["settings"]["timeshift"] == 3.0
     assert told["made_of"]["which"] == "ema" and len(told["made_of"]["weights"]) == 32
     assert told["made_of"]["speed"]["images"] == 5
+    assert told["made_of"]["cut_prompts"] == 0
 
 
 _NAMES = ["00000_0", "00000_1", "00001_0", "00001_1", "00002_0"]

@@ -23,7 +23,7 @@ from t2i.diffusion.flow import to_pixels
 from t2i.model_folder import DENOISER, FILES, NULL_CAPTION, check_model, read_model, write_model
 from t2i.models.conditions import stack_conditions
 from t2i.models.text import TextEncoder, resolve_model
-from t2i.pipeline import Picture, Pipeline, starting_noise, states_of_batches
+from t2i.pipeline import Picture, Pipeline, pictures_of, starting_noise, states_of_batches
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue square", "green apple", "", "two yellow stars", "a red circle"]
@@ -465,3 +465,10 @@ def test_a_file_cut_short(copy: Path) -> None:
     (copy / "ema.safetensors").write_bytes((copy / "ema.safetensors").read_bytes()[:1000])
     with pytest.raises(ConfigError):
         Pipeline.load(copy, "ema", CPU)
+
+
+def test_numbers_of_equal_prompts_go_on() -> None:
+    assert pictures_of(["a", "b", "a"], 2, "c") == [
+        *(Picture("a", n, "c") for n in (0, 1)), *(Picture("b", n, "c") for n in (0, 1)),
+        *(Picture("a", n, "c") for n in (2, 3)),
+    ]  # fmt: skip

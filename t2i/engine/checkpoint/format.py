@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data.errors import UserError
+from data.files import sync
 from t2i.engine.shards import Shards
 
 FORMAT = 1
@@ -64,34 +64,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 # Files
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a small file so that it is whole or as before, after a crash and on a disk that does not take it.
-
-    Raises:
-        OSError: the disk does not take it; nothing of it stays there.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def commit(aside: Path, final: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_a_job_that_was_cut_short_goes_on_at_the_next_picture(
 def test_a_half_written_picture_is_drawn_again(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
     drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
     drawing.begin({}, {})
-    (tmp_path / "cut" / "tiles" / "cat1_0.partial").write_bytes(grids["cat1.png"][:100])
+    (tmp_path / "cut" / "tiles" / ".0123456789abcdef.partial").write_bytes(grids["cat1.png"][:100])
     assert sum(map(len, drawing.missing())) == 8
     assert draw_all(drawing, pipeline) == grids
 
@@ -90,8 +91,15 @@ def test_grids_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"drawn otherwise \(sampling.batch_size, sampling.seed, sampling.steps\)"):
         Drawing(tmp_path, ITEMS, 16, SamplingConfig(steps=3)).begin({"weights": "a"}, {"model": "there"})
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out .*file cannot be written to"):
+    with pytest.raises(UserError, match="--out .*file: cannot be written to"):
         Drawing(tmp_path / "file", ITEMS, 16, SAMPLING).begin({}, {})
+
+
+def test_equal_prompts_have_different_pictures(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
+    items = [*ITEMS, replace(ITEMS[0], id="again")]
+    found = draw_all(Drawing(tmp_path / "equal", items, 16, SAMPLING), pipeline)
+    again = found.pop("again.png")
+    assert found == grids and again not in grids.values()
 
 
 @pytest.mark.parametrize("kind", ["grids", "tiles"])
@@ -100,7 +108,7 @@ def test_pictures_that_nothing_is_known_of_are_not_taken_for_the_models(tmp_path
     Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({}, {})  # killed before the note was written
     (tmp_path / "grids.json").unlink()
     (tmp_path / kind / "cat1.png").touch()
-    with pytest.raises(UserError, match="holds pictures that this job has not begun: give another name"):
+    with pytest.raises(UserError, match=rf"holds {kind}/cat1.png that this job has not begun: give another name"):
         Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({}, {})
 
 

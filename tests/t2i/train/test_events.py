@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from data.files import atomic_write
 from t2i.config import RunConfig
-from t2i.engine.checkpoint.format import write_durably
 from t2i.model_folder import write_model
 from t2i.pipeline import Picture
 from t2i.train.events import EventLog, Terminal, append_line
@@ -116,10 +116,10 @@ def test_a_line_is_there_whole_or_not_at_all(tmp_path: Path, fill, room: int) ->
 
 def test_a_file_is_whole_or_as_before(tmp_path: Path, fill) -> None:
     path = tmp_path / "config.yaml"
-    write_durably(path, "old")
+    atomic_write(path, b"old")
     fill(2, errno.EDQUOT)
     with pytest.raises(OSError, match="quota"):
-        write_durably(path, "new and longer")
+        atomic_write(path, b"new and longer")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["config.yaml"]
 
 
