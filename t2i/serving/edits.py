@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.decode import decode, image_size
 from data.errors import BadSample, UserError
+from data.formats import FORMATS
 from t2i.config import RunConfig
 from t2i.editing import EditSettings, edit_settings, patch_window
 from t2i.serving.session import MOST_SEED, MOST_STEPS, check_number, check_whole, check_words, stem_of
@@ -129,9 +130,8 @@ def fit_image(data: bytes, config: RunConfig, limits: Limits) -> Tensor:
     except BadSample as fault:
         if fault.reason == "too_many_pixels":
             raise _too_large("too many pixels") from fault
-        raise UserError(
-            f"image: cannot be read ({fault.detail}): must be a whole PNG, JPEG, WebP, GIF or BMP"
-        ) from fault
+        known = ", ".join(it.name for it in FORMATS.values())
+        raise UserError(f"image: cannot be read ({fault.detail}): must be a whole image, one of {known}") from fault
 
 
 def _too_large(pixels: str) -> UserError:
