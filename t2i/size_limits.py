@@ -5,7 +5,7 @@
   copies in fp32: what was measured is 79 to 101 % of it in fp32, and 50 to 96 % in bf16.
 - On a GPU the network is run at two sizes that fit, and the allocator says what it took: fused attention grows as the
   patches do, and which kernel is taken is the device's affair.
-- Both are of one picture with its guidance, as the page draws and as editing does; a batch takes so many times that.
+- Both are of one picture with its guidance, as the page draws and as editing does, or of a batch.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
+def traced_bytes(config: RunConfig, text_width: int, together: int = 1) -> Callable[[int], int]:
     """What one guided call of the network takes on a CPU beside its weights, in bytes, as a function of the patches.
 
     Tables of positions that a process keeps count at their size's first call, as they do when it draws.
@@ -112,6 +112,7 @@ def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
     Args:
         config: of the model.
         text_width: width E of a caption's states; 0 where it draws classes.
+        together: pictures in a batch.
     """
     with META:
         denoiser = build_denoiser(config.model, text_width, config.text.length).eval()
@@ -122,8 +123,8 @@ def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
         # Inputs are made before anything is counted: they are among STATE_COPIES, or small.
         shape = () if config.model.condition == "class" else (config.text.length, text_width)
         kind = torch.long if config.model.condition == "class" else torch.float32
-        condition = torch.zeros(1, *shape, dtype=kind, device=META)
-        x = torch.zeros(1, 3, patch, patches * patch, device=META)
+        condition = torch.zeros(together, *shape, dtype=kind, device=META)
+        x = torch.zeros(together, 3, patch, patches * patch, device=META)
         velocity = guided_velocity(
             lambda x, t, condition: denoiser(x, t, condition).output,
             condition, condition, 2.0, config.model.prediction, config.objective.min_noise,
@@ -193,17 +194,22 @@ def free_bytes(device: torch.device) -> int:
     return host
 
 
-def drawing_bytes(pipeline: Pipeline) -> Callable[[int], int]:
-    """What drawing or editing one picture takes beside the weights, in bytes, as a function of its patches."""
+def drawing_bytes(pipeline: Pipeline, together: int = 1) -> Callable[[int], int]:
+    """What drawing or editing pictures takes beside the weights, in bytes, as a function of a picture's patches.
+
+    Args:
+        pipeline: the model.
+        together: pictures in a batch.
+    """
     if pipeline.device.type == "cuda":
-        peak = measured_bytes(pipeline)
+        peak, times = measured_bytes(pipeline), together
     else:
-        peak = traced_bytes(pipeline.config, pipeline.conditioner.width)
-    patch = pipeline.denoiser.patch_size
+        peak, times = traced_bytes(pipeline.config, pipeline.conditioner.width, together), 1
+    picture = STATE_COPIES * 3 * 4 * pipeline.denoiser.patch_size**2  # bytes a patch
 
     def total(patches: int) -> int:
         counted = min(patches, MOST_TRACED)
-        return math.ceil(peak(counted) * patches / counted) + STATE_COPIES * 3 * 4 * patch**2 * patches
+        return math.ceil(times * peak(counted) * patches / counted) + together * picture * patches
 
     return total
 
@@ -225,13 +231,13 @@ def check_fits(pipeline: Pipeline, size: tuple[int, int], together: int, name: s
     free = free_bytes(pipeline.device)
     if pipeline.device.type == "cpu":  # which the ranks of a machine share
         free //= int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    takes = drawing_bytes(pipeline)
+    takes = drawing_bytes(pipeline, together)
     patches = size[0] * size[1] // patch**2
-    needed = together * takes(patches)
+    needed = takes(patches)
     if needed <= free:
         return
     patches = min(patches, MOST_TRACED)
-    while patches and together * takes(patches) > free:
+    while patches and takes(patches) > free:
         patches //= 2
     height, width = Limits(patch, patches * patch**2, "").largest_like(*size) if patches else (0, 0)
     enough = f", enough for {height}x{width}" if patches else ""

@@ -151,8 +151,8 @@ def test_free_memory_is_less_than_all() -> None:
 def test_what_fits_is_let_through_and_what_does_not_names_size_need_and_room(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    takes = drawing_bytes(pipeline)
-    monkeypatch.setattr("t2i.size_limits.free_bytes", lambda device: 3 * takes(32 * 48 // 16))
+    needed = drawing_bytes(pipeline, 3)(32 * 48 // 16)
+    monkeypatch.setattr("t2i.size_limits.free_bytes", lambda device: needed)
     check_fits(pipeline, (32, 48), 3, "--size 32x48", "ask for less")
     with pytest.raises(
         UserError, match=r"^--size 32x48: 4 at once take about 0.\d GiB .* free, enough for \d+x\d+: ask"
@@ -169,3 +169,8 @@ def test_what_fits_is_let_through_and_what_does_not_names_size_need_and_room(
 def test_more_patches_than_can_be_traced_take_no_less_than_in_proportion(pipeline: Pipeline) -> None:
     takes = drawing_bytes(pipeline)
     assert takes(10**15) >= 10**15 // 2**20 * takes(2**20)
+
+
+def test_a_batch_shares_the_weights(pipeline: Pipeline) -> None:
+    one, eight = drawing_bytes(pipeline)(64), drawing_bytes(pipeline, 8)(64)
+    assert 4 * one < eight < 8 * one
