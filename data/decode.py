@@ -34,6 +34,7 @@ from data.color import Pixels, flatten, to_srgb
 from data.errors import BadSample, Filtered, UserError
 from data.formats import FORMATS
 from data.jpeg import read_jpeg
+from data.listing import kind_of
 from data.png import MAGIC, read_png
 
 SmallImages = Literal["drop", "upscale"]
@@ -180,6 +181,8 @@ def _bad(fault: Exception) -> BadSample:
 
 
 def _open(data: bytes) -> _Opened:
+    if words := kind_of(data):
+        raise BadSample("undecodable_image", f"it is {words}")
     try:
         return _open_jpeg(data) if data.startswith(b"\xff\xd8") else _open_other(data)
     except MemoryError:

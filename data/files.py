@@ -67,6 +67,20 @@ def decode_text(raw: bytes, where: str) -> str:
         ) from error
 
 
+def refuse_lfs_pointers(path: Path, where: str) -> None:
+    """`refuse_lfs_pointer` for a file, or for all files of a folder, such as a model's.
+
+    Each library has its own words for what it cannot read, so this belongs where loading fails.
+
+    Raises:
+        UserError: there is such a pointer.
+    """
+    for file in [path, *sorted(path.glob("*"))]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                refuse_lfs_pointer(opened.read(64), f"{where}: {file}")
+
+
 def refuse_lfs_pointer(head: bytes, where: str) -> None:
     """Refuse what Git leaves in the place of a large file that it has not fetched; `head` is how the file begins.
 

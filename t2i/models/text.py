@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
-from data.files import refuse_lfs_pointer
+from data.files import refuse_lfs_pointers
 from t2i.upload import upload
 
 ENCODE_BATCH = 16
@@ -68,10 +68,7 @@ def _load(auto: Any, name: str, **options: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a tokeniser's package that is missing, torn weights, a model that is not known, ...
-        for file in sorted(Path(folder).glob("*")):  # of a clone without its large files, each library says its own
-            if file.is_file():
-                with file.open("rb") as opened:
-                    refuse_lfs_pointer(opened.read(64), f"text.model {name!r}: {file}")
+        refuse_lfs_pointers(Path(folder), f"text.model {name!r}")
         reason = [*str(error).splitlines(), type(error).__name__][0]
         raise UserError(f"text.model {name!r} cannot be loaded: {reason}") from error
 

@@ -7,9 +7,11 @@ import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.files import refuse_lfs_pointers
 from data.randomness import key
 from t2i.build import Denoiser, build_denoiser, build_projector
 from t2i.config import EngineConfig, RunConfig
@@ -143,6 +145,8 @@ def _load_lpips(path: Path | None, device: torch.device, dtype: torch.dtype) -> 
     try:
         return load_lpips(path, dtype).to(device)
     except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        if path is not None:
+            refuse_lfs_pointers(path, "objective.lpips_path")
         raise ConfigError(
             f"objective.lpips_path: VGG16's weights cannot be had ({error}): give a file with torchvision's "
             "VGG16 weights, or set objective.lpips_network to efficientnet-lite0, a labelled stand-in"
@@ -152,7 +156,8 @@ def _load_lpips(path: Path | None, device: torch.device, dtype: torch.dtype) -> 
 def _load_dino(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype) -> Dinov2:
     try:
         net = Dinov2(config.features_path, dtype, device)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        refuse_lfs_pointers(Path(config.features_path), "objective.features_path")
         raise ConfigError(
             f"objective.features_path {config.features_path!r} cannot be loaded: give a folder with "
             "DINOv2, or set objective.features_network to efficientnet-lite0, a labelled stand-in"

@@ -23,6 +23,7 @@ from data.files import (
     expand_path,
     read_lines,
     read_text,
+    refuse_lfs_pointers,
     remove_partials,
     split_lines,
 )
@@ -101,6 +102,14 @@ def test_paths_that_cannot_be_filled_in_are_refused(given: str, sentence: str, m
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=sentence):
         expand_path(given)
+
+
+def test_a_folder_with_a_pointer_of_git_lfs_is_refused_naming_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    refuse_lfs_pointers(tmp_path, "text.model")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match=r"text.model: .*/model.safetensors: is a Git LFS pointer"):
+        refuse_lfs_pointers(tmp_path, "text.model")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
