@@ -6,12 +6,15 @@ import argparse
 import sys
 import traceback
 from contextlib import ExitStack
+from typing import Any
 
 from launch.arguments import parse
 from launch.departure import departure
 from launch.process import joined_world
 from launch.scoring import build_scorer
+from t2i.config import STAGE_SECTIONS, RunConfig
 from t2i.config_base import ConfigError
+from t2i.config_loading import stage_config
 from t2i.exit_codes import FAILED, START_AGAIN
 from t2i.train.curriculum import run
 from t2i.train.failures import Failure, Failures
@@ -33,7 +36,7 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
         return departure.reason
 
     patience = collective_timeout(config.limits.start_minutes)
-    settings = {**config.model_dump(), "extend": extend}
+    settings = {**_resolved(config), "extend": extend}
     with (
         ExitStack() as at_exit,
         joined_world(settings, patience) as world,
@@ -62,6 +65,16 @@ def _extension(words: list[str]) -> tuple[str | None, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigError("--extend: name the stage that is to be trained for longer") from error
     return given.extend, rest
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    """What a run trains with: what its stages share, and all of each stage's own sections."""
+    shared = config.model_dump(exclude={*STAGE_SECTIONS, "stages"})
+    stages = [
+        {"name": stage["name"], **stage_config(config, index).model_dump(include=set(STAGE_SECTIONS))}
+        for index, stage in enumerate(config.stages)
+    ]
+    return {**shared, "stages": stages}
 
 
 def _words(failure: Failure, error: Exception) -> str:

@@ -74,7 +74,8 @@ def test_nodes_with_other_settings_end_at_once_and_nothing_is_written(scenes: Pa
     ]
     outputs = [process.communicate(timeout=200)[0] for process in processes]
     host = socket.gethostname()
-    told = f"rank 1 on {host} and rank 0 on {host} differ in optimizer.lr (0.002 and 0.001), train.steps (9 and 3): "
+    fields = "stages.low.optimizer.lr (0.002 and 0.001), stages.low.train.steps (9 and 3)"
+    told = f"rank 1 on {host} and rank 0 on {host} differ in {fields}: "
     assert all(process.returncode for process in processes)
     assert f"error: {told}" in outputs[0] and f"error on rank 1: {told}" in outputs[1], outputs
     assert not (tmp_path / "tiny").exists()
