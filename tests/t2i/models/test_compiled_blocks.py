@@ -98,7 +98,7 @@ def outcome(forward: Callable[..., Any], block: nn.Module, given: list[Any], wei
         weights += [torch.randn_like(it) for it in results]
     total = torch.stack([(it.float() * weight.float()).sum() for it, weight in zip(results, weights, strict=True)])
     gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
-    return [*results, *(it for it in gradients if it is not None)]
+    return [*(it.detach() for it in results), *(it for it in gradients if it is not None)]
 
 
 def cases() -> Iterator[Any]:
@@ -112,7 +112,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(kind, torch.float32, GRIDS if every else GRIDS[1:2], id=f"{kind}-fp32")
 
 
-@pytest.mark.parametrize(("kind", "dtype", "grids"), cases())
+@pytest.mark.parametrize(("kind", "dtype", "grids"), [*cases()])
 def test_compiled_is_eager(kind: str, dtype: torch.dtype, grids: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
