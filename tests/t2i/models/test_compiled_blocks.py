@@ -52,7 +52,7 @@ def text_alone(dtype: torch.dtype, rows: int, columns: int) -> list[Any]:
 def classes(dtype: torch.dtype, rows: int, columns: int) -> list[Any]:
     rope = axial_rope_table(rows, columns, 72, CONTEXT, DEVICE)
     x = noise(dtype, BATCH, CONTEXT + rows * columns, 144)
-    return [x, noise(dtype, BATCH, 1, 144), rope, torch.arange(BATCH, device=DEVICE) + 7]
+    return [x, noise(dtype, BATCH, 1, 144), rope]  # of dropout: test_dropout.py
 
 
 def patches(dtype: torch.dtype, rows: int, columns: int) -> list[Any]:
@@ -98,21 +98,21 @@ def outcome(forward: Callable[..., Any], block: nn.Module, given: list[Any], wei
         weights += [torch.randn_like(it) for it in results]
     total = torch.stack([(it.float() * weight.float()).sum() for it, weight in zip(results, weights, strict=True)])
     gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
-    return [*results, *(it for it in gradients if it is not None)]
+    return [*(it.detach() for it in results), *(it for it in gradients if it is not None)]
 
 
 def cases() -> Iterator[Any]:
-    """A GPU takes every kind, type and size. A CPU, for which a graph takes ten seconds to make, takes each kind and
-    each type at one of the sizes, and the kinds that read text at all of them."""
+    """A GPU takes every kind, type and size. A CPU, for which a graph takes ten seconds to make, takes each kind in bf16
+    at 256 px and one in all sizes, and of each family one in fp32 at 512 px."""
     every = DEVICE.type == "cuda"
     for kind in KINDS:
-        reads = kind in ("text to image, masked", "patches and text")
-        yield pytest.param(kind, torch.bfloat16, GRIDS if every or reads else GRIDS[:1], id=f"{kind}-bf16")
-        if every or kind in ("text to image", "class to image", "patches and text", "pixels"):
+        grids = GRIDS if every or kind == "text to image, masked" else GRIDS[:1]
+        yield pytest.param(kind, torch.bfloat16, grids, id=f"{kind}-bf16")
+        if every or kind in ("text to image", "patches and text"):
             yield pytest.param(kind, torch.float32, GRIDS if every else GRIDS[1:2], id=f"{kind}-fp32")
 
 
-@pytest.mark.parametrize(("kind", "dtype", "grids"), cases())
+@pytest.mark.parametrize(("kind", "dtype", "grids"), [*cases()])
 def test_compiled_is_eager(kind: str, dtype: torch.dtype, grids: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
