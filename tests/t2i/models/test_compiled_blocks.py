@@ -102,8 +102,8 @@ def outcome(forward: Callable[..., Any], block: nn.Module, given: list[Any], wei
 
 
 def cases() -> Iterator[Any]:
-    """A GPU takes every kind, type and size. A CPU, on which a graph takes ten seconds to make, takes each kind in bf16
-    at 256 px and one in all sizes, and of each family one in fp32 at 512 px."""
+    """A GPU takes every kind, type and size. A CPU, for which a graph takes ten seconds to make, takes each kind in
+    bf16 at 256 px and one in all sizes, and of each family one in fp32 at 512 px."""
     every = DEVICE.type == "cuda"
     for kind in KINDS:
         grids = GRIDS if every or kind == "text to image, masked" else GRIDS[:1]
