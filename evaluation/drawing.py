@@ -78,8 +78,7 @@ def draw_together(
     mine = [picture for batch in world.share(batches) for picture in batch]
     began = time.perf_counter()
     with progress_bar(len(mine), "image", "drawing", shown=world.is_main) as bar:
-        draw(mine, bar.update)
-    world.barrier()
+        world.together(lambda: draw(mine, bar.update))
     seconds = time.perf_counter() - began
     world.from_main(lambda: _note_speed(out / _SPEED, sum(map(len, batches)), seconds, world))
 

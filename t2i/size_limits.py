@@ -188,10 +188,17 @@ def free_bytes(device: torch.device) -> int:
     for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
         if line.startswith("MemAvailable:"):
             host = int(line.split()[1]) * 1024
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip() != "max":
-        host = min(host, int(limit.read_text()) - int(used.read_text()))
-    return host
+    return min(host, _group_bytes(Path("/sys/fs/cgroup")))
+
+
+def _group_bytes(group: Path) -> int:
+    """What a control group leaves to its processes; cached files, which it counts as used, make way."""
+    limit = group / "memory.max"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return sys.maxsize
+    counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    cached = int(counts["active_file"]) + int(counts["inactive_file"])
+    return int(limit.read_text()) - int((group / "memory.current").read_text()) + cached
 
 
 def drawing_bytes(pipeline: Pipeline, together: int = 1) -> Callable[[int], int]:

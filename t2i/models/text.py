@@ -86,7 +86,10 @@ def check_same_text(stored: Tensor, computed: Tensor, where: str, of: str) -> No
     """
     computed = computed.to(stored)
     if stored.shape != computed.shape or (stored - computed).norm() > SAME_STATES * stored.norm():
-        raise UserError(f"{where} is another text encoder than that of {of}: it reads the empty caption differently")
+        raise UserError(
+            f"{where} is another text encoder than that of {of}: it reads the empty caption differently (of a model "
+            "imported with --null_attention zero it does so in any case: link the folder to where it was)"
+        )
 
 
 def auto_class(config: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data.errors import UserError
+from data.errors import StoreError, UserError
 from data.files import FileLock, InUseError
 
 T = TypeVar("T")
@@ -49,16 +49,21 @@ class World:
         return message[0]
 
     def together(self, make: Callable[[], T]) -> T:
-        """What this rank makes; a UserError of any rank, of the first that has one, is raised on every rank."""
+        """What this rank makes; an error of any rank ends all: its own, where it has one, else the first rank's.
+
+        Of errors, a user's, and those of memory, disks and networks; after others the ranks' launcher ends them.
+        """
         made: list[T] = []
-        fault: UserError | None = None
+        fault: Exception | None = None
         try:
             made.append(make())
-        except UserError as error:
+        except dist.DistError:  # other ranks are gone
+            raise
+        except (UserError, StoreError, OSError, MemoryError, RuntimeError) as error:
             fault = error
-        for it in self.gather(fault):
-            if it is not None:
-                raise it
+        first = next((it for it in self.gather(fault) if it is not None), None)
+        if first is not None:
+            raise fault or first
         return made[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:

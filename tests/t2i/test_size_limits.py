@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from t2i.config_loading import validate_config
 from t2i.pipeline import Pipeline
 from t2i.size_limits import (
     Limits,
+    _group_bytes,
     check_fits,
     drawing_bytes,
     find_limits,
@@ -144,7 +147,13 @@ def test_a_gpu_that_holds_not_even_a_column(pipeline: Pipeline, monkeypatch: pyt
         find_limits(pipeline, 2**40, None)
 
 
-def test_free_memory_is_less_than_all() -> None:
+def test_free_memory_is_less_than_all(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 400\nactive_file 200\n")
+    assert _group_bytes(tmp_path) == 700  # cached files make way
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _group_bytes(tmp_path) == _group_bytes(tmp_path / "none") == sys.maxsize
     assert 0 < free_bytes(CPU) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
