@@ -40,6 +40,8 @@ def agreed_values(settings: Mapping[str, Any], device: torch.device) -> dict[str
     """
     values: dict[str, str] = {}
     for name, value in fields_of(dict(settings)).items():
+        if name.endswith("engine.state_folder"):  # of each node
+            continue
         values[name] = value if isinstance(value, str) else json.dumps(value, default=str)
         if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
             values |= {f"{name}: {file}": ends for file, ends in _contents(Path(value)).items()}
@@ -76,7 +78,8 @@ def _contents(path: Path) -> dict[str, str]:
         if path.is_file():
             return {path.name: _digest_ends(path)}
         if (path / "config.yaml").is_file() or (path / "config.json").is_file():
-            return {file.name: _digest_ends(file) for file in sorted(path.iterdir()) if file.is_file()}
+            files = (file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith("."))
+            return {file.name: _digest_ends(file) for file in files if file.suffix != ".md"}
     except OSError:  # whoever reads it in earnest says so
         pass
     return {}
