@@ -43,8 +43,11 @@ _MAGIC = {
     b"BZh": "bzip2-compressed: bunzip2 it first",
     b"\xfd7zXZ\0": "xz-compressed: unxz it first",
     b"\x04\x22\x4d\x18": "LZ4-compressed: unlz4 it first",
-    b"PK\x03\x04": "a ZIP archive: unpack it, and pack it as tar",
-    b"7z\xbc\xaf": "a 7-Zip archive: unpack it, and pack it as tar",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook: unpack it, or save it as CSV",
+    b"7z\xbc\xaf": "a 7-Zip archive: unpack it",
+    b"PAR1": "Parquet: pack it with launch/pack.py parquet",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"\x00\x05\x16\x07": "what macOS keeps beside a file (AppleDouble): remove it",
     b"version https://git-lfs": "a Git LFS pointer, not the file: run git lfs pull",
 }
@@ -119,7 +122,7 @@ def why_not_decoded(name: str) -> str | None:
 
 
 def kind_of(content: bytes) -> str | None:
-    """What a file that is no tar is, by its first bytes; None where they tell nothing."""
+    """What a file that is not what it should be is, by its first bytes; None where they tell nothing."""
     return next((words for magic, words in _MAGIC.items() if content.startswith(magic)), None)
 
 
