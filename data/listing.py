@@ -32,9 +32,11 @@ _DECOMPRESS = {
 }  # fmt: skip
 _ONE_WORD = ("tgz", "tzst", "tbz", "tbz2", "txz")  # for .tar.gz and so on
 _ARCHIVES = ("zip", "7z", "rar")
+_PARQUET = ("parquet", "pq")
 _TABLES = {
     "csv": "pack it with launch/pack.py csv", "tsv": "pack it with launch/pack.py csv",
-    "parquet": "pack it with launch/pack.py parquet", "jsonl": "write it as CSV or Parquet, and pack that",
+    **dict.fromkeys(_PARQUET, "pack it with launch/pack.py parquet"),
+    "jsonl": "write it as CSV or Parquet, and pack that",
 }  # fmt: skip
 _OTHER_SHARDS = ("mds", "tfrecord", "tfrecords", "arrow", "beton")
 _MAGIC = {
@@ -90,6 +92,21 @@ def extension(name: str) -> str:
 def is_image(name: str) -> bool:
     """Whether a path is, by its extension, that of an image in a format that is decoded."""
     return extension(name) in IMAGE_EXTENSIONS
+
+
+def is_parquet(name: str) -> bool:
+    """Whether a path is, by its extension, that of a Parquet file."""
+    return extension(name) in _PARQUET
+
+
+def why_not_parquet(name: str) -> str | None:
+    """Why a path is left out of a folder of Parquet files; None for an image, which a row may name."""
+    if is_image(name):
+        return None
+    ending = extension(name)
+    if ending in _DECOMPRESS:
+        return f"compressed (.{ending}: {_DECOMPRESS[ending]} it first)"
+    return f"tables (.{ending}: {_TABLES[ending]})" if ending in _TABLES else "files that are no Parquet"
 
 
 def why_not_a_shard(name: str) -> str | None:
