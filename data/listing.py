@@ -32,9 +32,11 @@ _DECOMPRESS = {
 }  # fmt: skip
 _ONE_WORD = ("tgz", "tzst", "tbz", "tbz2", "txz")  # for .tar.gz and so on
 _ARCHIVES = ("zip", "7z", "rar")
+_PARQUET = ("parquet", "pq")
 _TABLES = {
     "csv": "pack it with launch/pack.py csv", "tsv": "pack it with launch/pack.py csv",
-    "parquet": "pack it with launch/pack.py parquet", "jsonl": "write it as CSV or Parquet, and pack that",
+    **dict.fromkeys(_PARQUET, "pack it with launch/pack.py parquet"),
+    "jsonl": "write it as CSV or Parquet, and pack that",
 }  # fmt: skip
 _OTHER_SHARDS = ("mds", "tfrecord", "tfrecords", "arrow", "beton")
 _MAGIC = {
@@ -43,8 +45,11 @@ _MAGIC = {
     b"BZh": "bzip2-compressed: bunzip2 it first",
     b"\xfd7zXZ\0": "xz-compressed: unxz it first",
     b"\x04\x22\x4d\x18": "LZ4-compressed: unlz4 it first",
-    b"PK\x03\x04": "a ZIP archive: unpack it, and pack it as tar",
-    b"7z\xbc\xaf": "a 7-Zip archive: unpack it, and pack it as tar",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook: unpack it, or save it as CSV",
+    b"7z\xbc\xaf": "a 7-Zip archive: unpack it",
+    b"PAR1": "Parquet: pack it with launch/pack.py parquet",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"\x00\x05\x16\x07": "what macOS keeps beside a file (AppleDouble): remove it",
     b"version https://git-lfs": "a Git LFS pointer, not the file: run git lfs pull",
 }
@@ -89,6 +94,21 @@ def is_image(name: str) -> bool:
     return extension(name) in IMAGE_EXTENSIONS
 
 
+def is_parquet(name: str) -> bool:
+    """Whether a path is, by its extension, that of a Parquet file."""
+    return extension(name) in _PARQUET
+
+
+def why_not_parquet(name: str) -> str | None:
+    """Why a path is left out of a folder of Parquet files; None for an image, which a row may name."""
+    if is_image(name):
+        return None
+    ending = extension(name)
+    if ending in _DECOMPRESS:
+        return f"compressed (.{ending}: {_DECOMPRESS[ending]} it first)"
+    return f"tables (.{ending}: {_TABLES[ending]})" if ending in _TABLES else "files that are no Parquet"
+
+
 def why_not_a_shard(name: str) -> str | None:
     """Why a path that does not end in .tar is left out of a source of tars; None where it has nothing to do with it."""
     stem, _, suffix = name.rpartition(".")
@@ -119,7 +139,7 @@ def why_not_decoded(name: str) -> str | None:
 
 
 def kind_of(content: bytes) -> str | None:
-    """What a file that is no tar is, by its first bytes; None where they tell nothing."""
+    """What a file that is not what it should be is, by its first bytes; None where they tell nothing."""
     return next((words for magic, words in _MAGIC.items() if content.startswith(magic)), None)
 
 

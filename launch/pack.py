@@ -28,14 +28,12 @@ import data.packing.openmoji
 import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
-from data.listing import told
+from data.listing import is_parquet, told, why_not_parquet
 from data.packing.contents import Contents
 from data.packing.recipe import Recipe
 from data.store import Store, StoreOptions, open_store
 from launch.command import run
 from t2i.config_base import PathText
-
-_PARQUET = ".parquet"
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def parquet(
     """Pack the rows of a Parquet file or of a folder of them; other plain columns go into each sample's .json.
 
     Args:
-        source: The file, or a folder or s3://bucket/prefix with them.
+        source: The file, or a folder or s3://bucket/prefix with them, which may be named .parquet, as Spark does.
         image_column: Column with images: their bytes, their paths, or structs of bytes and path.
         caption_column: Column with captions.
         root: Folder or s3://bucket/prefix that paths are relative to, by default each file's own; nothing outside is
@@ -119,12 +117,7 @@ def parquet(
     from data.packing.table import Columns, Files
 
     left_out: Counter[str] = Counter()
-    if source.endswith(_PARQUET):
-        store, name = _open_file(source, options)
-        names = [name]
-    else:
-        store = open_store(source, options)
-        names = [info.name for info in store.list(_PARQUET, left_out)]
+    store, names = _parquet_files(source, options, left_out)
     files = Files(open_store(root, options), beside=False) if root else Files(store)
     contents = parquet_table(store, names, Columns(image_column, caption_column), files, recipe)
     target.pack(replace(contents, left_out={**contents.left_out, **left_out}), options)
@@ -188,6 +181,22 @@ def shapes(
         heldout_captions: Share of the captions that never come up in OUT/train, for scores on what is new.
     """
     target.pack(data.packing.shapes.contents(count, size, heldout, seed, heldout_captions), options)
+
+
+def _parquet_files(source: str, options: StoreOptions, left_out: Counter[str]) -> tuple[Store, list[str]]:
+    """The file, or all in the folder or below the prefix; what lies there besides is counted."""
+    if is_parquet(source):
+        store, name = _open_file(source, options)
+        is_missing = "://" not in source and not os.path.isdir(source)  # to be refused as a file
+        if store.info(name) is not None or is_missing:
+            return store, [name]
+    store, names = open_store(source, options), []
+    for info in store.list(left_out=left_out):
+        if is_parquet(info.name):
+            names.append(info.name)
+        elif reason := why_not_parquet(info.name):
+            left_out[reason] += 1
+    return store, names
 
 
 def _open_file(url: str, options: StoreOptions) -> tuple[Store, str]:

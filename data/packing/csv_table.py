@@ -26,11 +26,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from data.errors import DataError
+from data.listing import is_image, kind_of
 from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.images import Images
 from data.packing.recipe import Recipe
 from data.packing.rows import ahead
-from data.packing.table import Columns, Files, ObjectFile, Row, look_up, once, row_sample
+from data.packing.table import Columns, Files, ObjectFile, Row, beginning, look_up, once, row_sample
 from data.store import ObjectInfo, Store, changed
 
 _ROWS_A_MARK = 1000
@@ -43,18 +44,6 @@ _DELIMITERS = "\t,;|"
 _JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _NULL = "\\N"
 """How MySQL, Hive and PostgreSQL write that a cell has no value."""
-_FOREIGN = {
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"\x1f\x8b": "compressed by gzip",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"BZh": "compressed by bzip2",
-    b"\xfd7zXZ": "compressed by xz",
-    b"PK\x03\x04": "a zip archive or an Excel workbook",
-    b"PAR1": "Parquet",
-}
-
-
 _NEWLINE = ("wrong_cell_count", "a newline of its caption seems to be outside of quotes")
 
 
@@ -143,13 +132,16 @@ class _Form:
                 yield row
 
     def _short(self, lines: _Lines, path: str = "") -> int:
-        """Read past lines with too few cells that name no image of this path's kind; how many, blank ones aside."""
+        """Read past lines with too few cells that name no image; how many, blank ones aside.
+
+        An image is named by its extension, be it only this path's.
+        """
         count = 0
         for line in lines:
             is_short = line.text.count(self.delimiter) < len(self.header) - 1
             cells = self._split(line.text) if is_short and not (self.quoted and '"' in line.text) else []
-            kind = _kind(path) if cells else ""
-            if not cells or (kind and kind == _kind(cells[min(self.image, len(cells) - 1)])):
+            named = cells[min(self.image, len(cells) - 1)] if cells else ""
+            if not cells or is_image(named) or (_kind(path) and _kind(path) == _kind(named)):
                 lines.give_back([line])
                 break
             count += bool(line.text.strip())
@@ -200,12 +192,12 @@ class _Form:
             return None, taken
 
     def _merges(self, cells: list[str], taken: list[_Line]) -> bool:
-        """Whether a row of several lines holds one that is a row by itself: it names another image of the same kind."""
+        """Whether a row of several lines holds one that is a row by itself: it names another image."""
         if len(taken) == 1:
             return False
         path = cells[self.image]
         others = [split[self.image] for line in taken if len(split := self._split(line.text)) == len(self.header)]
-        return any(other != path and _kind(other) == _kind(path) for other in others)
+        return any(other != path and (is_image(other) or _kind(other) == _kind(path)) for other in others)
 
 
 def _kind(path: str) -> str:
@@ -278,10 +270,8 @@ def csv_table(
         DataError: there is no such file, or no row, or it is not UTF-8 text, or has a line of 32 MiB.
     """
     info, where = look_up(store, name), f"{store.url}/{name}"
-    magic = bytes(store.read(name, 0, min(8, info.size), version=info.version))
-    for start, kind in _FOREIGN.items():
-        if magic.startswith(start):
-            raise DataError(f"source {where} is {kind}: it should be CSV or TSV, as UTF-8 text")
+    if kind := kind_of(beginning(store, info)):
+        raise DataError(f"source {where} should be CSV or TSV, as UTF-8 text, but is {kind}")
     lines = _Lines(store, info)
     head = next((line for line in lines if line.text.strip()), None)
     if head is None or "\0" in head.text:

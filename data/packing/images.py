@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from data.errors import BadSample
 from data.formats import FORMATS, format_of
+from data.listing import kind_of
 from data.packing.contents import JPEG_QUALITY, check
 
 
@@ -47,7 +48,8 @@ class Images:
                 encoded again.
         """
         if (format_ := format_of(content)) is None:
-            raise BadSample("other_format", f"not {', '.join(it.name for it in FORMATS.values())}")
+            kind = kind_of(content)
+            raise BadSample("other_format", kind or f"not {', '.join(it.name for it in FORMATS.values())}")
         if self.resize is None and self.quality is None:
             return format_.extensions[0], content
         # Imported here: only who encodes again needs the decoder, whose torch takes seconds.

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import DataError, UserError
+from data.listing import kind_of
 from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.images import Images
 from data.packing.recipe import Recipe
 from data.packing.rows import ahead, fingerprint
-from data.packing.table import Columns, Files, ObjectFile, Row, look_up, once, row_sample
+from data.packing.table import Columns, Files, ObjectFile, Row, beginning, look_up, once, row_sample
 from data.store import ObjectInfo, Store
 
 _THREADS = 8
@@ -126,7 +127,8 @@ def _open_parquet(store: Store, info: ObjectInfo) -> pq.ParquetFile:
         table = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
         table.schema_arrow  # noqa: B018 (a type that Arrow does not know is told here)
     except (pa.ArrowException, OSError) as fault:
-        words = " ".join(str(fault).split())
+        kind = None if (head := beginning(store, info)).startswith(b"PAR1") else kind_of(head)
+        words = f"it is {kind}" if kind else " ".join(str(fault).split())
         raise DataError(f"source {store.url}/{info.name} should be a Parquet file: {words}") from fault
     rows, groups = table.metadata.num_rows, [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
     if rows != sum(groups):

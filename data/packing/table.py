@@ -149,6 +149,11 @@ class ObjectFile(io.RawIOBase):
         return len(content)
 
 
+def beginning(store: Store, info: ObjectInfo) -> bytes:
+    """A file's first bytes, which tell what it is (`data.listing.kind_of`)."""
+    return bytes(store.read(info.name, 0, min(64, info.size), version=info.version))
+
+
 def look_up(store: Store, name: str) -> ObjectInfo:
     if (info := store.info(name)) is None:
         raise DataError(f"source {store.url}/{name} does not exist")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data.decode import Pixels, decode_file
 from data.errors import UserError
+from data.files import refuse_lfs_pointers
 from data.formats import IMAGE_EXTENSIONS
 from data.listing import is_image, told, why_not_decoded
 from data.store import open_store
@@ -76,11 +77,14 @@ class NpzImages:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            refuse_lfs_pointers(path, "images")
             with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as file:
                 shape, fortran, dtype = _header(file)
                 self._start = file.tell()
         except KeyError as error:
             raise UserError(f"{path}: holds no arr_0, the images") from error
+        except UserError:
+            raise
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: cannot be read as an .npz: {error}") from error
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or 0 in shape:

@@ -130,6 +130,13 @@ _STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+    "QUInt4x2Storage": torch.quint4x2,
+    "QUInt2x4Storage": torch.quint2x4,
 }
 _SAFETENSORS = {
     "F64": torch.float64,
@@ -154,21 +161,25 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._tensor", "_rebuild_from_type_v2"): _OfType,
     ("torch.storage", "UntypedStorage"): torch.uint8,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _SAFETENSORS.values()},
+    **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
 }
+_READ = tuple(_SAFETENSORS.values())
+"""Types of the tensors that are read. Of others the size is known, where torch knows the type."""
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
         self.unknown: set[str] = set()
-        self.storages: dict[Any, Any] = {}
-        """Number of bytes of each storage, by its key."""
+        self.storages: dict[Any, tuple[Any, Any]] = {}
+        """Type and number of elements of each storage, by its key."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         self.unknown.add(f"{module}.{name}")
+        if module == "torch":  # by its name, since it may be the type of a tensor
+            return type(name, (Inert,), {"__slots__": ()})
         return partial(_unreadable, name) if module == "torch._utils" and name.startswith("_rebuild_") else Inert
 
     def persistent_load(self, pid: Any) -> Any:
@@ -178,7 +189,7 @@ class _Unpickler(pickle.Unpickler):
         dtype, key, _device, count, *view = about
         if any(view):
             raise pickle.UnpicklingError("a storage that is part of another, as PyTorch before 0.4 wrote it")
-        self.storages[key] = count * dtype.itemsize
+        self.storages[key] = dtype, count
         return Storage(dtype, key)
 
 
@@ -229,7 +240,7 @@ class Checkpoint:
             raise
         except Exception as error:  # a spoilt pickle may raise anything
             raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        if isinstance(content, dict) and any(isinstance(value, StoredTensor) for value in content.values()):
+        if isinstance(content, dict) and any(isinstance(it, StoredTensor | Unreadable) for it in content.values()):
             content = content if "state_dict" in content else {"state_dict": content}
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise ConfigError(f"{path} is not a checkpoint of PixelGen or PixelDiT: it has no state_dict")
@@ -276,8 +287,14 @@ class Checkpoint:
         self.unknown = sorted(unpickler.unknown)
         at = (keys := _Unpickler(file).load()) and file.tell()
         for key in keys:
-            self._places[key] = _Place(at + 8, unpickler.storages[key])
-            at += 8 + unpickler.storages[key]
+            dtype, count = unpickler.storages[key]
+            if not isinstance(dtype, torch.dtype):
+                raise ConfigError(
+                    f"{self.path} holds a {_type_name(dtype)}, whose size is not known, nor with it where other "
+                    "tensors begin: save it with torch.save's zip, or without that tensor"
+                )
+            self._places[key] = _Place(at + 8, count * dtype.itemsize)
+            at += 8 + count * dtype.itemsize
         return content
 
     def _read_safetensors(self, file: BinaryIO) -> Any:
@@ -303,12 +320,17 @@ class Checkpoint:
             raise ConfigError(f"{self.path} is damaged: its {key} is no dictionary")
         for name, value in state_dict.items():
             own = prefix + ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
-            if own in self.weights:
-                raise ConfigError(f"{self.path}: {name!r} of its {key} stands there twice, in a wrapper and without")
-            if isinstance(value, StoredTensor) and _is_size(value.size):
-                self.weights[own] = value
+            if own in self.weights or own in self.unusable:
+                self.weights.pop(own, None)
+                self.unusable[own] = "there twice, with and without a wrapper's name"
+            elif isinstance(value, Unreadable):
+                self.unusable[own] = value.cause
+            elif not isinstance(value, StoredTensor) or not _makes_sense(value):
+                self.unusable[own] = f"no tensor ({kind_name(value)})"
+            elif value.storage.dtype not in _READ:
+                self.unusable[own] = f"of the type {_type_name(value.storage.dtype)}"
             else:
-                self.unusable[own] = value.cause if isinstance(value, Unreadable) else f"no tensor ({kind_name(value)})"
+                self.weights[own] = value
 
     def tensor(self, name: str) -> Tensor:
         """One of the weights, as a view of the file: it must not be written to.
@@ -346,5 +368,11 @@ def kind_name(value: Any) -> str:
     return type(value).__name__
 
 
-def _is_size(size: Any) -> bool:
-    return isinstance(size, tuple) and all(type(length) is int and length >= 0 for length in size)
+def _type_name(dtype: Any) -> str:
+    """A tensor's type, by torch's name, known or not: "complex64"."""
+    return getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
+
+
+def _makes_sense(stored: StoredTensor) -> bool:
+    is_size = isinstance(stored.size, tuple) and all(type(length) is int and length >= 0 for length in stored.size)
+    return is_size and isinstance(stored.storage, Storage)

@@ -146,3 +146,26 @@ def test_hidden_tables_are_not_packed(tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows), folder / name)
     said, found = pack("parquet", folder)
     assert len(found) == 3 and said["left_out"] == {"hidden": 1}
+
+
+@pytest.mark.parametrize("name", ["in", "in.parquet"])
+def test_what_lies_beside_parquet_is_told(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = {
+        "a.csv": b"",
+        "b.parquet.gz": b"",
+        "_SUCCESS": b"",
+        "d/notes.txt": b"",
+        "._SUCCESS.crc": b"",
+        "0.jpg": jpeg(0),
+    }
+    folder = write(tmp_path / name, others)
+    for n, file in enumerate(("part-0.parquet", "PART.PARQUET", "d/c.pq")):
+        pq.write_table(pa.Table.from_pylist([{"image": jpeg(n), "caption": f"caption {n}"}]), folder / file)
+    said, found = pack("parquet", folder)
+    assert len(found) == 3
+    assert said["left_out"] == {
+        "hidden": 1, "tables (.csv: pack it with launch/pack.py csv)": 1, "compressed (.gz: gunzip it first)": 1,
+        "files that are no Parquet": 2,
+    }  # fmt: skip
+    assert main(["parquet", str(tmp_path / "none.parquet"), "--out", str(tmp_path / "o")]) == 2
+    assert "none.parquet does not exist" in capsys.readouterr().err

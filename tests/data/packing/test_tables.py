@@ -39,6 +39,8 @@ def read(folder: Path, content: bytes | str, *columns: str, name: str = "t.csv")
     return captions, [row.reason for row in rows if isinstance(row, LeftOut)], contents.about["lines"]
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+
 UNQUOTED = [
     "a dog",
     '"Hello summer sign on a wall',
@@ -83,6 +85,9 @@ def test_what_writers_quote_is_read_as_it_was(delimiter: str, quoting: Any, end:
     [
         (["0.jpg,a red, shiny car", "1.jpg,a dog"], ["a dog"], ["wrong_cell_count"]),
         (["0.jpg", "1.jpg,a dog", "2.jpg,a,"], ["a dog"], ["wrong_cell_count"] * 2),
+        # An image's path begins a row, whatever its extension.
+        (["0.jpg,good caption", "x.png", "1.jpg,b"], ["good caption", "b"], ["wrong_cell_count"]),
+        (['0.jpg,"open', "x.PNG,a", '1.jpg,b"'], ['b"'], ["bad_quotes", "missing_file"]),
         # A stray quote costs its own row alone, wherever the next quote is.
         (['0.jpg,"Hello', "1.jpg,a dog", "2.jpg,a cat"], ["a dog", "a cat"], ["bad_quotes"]),
         (['0.jpg,"Hello', "1.jpg,a dog", '2.jpg,bye"'], ["a dog", 'bye"'], ["bad_quotes"]),
@@ -155,8 +160,9 @@ def test_headers_as_tools_write_them(tmp_path: Path) -> None:
     [
         ("path,caption\n0.jpg,a\n".encode("utf-16"), "is UTF-16"),
         ("path,caption\n0.jpg,a\n".encode("utf-16-le"), "a header, as UTF-8 text"),
-        (b"\x1f\x8b\x08\x00", "compressed by gzip"),
-        (b"PK\x03\x04", "a zip archive or an Excel workbook"),
+        (b"\x1f\x8b\x08\x00", "gzip-compressed: gunzip it first"),
+        (POINTER, "a Git LFS pointer, not the file: run git lfs pull"),
+        (b"PK\x03\x04", "a ZIP archive or an Excel workbook"),
         (b"PAR1", "is Parquet"),
         (b"", "a header"),
         (b"\n \n", "a header"),
@@ -269,6 +275,14 @@ def test_used_columns_fail_alone_and_say_why(tmp_path: Path) -> None:
     structs = pa.StructArray.from_arrays([pa.array([jpeg(0), jpeg(1)]), paths], ["bytes", "path"])
     found = rows_of(tmp_path, pa.table({"image": structs, "caption": ["a", "b"]}))
     assert [row.members["jpg"] for row in found if isinstance(row, Sample)] == [jpeg(0), jpeg(1)]
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.parquet").write_bytes(POINTER)
+    assert main(["parquet", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]) == 2
+    assert "should be a Parquet file: it is a Git LFS pointer" in capsys.readouterr().err
+    (row,) = rows_of(tmp_path, pa.table({"image": [POINTER], "caption": ["a"]}))
+    assert isinstance(row, LeftOut) and row.reason == "other_format" and "a Git LFS pointer" in row.row
 
 
 def test_double_and_dotted_names_in_parquet(tmp_path: Path, capsys: Any) -> None:

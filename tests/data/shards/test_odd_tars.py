@@ -148,7 +148,7 @@ def test_tars_without_a_member() -> None:
         (bz2.compress, "not a tar but bzip2-compressed: bunzip2 it first"),
         (lzma.compress, "not a tar but xz-compressed: unxz it first"),
         (lambda raw: b"\x28\xb5\x2f\xfd" + raw, "not a tar but Zstandard-compressed: unzstd it first"),
-        (lambda raw: b"PK\x03\x04" + raw, "not a tar but a ZIP archive: unpack it, and pack it as tar"),
+        (lambda raw: b"PK\x03\x04" + raw, "not a tar but a ZIP archive or an Excel workbook: unpack it"),
         (lambda raw: b"\0\x05\x16\x07" + raw, "not a tar but what macOS keeps beside a file"),
         (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (lambda raw: b"<!doctype html>" * 99, "no tar header at byte 0: not a tar"),

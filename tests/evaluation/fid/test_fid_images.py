@@ -25,6 +25,12 @@ def read(path: Path, groups: list[list[int]], crop: int | None = None) -> list[t
     return list(open_images(path, crop).batches(groups))
 
 
+def test_an_npz_that_git_lfs_has_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "samples.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match="samples.npz: is a Git LFS pointer, not the file itself"):
+        open_images(tmp_path / "samples.npz", None)
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_an_npz_is_read_at_any_ascending_numbers(tmp_path: Path, save) -> None:
     images = pixels(7)
