@@ -42,15 +42,15 @@ def check_memory(
     if need + moving + waiting <= buffer_bytes:
         return
     block = int(shuffle_block * (buffer_bytes - moving - waiting) / need)
-    lower = f"lower shuffle_block to {block}, " if block > 0 else ""
+    lower = f"lower data.shuffle_block to {block}, " if block > 0 else ""
     in_buckets = ""
     if waiting:
-        lower += "lower group_size, "
+        lower += "lower data.group_size, "
         in_buckets = f", and samples that wait in buckets {waiting / _GIB:.2f} GiB"
     raise DataError(
-        f"{lanes} lanes a rank and {len(sources)} sources hold about {need / _GIB:.2f} GiB of encoded samples ahead "
-        f"in blocks of {shuffle_block}, and requests {moving / _GIB:.2f} GiB{in_buckets}, over the buffer of "
-        f"{buffer_bytes / _GIB:.2f} GiB: {lower}raise the buffer, or train on more ranks"
+        f"{lanes} of data.lanes a rank and {len(sources)} sources hold about {need / _GIB:.2f} GiB of encoded samples "
+        f"ahead in blocks of data.shuffle_block {shuffle_block}, and requests {moving / _GIB:.2f} GiB{in_buckets}, "
+        f"over data.buffer_gib {buffer_bytes / _GIB:.2f}: {lower}raise data.buffer_gib, or train on more ranks"
     )
 
 

@@ -23,6 +23,14 @@ _AHEAD_BYTES = 32 << 20
 _MOST_MISSES = 5000
 
 
+class TooFewSamples(DataError):
+    """Sources have fewer usable samples than were asked for; `found` is how many."""
+
+    def __init__(self, message: str, found: int = 0) -> None:  # by the message alone when unpickled
+        super().__init__(message)
+        self.found = found
+
+
 @dataclass(frozen=True)
 class FixedSamples:
     """Samples for validation: pixels uint8 (n, 3, H, W), captions, ids."""
@@ -41,7 +49,8 @@ def fixed_samples(sources: Sequence[Source], n: int, images: ImageSettings) -> F
         images: what becomes of their images.
 
     Raises:
-        DataError: the sources have fewer, or their weights or names are wrong.
+        TooFewSamples: the sources have fewer.
+        DataError: their weights or names are wrong.
         StoreError: the network or a disk failed for longer than the retries last.
     """
     check_sources([source.weight for source in sources], [source.index.name for source in sources])
@@ -59,6 +68,7 @@ def fixed_samples(sources: Sequence[Source], n: int, images: ImageSettings) -> F
             found.setdefault(id_, result)
             epochs = [epoch for epoch, _ in stream.state()["sources"].values()]
             if len(found) < n and min(epochs) > 0:
-                raise DataError(f"{n} fixed samples were asked for, but the sources have only {len(found)} usable ones")
+                names = ", ".join(repr(source.index.name) for source in sources)
+                raise TooFewSamples(f"{n} were asked for, but of {names} only {len(found)} can be used", len(found))
     stacked = np.stack([pixels for pixels, _ in found.values()])
     return FixedSamples(torch.from_numpy(stacked), [caption for _, caption in found.values()], list(found))

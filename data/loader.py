@@ -133,7 +133,7 @@ class Loader:
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} must be from 0 to {world_size - 1}")
         if workers < 0:
-            raise DataError(f"workers {workers} must be at least 0")
+            raise DataError(f"data.workers {workers} must be at least 0")
         check_sources([source.weight for source in sources], [source.index.name for source in sources])
         self._order = {
             "seed": seed,
@@ -351,24 +351,49 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"batch": states[0]["batch"], "order": states[0]["order"], "lanes": ordered}
 
 
-def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
-    saved = state["order"]
-    if saved.get("buckets") != order.get("buckets"):
-        raise DataError(
-            "buckets has other sizes than when the data state was saved: keep them to go on, or start the stage anew"
-        )
-    for field in ("seed", "stage", "lanes", "shuffle_block", "group_size"):
-        if saved.get(field) != order.get(field):
+def _check_same_sources(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse sources, fingerprints by name, that are not those of a data state; say which is new, gone, renamed or
+    changed."""
+    new, gone = ([name for name in one if name not in other] for one, other in ((now, before), (before, now)))
+    for name in new:
+        was = next((old for old in gone if before[old] == now[name]), None)
+        if was is not None:
             raise DataError(
-                f"{field} is {order[field]!r}, but the data state was saved with {saved[field]!r}: "
-                "keep it to go on, or start the stage anew"
+                f"source {name!r} of data.sources has another name than when the data state was saved, {was!r}: give "
+                "it that to go on, or start the stage anew"
             )
-    for name in {**saved["sources"], **order["sources"]}:
-        if saved["sources"].get(name) != order["sources"].get(name):
+        raise DataError(
+            f"source {name!r} of data.sources is new since the data state was saved: leave it out to go on, or start "
+            "the stage anew"
+        )
+    if gone:
+        raise DataError(
+            f"source {gone[0]!r} is not in data.sources, but was when the data state was saved: put it back to go on, "
+            "or start the stage anew"
+        )
+    for name in now:
+        if before[name] != now[name]:
             raise DataError(
                 f"source {name!r} has other shards than when the data state was saved: "
                 "restore them to go on, or start the stage anew"
             )
+
+
+def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
+    saved = state["order"]
+    if saved.get("buckets") != order.get("buckets"):
+        raise DataError(
+            "data.buckets has other sizes than when the data state was saved: keep them to go on, or start the stage "
+            "anew"
+        )
+    for field in ("seed", "stage", "data.lanes", "data.shuffle_block", "data.group_size"):
+        before, now = (it.get(field.removeprefix("data.")) for it in (saved, order))
+        if before != now:
+            raise DataError(
+                f"{field} is {now!r}, but the data state was saved with {before!r}: "
+                "keep it to go on, or start the stage anew"
+            )
+    _check_same_sources(saved["sources"], order["sources"])
     if len(state["lanes"]) != order["lanes"]:
         raise DataError(
             f"the data state has {len(state['lanes'])} of {order['lanes']} lanes: give the merged state of all ranks"

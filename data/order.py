@@ -53,7 +53,7 @@ class SourceOrder:
         if self.total < 1:
             raise DataError(f"source {name!r} has no samples")
         if lanes < 1 or shuffle_block < 1:
-            raise DataError(f"lanes ({lanes}) and shuffle_block ({shuffle_block}) must be at least 1")
+            raise DataError(f"data.lanes ({lanes}) and data.shuffle_block ({shuffle_block}) must be at least 1")
         self._seed, self._purpose = seed, (stage, "order", name)
         self._first = np.cumsum(self._counts) - self._counts
         self._epoch = lru_cache(maxsize=8)(self._permute_shards)  # lanes drift apart by a few epochs at most
@@ -147,14 +147,16 @@ def check_layout(batch_size: int, lanes: int, world_size: int, group_size: int =
         DataError: naming the nearest number that would do.
     """
     if min(batch_size, lanes, world_size) < 1:
-        raise DataError(f"batch_size ({batch_size}), lanes ({lanes}) and world_size ({world_size}) must be at least 1")
+        raise DataError(
+            f"train.batch_size ({batch_size}), data.lanes ({lanes}) and the ranks ({world_size}) must be at least 1"
+        )
     if lanes % world_size:
         divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
         below, above = max(n for n in divisors if n < world_size), [n for n in divisors if n > world_size]
         nearest = f"{below} or {above[0]}" if above else f"{below}"
-        raise DataError(f"world_size {world_size} does not divide the {lanes} lanes: the nearest allowed is {nearest}")
+        raise DataError(f"world_size {world_size} does not divide data.lanes {lanes}: the nearest allowed is {nearest}")
     if batch_size % (unit := lanes * group_size):
         below, up = batch_size // unit * unit, (batch_size // unit + 1) * unit
         nearest = f"{below} or {up}" if below else f"{up}"
-        of = f"{lanes} lanes" if group_size == 1 else f"{lanes} lanes x group_size {group_size}"
-        raise DataError(f"batch_size {batch_size} is no multiple of {of}: the nearest allowed is {nearest}")
+        of = f"data.lanes {lanes}" if group_size == 1 else f"data.lanes {lanes} x data.group_size {group_size}"
+        raise DataError(f"train.batch_size {batch_size} is no multiple of {of}: the nearest allowed is {nearest}")

@@ -4,6 +4,7 @@
 - Metadata is parsed only where a rule reads it.
 - A member that is no text, or metadata that is no JSON object, is bad content; a number that is missing or out of
   range only filters.
+- A field that is a list of captions, as COCO's five, is a choice among them, all alike.
 - Filters that need the picture's size are `data.decode`'s.
 """
 
@@ -43,11 +44,12 @@ class Rules:
     """What a source's samples consist of, and which of them to leave out.
 
     Members are named by their extension in lower case: "jpg", "txt", "seg.png". Fields of the metadata are named by
-    their path, joined by dots: "scores.aesthetic".
+    their path, joined by dots: "scores.aesthetic"; so are fields whose names have dots themselves.
 
     Attributes:
         images: members that may be the image; the first that is there wins.
-        captions: members, or "json:FIELD", that may be the caption, with the weight of each in the choice.
+        captions: members, or "json:FIELD", that may be the caption, with the weight of each in the choice. A field
+            may be a text or a list of texts, which share its weight.
         metadata: the member that is a JSON object.
         min_side: least pixels of the image's shorter side.
         max_aspect_ratio: most that the longer side may be of the shorter, at least 1; None takes any.
@@ -76,7 +78,8 @@ class Rules:
     @property
     def random(self) -> bool:
         """Whether the caption depends on chance."""
-        return len(self.captions) > 1 or self.prefix_probability > 0
+        fields = any(name.startswith(_FIELD) for name in self.captions)  # may be lists
+        return len(self.captions) > 1 or fields or self.prefix_probability > 0
 
     def __post_init__(self) -> None:
         _require(len(self.images) > 0, "images", self.images, "name at least one member")
@@ -163,7 +166,9 @@ def _metadata(members: Mapping[str, bytes], rules: Rules) -> Mapping[str, Any]:
 
 
 def _look_up(metadata: Mapping[str, Any], name: str) -> Any:
-    """The value at a path such as "scores.aesthetic", None where there is none."""
+    """The value at a path such as "scores.aesthetic", or of a field of that whole name; None where there is none."""
+    if name in metadata:
+        return metadata[name]
     value: Any = metadata
     for part in name.split("."):
         if not isinstance(value, dict):
@@ -185,23 +190,30 @@ def _check_field(metadata: Mapping[str, Any], name: str, bounds: Range) -> None:
 
 def _captions(members: Mapping[str, bytes], metadata: Mapping[str, Any], rules: Rules) -> list[tuple[str, float]]:
     """The captions that are there and not empty, and their weights."""
-    found = []
+    found, is_there = [], False
     for name, weight in rules.captions.items():
         value = _look_up(metadata, name.removeprefix(_FIELD)) if name.startswith(_FIELD) else members.get(name)
-        if value is not None:
-            found.append((_text(name, value), weight))
-    if not found:
+        values = value if isinstance(value, list) else [value]
+        texts = [_text(name, each) for each in values if each is not None]
+        filled = [text for text in texts if text]
+        found += [(text, weight / len(filled)) for text in filled]
+        is_there = is_there or bool(texts)
+    if not is_there:
         raise Filtered("missing_caption", f"none of {', '.join(rules.captions)}")
-    if not (filled := [(text, weight) for text, weight in found if text]):
+    if not found:
         raise Filtered("empty_caption")
-    return filled
+    return found
+
+
+_KINDS = {dict: "an object: name one of its fields", list: "a list in a list", bool: "true or false"}
 
 
 def _text(name: str, value: Any) -> str:
     try:
         text = value.decode("utf-8-sig") if isinstance(value, bytes) else value
         if not isinstance(text, str):
-            raise BadSample("bad_caption", f"{name} is no text but {type(text).__name__}")
+            kind = _KINDS.get(type(text), "a number")
+            raise BadSample("bad_caption", f"{name} should be a text or a list of texts, and is {kind}")
         text.encode("utf-8")  # JSON may escape half a character
     except UnicodeError as fault:
         raise BadSample("bad_caption", f"{name}: {fault}") from fault

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import UserError
+from data.files import atomic_write, remove_partials
 from evaluation.drawing import read_speed
 from evaluation.npz import write_npz
-from evaluation.parts import note_settings, write_aside, write_json
-from t2i.config_base import ConfigError
+from evaluation.parts import begin_or_go_on, write_json
 from t2i.config_sampling import SamplingConfig
 from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Picture, Pipeline, batches_of
@@ -76,31 +77,28 @@ class Samples:
         return [self.indices(part) for part in self.parts if not whole(part)]
 
     def begin(self, made_of: dict[str, Any]) -> None:
-        """Make the folder, or see that the parts that are there are of the same samples.
+        """Make the folder, or see that the parts that are there are of the same samples. `out` is held.
 
         Args:
             made_of: what else the images depend on, in JSON's types.
 
         Raises:
-            ConfigError: they are not, or the folder cannot be made.
+            UserError: they are not, `out` is there already, or the folder cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--out {self.out}: {self.folder} cannot be made: {error.strerror}") from error
+        # Beside its parts, it may lack what is known of it.
+        if self.out.exists() and not self.folder.exists():
+            raise UserError(f"--out {self.out} is there already: remove it or give another name")
+        remove_partials(self.folder)
         settings = self.sampling.model_dump(mode="json")
         asked = {**made_of, "count": self.count, "size": self.size, "sampling": settings}
-        if differ := note_settings(self.folder / _NOTE, asked):
-            raise ConfigError(
-                f"--out {self.out}: {self.folder} holds parts of other samples ({', '.join(differ)}): remove it"
-            )
+        begin_or_go_on(self.folder / _NOTE, asked, what="parts of other samples", advice="remove it")
 
     def draw(self, pipeline: Pipeline, mine: Sequence[int], drawn: Callable[[int], object]) -> None:
         """Draw these images, whole parts, and tell of each part how many it was."""
         for indices in batches_of(mine, self.sampling.batch_size):
             pictures = [Picture(str(i % self.classes), i // self.classes) for i in indices]
             images = pipeline.draw(pictures, self.sampling).permute(0, 2, 3, 1).contiguous()
-            write_aside(self.path(indices[0] // self.sampling.batch_size), [images.numpy().tobytes()])
+            atomic_write(self.path(indices[0] // self.sampling.batch_size), images.numpy().tobytes())
             drawn(len(indices))
 
     def assemble(self) -> None:

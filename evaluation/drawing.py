@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
-from evaluation.parts import write_aside, write_json
+from data.files import atomic_write
+from data.progress import progress_bar
+from evaluation.parts import write_json
 from t2i.model_folder import FILES, WhichWeights
 from t2i.pipeline import Pipeline, batches_of
 from t2i.train.processes import World
@@ -38,6 +40,17 @@ def made_of(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, A
         "noise_scale": objective.noise_scale,
         "min_noise": objective.min_noise,
     }
+
+
+def count_cut(world: World, pipeline: Pipeline, prompts: Sequence[str]) -> dict[str, int]:
+    """How many prompts are longer than what the model reads of them, which rank 0 says; for a job's manifest."""
+    cut = pipeline.conditioner.cut(prompts)
+    if cut and world.is_main:
+        percent = 100 * cut / len(prompts)
+        share = f"{percent:.0f} % of prompts" if percent >= 1 else f"{percent:.1g} % of prompts"
+        most = f"text.length {pipeline.config.text.length} tokens"
+        print(f"{share} ({cut:,} of {len(prompts):,}) are longer than {most} and are cut", file=sys.stderr)
+    return {"cut_prompts": cut}
 
 
 def unfinished_batches(pictures: Sequence[T], batch_size: int, is_missing: Callable[[T], bool]) -> list[Sequence[T]]:
@@ -64,7 +77,7 @@ def draw_together(
     """
     mine = [picture for batch in world.share(batches) for picture in batch]
     began = time.perf_counter()
-    with tqdm(total=len(mine), disable=not world.is_main, unit="image", desc="drawing") as bar:
+    with progress_bar(len(mine), "image", "drawing", shown=world.is_main) as bar:
         draw(mine, bar.update)
     world.barrier()
     seconds = time.perf_counter() - began
@@ -89,4 +102,4 @@ def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     """Write an image, uint8 (H, W, 3), as a PNG that is whole if it is there."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    write_aside(path, [buffer.getvalue()])
+    atomic_write(path, buffer.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data.files import atomic_path
 
 
 def write_npz(
@@ -22,9 +23,8 @@ def write_npz(
         images: their bytes, piece by piece: 50,000 images of 256 px are 9.8 GB, more than a rank should hold.
         others: arrays by name.
     """
-    aside = path.with_name(path.name + ".partial")
     # A member's date is ZipInfo's own, so that equal content is equal files.
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with atomic_path(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for piece in images:
@@ -32,4 +32,3 @@ def write_npz(
         for name, array in others.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as file:
                 np.lib.format.write_array(file, array)
-    os.replace(aside, path)

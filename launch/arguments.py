@@ -1,7 +1,8 @@
 """Command lines of the jobs that take a config: jsonargparse's form over the typed tree.
 
-`--config FILE`, then any field as `--section.field VALUE`, which counts more than the file and its stages; `--help`
-documents every field and `--print_config` prints the tree. The launcher's `--local_rank` is accepted and ignored.
+`--config FILE`, then any field as `--section.field VALUE`, which counts more than the file and its stages, or than the
+one stage that a job is for; `--help` documents every field and `--print_config` prints the tree. The launcher's
+`--local_rank` is accepted and ignored.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 
+from data.yaml_file import load_yaml
+from launch.parser import Parser
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_data import CaptionConfig, SourceConfig
 from t2i.config_loading import dump_config, load_config, override, validate_config
 
 
-def parse(description: str, default_config: str, argv: list[str]) -> RunConfig:
-    """The config that a command line asks for.
+def parse(description: str, default_config: str, argv: list[str], only: int | None = None) -> RunConfig:
+    """The config that a command line asks for; fields of a stage's sections are for stage `only`, or for all.
 
     Raises:
         ConfigError: a wrong option, value or file, in one sentence.
@@ -36,14 +38,14 @@ def parse(description: str, default_config: str, argv: list[str]) -> RunConfig:
         raise ConfigError(_reworded(error, argv)) from error
     given.pop("local_rank", None)
     printing = given.pop("print_config", False)
-    config = override(load_config(Path(str(given.pop("config", default_config)))), given)
+    config = override(load_config(Path(str(given.pop("config", default_config)))), given, only)
     if printing:
         sys.stdout.write(dump_config(config))
         raise SystemExit(0)
     return config
 
 
-def _parser(description: str, default_config: str) -> ArgumentParser:
+def _parser(description: str, default_config: str) -> Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     fields = [
         f"{prefix}{name}: {field.description}"
@@ -51,7 +53,7 @@ def _parser(description: str, default_config: str) -> ArgumentParser:
         for name, field in section.model_fields.items()
     ]
     epilog = "Fields of each of data.sources: " + " ".join(fields)
-    parser = ArgumentParser(description=description, epilog=epilog, exit_on_error=False, print_config=None)
+    parser = Parser(description=description, epilog=epilog, exit_on_error=False, print_config=None)
     parser.add_argument(
         "--config",
         type=Path,
@@ -64,11 +66,11 @@ def _parser(description: str, default_config: str) -> ArgumentParser:
     return parser
 
 
-def _check_names(parser: ArgumentParser, argv: list[str]) -> None:
+def _check_names(parser: Parser, argv: list[str]) -> None:
     """Refuse unknown options, with the nearest known one, and whole sections, which would reset their other fields."""
     known = {action.dest for action in parser._actions}
     sections = {name for name in RunConfig.model_fields if any(option.startswith(f"{name}.") for option in known)}
-    for name in _values(argv):
+    for name in values_of(argv):
         if name in sections:
             raise ConfigError(f"--{name} is a section: set its fields, such as --{name}.FIELD VALUE")
         if name not in known:
@@ -80,12 +82,9 @@ def _reworded(error: ArgumentError, argv: list[str]) -> str:
     """The config's own sentence on a wrong value; the parser's where the config has none."""
     message = " ".join(str(error).split())
     found = re.search(r'key "([\w.]+)"', message)
-    raw = _values(argv).get(found.group(1)) if found else None
+    raw = values_of(argv).get(found.group(1)) if found else None
     if found and raw is not None:
-        try:
-            value: Any = yaml.safe_load(raw)
-        except yaml.YAMLError:
-            return f"--{found.group(1)}: {raw!r} is not a value in YAML's form"
+        value: Any = load_yaml(raw, f"--{found.group(1)}")
         for part in reversed(found.group(1).split(".")):
             value = {part: value}
         try:
@@ -95,7 +94,7 @@ def _reworded(error: ArgumentError, argv: list[str]) -> str:
     return message
 
 
-def _values(argv: list[str]) -> dict[str, str]:
+def values_of(argv: list[str]) -> dict[str, str]:
     """The words behind the options on a command line, by dotted name."""
     found = {}
     for index, word in enumerate(argv):

@@ -4,6 +4,12 @@ deepspeed launch/class_to_image.py --config configs/pixelgen_xl.yaml
 deepspeed launch/class_to_image.py --config configs/baselines/jit_repa.yaml     # a row of the paper's Table 5
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from launch.process import main
 from launch.train import train
 

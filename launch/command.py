@@ -7,19 +7,15 @@ For jobs that train, launch/process.py and launch/arguments.py do the same.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
-from jsonargparse import ArgumentError, ArgumentParser
 
-from data.errors import StoreError, UserError
-from t2i.exit_codes import BAD_INPUT
+from launch.ending import run_to_end
+from launch.parser import Parser
 
 Job = Callable[..., None]
 
@@ -27,8 +23,8 @@ Job = Callable[..., None]
 def run(jobs: Sequence[Job], args: list[str] | None, description: str | None, advice: str = "") -> int:
     """Run the job that a command line asks for, by its name if there are several, and return the exit code.
 
-    0 when it is done; 2 for a user's mistake, in one sentence; 1 for a fault that outlasted its retries; 130 when it
-    is interrupted, 141 when its output is.
+    0 when it is done; 2 for a user's mistake, in one sentence; 1 for a fault of the machine, or one that outlasted its
+    retries; 130 when it is interrupted, 141 when its output is.
 
     Args:
         jobs: what there is to choose from.
@@ -36,36 +32,18 @@ def run(jobs: Sequence[Job], args: list[str] | None, description: str | None, ad
         description: the command's docstring, whose first line is the help.
         advice: what to do after a fault or an interruption.
     """
-    try:
-        _run(jobs, args, description)
-        sys.stdout.flush()
-    except (UserError, ArgumentError) as error:
-        return _said(BAD_INPUT, f"error: {' '.join(str(error).split())}")
-    except (StoreError, BrokenProcessPool) as error:
-        words = str(error) if isinstance(error, StoreError) else "a process was killed, perhaps for its memory"
-        return _said(1, f"error: {words}{advice}")
-    except KeyboardInterrupt:
-        return _said(130, f"interrupted{advice}")
-    except BrokenPipeError:  # a pager or `head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it at its end
-        return 141
-    return 0
-
-
-def _said(code: int, words: str) -> int:
-    print(words, file=sys.stderr)
-    return code
+    return run_to_end(lambda: _run(jobs, args, description), advice)
 
 
 def _run(jobs: Sequence[Job], args: list[str] | None, description: str | None) -> None:
-    parser = ArgumentParser(exit_on_error=False, description=_first_line(description))
+    parser = Parser(exit_on_error=False, description=_first_line(description))
     if len(jobs) == 1:
         _add(parser, jobs[0])
         _call(jobs[0], parser.parse_args(args).as_dict())
         return
     commands = parser.add_subcommands(dest="job")
     for job in jobs:
-        command = ArgumentParser(exit_on_error=False, description=_first_line(job.__doc__))
+        command = Parser(exit_on_error=False, description=_first_line(job.__doc__))
         _add(command, job)
         commands.add_subcommand(job.__name__, command, help=_first_line(job.__doc__))
     given = parser.parse_args(args)
@@ -76,17 +54,21 @@ def _first_line(docstring: str | None) -> str:
     return (docstring or "").partition("\n")[0]
 
 
-def _add(parser: ArgumentParser, job: Job) -> None:
+def _add(parser: Parser, job: Job) -> None:
     help_of = {it.arg_name: it.description for it in parse(job.__doc__ or "").params}
-    kinds, elsewhere = get_type_hints(job), set[str | int]()
+    kinds, elsewhere = get_type_hints(job, include_extras=True), set[str | int]()
     for name, parameter in signature(job).parameters.items():
         if parameter.kind is Parameter.POSITIONAL_ONLY:
-            number = "+" if kinds[name] == list[str] else None if parameter.default is Parameter.empty else "?"
+            many = get_origin(kinds[name]) is list
+            number = "+" if many else None if parameter.default is Parameter.empty else "?"
+            kind = get_args(kinds[name])[0] if many else kinds[name]
             # In capitals, so that an option may have the name, too.
-            parser.add_argument(name.upper(), type=str, nargs=number, help=help_of.get(name))
+            parser.add_argument(name.upper(), type=kind, nargs=number, help=help_of.get(name))
         elif is_dataclass(kinds[name]):
             parser.add_class_arguments(kinds[name])
+            parser.hints |= get_type_hints(kinds[name], include_extras=True)
         else:
+            parser.hints[name] = kinds[name]
             continue
         elsewhere.add(name)
     parser.add_function_arguments(job, skip=elsewhere)

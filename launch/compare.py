@@ -12,6 +12,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from typing import Literal
 
 from evaluation.compare.page import check_columns, write_comparison
@@ -19,9 +23,12 @@ from evaluation.compare.read import read_columns
 from evaluation.compare.tables import all_tables
 from evaluation.compare.text import as_text
 from launch.command import run
+from t2i.config_base import PathText
 
 
-def compare(runs: list[str], /, out: str | None = None, seeds: Literal["together", "apart"] = "together") -> None:
+def compare(
+    runs: list[PathText], /, out: PathText | None = None, seeds: Literal["together", "apart"] = "together"
+) -> None:
     """Print runs side by side.
 
     Args:

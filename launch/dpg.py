@@ -10,18 +10,25 @@ answered, --answers FILE. Only with the answers of mPLUG, the official judge, is
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import json
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
 from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
-from evaluation.drawing import made_of, read_speed
-from launch.drawing import drawing_parser, parsed, sampling_of
+from evaluation.drawing import count_cut, made_of, read_speed
+from evaluation.parts import held
+from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
+from t2i.config_base import PathText
 from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
@@ -35,7 +42,7 @@ def _parse() -> Namespace:
     parser.add_argument("--score-only", action="store_true", help="score the grids in --out")
     parser.add_argument("--resolution", type=int, help="side of a picture in pixels; by default the model's")
     parser.add_argument("--pic-num", type=int, help="pictures of a grid of --images to score, 1 to 4 (default)")
-    parser.add_argument("--judge", help="model that answers the questions, by name or path")
+    parser.add_argument("--judge", type=PathText, help="model that answers the questions, by name or path")
     parser.add_argument("--answers", type=Path, help="answers of a judge that ran elsewhere")
     parser.add_argument("--write-questions", type=Path, help="write what such a judge has to answer, and stop")
     parser.add_argument("--sample-only", action="store_true", help="draw, and stop")
@@ -70,7 +77,7 @@ def _check(options: Namespace) -> None:
 
 
 def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
-    pipeline = Pipeline.load(options.model, options.weights, world.device)
+    pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
     config = pipeline.config
     if config.model.condition != "text":
         raise UserError(f"--model {options.model} draws classes, and DPG-Bench's prompts are captions")
@@ -80,10 +87,13 @@ def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
         raise UserError(f"--resolution must be given, since the model was trained at {height} x {width} pixels")
     if resolution % config.model.patch_size:
         raise UserError(f"--resolution {resolution} must be a multiple of model.patch_size ({config.model.patch_size})")
-    drawing = Drawing(options.out, asked.items, resolution, sampling_of(config, options.sampling))
+    sampling = sampling_of(config, options.sampling)
+    check_memory(world, pipeline, (resolution, resolution), sampling, "--resolution")
+    drawing = Drawing(options.out, asked.items, resolution, sampling)
     drawn_from = {"which": options.weights, "prompts_sha256": asked.prompts_sha256}
     drawn_from |= made_of(pipeline, options.model, options.weights)
-    job.draw(world, pipeline, drawing, drawn_from, {"model": str(options.model)})
+    beside = {"model": str(options.model), **count_cut(world, pipeline, [item.prompt for item in asked.items])}
+    job.draw(world, pipeline, drawing, drawn_from, beside)
 
 
 def _read_note(out: Path) -> dict[str, Any]:
@@ -125,12 +135,13 @@ def _score(world: World, options: Namespace, asked: benchmark.Benchmark) -> None
 def dpg() -> None:
     """Parse the command line, draw and score."""
     options = _parse()
-    with joined_world() as world:
+    with joined_world(vars(options)) as world:
         asked = world.from_main(lambda: benchmark.read(options.benchmark, options.parity))
-        if options.model:
-            _draw(world, options, asked)
-        if not options.sample_only:
-            _score(world, options, asked)
+        with held(world, options.out):
+            if options.model:
+                _draw(world, options, asked)
+            if not options.sample_only:
+                _score(world, options, asked)
 
 
 if __name__ == "__main__":

@@ -8,24 +8,26 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
+from launch.parser import Parser
 from t2i.config import RunConfig
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.config_loading import validate_section
 from t2i.config_sampling import SamplingConfig
+from t2i.pipeline import Pipeline
+from t2i.size_limits import check_fits
+from t2i.train.processes import World
 
 
-def job_parser(docstring: str | None) -> ArgumentParser:
+def job_parser(docstring: str | None) -> Parser:
     """A parser without options; a job's first line of documentation is its help."""
-    parser = ArgumentParser(description=(docstring or "").splitlines()[0], exit_on_error=False)
+    parser = Parser(description=(docstring or "").splitlines()[0], exit_on_error=False)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
     return parser
 
 
-def drawing_parser(
-    docstring: str | None, model: str = "model/ folder of a run", required: bool = True
-) -> ArgumentParser:
+def drawing_parser(docstring: str | None, model: str = "model/ folder of a run", required: bool = True) -> Parser:
     """A parser of the options that say which weights draw, and how.
 
     Args:
@@ -36,16 +38,24 @@ def drawing_parser(
     parser = job_parser(docstring)
     parser.add_argument("--model", type=Path, required=required, help=model)
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
+    add_text_model(parser)
     parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
     return parser
 
 
-def add_size(parser: ArgumentParser) -> None:
+def add_text_model(parser: Parser) -> None:
+    """Let the model's text encoder be elsewhere than where it was trained."""
+    parser.add_argument(
+        "--text_model", type=PathText, help="where the model's text encoder is now: a folder or hub name"
+    )
+
+
+def add_size(parser: Parser) -> None:
     """Let the size be chosen."""
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; by default the model's training resolution")
 
 
-def parsed(parser: ArgumentParser) -> Namespace:
+def parsed(parser: Parser) -> Namespace:
     """What the process's command line says.
 
     Raises:
@@ -64,6 +74,19 @@ def sampling_of(config: RunConfig, overrides: dict[str, Any]) -> SamplingConfig:
         ConfigError: a setting that is unknown or wrong.
     """
     return validate_section(SamplingConfig, {**config.sampling.model_dump(), **overrides}, "--sampling")
+
+
+def check_memory(
+    world: World, pipeline: Pipeline, size: tuple[int, int], sampling: SamplingConfig, option: str = "--size"
+) -> None:
+    """See, before anything is drawn, that a batch of pictures of this height and width fits. A collective.
+
+    Raises:
+        UserError: it does not.
+    """
+    advice = "give a smaller size, or a lower --sampling.batch_size"
+    name = f"{option} {size[0]}x{size[1]}"
+    world.from_main(lambda: check_fits(pipeline, size, sampling.batch_size, name, advice))
 
 
 def size_of(config: RunConfig, text: str | None) -> tuple[int, int]:

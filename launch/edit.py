@@ -4,44 +4,52 @@
     deepspeed launch/edit.py --model MODEL --edits flowedit.yaml --out DIR      # any number of processes; or python
 
 FlowEdit (Kulikov et al. 2025), in pixels: --n-max says how far an edit may go from its image. Of images whose sides are
-no multiples of the model's patch the middle is edited. A file of edits has the layout of FlowEdit's data set
-(evaluation/editing/edit_list.py); DIR holds the edits, results.jsonl, summary.json and edits.html, with MSE and SSIM of
-the background where the file says what was to be edited. A job that is killed goes on where it stood.
+no multiples of the model's patch the middle is edited; images that the memory cannot hold are refused. A file of edits
+has the layout of FlowEdit's data set (evaluation/editing/edit_list.py); DIR holds the edits, results.jsonl,
+summary.json and edits.html, with MSE and SSIM of the background where the file says what was to be edited. A job that
+is killed goes on where it stood.
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from pathlib import Path
-from typing import Literal
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from argparse import Namespace
+from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
-from tqdm import tqdm
 
+from data.decode import decode_file
 from data.errors import UserError
-from evaluation.drawing import made_of, write_png
-from evaluation.editing.edit_list import read_edits, read_picture
-from evaluation.editing.job import EditJob
+from data.progress import progress_bar
+from evaluation.drawing import count_cut, made_of, write_png
+from evaluation.editing.edit_list import read_edits
+from evaluation.editing.job import SCALE_DOWN, EditJob
 from evaluation.editing.outcome import as_text
 from evaluation.geneval.detectors import Name, build_detector
-from launch.drawing import job_parser, parsed
+from launch.drawing import add_text_model, job_parser, parsed
+from launch.parser import Parser
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.editing import EditSettings, edit_image, edit_settings, patch_window
 from t2i.pipeline import Pipeline
+from t2i.size_limits import check_fits
 from t2i.train.processes import World
 
 _OF_ONE = ("image", "source", "target")
 _OF_MANY = ("detector", "detector_weights", "clip")
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> Parser:
     parser = job_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model/ folder of a run that draws captions")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights edit")
+    add_text_model(parser)
     parser.add_argument("--out", type=Path, required=True, help="the .png; of --edits the folder for everything")
     parser.add_argument("--image", type=Path, help="the image to edit")
     parser.add_argument("--source", help="what it shows")
@@ -52,8 +60,12 @@ def _parser() -> ArgumentParser:
         parser.add_argument(_option(name), type=field.annotation, help=f"{field.description} (default: {default})")
     names = "finds what entries of --edits name under detect: mask2former, or shapes in drawn shapes"
     parser.add_argument("--detector", type=Name, help=names)
-    parser.add_argument("--detector-weights", help="mask2former's: file, folder or name; by default the cached ones")
-    parser.add_argument("--clip", help="CLIP's, which mask2former comes with; by default the cached ones")
+    parser.add_argument(
+        "--detector-weights", type=PathText, help="mask2former's: file, folder or name; by default the cached ones"
+    )
+    parser.add_argument(
+        "--clip", type=PathText, help="CLIP's, which mask2former comes with; by default the cached ones"
+    )
     return parser
 
 
@@ -81,6 +93,8 @@ def _check(options: Namespace) -> None:
         raise ConfigError(f"--out {options.out}: the name ends in .png")
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out.exists() and options.image.exists() and options.out.samefile(options.image):
+        raise ConfigError(f"--out {options.out}: is the --image itself: give another name")
 
 
 def edit() -> None:
@@ -88,27 +102,31 @@ def edit() -> None:
     options = parsed(_parser())
     _check(options)
     given = {name: value for name in EditSettings.model_fields if (value := getattr(options, name)) is not None}
-    with joined_world() as world:
-        pipeline = Pipeline.load(options.model, options.weights, world.device)
+    with joined_world(vars(options)) as world:
+        pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         if pipeline.config.model.condition == "class":
             raise ConfigError(f"--model {options.model} draws classes: editing needs one that draws captions")
         settings = edit_settings(pipeline.config, given, "command line")
         if options.edits is not None:
             _edit_many(world, pipeline, options, settings)
         elif world.is_main:
-            _edit_one(pipeline, options, settings)
+            _edit_one(world, pipeline, options, settings)
 
 
-def _edit_one(pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
-    image = torch.from_numpy(read_picture(options.image))
+def _edit_one(world: World, pipeline: Pipeline, options: Namespace, settings: EditSettings) -> None:
+    count_cut(world, pipeline, [options.source, options.target])
+    image = torch.from_numpy(decode_file(options.image))
     window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
+    pixels = image[:, *window]
+    _, height, width = pixels.shape
+    check_fits(pipeline, (height, width), 1, f"--image {options.image}, {height} x {width} pixels", SCALE_DOWN)
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
-    with tqdm(total=calls, unit="step") as bar:
+    with progress_bar(calls, "step", "editing") as bar:
 
         def step_done(images: Tensor, t: float) -> None:
             bar.update()
 
-        result = edit_image(pipeline, image[:, *window], options.source, options.target, settings, step_done)
+        result = edit_image(pipeline, pixels, options.source, options.target, settings, step_done)
     try:
         write_png(options.out, result.permute(1, 2, 0).numpy())
     except OSError as error:
@@ -125,7 +143,9 @@ def _edit_many(world: World, pipeline: Pipeline, options: Namespace, settings: E
     job = EditJob(options.out, options.edits.parent, edits, patch, settings, detector)
     made = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
     made |= {"clamp": sampling.clamp, "guidance_rescale": sampling.guidance_rescale}
-    summary = job.run(world, pipeline, made, {"model": str(options.model), "file": str(options.edits)})
+    beside: dict[str, Any] = {"model": str(options.model), "file": str(options.edits)}
+    beside |= count_cut(world, pipeline, [words for it in edits for words in (it.source, it.target)])
+    summary = job.run(world, pipeline, made, beside)
     if world.is_main:
         print(as_text(summary))
         print(f"{options.out / 'edits.html'} shows every edit", file=sys.stderr)

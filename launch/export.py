@@ -13,16 +13,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 
+from data.files import FileLock, atomic_path, lock_beside
 from launch.command import run
-from t2i.config_base import ConfigError
-from t2i.engine.checkpoint.format import sync
+from t2i.config_base import ConfigError, PathText
 from t2i.model_folder import read_model
 from t2i.released.convert import export_weights
 
 
-def export(model: str, /, out: str) -> None:
+def export(model: PathText, /, out: PathText) -> None:
     """Write a model folder as a checkpoint in the layout of the public code of its family.
 
     Args:
@@ -30,21 +33,23 @@ def export(model: str, /, out: str) -> None:
         out: The file to write: .ckpt, or .pth of PixelDiT for text to image.
     """
     file, folder = Path(out), Path(model)
-    if file.exists():
-        raise ConfigError(f"out is {out}: it should not exist yet")
+    _refuse_what_is_there(file)
     raw, ema = read_model(folder, "raw"), read_model(folder, "ema")
     exported = export_weights(raw.config, raw.tensors, ema.tensors)
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(exported.content, partial)
-        sync(partial)
-        partial.rename(file)
-        sync(file.parent)
+        with FileLock(lock_beside(file), f"out {out}"):
+            _refuse_what_is_there(file)
+            with atomic_path(file) as partial, partial.open("wb") as opened:  # else a full disk is no OSError
+                torch.save(exported.content, opened)
     except OSError as error:
         raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
     count = len(exported.content["state_dict"])
     print("\n".join([f"{out}: {count} tensors", *exported.notes]))
+
+
+def _refuse_what_is_there(file: Path) -> None:
+    if file.exists():
+        raise ConfigError(f"out is {file}: it should not exist yet")
 
 
 def main(args: list[str] | None = None) -> int:

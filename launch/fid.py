@@ -10,20 +10,26 @@ of them. `--features efficientnet-lite0` needs no weights from elsewhere, and co
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from typing import Any
 
 import torch
 
+from data.files import lock_beside
 from data.listing import told
 from evaluation.adm_npz import drawn_as
 from evaluation.fid.images import open_images
 from evaluation.fid.measure import compare, groups_of, measure
 from evaluation.fid.networks import Name, Network, load
 from evaluation.fid.reference import kept_numbers, open_reference, write_reference
+from evaluation.parts import held, write_json
 from launch.drawing import job_parser, parsed
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
@@ -68,24 +74,21 @@ def _options() -> Namespace:
 def fid() -> None:
     """Parse the command line and measure."""
     options = _options()
-    with joined_world() as world:
+    with joined_world(vars(options)) as world:
         # Convolutions and distances in fp32 proper: TF32 moves FID.
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
-        world.from_main(lambda: _check_targets(options))
-        network = load(options.features, options.weights, world.device)
-        if options.make_reference is not None:
-            make_reference(world, network, options)
-        else:
-            score(world, network, options)
-
-
-def _check_targets(options: Namespace) -> None:
-    for path in (options.make_reference, options.out):
-        if path is not None and path.exists():
-            raise ConfigError(f"{path} is there already: remove it or give another name")
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no folder {path.parent}")
+        target = options.make_reference or options.out
+        if target is not None and world.from_main(lambda: not target.parent.is_dir()):
+            raise ConfigError(f"{target}: there is no folder {target.parent}")
+        with nullcontext() if target is None else held(world, target, lock_beside(target)):
+            if target is not None and world.from_main(target.exists):
+                raise ConfigError(f"{target} is there already: remove it or give another name")
+            network = load(options.features, options.weights, world.device)
+            if options.make_reference is not None:
+                make_reference(world, network, options)
+            else:
+                score(world, network, options)
 
 
 def score(world: World, network: Network, options: Namespace) -> None:
@@ -103,7 +106,7 @@ def score(world: World, network: Network, options: Namespace) -> None:
     for warning in found["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(options.out, found)
 
 
 def table(found: dict[str, Any], network: Network) -> str:

@@ -12,38 +12,42 @@ where it stood, on any number of processes, to the same images.
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from argparse import Namespace
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-from tqdm import tqdm
-
 from data.errors import UserError
-from evaluation.drawing import draw_together, made_of
+from data.files import atomic_write
+from data.progress import progress_bar
+from evaluation.drawing import count_cut, draw_together, made_of
 from evaluation.geneval.detection import Detector
-from evaluation.geneval.detectors import Name, build_detector, check_classes, prompts_for
+from evaluation.geneval.detectors import Name, build_detector, check_prompts, prompts_for
 from evaluation.geneval.folder import Prompted, read_folder
 from evaluation.geneval.job import Samples, choose, compare, complete_grids, drawn_images
 from evaluation.geneval.outcome import EACH, finish, kind_of, table
 from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
 from evaluation.geneval.self_check import self_check
 from evaluation.geneval.verdicts import Verdicts
-from evaluation.parts import write_aside
+from evaluation.parts import held
 from evaluation.proving.bounds import bounds
-from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
+from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
+from launch.parser import Parser
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
-_OF_DRAWING = ("model", "weights", "sampling", "size", "images_per_prompt", "sample_only")
+_OF_DRAWING = ("model", "weights", "text_model", "sampling", "size", "images_per_prompt", "sample_only")
 _OF_PROMPTS = ("prompts", "tasks", "limit")
 _LEFT_OUT: tuple[Any, ...] = (None, False, {}, "ema")
 """What options are that were not given."""
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> Parser:
     parser = drawing_parser(__doc__, required=False)
     add_size(parser)
     parser.add_argument("--out", type=Path, help="folder for everything")
@@ -57,9 +61,13 @@ def _parser() -> ArgumentParser:
     names = "mask2former, or shapes for drawn shapes and their prompts"
     parser.add_argument("--detector", type=Name, default="mask2former", help=names)
     parser.add_argument(
-        "--detector-weights", help="mask2former's: file, folder or name; by default OpenMMLab's, cached"
+        "--detector-weights",
+        type=PathText,
+        help="mask2former's: file, folder or name; by default OpenMMLab's, cached",
     )
-    parser.add_argument("--clip", help="CLIP's, which tells colours: folder or name; by default the cached ones")
+    parser.add_argument(
+        "--clip", type=PathText, help="CLIP's, which tells colours: folder or name; by default the cached ones"
+    )
     parser.add_argument("--self-check", action="store_true", help="see that mask2former finds what it should, and end")
     parser.add_argument("--write-prompts", type=Path, help="write the official prompts to this file, and end")
     return parser
@@ -72,24 +80,25 @@ def geneval() -> None:
         _write_prompts(options.write_prompts)
         return
     _check(options)
-    with joined_world() as world:
-        if options.sample_only:
-            _draw(world, options)
-            return
-        # First, since weights that are missing should be said before hours of drawing.
-        detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
-        if options.self_check:
+    with joined_world(vars(options)) as world:
+        detector = None
+        if options.self_check or not options.sample_only:
+            # First, since weights that are missing should be said before hours of drawing.
+            detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
+        if options.self_check and detector is not None:
             print(self_check(detector))
             return
-        if options.images is None and not options.score_only:
-            _draw(world, options, detector)
-        _score(world, options, detector)
+        with held(world, options.out):
+            if options.images is None and not options.score_only:
+                _draw(world, options, detector)
+            if detector is not None:
+                _score(world, options, detector)
 
 
 def _write_prompts(path: Path) -> None:
     prompts = official()
     try:
-        write_aside(path, [to_lines(prompts)])
+        atomic_write(path, to_lines(prompts))
     except OSError as error:
         raise UserError(f"--write-prompts {path}: cannot be written: {error.strerror}") from error
     print(f"{len(prompts)} prompts in {path}, md5 {digest(prompts)}")
@@ -126,22 +135,26 @@ def _refuse(options: Namespace, name: str, why: str) -> None:
         raise ConfigError(f"{_option(name)} {why}")
 
 
-def _draw(world: World, options: Namespace, detector: Detector | None = None) -> None:
+def _draw(world: World, options: Namespace, detector: Detector | None) -> None:
     """Draw what is missing; a detector that is to judge it is asked first whether it can."""
     prompts = read(options.prompts) if options.prompts else prompts_for(options.detector)
+    kind, part = kind_of(prompts)
     kept, choice = choose(prompts, options.tasks or (), options.limit)
     chosen = [prompts[number] for number in kept]
     if detector is not None:
-        check_classes(chosen, detector)
+        check_prompts(chosen, detector)
     file = options.prompts or ("proving ground" if options.detector == "shapes" else "GenEval")
-    beside = {"model": str(options.model), "file": str(file), "kind": kind_of(prompts), "choice": choice}
-    pipeline = Pipeline.load(options.model, options.weights, world.device)
+    choice = ", ".join(filter(None, [part, choice]))
+    beside: dict[str, Any] = {"model": str(options.model), "file": str(file), "kind": kind, "choice": choice}
+    pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
     if pipeline.config.model.condition == "class":
         raise ConfigError(f"--model {options.model} draws from classes: GenEval needs one that draws from captions")
     settings = sampling_of(pipeline.config, options.sampling)
     size, each = size_of(pipeline.config, options.size), options.images_per_prompt or EACH
+    check_memory(world, pipeline, size, settings)
     samples = Samples(options.out, chosen, each, size, settings)
     about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+    beside |= count_cut(world, pipeline, [it["prompt"] for it in chosen])
     batches = world.from_main(lambda: samples.begin(about, beside))
     draw_together(world, options.out, batches, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
     complete_grids(world.from_main(samples.prompted)[world.rank :: world.size])
@@ -156,21 +169,23 @@ def _to_score(options: Namespace) -> tuple[list[Prompted], dict[str, Any]]:
     prompts = [it.metadata for it in prompted]
     if options.prompts:
         compare(prompted, read(options.prompts), f"--prompts {options.prompts}")
+    kind, part = kind_of(prompts)
     kept, choice = choose(prompts, options.tasks or (), options.limit)
     file = str(options.prompts or f"metadata.jsonl of {options.images}")
-    about = {"file": file, "md5": digest(prompts), "kind": kind_of(prompts), "choice": choice}
+    choice = ", ".join(filter(None, [part, choice]))
+    about = {"file": file, "md5": digest(prompts), "kind": kind, "choice": choice}
     return [prompted[number] for number in kept], {"prompts": about, "drawn": {"images": str(options.images)}}
 
 
 def _score(world: World, options: Namespace, detector: Detector) -> None:
     prompted, about = world.from_main(lambda: _to_score(options))
-    check_classes([it.metadata for it in prompted], detector)
+    check_prompts([it.metadata for it in prompted], detector)
     verdicts = Verdicts(options.out, prompted, detector)
     missing = world.from_main(verdicts.begin)
     if world.is_main:
         (options.out / "summary.json").unlink(missing_ok=True)  # of what was there before, and this job may be killed
     mine = missing[world.rank :: world.size]
-    with tqdm(total=len(mine), disable=not world.is_main, unit="prompt", desc="judging") as bar:
+    with progress_bar(len(mine), "prompt", "judging", shown=world.is_main) as bar:
         world.together(lambda: verdicts.judge(mine, bar.update))
     if options.detector == "shapes":
         about["bounds"] = world.from_main(lambda: bounds(prompted, detector))

@@ -17,23 +17,28 @@ out, try --null_attention zero. The null class is in the file.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import json
 import shutil
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data.files import FileLock, atomic_write, lock_beside
 from launch.command import run
 from launch.process import quiet
 from t2i.build import build_conditioner, choose_dtype
 from t2i.config import RunConfig
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.config_loading import load_config, stage_config
-from t2i.engine.checkpoint.format import commit, write_durably
-from t2i.model_folder import write_model
+from t2i.engine.checkpoint.format import commit
+from t2i.model_folder import NULL_CAPTION, check_finite, write_model
 from t2i.models.conditions import Conditioner
 from t2i.models.text import TextEncoder
 from t2i.released.checkpoint import Checkpoint
@@ -44,7 +49,12 @@ from t2i.released.positions import trained_resolution
 
 
 def import_checkpoint(
-    file: str, /, out: str, config: str, resolution: int | None = None, null_attention: NullAttention = "mean"
+    file: PathText,
+    /,
+    out: PathText,
+    config: PathText,
+    resolution: int | None = None,
+    null_attention: NullAttention = "mean",
 ) -> None:
     """Turn a released PixelGen or PixelDiT checkpoint into a model folder.
 
@@ -59,8 +69,7 @@ def import_checkpoint(
             trained.
     """
     folder = Path(out)
-    if folder.exists():
-        raise ConfigError(f"out is {out}: it should not exist yet")
+    _refuse_what_is_there(folder)
     run_config, checkpoint = load_config(Path(config)), Checkpoint(Path(file))
     check_kind(checkpoint, run_config.model)  # before a text encoder is loaded
     if run_config.model.text_padding != "attend":
@@ -76,15 +85,23 @@ def import_checkpoint(
     conditioner = build_conditioner(settings, device, choose_dtype(settings.engine.dtype, device))
     imported = import_weights(checkpoint, settings, conditioner.width)
     null = _null_caption(conditioner, null_attention, settings, imported.report)
+    check_finite([(NULL_CAPTION, null)], f"text.model {settings.text.model}")
     aside = folder.with_name(f".{folder.name}.importing")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        write_model(aside, settings, imported.raw, imported.ema, null)
-        write_durably(aside / "import.json", json.dumps(asdict(imported.report), indent=1))
-        commit(aside, folder)
+        with FileLock(lock_beside(folder), f"out {out}"):
+            _refuse_what_is_there(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+            write_model(aside, settings, imported.raw, imported.ema, null)
+            atomic_write(aside / "import.json", json.dumps(asdict(imported.report), indent=1).encode())
+            commit(aside, folder)
     except OSError as error:
         raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
     print(_summary(folder, imported))
+
+
+def _refuse_what_is_there(folder: Path) -> None:
+    if folder.exists():
+        raise ConfigError(f"out is {folder}: it should not exist yet")
 
 
 def _null_caption(conditioner: Conditioner, attention: NullAttention, settings: RunConfig, report: Report) -> Tensor:

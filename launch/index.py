@@ -12,17 +12,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from data.errors import UserError
 from data.inspect.page import size_of
 from data.listing import told
 from data.shards.manifest import MANIFEST, build_manifest, open_place
 from data.store import StoreOptions, open_store
 from launch.command import run
+from t2i.config_base import PathText
 
 _NAMED = 20
 
 
-def index(sources: list[str], /, options: StoreOptions, out: str | None = None, workers: int = 16) -> None:
+def index(sources: list[PathText], /, options: StoreOptions, out: PathText | None = None, workers: int = 16) -> None:
     """Index the shards of directories and s3:// prefixes, and list them in one manifest.
 
     Args:

@@ -10,30 +10,35 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data.coming import coming_batches
 from data.errors import UserError
 from data.example import ImageSettings
+from data.files import atomic_path
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
+from data.progress import progress_bar
 from data.shards.index import list_left_out, open_index
 from data.store import open_store
 from data.stream import Source
 from launch.command import run
 from t2i.config import RunConfig, TextConfig, TrainConfig
-from t2i.config_base import ConfigError
+from t2i.config_base import ConfigError, PathText
 from t2i.config_data import DataConfig, SourceConfig
 from t2i.config_loading import load_config, stage_config, validate_section
 from t2i.engine.checkpoint import Checkpoint
@@ -73,18 +78,18 @@ class Options:
         requester_pays: With SOURCE, agree to be charged for the requests.
     """
 
-    config: str | None = None
+    config: PathText | None = None
     stage: str | None = None
     source: str | None = None
     samples: int | Literal["all"] = 2000
     decode: int | Literal["all"] = 2000
     seed: int | None = None
     sheet: int = 48
-    out: str = "inspect.html"
+    out: PathText = "inspect.html"
     order: int | None = None
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     name: str | None = None
-    manifest: str | None = None
+    manifest: PathText | None = None
     resolution: int | None = None
     small_images: Literal["drop", "upscale"] | None = None
     batch_size: int | None = None
@@ -110,7 +115,7 @@ class _Job:
     token_limit: int
 
 
-def inspect_data(source: str | None = None, /, *, options: Options) -> None:
+def inspect_data(source: PathText | None = None, /, *, options: Options) -> None:
     """Look at the samples of one source, or at the order of all.
 
     Args:
@@ -226,7 +231,7 @@ def _write_page(job: _Job, chosen: SourceConfig, options: Options) -> None:
     samples = None if options.samples == "all" else options.samples
     total = min(samples or sys.maxsize, int(source.index.counts.sum()))
     with _replacing(options.out) as file:
-        with tqdm(total=total, unit="sample", disable=None) as bar:
+        with progress_bar(total, "sample", "reading") as bar:
             findings = inspect(
                 source.index,
                 source.rules,
@@ -248,18 +253,14 @@ def _replacing(out: str) -> Iterator[TextIO]:
     path = Path(out)
     if "://" in out or path.is_dir():
         raise UserError(f"out is {out}: it should be a local file to write")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"out is {out}: it cannot be written: {error.strerror}") from error
-    try:
-        with file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(atomic_path(path))
+            file = stack.enter_context(partial.open("w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"out is {out}: it cannot be written: {error.strerror}") from error
+        yield file
 
 
 def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
@@ -267,7 +268,7 @@ def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
     if checkpoint is not None:
         state = Checkpoint(Path(checkpoint)).state["data"]
     sources = [_open(job.data, source) for source in job.data.sources]
-    with tqdm(total=batches * job.batch_size, unit="sample", disable=None) as bar:
+    with progress_bar(batches * job.batch_size, "sample", "reading") as bar:
         coming = coming_batches(
             sources,
             job.images,

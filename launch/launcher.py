@@ -26,7 +26,7 @@ def _words(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
 
 
-def _launchers() -> list[tuple[int, str]]:
+def launchers() -> list[tuple[int, str]]:
     """Process id and start time of the launchers above this process, nearest first.
 
     Raises:
@@ -64,7 +64,7 @@ def _is_alive(pid: int, started: str) -> bool:
 def watch_launcher(died: Callable[[], None]) -> None:
     """Call `died`, on a thread, when a launcher above this process dies; end the process if one is dead already."""
     try:
-        watched = _launchers()
+        watched = launchers()
     except ProcessLookupError:
         os._exit(1)
     if not watched:

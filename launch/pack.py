@@ -13,9 +13,14 @@ nothing when that is there, and goes on where it was stopped when it is not.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import os
 import posixpath
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -28,6 +33,7 @@ from data.packing.contents import Contents
 from data.packing.recipe import Recipe
 from data.store import Store, StoreOptions, open_store
 from launch.command import run
+from t2i.config_base import PathText
 
 _PARQUET = ".parquet"
 
@@ -42,7 +48,7 @@ class Target:
         workers: Processes; by default one per processor core. Does not change the result.
     """
 
-    out: str
+    out: PathText
     shard_size: int = 1000
     workers: int | None = None
 
@@ -58,7 +64,7 @@ class Target:
         print(f"{self.out} {verb}: {counts}{captions}{told(done.summary['left_out'])}")
 
 
-def folder(source: str, /, target: Target, recipe: Recipe, options: StoreOptions) -> None:
+def folder(source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions) -> None:
     """Pack a folder's images, at any depth, with the files beside them of the same name, such as .txt and .json.
 
     Captions may also be named a.jpg.txt or a.caption. What is left out is counted by reason.
@@ -71,7 +77,9 @@ def folder(source: str, /, target: Target, recipe: Recipe, options: StoreOptions
     target.pack(samples_of_folder(open_store(source, options), recipe), options)
 
 
-def tars(source: str, /, target: Target, recipe: Recipe, options: StoreOptions, manifest: str | None = None) -> None:
+def tars(
+    source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions, manifest: PathText | None = None
+) -> None:
     """Pack the samples of existing tars anew, with all their members.
 
     Args:
@@ -89,14 +97,14 @@ def tars(source: str, /, target: Target, recipe: Recipe, options: StoreOptions, 
 
 
 def parquet(
-    source: str,
+    source: PathText,
     /,
     target: Target,
     recipe: Recipe,
     options: StoreOptions,
     image_column: str = "image",
     caption_column: str = "caption",
-    root: str | None = None,
+    root: PathText | None = None,
 ) -> None:
     """Pack the rows of a Parquet file or of a folder of them; other plain columns go into each sample's .json.
 
@@ -123,19 +131,20 @@ def parquet(
 
 
 def csv(
-    source: str,
+    source: PathText,
     /,
     target: Target,
     recipe: Recipe,
     options: StoreOptions,
     image_column: str = "path",
     caption_column: str = "caption",
-    root: str | None = None,
+    root: PathText | None = None,
 ) -> None:
     """Pack the rows of a CSV or TSV file with a header; its other columns go into each sample's .json.
 
     Args:
-        source: The file, a path or s3:// URL; .tsv and .tab are separated by tabs.
+        source: The file, a path or s3:// URL, with tabs, commas, semicolons or bars between cells. In a TSV quotes
+            belong to the text, unless its header is quoted, or they hold a tab, a newline or a doubled quote.
         image_column: Column with the images' paths.
         caption_column: Column with captions.
         root: Folder or s3://bucket/prefix that paths are relative to, by default the file's own; nothing outside is

@@ -10,11 +10,17 @@ A few seconds of arithmetic: no weights, no data, no GPU.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
 import json
-import sys
 
-from launch.arguments import parse
+from launch.arguments import parse, values_of
+from launch.parser import read_word
 from launch.process import main
 from launch.train import DEFAULT_CONFIG
 from t2i.config_base import ConfigError
@@ -39,6 +45,9 @@ def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sample_kb", type=float, default=100.0, help="mean KB of a sample (default: %(default)s)")
     parser.add_argument("--reference", action="store_true", help="FLOPs and memory as of the public code")
     parser.add_argument("--json", action="store_true", help="print JSON in bytes, seconds and FLOPs")
+    given = values_of(argv)
+    for name, kind in {"gpus": int, "mfu": float, "sample_kb": float}.items():
+        read_word(given.get(name, "0"), kind, f"--{name}")
     try:
         return parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

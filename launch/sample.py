@@ -3,40 +3,35 @@
     python launch/sample.py --model runs/demo/sft/model --prompts prompts.txt --out DIR [--size 32x48]
 
 One prompt a line; picture n of prompt i is DIR/iiiii_n.png, with DIR/prompts.json beside. Under `deepspeed` or
-`torchrun` the processes share the work; the pictures are the same for any number of them.
+`torchrun` the processes share the work; the pictures are the same for any number of them. A job that is killed goes on
+where it stood; a folder that holds anything else is refused.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from itertools import chain
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.drawing import add_size, drawing_parser, parsed, sampling_of, size_of
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+from data.files import read_lines
+from evaluation.drawing import count_cut, draw_together, made_of, unfinished_batches, write_png
+from evaluation.parts import begin_or_go_on, held
+from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
-from t2i.pipeline import Picture, Pipeline, batches_of
+from t2i.pipeline import Pipeline, pictures_of
 
 
 def _read_prompts(path: Path) -> list[str]:
-    try:
-        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: cannot be read: {error}") from error
+    prompts = [line.strip() for line in read_lines(path, f"--prompts {path}") if line.strip()]
     if not prompts:
         raise ConfigError(f"--prompts {path}: holds no prompt")
     return prompts
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be made: {error.strerror}") from error
 
 
 def sample() -> None:
@@ -51,28 +46,39 @@ def sample() -> None:
     prompts = _read_prompts(options.prompts)
     if options.pictures < 1:
         raise ConfigError(f"--pictures {options.pictures}: at least one picture a prompt")
-    with joined_world() as world:
-        pipeline = Pipeline.load(options.model, options.weights, world.device)
+    with joined_world(vars(options)) as world:
+        pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         settings = sampling_of(pipeline.config, options.sampling)
         if options.negative and settings.guidance_scale == 1.0:
             raise ConfigError("--negative does nothing at guidance_scale 1: leave it out or raise the scale")
         size = size_of(pipeline.config, options.size)
-        pictures = [Picture(prompt, n, options.negative) for prompt in prompts for n in range(options.pictures)]
-        # Whole batches, so that a picture has its place in one for any number of processes.
-        batches = batches_of(range(len(pictures)), settings.batch_size)
-        mine = [i for batch in world.share(batches) for i in batch]
-        world.from_main(lambda: _make_folder(options.out))
-        images = chain.from_iterable(pipeline.draw_batches([pictures[i] for i in mine], settings, size))
-        with_bar = tqdm(images, total=len(mine), disable=not world.is_main, unit="picture")
-        for i, image in zip(mine, with_bar, strict=True):
-            prompt, number = divmod(i, options.pictures)
-            path = options.out / f"{prompt:05d}_{number}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        world.barrier()
+        check_memory(world, pipeline, size, settings)
+        pictures = pictures_of(prompts, options.pictures, options.negative)
+        paths = [options.out / f"{i // options.pictures:05d}_{i % options.pictures}.png" for i in range(len(pictures))]
+        about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+        about |= {"prompts": prompts, "pictures": options.pictures, "negative": options.negative}
+        about |= {"size": size, "sampling": settings.model_dump(mode="json")}
+        beside = {"model": str(options.model), **count_cut(world, pipeline, prompts)}
+        if world.is_main and pipeline.conditioner.cut([options.negative], plain=True):
+            print(
+                f"--negative is longer than text.length {pipeline.config.text.length} tokens and is cut",
+                file=sys.stderr,
+            )
+
+        def begin() -> list[Sequence[int]]:
+            begin_or_go_on(options.out / "prompts.json", about, beside)
+            return unfinished_batches(range(len(paths)), settings.batch_size, lambda i: not paths[i].exists())
+
+        def draw(mine: Sequence[int], drawn: Callable[[int], object]) -> None:
+            images = chain.from_iterable(pipeline.draw_batches([pictures[i] for i in mine], settings, size))
+            for i, image in zip(mine, images, strict=True):
+                if not paths[i].exists():
+                    write_png(paths[i], image.permute(1, 2, 0).numpy())
+                drawn(1)
+
+        with held(world, options.out):
+            draw_together(world, options.out, world.from_main(begin), draw)
         if world.is_main:
-            described = {"model": str(options.model), "weights": options.weights, "prompts": prompts}
-            described |= {"negative": options.negative, "size": size, "sampling": settings.model_dump()}
-            (options.out / "prompts.json").write_text(json.dumps(described, indent=1))
             print(f"{len(pictures)} pictures in {options.out}", file=sys.stderr)
 
 

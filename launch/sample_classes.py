@@ -12,9 +12,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.files import lock_beside
 from evaluation.adm_npz import Samples
 from evaluation.drawing import draw_together, made_of
-from launch.drawing import drawing_parser, parsed, sampling_of
+from evaluation.parts import held
+from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import ConfigError
 from t2i.pipeline import Pipeline
@@ -30,24 +35,23 @@ def sample_classes() -> None:
         raise ConfigError(f"--samples {options.samples}: at least one image")
     if options.out.suffix != ".npz":
         raise ConfigError(f"--out {options.out}: the name ends in .npz")
-    with joined_world() as world:
-        pipeline = Pipeline.load(options.model, options.weights, world.device)
+    with joined_world(vars(options)) as world:
+        pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
         config = pipeline.config
         if config.model.condition != "class":
             raise ConfigError(f"--model {options.model} draws from captions: use launch/sample.py")
         settings = sampling_of(config, options.sampling)
+        check_memory(world, pipeline, config.data.size, settings)
         samples = Samples(options.out, options.samples, config.model.classes, config.data.size, settings)
-        # Beside its parts, it may lack what is known of it.
-        if world.from_main(lambda: options.out.exists() and not samples.folder.exists()):
-            raise ConfigError(f"--out {options.out} is there already: remove it or give another name")
 
         def begin() -> list[range]:
             samples.begin(made_of(pipeline, options.model, options.weights))
             return samples.missing()
 
-        missing = world.from_main(begin)
-        draw_together(world, samples.folder, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
-        world.from_main(samples.assemble)
+        with held(world, options.out, lock_beside(options.out)):
+            missing = world.from_main(begin)
+            draw_together(world, samples.folder, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
+            world.from_main(samples.assemble)
         if world.is_main:
             print(f"{options.samples} images in {options.out}", file=sys.stderr)
 

@@ -3,34 +3,51 @@
     python launch/serve.py --model runs/demo/sft/model [--host 127.0.0.1] [--port 7860]
 
 It needs the extra `serve` (Gradio). The page is for this machine alone unless --host says otherwise, and there is no
-password. Pictures last as long as the server.
+password. Pictures last as long as the server; of what visitors bring, the latest gibibyte is kept.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: with the code beside it, whatever is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import importlib.util
+import ipaddress
 import os
 import signal
-import sys
 from contextlib import closing
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from data.errors import UserError
+from evaluation.drawing import made_of
 from launch.command import run
+from launch.overlooked import gpu_signs, warn_of_overlooked_gpu
 from launch.process import quiet
 from t2i.config import RunConfig
+from t2i.config_base import PathText
 from t2i.model_folder import WhichWeights
 from t2i.pipeline import Pipeline
-from t2i.serving.limits import USABLE, find_limits, free_bytes
+from t2i.serving.kept import KeptFiles
 from t2i.serving.studio import Studio
+from t2i.size_limits import USABLE, find_limits, free_bytes
+
+MOST_UPLOADS, MOST_UPLOAD_BYTES = 1000, 2**30
+"""Files that visitors bring, and their bytes: the latest are kept, over all visitors."""
+OPEN_TO_ALL = """
+WARNING: --host {host}: whoever reaches port {port} of this machine can draw and edit here. There is no password, and
+WARNING: nothing is encrypted. To be the only one, leave --host out and come through ssh -L {port}:127.0.0.1:{port}.
+"""
 
 
 def serve(
-    model: str,
+    model: PathText,
     which: WhichWeights = "ema",
+    text_model: PathText | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
     queue: int = 8,
@@ -41,7 +58,8 @@ def serve(
     Args:
         model: Folder of a trained model.
         which: Which of its weights draw.
-        host: Address to bind to; 0.0.0.0 lets the network in, without a password.
+        text_model: Where its text encoder is now: a folder or hub name.
+        host: Address to bind to; any but this machine's own lets the network in, without a password.
         port: Port to listen on.
         queue: Requests that may wait; more are refused.
         max_pixels: Height times width of a picture at most; by default what the memory allows.
@@ -56,7 +74,9 @@ def serve(
         raise UserError(f"--port {port}: must be from 1 to 65535")
     quiet(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = Pipeline.load(Path(model), which, device)
+    if device.type == "cpu":
+        warn_of_overlooked_gpu(gpu_signs())
+    pipeline = Pipeline.load(Path(model), which, device, text_model)
     limits = find_limits(pipeline, int(USABLE * free_bytes(device)), max_pixels)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted: pictures are removed
     with TemporaryDirectory(prefix="t2i-serve-") as folder:
@@ -65,10 +85,22 @@ def serve(
         from t2i.serving.page import build_page
         from t2i.serving.page import serve as serve_page
 
-        pictures = Path(folder, "pictures")
-        pictures.mkdir()
-        with closing(Studio(pipeline, {"model": model, "weights": which}, limits, pictures)) as studio:
-            serve_page(build_page(studio, pipeline.config.name, _facts(pipeline.config, which)), host, port, queue)
+        place = Path(folder).resolve()
+        uploads = KeptFiles(place / "uploads", MOST_UPLOADS, MOST_UPLOAD_BYTES)
+        made = {"model": pipeline.config.name, "which": which, **made_of(pipeline, Path(model), which)}
+        with closing(Studio(pipeline, made, limits, place / "pictures")) as studio:
+            page = build_page(studio, uploads, pipeline.config.name, _facts(pipeline.config, which))
+            if not _is_loopback(host):
+                print(OPEN_TO_ALL.format(host=host, port=port), file=sys.stderr)
+            serve_page(page, uploads, studio.pictures, host, port, queue)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; a name is taken for one that others reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _facts(config: RunConfig, which: str) -> str:

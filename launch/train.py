@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import traceback
 from contextlib import ExitStack
+from typing import Any
 
 from launch.arguments import parse
 from launch.departure import departure
 from launch.process import joined_world
 from launch.scoring import build_scorer
+from t2i.config import STAGE_SECTIONS, RunConfig
+from t2i.config_base import ConfigError
+from t2i.config_loading import stage_config
 from t2i.exit_codes import FAILED, START_AGAIN
 from t2i.train.curriculum import run
 from t2i.train.failures import Failure, Failures
@@ -17,11 +22,13 @@ from t2i.train.outcome import Departed
 from t2i.train.watch import collective_timeout
 
 DEFAULT_CONFIG = "configs/pixelgen_xxl.yaml"
+_EXTEND = "With --extend STAGE, a stage that is done is trained on, to the train.steps that the config now says."
 
 
 def train(description: str, only: int | None, default_config: str = DEFAULT_CONFIG) -> None:
     """Parse the command line, join the ranks, and train one stage (`only`, from 0) or all."""
-    config = parse(description.splitlines()[0], default_config, sys.argv[1:])
+    extend, words = _extension(sys.argv[1:])
+    config = parse(f"{description.splitlines()[0]} {_EXTEND}", default_config, words, only)
     departure.limit(config.limits.wall_clock_minutes)
 
     def leave() -> str | None:
@@ -29,9 +36,14 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
         return departure.reason
 
     patience = collective_timeout(config.limits.start_minutes)
-    with ExitStack() as at_exit, joined_world(patience) as world, Failures(world) as failures:
+    settings = {**_resolved(config), "extend": extend}
+    with (
+        ExitStack() as at_exit,
+        joined_world(settings, patience) as world,
+        Failures(world) as failures,
+    ):
         try:
-            run(config, world, only, leave, failures, at_exit, build_scorer)
+            run(config, world, only, leave, failures, at_exit, build_scorer, extend)
             world.barrier()  # else rank 0's end would look like its death
         except Exception as error:
             failure = failures.report(error)
@@ -42,6 +54,27 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
             sys.exit(failure.code)
         finally:
             departure.settle()
+
+
+def _extension(words: list[str]) -> tuple[str | None, list[str]]:
+    """What --extend says, if it is given, and the rest of a command line, which is the config's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--extend")
+    try:
+        given, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ConfigError("--extend: name the stage that is to be trained for longer") from error
+    return given.extend, rest
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    """What a run trains with: what its stages share, and all of each stage's own sections."""
+    shared = config.model_dump(exclude={*STAGE_SECTIONS, "stages"})
+    stages = [
+        {"name": stage["name"], **stage_config(config, index).model_dump(include=set(STAGE_SECTIONS))}
+        for index, stage in enumerate(config.stages)
+    ]
+    return {**shared, "stages": stages}
 
 
 def _words(failure: Failure, error: Exception) -> str:

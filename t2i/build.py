@@ -132,10 +132,11 @@ def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype, comp
 
 
 def condition_identity(config: RunConfig) -> str:
-    """What captions' conditions depend on; it is kept beside the null caption, so that a run goes on with its own."""
+    """What captions' conditions depend on besides the text encoder's weights; it is kept beside the null caption, so
+    that a run goes on with its own."""
     if config.model.condition == "class":
         return f"model.classes {config.model.classes}"
     padding = " under model.text_padding mask" if config.model.text_padding == "mask" else ""
     digest = hashlib.sha256(config.text.instruction.encode()).hexdigest()[:12]
     instruction = f" after the text.instruction of SHA-256 {digest}..." if config.text.instruction else ""
-    return f"text.model {config.text.model} at text.length {config.text.length}{padding}{instruction}"
+    return f"text.length {config.text.length}{padding}{instruction}"

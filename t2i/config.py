@@ -3,6 +3,7 @@
 A run is a list of stages. The sections below hold the settings that stages share; a stage names what differs.
 What counts, from weakest to strongest: the defaults here, the file's sections, the stage, the command line. A file
 with `base: other.yaml`, a path seen from itself, changes what that one says; lists, `stages` among them, are replaced.
+In paths `~`, `$NAME` and `${NAME}` are filled in; where a field may be none, null and none say so.
 `t2i/config_loading.py` reads, checks and merges them; `t2i/config_data.py` is the part about data,
 `t2i/config_model.py` that about the network.
 """
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from t2i.config_base import NAME, Section
+from t2i.config_base import NAME, ExpandedPath, PathText, Section
 from t2i.config_checkpoint import CheckpointConfig
 from t2i.config_data import DataConfig
 from t2i.config_guard import GuardConfig
@@ -30,10 +31,12 @@ from t2i.config_scoring import ScoringConfig
 class TextConfig(Section):
     """The frozen language model that reads captions."""
 
-    model: str = "Qwen/Qwen3-1.7B"
-    """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package."""
+    model: PathText = "Qwen/Qwen3-1.7B"
+    """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package. Of an
+    encoder-decoder the encoder reads captions, of a model of text and images its text tower or language model."""
     length: int = Field(128, gt=0)
-    """Tokens a caption is padded or cut to; under model.text_padding mask, the most that it may have."""
+    """Tokens a caption is padded or cut to; under model.text_padding mask, the most that it may have. At most what the
+    language model has positions for."""
     instruction: str = ""
     """Words put before every caption, but not before the empty one and negative prompts; they end with a space. Their
     tokens are not kept, but a decoder's states of the caption have seen them. Public weights that were trained under an
@@ -72,7 +75,7 @@ class EngineConfig(Section):
     offload: bool = False
     """Of deepspeed at zero_stage 3, with AdamW: keep gradients, masters, moments and average in host memory, and update
     there: slow, for GPUs that are too small."""
-    state_folder: Path | None = None
+    state_folder: ExpandedPath | None = None
     """Folder for files in which the optimizer's moments, the average and what a checkpoint copies live, mapped into
     memory: for machines whose memory does not hold them. The state must lie in host memory (a CPU run, or offload), the
     folder on a local disk: a tmpfs such as /dev/shm is memory, too."""
@@ -112,7 +115,7 @@ class EmaConfig(Section):
 class InitConfig(Section):
     """What a stage starts from."""
 
-    source: str = "previous"
+    source: PathText = "previous"
     """previous (the stage before; scratch in the first), scratch, or the path of a model/ folder."""
     weights: Literal["raw", "ema"] = "raw"
     """Which weights of the source become this stage's."""
@@ -130,7 +133,7 @@ class ValidationConfig(Section):
     samples: int = Field(1024, ge=0)
     """Held-out samples, over all sources by weight; 0 turns validation off."""
     prompts: list[str] = Field([])
-    """Prompts of the sample grid; none turns it off."""
+    """Prompts of the sample grid; an empty list turns it off."""
     columns: int = Field(4, gt=0)
     """Pictures in a row of the grid."""
 
@@ -141,7 +144,7 @@ class LoggingConfig(Section):
     every: int = Field(10, gt=0)
     """Steps between lines of metrics.jsonl; each line is of one step, not an average."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; online needs a login and falls back to offline without one."""
+    """Weights & Biases; where online cannot begin, as without a login, it writes offline. A fault there ends no run."""
     wandb_project: str = "pixel-t2i"
     """Project name there."""
 
@@ -170,7 +173,7 @@ class RunConfig(Section):
 
     name: str = Field("run", pattern=NAME)
     """Name of the run and of its folder."""
-    root: Path = Path("runs")
+    root: ExpandedPath = Path("runs")
     """Folder that holds the run's folder; visible to all ranks."""
     seed: int = 0
     """Seed of everything random in the run."""

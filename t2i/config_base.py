@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from data.errors import UserError
+from data.files import expand_path
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
@@ -16,17 +19,50 @@ class ConfigError(UserError):
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path, an address such as s3://bucket/prefix, or a name that may be a path."""
+ExpandedPath = Annotated[Path, AfterValidator(expand_path)]
+
+
+def parts_of(annotation: Any) -> set[Any]:
+    """All that an annotation is made of: types, what is inside them, and values of literals."""
+    return {annotation}.union(*map(parts_of, get_args(annotation))) if get_args(annotation) else {annotation}
+
+
+def read_none(value: Any, annotation: Any) -> Any:
+    """None, or the literal "none", for a word that says so, wherever a field may have it; any other value as it is."""
+    if value is not None and not (isinstance(value, str) and value.lower() in ("none", "null")):
+        return value
+    parts = parts_of(annotation)
+    return None if NoneType in parts else "none" if "none" in parts else value
 
 
 class Section(BaseModel):
-    """Base of every part of the tree: unknown keys are errors and the docstrings are the help texts."""
+    """Base of every part of the tree: unknown keys are errors, numbers are finite, docstrings are the help texts."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _truth_values_are_no_numbers(cls, tree: Any) -> Any:
-        for name, field in cls.model_fields.items() if isinstance(tree, dict) else ():
-            if field.annotation in (int, float) and isinstance(tree.get(name), bool):
-                raise ValueError(f"{name} must be a number, not {str(tree[name]).lower()}")
-        return tree
+    def _plain_values(cls, tree: Any) -> Any:
+        """Words for none; truth values are no numbers, also within lists and mappings."""
+        if not isinstance(tree, dict):
+            return tree
+        for name, field in cls.model_fields.items():
+            parts = parts_of(field.annotation)
+            numeric = bool(parts & {int, float}) or any(isinstance(part, int) for part in parts)  # of a literal
+            if numeric and bool not in parts and (truth := _truth_value(tree.get(name))) is not None:
+                must = "be a number" if isinstance(tree[name], bool) else "hold numbers"
+                raise ValueError(f"{name} must {must}, not {str(truth).lower()}")
+        annotations = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: read_none(value, annotations.get(name)) for name, value in tree.items()}
+
+
+def _truth_value(value: Any) -> bool | None:
+    """The first truth value in a tree of lists and mappings."""
+    if isinstance(value, bool):
+        return value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((truth for it in inner if (truth := _truth_value(it)) is not None), None)

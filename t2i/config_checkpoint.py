@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from data.store import StoreOptions
-from t2i.config_base import Section
+from t2i.config_base import PathText, Section
 
 
 class CheckpointConfig(Section):
@@ -21,7 +21,7 @@ class CheckpointConfig(Section):
     ephemeral_every: int = Field(0, ge=0)
     """Steps between checkpoints of which only the newest is kept, and only until a regular one is newer: what a
     preempted run loses. Below every; 0: none."""
-    mirror: str | None = None
+    mirror: PathText | None = None
     """Directory or s3://bucket/prefix to which regular checkpoints are copied in the background, under the run's and
     the stage's name. A run goes on from there if it finds a newer one there than in its own folder. none: no copies."""
     mirror_endpoint: str | None = None

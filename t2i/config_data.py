@@ -11,14 +11,15 @@ from data.example import Crop
 from data.formats import IMAGE_EXTENSIONS
 from data.select import Rules
 from data.store import StoreOptions
-from t2i.config_base import Section
+from t2i.config_base import PathText, Section
 
 
 class CaptionConfig(Section):
     """Which words a sample trains on."""
 
     members: dict[str, float] = Field({"txt": 1.0})
-    """Members that hold captions, or json:FIELD, and their weights; each visit chooses one of those that are there."""
+    """Members that hold captions, or json:FIELD (a text or a list of texts), and their weights; each visit chooses one
+    of those that are there."""
     min_words: int = 0
     """Captions with fewer words are passed over."""
     max_words: int | None = None
@@ -34,13 +35,13 @@ class SourceConfig(Section):
 
     name: str
     """Name of the source in ids, metrics and reports."""
-    url: str
+    url: PathText
     """Directory or s3://bucket/prefix that holds the .tar shards (or image files)."""
     class_folders: bool = False
     """The images lie in one folder a class, as ImageNet's do, and the folder's number, by name, is member cls."""
-    index: str | None = None
+    index: PathText | None = None
     """Manifest that launch/index.py wrote; none takes index.json beside the shards, or indexes up to 1,000 of them."""
-    heldout: str | None = None
+    heldout: PathText | None = None
     """Directory or s3:// prefix, with its own index.json, that validation reads; none: no validation on this source."""
     weight: float = Field(1.0, gt=0)
     """Share of the samples drawn from this source, relative to the other sources' weights."""

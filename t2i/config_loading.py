@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
-from data.errors import DataError
+from data.errors import DataError, UserError
+from data.files import expand_path
 from data.order import check_layout
+from data.yaml_file import dump_yaml, read_yaml
 from t2i.config import STAGE_SECTIONS, RunConfig
 from t2i.config_base import NAME, ConfigError, Section
 
@@ -56,7 +57,9 @@ def _explain(section: type[Section], error: ValidationError, where: str) -> str:
     message = first["msg"].removeprefix("Value error, ")
     value = first["input"]
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | type(None)) else ""
-    return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
+    # A section's own check begins with the field's name, which is then said whole.
+    joint = "." if message.partition(" ")[0] in _field_names(section, location) else ": "
+    return f"{where}: {name}{joint}{message[0].lower() + message[1:]}{shown}"
 
 
 def validate_section(section: type[S], tree: dict[str, Any], where: str) -> S:
@@ -105,10 +108,19 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
         )
     for index, stage in enumerate(config.stages):
         _check_stage(stage, where)
-        stage_config(config, index)
+        # As the fields have it: paths filled in once, numbers and none as such.
+        resolved = {**stage_config(config, index).model_dump(), "name": stage["name"]}
+        config.stages[index] = _same_fields(stage, resolved)
     if len({stage["name"] for stage in config.stages}) < len(config.stages):
         raise ConfigError(f"{where}: stages: two stages have the same name")
     return config
+
+
+def _same_fields(changes: Any, tree: Any) -> Any:
+    """The values in `tree` of those fields that `changes` has."""
+    if not (isinstance(changes, dict) and isinstance(tree, dict)):
+        return tree
+    return {name: _same_fields(value, tree[name]) for name, value in changes.items()}
 
 
 def _check_buckets(config: RunConfig, where: str) -> None:
@@ -145,28 +157,42 @@ def _check_stage(stage: dict[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: stage {name}: unknown section {key!r}; {hint}")
 
 
-def override(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+def override(config: RunConfig, changes: dict[str, Any], only: int | None = None) -> RunConfig:
     """A run with changes that count more than its stages' own.
+
+    Args:
+        only: index of the one stage that changes to a stage's sections are for; None: for all.
 
     Raises:
         ConfigError: with one sentence.
     """
     shared = {name: value for name, value in changes.items() if name in STAGE_SECTIONS}
-    stages = changes.get("stages", config.stages)
-    tree = {**merge(config.model_dump(), changes), "stages": [merge(stage, shared) for stage in stages]}
-    return validate_config(tree, where="command line")
+    stages = [
+        merge(stage, shared) if only in (None, index) else stage
+        for index, stage in enumerate(changes.get("stages", config.stages))
+    ]
+    if only is not None:
+        changes = {name: value for name, value in changes.items() if name not in shared}
+    return validate_config({**merge(config.model_dump(), changes), "stages": stages}, where="command line")
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the fields in which two plain trees differ."""
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += changes(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(prefix + name)
+def fields_of(tree: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of a plain tree by dotted name. Trees in a list go by the names that they have, as stages and sources
+    do, and the list by those names' order."""
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
+        tree = {"": [item["name"] for item in tree], **{str(item["name"]): item for item in tree}}
+    if not isinstance(tree, dict):
+        return {name: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= fields_of(value, ".".join(part for part in (name, key) if part))
     return found
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted names of the fields in which two plain trees differ; what is missing in one counts as None."""
+    old, new = fields_of(before), fields_of(now)
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 def load_config(path: Path) -> RunConfig:
@@ -183,12 +209,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError(f"config {path}: base: it should not lead back to a file that begins with it")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        of = f", the base of {above[-1]}" if above else ""
-        raise ConfigError(f"config {path}{of}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+        tree = read_yaml(path, f"config {path}" + (f", the base of {above[-1]}" if above else ""))
+    except UserError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: must be a mapping of sections")
     if "base" not in tree:
@@ -196,7 +219,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     name = tree.pop("base")
     if not isinstance(name, str):
         raise ConfigError(f"config {path}: base: must be the path of a config, seen from this file (got {name!r})")
-    base = path.parent / name
+    try:
+        base = path.parent / expand_path(name)
+    except UserError as error:
+        raise ConfigError(f"config {path}: base: {error}") from error
     below = _read(base, (*above, path.resolve()))
     validate_config(below, where=str(base))  # so that its mistakes are not said to be of this file
     return merge(below, tree)
@@ -204,7 +230,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """YAML that `load_config` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def check_world_size(config: RunConfig, world_size: int, where: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from t2i.config_base import Section
+from t2i.config_base import ExpandedPath, PathText, Section
 
 STAND_IN = "efficientnet-lite0"
 
@@ -32,7 +31,7 @@ class ObjectiveConfig(Section):
     """Weight of LPIPS (Table 6a)."""
     lpips_network: Literal["vgg16", "efficientnet-lite0"] = "vgg16"
     """Network of LPIPS; efficientnet-lite0 is a labelled stand-in."""
-    lpips_path: Path | None = None
+    lpips_path: ExpandedPath | None = None
     """File with torchvision's VGG16 weights; none takes them from torchvision's cache or site."""
     pdino_weight: float = Field(0.01, ge=0)
     """Weight of P-DINO (Table 6b)."""
@@ -51,7 +50,7 @@ class ObjectiveConfig(Section):
     grid."""
     features_network: Literal["dinov2", "efficientnet-lite0"] = "dinov2"
     """Network of P-DINO and REPA; efficientnet-lite0 is a labelled stand-in."""
-    features_path: str = "facebook/dinov2-base"
+    features_path: PathText = "facebook/dinov2-base"
     """Hugging Face name or folder of DINOv2."""
     balance_from_step: int | None = Field(None, ge=0)
     """Step of the stage from which the perceptual terms are balanced with flow matching: they are multiplied by a

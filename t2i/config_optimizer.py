@@ -22,7 +22,8 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     """Added to the root of AdamW's second moment."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay, for both optimizers."""
+    """Decoupled weight decay, for both optimizers, of linear layers' matrices: not of biases, norms, embeddings and
+    learned positions."""
     muon_lr: float = Field(0.02, gt=0)
     """Peak learning rate of Muon, whose updates have a root mean square of about 0.2."""
     muon_momentum: float = Field(0.95, ge=0, lt=1)

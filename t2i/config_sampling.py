@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from t2i.config_base import Section
+
+Unit = Annotated[float, Field(ge=0, le=1)]
 
 
 class SamplingConfig(Section):
@@ -24,9 +26,9 @@ class SamplingConfig(Section):
     """Steps of the integrator."""
     guidance_scale: float = Field(4.0, ge=0)
     """Classifier-free guidance; 1 is none."""
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    cfg_interval: tuple[Unit, Unit] = (0.0, 1.0)
     """Guidance applies to steps that start at low < t <= high (under adams and dpmpp t < high, as in the public codes);
-    elsewhere the unguided half is not computed."""
+    elsewhere the unguided half is not computed. Both are within [0, 1]."""
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     """Share of the guided velocity that is scaled to the standard deviation of the prompt's own (Lin et al. 2023,
     section 3.4, who take 0.7): against the glare of high scales; 0 is none."""

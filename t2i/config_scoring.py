@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from t2i.config_base import Section
+from t2i.config_base import PathText, Section
 
 _WEIGHTS = ("detector_weights", "clip")
 _RULE = ("promote_gain", "promote_steps")
@@ -28,9 +28,9 @@ class ScoringConfig(Section):
     """Longest that the ranks are held by drawing and judging. No batch is begun that would go past it, going by the
     longest so far, but for the first. A score that is cut short is over what was done and says so; it neither promotes
     a stage nor counts as its best."""
-    detector_weights: str | None = None
+    detector_weights: PathText | None = None
     """Of geneval: Mask2Former's, as of launch/geneval.py's option; none takes those in the usual caches."""
-    clip: str | None = None
+    clip: PathText | None = None
     """Of geneval: CLIP's weights, likewise."""
     keep_best: bool = True
     """Keep the model with the stage's highest score in best/: a model folder, with the score in best.json. Each time

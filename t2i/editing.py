@@ -23,7 +23,7 @@ from t2i.config_loading import validate_section
 from t2i.diffusion.editing import flow_edit
 from t2i.diffusion.flow import to_pixels, to_unit_range
 from t2i.diffusion.noise import slot_noise
-from t2i.diffusion.sampling import time_grid
+from t2i.diffusion.sampling import FiniteWatch, time_grid
 from t2i.pipeline import Picture, Pipeline, Preview, previewed
 
 
@@ -98,6 +98,9 @@ def edit_image(
         target: what it is to show.
         settings: how.
         preview: is shown what each call of the network for the target makes of the image, n_avg calls a step.
+
+    Raises:
+        NotFiniteError: the edit is not finite.
     """
     config, patch = pipeline.config, pipeline.denoiser.patch_size
     assert config.model.condition == "text"
@@ -108,6 +111,8 @@ def edit_image(
         pipeline.velocity([it], states, config.sampling.model_copy(update={"guidance_scale": scale}))
         for it, scale in zip(words, (settings.source_guidance, settings.target_guidance), strict=True)
     )
+    watch = FiniteWatch()
+    of_source, of_target = watch.over(of_source), watch.over(of_target)
     if preview is not None:
         of_target = previewed(of_target, preview, 1)
 
@@ -115,14 +120,16 @@ def edit_image(
         of_step = key(settings.seed, "edit", source, target, step)
         return slot_noise(of_step, [average], image.shape, pipeline.device, config.objective.noise_scale)
 
+    times = time_grid(settings.steps, settings.timeshift)
     edited = flow_edit(
         of_source,
         of_target,
         image=to_unit_range(image.to(pipeline.device))[None],
         noise=noise,
-        times=time_grid(settings.steps, settings.timeshift),
+        times=times,
         n_max=settings.n_max,
         n_min=settings.n_min,
         n_avg=settings.n_avg,
     )
+    pipeline.check_finite(watch, edited, [f"edit from {source[:80]!r} to {target[:80]!r}"], times)
     return to_pixels(edited)[0].cpu()

@@ -9,19 +9,20 @@ folder is written aside, made durable and renamed: if it is there, it is whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.files import refuse_lfs_pointer, sync
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, load_config
-from t2i.engine.checkpoint.format import sync
 
 DENOISER = "denoiser."
 PROJECTOR = "projector."
@@ -49,9 +50,25 @@ class SavedModel:
 def write_model(
     folder: Path, config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor], null_caption: Tensor
 ) -> None:
-    """Write a folder; an earlier attempt that was cut short is replaced."""
+    """Write a folder; an earlier attempt that was cut short is replaced.
+
+    Raises:
+        OSError: the disk does not take it; nothing of it stays there.
+    """
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write_aside(aside, config, raw, ema, null_caption)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    aside.rename(folder)
+    sync(folder.parent)
+
+
+def _write_aside(
+    aside: Path, config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor], null_caption: Tensor
+) -> None:
     aside.mkdir(parents=True)
     for which, tensors in (("raw", raw), ("ema", ema)):
         whole = {**tensors, NULL_CAPTION: null_caption}
@@ -62,32 +79,53 @@ def write_model(
         (aside / name).chmod(settings.stat().st_mode)
     for path in (*aside.iterdir(), aside):
         sync(path)
-    aside.rename(folder)
-    sync(folder.parent)
 
 
-def check_model(folder: Path) -> None:
-    """See that a folder is a model's, without reading its weights.
+def check_model(folder: Path, which: WhichWeights) -> None:
+    """See that a folder is a model's and has these weights, without reading them.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not, or it has not.
     """
-    expected = [*FILES.values(), "config.yaml"]
-    missing = [name for name in expected if not (folder / name).exists()]
-    if missing:
-        raise ConfigError(f"{folder} is not a model folder: it has no {missing[0]}")
+    there = [name for name, file in FILES.items() if (folder / file).exists()]
+    if not there or not (folder / "config.yaml").exists():
+        missing = "config.yaml" if there else FILES[which]
+        raise ConfigError(f"{folder} is not a model folder: it has no {missing}")
+    if which not in there:
+        raise ConfigError(f"{folder} has no {FILES[which]}, the {which} weights: take its {there[0]} weights")
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """See that all numbers of named tensors are finite; in one pass, without copies.
+
+    Raises:
+        ConfigError: they are not; it names the first tensor and says how many there are.
+    """
+    first, count = "", 0
+    for name, tensor in tensors:
+        if tensor.numel() == 0 or not tensor.is_floating_point() or torch.stack(tensor.aminmax()).isfinite().all():
+            continue  # aminmax is NaN where any number is
+        if not first:
+            first = f"{name} has {int((~tensor.isfinite()).sum()):,} of {tensor.numel():,} numbers that are not finite"
+        count += 1
+    if count:
+        more = f" (as have {count - 1} more tensors)" if count > 1 else ""
+        raise ConfigError(f"{where}: {first}{more}: give weights that are whole")
 
 
 def read_model(folder: Path, which: WhichWeights) -> SavedModel:
     """Read a folder.
 
     Raises:
-        ConfigError: it is not a model's, or it is damaged.
+        ConfigError: it is not a model's, it is damaged, or it holds numbers that are not finite.
     """
-    check_model(folder)
+    check_model(folder, which)
     file = folder / FILES[which]
     try:
+        with file.open("rb") as opened:
+            refuse_lfs_pointer(opened.read(64), str(file))
         tensors = load_file(file)
+        check_finite(tensors.items(), str(file))
         null_caption = tensors.pop(NULL_CAPTION)
     except (SafetensorError, KeyError) as error:
         raise ConfigError(f"{file} is damaged or not a model of this kind: {error}") from error

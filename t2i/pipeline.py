@@ -8,6 +8,8 @@ same files draw whole batches, made of the same pictures for any number of proce
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from data.randomness import key
 from t2i.build import Denoiser, build_conditioner, build_denoiser, choose_dtype
 from t2i.config import RunConfig
@@ -24,11 +27,16 @@ from t2i.config_base import ConfigError
 from t2i.config_sampling import SamplingConfig
 from t2i.diffusion.flow import image_from_velocity, to_pixels
 from t2i.diffusion.noise import slot_noise
-from t2i.diffusion.sampling import Velocity, choose_solver, guided_steps, guided_velocity, time_grid
+from t2i.diffusion.sampling import FiniteWatch, Velocity, choose_solver, guided_steps, guided_velocity, time_grid
 from t2i.model_folder import WhichWeights, read_model
 from t2i.models.conditions import Conditioner, stack_conditions
+from t2i.models.text import check_same_text
 
 T = TypeVar("T")
+
+
+class NotFiniteError(UserError):
+    """A picture whose numbers are not finite."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,16 @@ class Picture:
     number: int = 0
     negative: str = ""
     """What guidance leads away from; where it is off, nothing reads this."""
+
+
+def pictures_of(prompts: Sequence[str], each: int, negative: str = "") -> list[Picture]:
+    """So many pictures of each prompt; where prompts are equal the numbers go on, so that no two pictures are one."""
+    before: Counter[str] = Counter()
+    pictures = []
+    for prompt in prompts:
+        pictures += [Picture(prompt, before[prompt] + number, negative) for number in range(each)]
+        before[prompt] += each
+    return pictures
 
 
 def starting_noise(
@@ -97,18 +115,34 @@ class Pipeline:
     null_caption: Tensor
     """States (L, E) of the empty caption, or the class () that stands for none."""
     device: torch.device
+    on_fault: Callable[[str], None] | None = None
+    """Is told of a picture that is not finite, which is then drawn black; None: it is an error."""
 
     @classmethod
-    def load(cls, folder: Path, which: WhichWeights, device: torch.device) -> Pipeline:
+    def load(cls, folder: Path, which: WhichWeights, device: torch.device, text_model: str | None = None) -> Pipeline:
         """A trained model from its folder.
 
+        Args:
+            text_model: where its text encoder lies now, in place of its config's text.model.
+
         Raises:
-            ConfigError: the folder is not a model's, or its weights do not fit its config.
+            ConfigError: the folder is not a model's, its weights do not fit its config, or the text encoder cannot be
+                loaded or is another one.
         """
         saved = read_model(folder, which)
         config, null_caption = saved.config, saved.null_caption
+        if text_model is not None:
+            if config.model.condition == "class":
+                raise ConfigError(f"--text_model {text_model}: {folder} draws classes and has no text encoder")
+            config = config.model_copy(update={"text": config.text.model_copy(update={"model": text_model})})
         dtype = choose_dtype(config.engine.dtype, device)
-        conditioner = build_conditioner(config, device, dtype)
+        try:
+            conditioner = build_conditioner(config, device, dtype)
+        except UserError as error:
+            raise ConfigError(f"{error}; --text_model says where {folder}'s text encoder is now") from error
+        # An imported null caption was not computed by its text encoder alone.
+        if text_model is not None and not (folder / "import.json").exists():
+            check_same_text(null_caption, conditioner.null_caption(), f"--text_model {text_model}", str(folder))
         denoiser = build_denoiser(config.model, conditioner.width, config.text.length)
         try:
             denoiser.load_state_dict(saved.denoiser)
@@ -157,6 +191,9 @@ class Pipeline:
             sampling: how.
             size: height and width in pixels, multiples of the patch; none takes those the model was trained at.
             preview: is shown each batch as it forms.
+
+        Raises:
+            NotFiniteError: a picture is not finite.
         """
         height, width = size or self.config.data.size
         assert height % self.denoiser.patch_size == 0 and width % self.denoiser.patch_size == 0
@@ -166,13 +203,36 @@ class Pipeline:
         batches = batches_of(pictures, sampling.batch_size)
         for batch, states in zip(batches, self.states(batches), strict=True):
             filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]
-            velocity = self.velocity(filled, states, sampling)
+            watch = FiniteWatch()
+            velocity = watch.over(self.velocity(filled, states, sampling))
             if preview is not None:
                 velocity = previewed(velocity, preview, len(batch))
             scale = self.config.objective.noise_scale
             noise = [starting_noise(it, sampling.seed, (height, width), self.device, scale) for it in filled]
-            images = solve(velocity, torch.stack(noise), times, guided)
-            yield to_pixels(images[: len(batch)]).cpu()
+            images = solve(velocity, torch.stack(noise), times, guided)[: len(batch)]
+            self.check_finite(watch, images, [f"prompt {it.prompt[:80]!r}, picture {it.number}" for it in batch], times)
+            yield to_pixels(images).cpu()
+
+    def check_finite(self, watch: FiniteWatch, images: Tensor, names: Sequence[str], times: Sequence[float]) -> None:
+        """See that images that were drawn under a watch are finite.
+
+        Args:
+            names: of each, in words.
+            times: the solver's grid.
+
+        Raises:
+            NotFiniteError: one is not, unless `on_fault` hears of it.
+        """
+        if (fault := watch.first_fault(images)) is None:
+            return
+        image, t = fault
+        steps = len(times) - 1
+        step = min(bisect_right(times, t), steps)
+        said = f"{names[image]}: is not finite from step {step} of {steps} (t = {t:.4g}) on: draw with other weights, "
+        said += "with engine.dtype fp32 in the model's config.yaml, or with less guidance"
+        if self.on_fault is None:
+            raise NotFiniteError(said)
+        self.on_fault(said)
 
     def draw(
         self, pictures: Sequence[Picture], sampling: SamplingConfig, size: tuple[int, int] | None = None

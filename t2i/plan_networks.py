@@ -17,7 +17,7 @@ from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_objective import STAND_IN, ObjectiveConfig
 from t2i.diffusion.perceptual import EfficientNetLite, Lpips
-from t2i.models.text import resolve_model
+from t2i.models.text import auto_class, check_length, resolve_model, text_part
 from t2i.plan_meta import META, FusedKernels, count_flops, numel, saved_bytes
 
 KNOWN_TEXT: dict[str, dict[str, Any]] = {
@@ -71,16 +71,21 @@ def text_encoder(config: RunConfig) -> Frozen | None:
     Raises:
         UserError: what it consists of is not known here.
     """
-    from transformers import AutoModel
-
     if config.model.condition == "class":
         return None
     described = _described(config.text.model, "text.model", KNOWN_TEXT)
     with META, torch.no_grad():
-        net = AutoModel.from_config(described).eval()
+        net = text_part(auto_class(described).from_config(described).eval())
+        check_length(config.text.model, net, config.text.length)
         tokens = torch.zeros(1, config.text.length, dtype=torch.long)
+        try:
+            width = net(input_ids=tokens).last_hidden_state.shape[-1]
+        except RuntimeError as error:
+            raise ConfigError(
+                f"text.model {config.text.model!r} computes nothing without its weights: {error}"
+            ) from error
         flops = count_flops(lambda: net(input_ids=tokens))
-    return Frozen(config.text.model, numel(net), int(described.hidden_size), flops)
+    return Frozen(config.text.model, numel(net), width, flops)
 
 
 def _stand_in() -> EfficientNetLite:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -17,9 +16,10 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TextIO
+from typing import Any
 
 from data.errors import UserError
+from data.files import FileLock
 from data.store import StoreOptions, WritableStore, open_store
 
 SUMMARY = "dataset.json"
@@ -77,15 +77,16 @@ class Output:
             self._begin(plan)
             yield
             return
-        with _lock(self._folder):
-            try:
-                self._begin(plan)
-                for left_behind in self._folder.glob("*/*.partial"):
-                    left_behind.unlink()
-                yield
-                (self._folder / PLAN).unlink()
-            finally:
-                (self._folder / LOCK).unlink(missing_ok=True)
+        try:
+            lock = FileLock(self._folder / LOCK, f"another process is packing: out {self.url}")
+        except OSError as error:
+            raise UserError(f"out is {self.url}: it should be a folder to write into: {error.strerror}") from error
+        with lock:
+            self._begin(plan)
+            for left_behind in self._folder.glob("*/*.partial"):
+                left_behind.unlink()
+            yield
+            (self._folder / PLAN).unlink()
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
@@ -148,16 +149,3 @@ class Output:
         raise UserError(
             f"out is {self.url}: it should be new or empty, and it holds a {name} that this command did not write"
         )
-
-
-def _lock(folder: Path) -> TextIO:
-    """Make the folder and lock it for as long as the file is open."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "w")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"out is {folder}: another process is packing into it") from None
-    except OSError as error:
-        raise UserError(f"out is {folder}: it should be a folder to write into: {error.strerror}") from error
-    return file

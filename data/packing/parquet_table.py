@@ -23,7 +23,7 @@ from data.packing.contents import Contents, LeftOut, Sample
 from data.packing.images import Images
 from data.packing.recipe import Recipe
 from data.packing.rows import ahead, fingerprint
-from data.packing.table import Columns, Files, ObjectFile, Row, look_up, row_sample
+from data.packing.table import Columns, Files, ObjectFile, Row, look_up, once, row_sample
 from data.store import ObjectInfo, Store
 
 _THREADS = 8
@@ -43,10 +43,7 @@ class _ParquetReader:
     images: Images
 
     def __call__(self, items: Sequence[int]) -> Iterator[Sample | LeftOut]:
-        def made(row: Row | LeftOut) -> Sample | LeftOut:
-            return row if isinstance(row, LeftOut) else row_sample(row, self.files, self.images)
-
-        return ahead(made, self._rows(items))
+        return ahead(lambda row: row_sample(row, self.files, self.images), self._rows(items))
 
     def _rows(self, items: Sequence[int]) -> Iterator[Row | LeftOut]:
         place = 0
@@ -60,61 +57,90 @@ class _ParquetReader:
     def _rows_of(self, info: ObjectInfo, first: int, items: Sequence[int]) -> Iterator[Row | LeftOut]:
         with _open_parquet(self.store, info) as table:
             groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
-            names = [self.columns.image, self.columns.caption, *_scalars(table.schema_arrow, self.columns)]
+            others = _scalars(table.schema_arrow, self.columns)
             for group, (begin, end) in enumerate(pairwise(accumulate(groups, initial=first))):
                 start, stop = bisect_left(items, begin), bisect_left(items, end)
                 if start < stop:
-                    yield from self._rows_of_group(table, group, names, info.name, begin, first, items[start:stop])
+                    yield from self._rows_of_group(table, group, others, info.name, begin, first, items[start:stop])
 
     def _rows_of_group(
-        self, table: pq.ParquetFile, group: int, names: list[str], file: str, at: int, first: int, items: Sequence[int]
+        self,
+        table: pq.ParquetFile,
+        group: int,
+        others: list[str],
+        file: str,
+        begin: int,
+        first: int,
+        items: Sequence[int],
     ) -> Iterator[Row | LeftOut]:
-        """The wanted rows of a row group that begins at row `at`, in a file that begins at row `first`."""
-        given = 0
-        try:
-            for batch in table.iter_batches(_ROWS_A_BATCH, [group], names, use_threads=False):
-                while given < len(items) and items[given] < at + len(batch):
-                    number = items[given]
-                    yield self._row(batch, number - at, number, file, f"{file} row {number - first}")
-                    given += 1
-                at += len(batch)
-                if given == len(items):
-                    return
-        except (pa.ArrowException, OSError) as fault:
-            words = " ".join(str(fault).split())[:200]
-            for number in items[given:]:
-                yield LeftOut(f"{file} row {number - first}: {words}", "damaged_parquet")
+        """The wanted rows of a row group that begins at row `begin`, in a file that begins at row `first`."""
+        given, words = 0, "the row group ends before it"
+        # Other columns that cannot be read decide nothing: from where they fail, rows are read without them.
+        for values in [others, []] if others else [[]]:
+            at, names = begin, [self.columns.image, self.columns.caption, *values]
+            try:
+                for batch in table.iter_batches(_ROWS_A_BATCH, [group], names, use_threads=False):
+                    while given < len(items) and items[given] < at + len(batch):
+                        number = items[given]
+                        yield self._row(batch, number - at, number, file, f"{file} row {number - first}", others)
+                        given += 1
+                    at += len(batch)
+                    if given == len(items):
+                        return
+            except (pa.ArrowException, OSError) as fault:
+                words = " ".join(str(fault).split())[:200]
+        for number in items[given:]:
+            yield LeftOut(f"{file} row {number - first}: {words}", "damaged_parquet")
 
-    def _row(self, batch: pa.RecordBatch, n: int, number: int, file: str, where: str) -> Row | LeftOut:
+    def _row(
+        self, batch: pa.RecordBatch, n: int, number: int, file: str, where: str, others: list[str]
+    ) -> Row | LeftOut:
+        there = set(batch.schema.names)
+        values = {name: _json_value(batch.column(name)[n]) if name in there else None for name in others}
+        image, path, content = batch.column(self.columns.image)[n], None, None
+        if isinstance(image, pa.StructScalar):
+            fields = image.type.names if image.is_valid else []
+            path = _text(image["path"]) if "path" in fields else None
+            content = image["bytes"].as_py() if "bytes" in fields else None
+        elif _is_text(image.type):
+            path = _text(image)
+        else:
+            content = image.as_py()
         try:
-            image = batch.column(self.columns.image)[n].as_py()
             caption = batch.column(self.columns.caption)[n].as_py()
-            others = _scalars(batch.schema, self.columns)
-            values = {name: _json_value(batch.column(name)[n]) for name in others}
         except UnicodeDecodeError as error:
             return LeftOut(f"{where}: {error}", "bad_caption")
-        if isinstance(image, dict):
-            path, content = image.get("path"), image.get("bytes")
-        elif isinstance(image, bytes):
-            path, content = None, image
-        else:
-            path, content = image, None
         return Row(number, file, where, caption, path, content, values)
 
 
 def _open_parquet(store: Store, info: ObjectInfo) -> pq.ParquetFile:
+    """Open a file whose schema and number of rows make sense.
+
+    Raises:
+        DataError: it is no such file.
+    """
     try:
         # Without pre_buffer, and with a buffer, a row group is decoded page by page: it may be as large as the file.
         buffer = max(_BUFFER, store.readahead)
-        return pq.ParquetFile(pa.PythonFile(ObjectFile(store, info), mode="r"), pre_buffer=False, buffer_size=buffer)
+        file = pa.PythonFile(ObjectFile(store, info), mode="r")
+        table = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
+        table.schema_arrow  # noqa: B018 (a type that Arrow does not know is told here)
     except (pa.ArrowException, OSError) as fault:
         words = " ".join(str(fault).split())
         raise DataError(f"source {store.url}/{info.name} should be a Parquet file: {words}") from fault
+    rows, groups = table.metadata.num_rows, [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
+    if rows != sum(groups):
+        raise DataError(
+            f"source {store.url}/{info.name} should have as many rows as its row groups: it says {rows:,}, "
+            f"and they have {sum(groups):,}"
+        )
+    return table
 
 
 def _scalars(schema: pa.Schema, columns: Columns) -> list[str]:
     """The columns that go into .json."""
-    return [f.name for f in schema if f.name not in (columns.image, columns.caption) and _is_scalar(f.type)]
+    used = (columns.image, columns.caption)
+    return [name for name in once(schema.names) if name not in used and _is_scalar(schema.field(name).type)]
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -133,13 +159,30 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
+def _text(scalar: pa.Scalar) -> str | None:
+    """A text; what is not UTF-8 of it is replaced."""
+    scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+    return scalar.as_buffer().to_pybytes().decode("utf-8", "replace") if scalar.is_valid else None
+
+
 def _json_value(scalar: pa.Scalar) -> Any:
+    """A value as JSON has it, times in UTC; null where it is none, or cannot be told."""
+    scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+    if not scalar.is_valid:
+        return None
     kind = scalar.type
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_time(kind):
-        return scalar.cast(pa.string()).as_py()  # Python's own times have no nanoseconds
-    value = scalar.as_py()
-    if isinstance(value, Decimal):
-        value = float(value)
+    if _is_text(kind):
+        return _text(scalar)
+    try:
+        if pa.types.is_timestamp(kind) and kind.tz:  # the zone's name need not be known here
+            return f"{scalar.cast(pa.timestamp(kind.unit)).cast(pa.string()).as_py()}Z"
+        if pa.types.is_temporal(kind):
+            return scalar.cast(pa.string()).as_py()  # Python's own times have no nanoseconds
+        value = scalar.as_py()
+        if isinstance(value, Decimal):
+            value = float(value)
+    except (pa.ArrowException, ValueError, OverflowError):
+        return None
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

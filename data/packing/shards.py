@@ -13,10 +13,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data.packing.contents import LeftOut, Reader, Sample, json_bytes
 from data.packing.output import Output
+from data.progress import progress_bar
 from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, to_bytes
 
 LEFT_OUT_SUFFIX = ".left_out.json"
@@ -49,7 +49,7 @@ _Progress = Callable[[int, int], None]
 def write_all(output: Output, read: Reader, stretches: list[Stretch], rows: int, workers: int) -> None:
     workers = min(workers, len(stretches))
     to_do = sum(sum(stretch.rows) for stretch in stretches)
-    with tqdm(total=rows, initial=rows - to_do, unit="image", disable=None) as bar:
+    with progress_bar(rows, "image", "packing", initial=rows - to_do) as bar:
         left_out = 0
 
         def progress(read_rows: int, lacking: int) -> None:
@@ -57,7 +57,7 @@ def write_all(output: Output, read: Reader, stretches: list[Stretch], rows: int,
             bar.update(read_rows)
             left_out += lacking
             if lacking:
-                bar.set_postfix(left_out=left_out, refresh=False)
+                bar.set_postfix_str(f"{left_out} left out", refresh=False)
 
         if workers <= 1:
             for stretch in stretches:

@@ -1,12 +1,15 @@
 """What tables share: their columns, their rows, the files that rows name.
 
-Other columns with one plain value a row go into the .json member, under their own names.
+Other columns with one plain value a row go into the .json member, under their own names. They never decide over image
+and caption: a value that cannot be converted is null, and columns without a name, or with one that others have, are
+left out.
 """
 
 from __future__ import annotations
 
 import io
 import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +34,7 @@ class Columns:
         return {"image_column": self.image, "caption_column": self.caption}
 
     def check(self, there: Sequence[str], where: str) -> None:
-        """Refuse a name that the table does not have.
+        """Refuse a name that the table does not have, or has twice.
 
         Raises:
             UserError: naming the argument and the columns that are there.
@@ -39,6 +42,14 @@ class Columns:
         for argument, name in (("image_column", self.image), ("caption_column", self.caption)):
             if name not in there:
                 raise UserError(f"{argument} is {name!r}: it should be a column of {where}: {', '.join(there)}")
+            if name not in once(there):
+                raise UserError(f"{argument} is {name!r}: {where} should have one column of that name, not several")
+
+
+def once(names: Sequence[str]) -> list[str]:
+    """Those names that are not empty and come once, in their order."""
+    counts = Counter(names)
+    return [name for name in names if name and counts[name] == 1]
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,10 @@ class Row:
     values: dict[str, Any]
 
 
-def row_sample(row: Row, files: Files, images: Images) -> Sample | LeftOut:
+def row_sample(row: Row | LeftOut, files: Files, images: Images) -> Sample | LeftOut:
     """Make a row's sample, or say why it is left out."""
+    if isinstance(row, LeftOut):
+        return row
     try:
         return _sample(row, files, images)
     except BadSample as fault:
@@ -98,9 +111,11 @@ def _check_caption(content: bytes | None) -> bytes:
     if content is None or not content.strip():
         raise BadSample("missing_caption")
     try:
-        content.decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise BadSample("bad_caption", str(error)) from error
+    if "\0" in text:
+        raise BadSample("bad_caption", "it has NUL characters")
     return content
 
 

@@ -267,9 +267,15 @@ def check_listing(index: SourceIndex) -> str | None:
         DataError: a shard is missing, or changed.
         StoreError: the network or a disk failed for longer than the retries last.
     """
-    listed = {info.name: (info.size, info.version) for info in index.store.list(SHARD_SUFFIX)}
+    listed = {info.name: info for info in index.store.list(SHARD_SUFFIX)}
+
+    def is_stale(name: str, size: int, version: str) -> bool:
+        now = listed.get(name)
+        # Not every server tells versions.
+        return now is None or now.size != size or (now.version or version) != (version or now.version)
+
     table = zip(index.names, index.sizes.tolist(), index.versions, strict=True)
-    stale = [name for name, *said in table if listed.get(name) != tuple(said)]
+    stale = [name for name, *said in table if is_stale(name, *said)]
     if stale:
         fault = "changed since" if stale[0] in listed else "is gone since"
         others = f", and {len(stale) - 1:,} more" if len(stale) > 1 else ""

@@ -29,10 +29,10 @@ from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from data.errors import DataError
 from data.listing import told
+from data.progress import followed
 from data.shards.offsets import (
     OFFSETS_SUFFIX,
     SHARD_SUFFIX,
@@ -198,11 +198,11 @@ class _Indexer:
 
 
 def for_each_shard(infos: Sequence[ObjectInfo], task: Callable[[ObjectInfo], T], workers: int) -> list[T]:
-    """Do a task for every shard, `workers` at a time with a progress bar; returns what it gave, in their order."""
+    """Do a task for every shard, `workers` at a time, and show how far it is; returns what it gave, in their order."""
     pool = ThreadPoolExecutor(workers)
     try:
         futures = [pool.submit(task, info) for info in infos]
-        for future in tqdm(as_completed(futures), "indexing", len(infos), unit="shard", disable=None):
+        for future in followed(as_completed(futures), len(infos), "shard", "indexing"):
             future.result()  # the first failure ends it
         return [future.result() for future in futures]
     finally:
@@ -308,16 +308,16 @@ def offsets_name(manifest: str, source_url: str, shard: str) -> str:
     """Where offsets lie in a manifest's folder: `index.offsets/s3/bucket/prefix/00000.tar.idx`."""
     address = _absolute(f"{source_url}/{shard}").replace("://", "/").lstrip("/")
     # An object's name may hold anything; here it must not lead out of the folder.
-    parts = [quote(part).replace(".", "%2E") if set(part) <= {"."} else quote(part) for part in address.split("/")]
+    parts = [quote(part) if set(part) - {"."} else part.replace(".", "%2E") or "%2F" for part in address.split("/")]
     return "/".join([manifest.removesuffix(".json") + ".offsets", *parts]) + OFFSETS_SUFFIX
 
 
 def _relative(base: str, source_url: str, shard: str) -> str:
-    if posixpath.normpath(shard) != shard or shard.startswith(("/", "../")):
+    if not {".", ".."}.isdisjoint(shard.split("/")):
         raise DataError(f"shard {shard!r} below {source_url}: its name must be a plain path, for a manifest to list it")
     url = _absolute(f"{source_url}/{shard}")
     folder = _absolute(base).rstrip("/") + "/"
-    if url.startswith(folder):
+    if url.startswith(folder) and "//" not in f"/{shard}":  # which a relative path would lose
         url = url.removeprefix(folder)
         return f"./{url}" if ":" in url.partition("/")[0] else url  # what ends in ":" would be a scheme
     return url if "://" in url or "://" not in base else f"file://{url}"

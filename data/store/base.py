@@ -32,8 +32,9 @@ class ObjectInfo:
     Attributes:
         name: its path below the store's root.
         size: bytes.
-        version: changes when the content does: the ETag without quotes on S3, the mtime in ns on disk.
-        modified: when it was last written, in seconds since 1970.
+        version: changes when the content does: the ETag without quotes on S3, the mtime in ns on disk; "" where the
+            server tells none.
+        modified: when it was last written, in seconds since 1970; 0 where the server does not tell.
     """
 
     name: str

@@ -2,9 +2,12 @@
 
 - botocore's own retries are off: `Retries` is the one place that decides when a request is sent again, so its deadline
   holds and every fault is seen. Only its redirects to a bucket's region remain.
-- A body is read into a buffer of its length. When it breaks, the next request asks for the bytes that are missing, on
-  the condition that the ETag is the same. One that drips, below 64 KiB in `read_timeout_s`, counts as stalled: its
-  bytes are kept, but they are no progress.
+- A body is read into a buffer of its length. When it breaks, the next request asks for the bytes that are missing. One
+  that drips, below 64 KiB in `read_timeout_s`, counts as stalled: its bytes are kept, but they are no progress.
+- An object is the same while the ETag of its answers is, weak or not. If-Match is not sent: not every server compares
+  as it answers. Where a listing has other ETags than answers have, each is compared with its own kind.
+- Servers besides Amazon's leave fields out of their answers: lengths, ETags, dates, the token of a listing's next page.
+  What is needed is then asked for in another way, or the server is named as the cause.
 - Checksum headers are sent only where S3 demands them, as not every server knows them. Requests are signed with the
   SHA-256 of what they carry, which servers check.
 """
@@ -27,11 +30,16 @@ from data.errors import DataError
 from data.listing import that_count
 from data.store.base import ObjectInfo, OnFault, Retries, StoreOptions, changed, shrunk, unreadable
 from data.store.s3_client import Connection, open_session
-from data.store.s3_errors import CHANGED, ERRORS, OUTSIDE, CutShort, Dripping, Refused, judged
+from data.store.s3_errors import ERRORS, OUTSIDE, CutShort, Dripping, Refused, judged
 
 _PIECE = 64 << 10  # bytes of a body that are progress, if they come within `read_timeout_s`
 _PART = 16 << 20  # bytes of a part of a multipart upload; S3 allows at most 10,000 parts
 _UPLOADS = 4  # parts under way at once
+_BUCKET = re.compile(r"(arn:[^/]+(?:[:/]outpost[:/][^/:]+)?[:/]accesspoint[:/][^/:]+|[^/]*)/?(.*)", re.DOTALL)
+"""A bucket's name, or the ARN of an access point to it, and the prefix."""
+_RANGE = re.compile(r"(?:bytes[ =])?(\d+)-\d+/(\d+|\*)")
+_LISTING = ("IsTruncated", "KeyCount", "Name", "Contents")
+"""What a whole answer to a listing holds, at least one of them: an empty one parses as well."""
 
 
 @dataclass
@@ -44,6 +52,7 @@ class _Part:
     content: bytearray | None = None  # made when its length is known
     got: int = 0
     noted: int = 0  # of those, how many were noted as progress or dripped in
+    seen: tuple[int, object] | None = None  # the size and the ETag, else the date, that every answer must have
 
 
 class S3Store:
@@ -52,15 +61,21 @@ class S3Store:
     readahead = 4 << 20
 
     def __init__(self, url: str, options: StoreOptions) -> None:
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        if not bucket or "@" in bucket or ":" in bucket:
+        match = _BUCKET.fullmatch(url.removeprefix("s3://"))
+        bucket, prefix = match.groups() if match else ("", "")
+        if not bucket or "@" in bucket or (":" in bucket and "accesspoint" not in bucket):
             # The URL is not repeated: what stands before an "@" may be a secret.
-            raise DataError("an S3 source must be s3://bucket/prefix, with the credentials in boto3's usual places")
+            raise DataError(
+                "an S3 source must be s3://bucket/prefix, where an access point's ARN is a bucket as well, with the "
+                "credentials in boto3's usual places"
+            )
         if "@" in urlsplit(options.endpoint or "").netloc:
             raise DataError("endpoint must be http(s)://host:port, with the credentials in boto3's usual places")
         self._settings = (url, options)
-        self._options, self._prefix = options, f"{prefix.strip('/')}/".lstrip("/")
+        # A slash at its front is a part of it: keys may have empty segments.
+        self._options, self._prefix = options, f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
+        self._same: dict[tuple[str, str], str] = {}  # name and version in a listing: the ETag of its answers
         self._shared = {"Bucket": bucket, **({"RequestPayer": "requester"} if options.requester_pays else {})}
         open_session(self._where(), options)  # a profile that is not there is better said now
         self._connection = Connection(self._where(), options)
@@ -83,14 +98,37 @@ class S3Store:
         # Page by page, as each is retried by itself: a listing may be tens of thousands of pages.
         after: dict[str, str] = {}
         while True:
-            page = self._call("listing", "", "list_objects_v2", "IsTruncated", Prefix=self._prefix, **after)
-            for item in page.get("Contents", []):
+            page = self._call("listing", "", "list_objects_v2", *_LISTING, Prefix=self._prefix, **after)
+            items = page.get("Contents", [])
+            if not items and not after and not page.get("IsTruncated"):
+                self._check_prefix()
+            for item in items:
                 name = item["Key"].removeprefix(self._prefix)
                 if name and not name.endswith("/"):  # consoles mark a "folder" by an empty object of such a name
-                    yield ObjectInfo(name, item["Size"], item["ETag"].strip('"'), item["LastModified"].timestamp())
-            if not page["IsTruncated"]:
+                    info = _described(name, item["Size"], item) if "Size" in item else self.info(name)
+                    if info is not None:
+                        yield info
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated", token is not None):
                 return
-            after = {"ContinuationToken": page["NextContinuationToken"]}
+            before = after
+            after = {"ContinuationToken": token} if token else {"StartAfter": items[-1]["Key"]} if items else {}
+            if after in ({}, before):
+                raise DataError(f"listing {self._where()}: the server breaks off and does not go on from where it did")
+
+    def _check_prefix(self) -> None:
+        """Refuse the name of an object as a prefix."""
+        entry = self._entry(self._prefix.rstrip("/")) if self._prefix else None
+        if entry and entry.get("Size"):
+            raise DataError(f"{self.url} is an object: give the prefix that holds it, {self.url.rpartition('/')[0]}")
+
+    def _entry(self, key: str) -> dict[str, Any] | None:
+        """What a listing says of one key: None where there is no such object, or it may not be listed."""
+        try:
+            page = self._call("listing", "", "list_objects_v2", *_LISTING, Prefix=key, MaxKeys=1)
+        except Refused:  # credentials may be for reading, or for what lies below a prefix, alone
+            return None
+        return next((item for item in page.get("Contents", []) if item["Key"] == key), None)
 
     def read(
         self,
@@ -108,8 +146,6 @@ class S3Store:
         try:
             retries.run(lambda: self._fetch(name, part, retries), ERRORS, judged(f"reading {self._where(name)}"))
         except Refused as refusal:
-            if refusal.code in CHANGED:
-                raise changed(self.url, name) from refusal
             if refusal.code not in OUTSIDE:
                 raise
             if part.content is not None or stop is not None:
@@ -122,6 +158,8 @@ class S3Store:
         return part.content
 
     def _fetch(self, name: str, part: _Part, retries: Retries) -> None:
+        if part.got and part.content is not None and part.got == len(part.content):
+            return  # only the answer's end was lost
         with closing(self._get(name, part)) as body:
             assert part.content is not None
             view = memoryview(part.content)
@@ -139,33 +177,65 @@ class S3Store:
                 if part.got - part.noted >= _PIECE:
                     part.noted, due = part.got, time.monotonic() + self._options.read_timeout_s
                     retries.progress()
+            is_end = part.seen is not None and part.start + len(view) == part.seen[0]
+            if is_end and body.length_remaining is None and body.read1(1):  # in chunks, as no length was known
+                raise DataError(
+                    f"the server of {self._where(name)} sends more bytes than it has: it may be decompressed"
+                )
 
     def _get(self, name: str, part: _Part) -> Any:
         """Ask for the bytes of `part` that are missing, and make its buffer when their number is known."""
         at = part.start + part.got
         end = part.start + len(part.content) if part.content is not None else part.stop
-        conditions: dict[str, str] = {}
-        if at or end is not None:  # an empty object may be asked for only without a range
-            conditions["Range"] = f"bytes={at}-{'' if end is None else end - 1}"
-        if part.version:
-            conditions["IfMatch"] = f'"{part.version}"'
-        answer = self._client.get_object(Key=self._prefix + name, **self._shared, **conditions)
+        # An empty object may be asked for only without a range.
+        wanted = {"Range": f"bytes={at}-{'' if end is None else end - 1}"} if at or end is not None else {}
+        answer = self._send("get_object", Key=self._prefix + name, **wanted)
         body = answer["Body"]._raw_stream  # botocore's wrapper has no `read1`
         try:
-            first, last = _covered(answer)
+            first, size = self._covered(name, answer, at)
             if first != at:
                 raise DataError(f"the server of {self._where(name)} does not answer ranged requests as S3 does")
-            if (etag := answer["ETag"].strip('"')) != (part.version or etag):
-                raise changed(self.url, name)  # a server that overlooks If-Match
-            if end is not None and last + 1 < end:
+            tag = _tag(answer)
+            seen = size, tag or answer.get("LastModified")
+            is_same = part.seen == seen if part.seen else self._is_version(name, part.version, tag, size)
+            if not is_same:
+                raise changed(self.url, name)
+            if end is not None and size < end:
                 raise shrunk(self.url, name, end)
-            part.version = etag
+            part.seen = seen
             if part.content is None:
-                part.content = bytearray((last + 1 if end is None else end) - part.start)
+                part.content = bytearray((size if end is None else end) - part.start)
         except BaseException:
             body.close()
             raise
         return body
+
+    def _covered(self, name: str, answer: dict[str, Any], at: int) -> tuple[int, int]:
+        """The first byte that an answer to GET holds, and the object's size; a server may answer with all there is."""
+        if match := _RANGE.match(answer.get("ContentRange", "")):
+            first, size = int(match[1]), None if match[2] == "*" else int(match[2])
+        elif answer["ResponseMetadata"]["HTTPStatusCode"] == 206:
+            first, size = at, None
+        else:
+            first, size = 0, answer.get("ContentLength")
+        if size is None and (info := self.info(name)):
+            size = info.size
+        if size is None:
+            raise changed(self.url, name)  # it is gone by now
+        return first, size
+
+    def _is_version(self, name: str, version: str | None, tag: str, size: int) -> bool:
+        """Whether an answer with an ETag is of a version, as far as the server tells."""
+        if not version or not tag or tag in (version, self._same.get((name, version))):
+            return True
+        # A listing's ETag may be of another kind: what does it say of the object now?
+        entry, info = self._entry(self._prefix + name), self.info(name)
+        now = [(entry.get("Size", size), _tag(entry))] if entry else []
+        now += [(info.size, info.version)] if info else []
+        if (size, version) not in now:
+            return False
+        self._same[name, version] = tag
+        return True
 
     def info(self, name: str) -> ObjectInfo | None:
         key = self._prefix + name
@@ -180,7 +250,10 @@ class S3Store:
                     return None
                 raise
             raise
-        return ObjectInfo(name, head["ContentLength"], head["ETag"].strip('"'), head["LastModified"].timestamp())
+        size = head.get("ContentLength")
+        if size is None and (size := (self._entry(key) or {}).get("Size")) is None:
+            raise DataError(f"looking up {self._where(name)}: the server does not say how long it is")
+        return _described(name, size, head)
 
     def write(self, name: str, content: bytes) -> None:
         self._call("writing", name, "put_object", Key=self._prefix + name, Body=content)
@@ -220,7 +293,9 @@ class S3Store:
             with open(path, "rb") as file:
                 file.seek((number - 1) * length)
                 body = file.read(length)
-            sent = self._call("writing", name, "upload_part", "ETag", PartNumber=number, Body=body, **parts)
+            sent = self._call("writing", name, "upload_part", PartNumber=number, Body=body, **parts)
+            if "ETag" not in sent:
+                raise DataError(f"writing {self._where(name)}: the server gives parts no ETag, so none can be joined")
             return {"PartNumber": number, "ETag": sent["ETag"]}
 
         with ThreadPoolExecutor(_UPLOADS) as pool:
@@ -239,21 +314,32 @@ class S3Store:
     def _retries(self, verb: str, name: str, on_fault: OnFault = None) -> Retries:
         return Retries(f"{verb} {self._where(name)}", self._options.retry_minutes, on_fault)
 
-    def _call(self, verb: str, name: str, operation: str, field: str | None = None, **arguments: Any) -> dict[str, Any]:
-        """Send a request until it is answered; `field` is what a whole answer holds (an empty one parses as well)."""
+    def _call(self, verb: str, name: str, operation: str, *fields: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request until it is answered; of `fields` a whole answer holds at least one."""
 
         def attempt() -> dict[str, Any]:
-            answer: dict[str, Any] = getattr(self._client, operation)(**self._shared, **arguments)
-            if field and field not in answer:
+            answer = self._send(operation, **arguments)
+            if fields and not any(field in answer for field in fields):
                 raise CutShort("the answer ended early")
             return answer
 
         judge = judged(f"{verb} {self._where(name)}", writing=verb == "writing")
         return self._retries(verb, name).run(attempt, ERRORS, judge)
 
+    def _send(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        request = getattr(self._client, operation)
+        try:
+            answer: dict[str, Any] = request(**self._shared, **arguments)
+        except ValueError as error:  # botocore's own errors are none
+            raise DataError(f"the server of {self._where()} answers with what no S3 server does: {error}") from error
+        return answer
 
-def _covered(answer: dict[str, Any]) -> tuple[int, int]:
-    """The first and last byte that an answer to GET holds; a server may answer with all there is."""
-    if match := re.match(r"bytes (\d+)-(\d+)/", answer.get("ContentRange", "")):
-        return int(match[1]), int(match[2])
-    return 0, answer["ContentLength"] - 1
+
+def _tag(answer: dict[str, Any]) -> str:
+    """The ETag of an answer or of a listing's entry, without quotes and whether it is weak; "" where it has none."""
+    return str(answer.get("ETag", "")).removeprefix("W/").strip('"')
+
+
+def _described(name: str, size: int, answer: dict[str, Any]) -> ObjectInfo:
+    modified = answer.get("LastModified")
+    return ObjectInfo(name, size, _tag(answer), modified.timestamp() if modified else 0.0)

@@ -27,6 +27,7 @@ _METADATA_ATTEMPTS, _METADATA_TIMEOUT_S = 2, 2
 """botocore asks for a token and then for a role: where nothing answers, both take all of it, 8 s."""
 _PROBE_S = 1.0
 _SERVICES = ("http://169.254.169.254", "http://[fd00:ec2::254]")
+_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 _NOT_NOW = (401, 408, 429)  # 401 asks for a token
 REMEDY = "configure boto3's credentials and region, or set anonymous"
 
@@ -74,8 +75,6 @@ class Connection:
             signature_version=botocore.UNSIGNED if options.anonymous else None,
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            # Few servers besides Amazon's have a DNS name for every bucket.
-            s3={"addressing_style": "path" if options.endpoint else "auto"},
         )
         session = open_session(self._where, options)
         try:
@@ -83,7 +82,13 @@ class Connection:
                 if _may_have_role(session):
                     raise aws.NoCredentialsError
                 raise DataError(f"source {self._where}: there are no credentials; {REMEDY}")
-            return session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
+            is_alias = "://arn:" in self._where  # of an access point, which has a DNS name
+            for style in ["path"] if options.endpoint and not is_alias else ["auto", "path"]:
+                config = config.merge(Config(s3={"addressing_style": style}))
+                client = session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
+                if is_alias or urlsplit(client.meta.endpoint_url).netloc.endswith(_AMAZON):
+                    break
+            return client  # by paths, for few servers besides Amazon's have a DNS name for every bucket
         except (*CREDENTIALS, DataError):
             raise
         except (aws.BotoCoreError, ValueError) as error:

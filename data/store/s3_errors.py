@@ -106,7 +106,6 @@ def _code(error: aws.ClientError) -> tuple[str, int]:
     return str(error.response.get("Error", {}).get("Code") or status), status
 
 
-CHANGED = ("PreconditionFailed", "412")
 OUTSIDE = ("InvalidRange", "416")
 _DENIALS = ("AccessDenied", "AllAccessDisabled", "MethodNotAllowed", "403", "405")
 _NO_WRITING = "these credentials may not write it; grant s3:PutObject, or choose another place"

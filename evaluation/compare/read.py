@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.errors import UserError
+from data.files import read_lines, read_text
+from data.yaml_file import read_yaml
 from evaluation.compare.settings import flatten, stage_settings
 from t2i.train.run_folder import Stage, read_stages
 
@@ -45,7 +45,7 @@ class Scores:
         path = self.folder / "results.jsonl"
         if not path.is_file():
             return None
-        return [_json(path, line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [_json(path, line) for line in read_lines(path)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Member:
     def recipe(self) -> tuple[Any, ...]:
         """Equal for runs that differ in nothing but the seed."""
         settings = {k: v for k, v in self.config.items() if k not in _ITS_OWN}
-        return settings, self.environment.get("git")
+        return settings, self.environment.get("git"), self.environment.get("source_sha256")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _read(path: Path) -> Member:
     if is_run:
         stages = {stage.name: stage for stage in read_stages(path)}
         environment = path / "environment.json"
-        about = _json(environment, environment.read_text(encoding="utf-8")) if environment.is_file() else {}
+        about = _json(environment, read_text(environment)) if environment.is_file() else {}
         return Member(path, _config(path / "config.yaml"), about, stages, _find_scores(path))
     if scores := _read_scores(path):
         return Member(path, {}, {}, {}, {path.name: scores})
@@ -172,7 +172,7 @@ def _read_scores(folder: Path) -> Scores | None:
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    summary = _json(path, path.read_text(encoding="utf-8"))
+    summary = _json(path, read_text(path))
     tasks = summary.get("tasks")
     is_geneval = isinstance(tasks, dict) and all(isinstance(it, dict) and "score" in it for it in tasks.values())
     return Scores(folder, summary) if is_geneval else None
@@ -190,9 +190,9 @@ def _json(path: Path, text: str) -> dict[str, Any]:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        found = None
+        found = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it should be a YAML mapping of sections, as the run wrote it")
     return found

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.files import atomic_write, read_lines
 from evaluation.dpg.grids import boxes
 from evaluation.dpg.rules import Item
-from evaluation.parts import write_aside
 
 Answers = dict[str, list[dict[int, str]]]
 """By prompt, picture and question."""
@@ -55,7 +55,7 @@ def write_questions(
         for question in item.questions
     ]
     try:
-        write_aside(path, [f"{json.dumps(line)}\n".encode() for line in [{"judge": None, **header}, *lines]])
+        atomic_write(path, (f"{json.dumps(line)}\n".encode() for line in [{"judge": None, **header}, *lines]))
     except OSError as error:
         raise UserError(f"--write-questions {path} cannot be written: {error.strerror}") from error
     return len(lines)
@@ -70,10 +70,7 @@ def read_answers(path: Path, header: Mapping[str, str], items: Sequence[Item], p
     """
     wanted = [(item.id, crop, it.number) for item in items for crop in range(pictures) for it in item.questions]
     asked, found = set(wanted), dict[tuple[str, int, int], tuple[int, str]]()
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--answers {path} cannot be read: {error}") from error
+    lines = read_lines(path, f"--answers {path}") or [""]
     judge = _read_header(path, lines[0], header)
     for number, text in enumerate(lines[1:], 2):
         line = _parse(path, number, text)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import UserError
+from data.files import decode_text, read_lines
 from data.listing import excluded
 from evaluation.dpg.rules import Item, Question, zeroing_order
 
@@ -52,10 +53,9 @@ def read(folder: Path, parity: bool = False) -> Benchmark:
     table = folder / TABLE
     try:
         content = table.read_bytes()
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{table} cannot be read: {error}") from error
-    questions = _read_questions(table, text, parity)
+    except OSError as error:
+        raise UserError(f"{table} cannot be read: {error.strerror}") from error
+    questions = _read_questions(table, decode_text(content, str(table)), parity)
     _check_alike(folder, prompts, questions)
     items = tuple(Item(name, prompt, tuple(questions[name].values())) for name, prompt in sorted(prompts.items()))
     if not parity:
@@ -66,11 +66,8 @@ def read(folder: Path, parity: bool = False) -> Benchmark:
 
 
 def _read_prompts(folder: Path) -> dict[str, str]:
-    try:
-        paths = [path for path in folder.glob("*.txt") if not excluded(path.name)]
-        prompts = {path.stem: path.read_text(encoding="utf-8").strip() for path in paths}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder} cannot be read: {error}") from error
+    paths = [path for path in folder.glob("*.txt") if not excluded(path.name)]
+    prompts = {path.stem: "\n".join(read_lines(path)).strip() for path in paths}
     if not prompts:
         raise UserError(f"{folder} holds no prompt: --benchmark is the folder with prompts/<id>.txt and {TABLE}")
     empty = sorted(name for name, prompt in prompts.items() if not prompt)

@@ -7,24 +7,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from data.decode import decode_file
 from data.errors import UserError
 from data.listing import excluded, is_image
 from evaluation.dpg.rules import Item
 from evaluation.drawing import unfinished_batches, write_png
-from evaluation.parts import note_settings
+from evaluation.parts import begin_or_go_on
 from t2i.config_sampling import SamplingConfig
-from t2i.pipeline import Picture, Pipeline
+from t2i.engine.checkpoint.format import sha256
+from t2i.pipeline import Pipeline, pictures_of
 
 PICTURES = 4
 """Of a prompt."""
@@ -36,8 +36,8 @@ def boxes(resolution: int, pictures: int) -> list[tuple[int, int, int, int]]:
     return [(left, upper, left + resolution, upper + resolution) for left, upper in corners[:pictures]]
 
 
-def find(folder: Path) -> dict[str, Path]:
-    """A folder's images by the ids of their prompts: their names up to the first dot.
+def find(folder: Path, ids: Collection[str]) -> dict[str, Path]:
+    """A folder's images by the ids of their prompts: their names without the ending, or else up to the first dot.
 
     Raises:
         UserError: there is no such folder, or two images are of one prompt.
@@ -48,7 +48,7 @@ def find(folder: Path) -> dict[str, Path]:
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
     for path in paths:
-        name = path.name.split(".")[0]
+        name = path.stem if path.stem in ids else path.name.split(".")[0]
         if name in found:
             raise UserError(f"{folder} holds two images of one prompt, {found[name].name} and {path.name}: remove one")
         found[name] = path
@@ -61,25 +61,20 @@ def examine(path: Path, resolution: int, pictures: int) -> str:
     Raises:
         UserError: it cannot be read whole, or is no grid of pictures of this resolution (nor, if one is scored, one).
     """
-    try:
-        content = path.read_bytes()
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read: {error}: draw it anew") from error
+    height, width = decode_file(path).shape[1:]
     side = 2 * resolution
-    if image.size != (side, side) and not (pictures == 1 and image.size == (resolution, resolution)):
+    if not (height == width == side or (pictures == 1 and height == width == resolution)):
         raise UserError(
-            f"{path} is {image.width} x {image.height} pixels: a grid of 2 x 2 pictures of --resolution {resolution} "
+            f"{path} is {width} x {height} pixels: a grid of 2 x 2 pictures of --resolution {resolution} "
             f"has {side} x {side}"
         )
-    return hashlib.sha256(content).hexdigest()
+    return sha256(path)
 
 
 def crops(path: Path, resolution: int, pictures: int) -> list[Image.Image]:
     """A grid's pictures."""
-    with Image.open(path) as image:
-        return [image.convert("RGB").crop(box) for box in boxes(resolution, pictures)]
+    image = Image.fromarray(decode_file(path).transpose(1, 2, 0))
+    return [image.crop(box) for box in boxes(resolution, pictures)]
 
 
 @dataclass(frozen=True)
@@ -107,27 +102,19 @@ class Drawing:
         return self.out / "tiles" / f"{item.id}_{number}.png"
 
     def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
-        """Make the folders, or see that the pictures that are there are of the same drawing.
+        """Begin in the folder, which is held, or see that the pictures that are there are of the same drawing.
 
         Args:
             made_of: what else the pictures depend on, in JSON's types.
             beside: what else is worth knowing of them.
 
         Raises:
-            UserError: they are not, or the folders cannot be made.
+            UserError: they are not, it holds anything else, or cannot be written to.
         """
         settings = {**made_of, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")}
-        note = self.out / "grids.json"
-        if not note.exists() and any(any(self.out.glob(f"{name}/*")) for name in ("grids", "tiles")):
-            raise UserError(f"--out {self.out} holds pictures that this job has not begun: give another name")
-        try:
-            for name in ("grids", "tiles"):
-                (self.out / name).mkdir(parents=True, exist_ok=True)
-            differ = note_settings(note, settings, beside)
-        except OSError as error:
-            raise UserError(f"--out {self.out} cannot be written to: {error.strerror}") from error
-        if differ:
-            raise UserError(f"--out {self.out} holds grids drawn otherwise ({', '.join(differ)}): give another name")
+        begin_or_go_on(self.out / "grids.json", settings, beside, "grids drawn otherwise")
+        for name in ("grids", "tiles"):
+            (self.out / name).mkdir(exist_ok=True)
 
     def unfinished(self) -> list[Item]:
         """Prompts without a grid."""
@@ -143,7 +130,9 @@ class Drawing:
 
     def draw(self, pipeline: Pipeline, mine: Sequence[tuple[Item, int]], drawn: Callable[[int], object]) -> None:
         """Draw these pictures, whole batches, and tell of each batch how many it was; those that are there stay."""
-        pictures = [Picture(item.prompt, number) for item, number in mine]
+        every = pictures_of([item.prompt for item in self.items], PICTURES)
+        numbered = {item.id: every[i * PICTURES :] for i, item in enumerate(self.items)}
+        pictures = [numbered[item.id][number] for item, number in mine]
         names = iter(mine)
         for batch in pipeline.draw_batches(pictures, self.sampling, (self.resolution, self.resolution)):
             for image in batch:
@@ -154,7 +143,7 @@ class Drawing:
     def assemble(self, mine: Sequence[Item]) -> None:
         """Put these prompts' grids together."""
         for item in mine:
-            tiles = [np.asarray(Image.open(self.tile(item, number))) for number in range(PICTURES)]
+            tiles = [decode_file(self.tile(item, number)).transpose(1, 2, 0) for number in range(PICTURES)]
             write_png(self.grid(item), np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])]))
 
     def end(self) -> None:

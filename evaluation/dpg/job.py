@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data.errors import UserError
+from data.files import atomic_write
+from data.progress import followed
 from evaluation.dpg import rules
 from evaluation.dpg.answers import Answers
 from evaluation.dpg.benchmark import Benchmark
@@ -23,7 +23,7 @@ from evaluation.dpg.grids import PICTURES, Drawing, crops, examine, find
 from evaluation.dpg.judge import Judge
 from evaluation.dpg.rules import Item
 from evaluation.drawing import draw_together
-from evaluation.parts import write_aside, write_json
+from evaluation.parts import write_json
 from t2i.pipeline import Pipeline
 from t2i.train.processes import World
 
@@ -100,7 +100,8 @@ def look_over(
 
 
 def _match(benchmark: Benchmark, folder: Path, parity: bool) -> tuple[dict[str, Path], list[Item], dict[str, str]]:
-    grids, names = find(folder), {item.id for item in benchmark.items}
+    names = {item.id for item in benchmark.items}
+    grids = find(folder, names)
     missing, strange = sorted(names - set(grids)), sorted(set(grids) - names)
     if missing and not parity:
         raise UserError(
@@ -128,7 +129,7 @@ def ask(world: World, judge: Judge, examined: Examined, out: Path) -> Answers:
     folder = out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     mine = examined.items[world.rank :: world.size]
-    for item in tqdm(mine, disable=not world.is_main, unit="prompt"):
+    for item in followed(mine, len(mine), "prompt", "asking", shown=world.is_main):
         asked = _asked(judge, examined, item)
         path = folder / f"{item.id}.json"
         if path.exists() and json.loads(path.read_text())["asked"] == asked:
@@ -185,7 +186,7 @@ def sum_up(
         "drawn_with": drawn_with,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_aside(out / "results.jsonl", [f"{json.dumps(result)}\n".encode() for result in results])
+    atomic_write(out / "results.jsonl", (f"{json.dumps(result)}\n".encode() for result in results))
     write_json(out / "summary.json", summary)
     return summary
 

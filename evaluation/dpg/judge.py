@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from data.errors import UserError
+from data.files import refuse_lfs_pointers
 
 Answer = Callable[[Image.Image, str], str]
 
@@ -56,9 +59,10 @@ def load(name: str, device: torch.device) -> Judge:
         processor = AutoProcessor.from_pretrained(name)
         model: Any = kind.from_pretrained(name, dtype="auto")
         model.to(device).eval()
-    except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
+        refuse_lfs_pointers(Path(name), f"--judge {name}")
         raise UserError(f"--judge {name} cannot be loaded: {' '.join(str(error).split())}") from error
     if kind is AutoModelForImageTextToText:
         answer = _chats(model, processor)

@@ -23,11 +23,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import AliasChoices, Field, model_validator
 
-from data.decode import Pixels, decode, image_size
-from data.errors import BadSample, UserError
+from data.decode import decode_file
+from data.errors import UserError
+from data.yaml_file import read_yaml
 from evaluation.editing.background import Inside
 from t2i.config_base import Section
 from t2i.config_loading import validate_section
@@ -94,14 +94,7 @@ def read_edits(path: Path) -> list[Edit]:
     Raises:
         UserError: it cannot be read or is not of this layout, or a path leads out of its folder.
     """
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--edits {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--edits {path}: cannot be read as UTF-8: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--edits {path}: not YAML: {' '.join(str(error).split())}") from error
+    entries = read_yaml(path, f"--edits {path}")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"--edits {path}: must be a list of images with init_img, source_prompt and target_prompts")
     return [edit for number, tree in enumerate(entries) for edit in _edits(path, number, tree)]
@@ -130,21 +123,6 @@ def _inside_folder(path: Path, name: str, where: str) -> Path:
     return path.parent / parts
 
 
-def read_picture(path: Path) -> Pixels:
-    """An image file at its own size, uint8 (3, H, W), upright, alpha laid on white.
-
-    Raises:
-        UserError: it is missing, or no image that can be decoded.
-    """
-    try:
-        data = path.read_bytes()
-        return decode(data, image_size(data))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except BadSample as error:
-        raise UserError(f"{path}: is no image that can be read ({error.detail}): give a PNG, JPEG or WebP") from error
-
-
 def given_region(edit: Edit, folder: Path, height: int, width: int) -> Inside | None:
     """The region (height, width) that an entry's box or mask gives; None: it has neither.
 
@@ -166,7 +144,7 @@ def given_region(edit: Edit, folder: Path, height: int, width: int) -> Inside | 
         return in_boxes([it.box], height, width)
     if it.mask is None:
         return None
-    mask = read_picture(folder / it.mask)
+    mask = decode_file(folder / it.mask)
     if mask.shape[1:] != (height, width):
         raise UserError(
             f"entry {edit.entry}: mask {it.mask}: has {mask.shape[2]} x {mask.shape[1]} pixels, and must have "

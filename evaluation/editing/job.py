@@ -23,17 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.decode import Pixels
+from data.decode import Pixels, decode_file
 from data.errors import UserError
 from evaluation.drawing import draw_together, write_png
 from evaluation.editing.background import Inside, background_scores
-from evaluation.editing.edit_list import Box, Edit, given_region, in_boxes, read_picture
+from evaluation.editing.edit_list import Box, Edit, given_region, in_boxes
 from evaluation.editing.outcome import Line, finish
 from evaluation.geneval.detection import Detector
-from evaluation.parts import note_settings
+from evaluation.parts import begin_or_go_on, held
 from t2i.editing import EditSettings, edit_image, patch_window
 from t2i.pipeline import Pipeline
+from t2i.size_limits import check_fits
 from t2i.train.processes import World
+
+SCALE_DOWN = "scale the image down"
+"""What to do with one that is too large to be edited."""
 
 
 @dataclass(frozen=True)
@@ -66,34 +70,37 @@ class EditJob:
         Raises:
             UserError: an image, box or mask is wrong, or the folder holds other edits.
         """
-        missing = world.from_main(lambda: self._begin(made_of, beside))
-        draw_together(
-            world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
-        )
-        measured = world.together(lambda: [self._measure(edit) for edit in world.share(self.edits)])
-        lines = [line for part in world.gather(measured) for line in part]
-        detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
-        return world.from_main(lambda: finish(self.out, lines, {**beside, **made_of}, self.settings, detector))
+        with held(world, self.out):
+            missing = world.from_main(lambda: self._begin(pipeline, made_of, beside))
+            draw_together(
+                world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
+            )
+            measured = world.together(lambda: [self._measure(edit) for edit in world.share(self.edits)])
+            lines = [line for part in world.gather(measured) for line in part]
+            detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
+            return world.from_main(lambda: finish(self.out, lines, {**beside, **made_of}, self.settings, detector))
 
-    def _begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
+    def _begin(self, pipeline: Pipeline, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
         """Look at all that is given, make the folder or see that it is of the same edits; those that are missing."""
         if self.detector is not None:
             _check_classes(self.edits, self.detector)
         entries = {edit.entry: edit for edit in self.edits}
-        digests = {entry: hashlib.sha256(self._cropped(edit).tobytes()).hexdigest() for entry, edit in entries.items()}
+        digests, sizes = dict[int, str](), dict[tuple[int, int], Edit]()
+        for entry, edit in entries.items():
+            image = self._cropped(edit)
+            digests[entry] = hashlib.sha256(image.tobytes()).hexdigest()
+            sizes[image.shape[0], image.shape[1]] = edit
+        largest = max(sizes, key=lambda size: size[0] * size[1])
+        check_fits(pipeline, largest, 1, f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels", SCALE_DOWN)
         contents = [[digests[it.entry], it.source, it.target] for it in self.edits]
         settings = {
             **made_of,
             "edits": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
             "settings": self.settings.model_dump(),
         }
+        begin_or_go_on(self.out / "edits.json", settings, beside, "edits made otherwise")
         try:
-            (self.out / "images").mkdir(parents=True, exist_ok=True)
-            differ = note_settings(self.out / "edits.json", settings, beside)
-            if differ:
-                raise UserError(
-                    f"--out {self.out}: holds edits made otherwise ({', '.join(differ)}): give another name"
-                )
+            (self.out / "images").mkdir(exist_ok=True)
             (self.out / "summary.json").unlink(missing_ok=True)  # of what was there, and this job may be killed
             for entry, edit in entries.items():
                 if not self._source(entry).exists():
@@ -111,7 +118,7 @@ class EditJob:
 
     def _read(self, edit: Edit) -> tuple[Pixels, Inside | None]:
         """The image and the region that its entry gives, of whole patches."""
-        pixels = read_picture(edit.image)
+        pixels = decode_file(edit.image)
         height, width = pixels.shape[1:]
         window = patch_window(height, width, self.patch, str(edit.image))
         inside = given_region(edit, self.folder, height, width)
@@ -125,7 +132,7 @@ class EditJob:
 
     def _edit(self, pipeline: Pipeline, mine: Sequence[Edit], done: Callable[[int], object]) -> None:
         for edit in mine:
-            image = torch.from_numpy(read_picture(self._source(edit.entry)))
+            image = torch.from_numpy(decode_file(self._source(edit.entry)))
             result = edit_image(pipeline, image, edit.source, edit.target, self.settings)
             write_png(self._result(edit), result.permute(1, 2, 0).numpy())
             done(1)
@@ -133,7 +140,7 @@ class EditJob:
     def _measure(self, edit: Edit) -> Line:
         """An edit's line of results.jsonl."""
         before, result = (
-            read_picture(path).transpose(1, 2, 0) for path in (self._source(edit.entry), self._result(edit))
+            decode_file(path).transpose(1, 2, 0) for path in (self._source(edit.entry), self._result(edit))
         )
         _, inside = self._read(edit)
         boxes: list[Box] = []

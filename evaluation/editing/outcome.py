@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.decode import decode_file
+from data.files import atomic_write
 from data.randomness import key
 from evaluation.drawing import read_speed
 from evaluation.editing.background import METRICS
 from evaluation.geneval.summary import RESAMPLES, bootstrap, interval
-from evaluation.parts import write_aside, write_json
+from evaluation.parts import write_json
 from t2i.editing import EditSettings
 from t2i.train.report_parts import cards, figure, number, table, write_page
 
@@ -83,7 +85,7 @@ def finish(
         "made_of": {**made_of, "speed": read_speed(out)},
         "detector": detector,
     }
-    write_aside(out / "results.jsonl", ((json.dumps(line) + "\n").encode() for line in lines))
+    atomic_write(out / "results.jsonl", ((json.dumps(line) + "\n").encode() for line in lines))
     _write_page(out, lines, summary)
     write_json(out / "summary.json", summary)  # the last: where it is, the others are
     return summary
@@ -134,7 +136,6 @@ def _pair(out: Path, line: Line) -> str:
 
 def _shown(path: Path) -> Image.Image:
     """A picture for the page: small ones by their pixels."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    image = Image.fromarray(decode_file(path).transpose(1, 2, 0))
     times = max(1, _SIDE // max(image.size))
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.decode import Pixels, decode, image_size
-from data.errors import BadSample, UserError
+from data.decode import Pixels, decode_file
+from data.errors import UserError
 from data.formats import IMAGE_EXTENSIONS
 from data.listing import is_image, told, why_not_decoded
 from data.store import open_store
@@ -154,13 +154,7 @@ class FolderImages:
 
     def _read(self, number: int) -> Pixels:
         file = self.files[number]
-        try:
-            data = file.read_bytes()
-            if self._crop:
-                return decode(data, self._crop, small_images="upscale", as_adm=True)
-            return decode(data, image_size(data))
-        except (OSError, BadSample) as error:
-            raise UserError(f"{file}: cannot be read: {error}: mend it, or take it out of the folder") from error
+        return decode_file(file, adm_side=self._crop)
 
     def _checked(self, number: int) -> Pixels:
         pixels = self._read(number)

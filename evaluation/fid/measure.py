@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.errors import UserError
 from data.listing import told
+from data.progress import progress_bar
 from evaluation.fid.estimators import (
     NEIGHBOUR,
     SPLIT,
@@ -48,7 +48,7 @@ def for_features(world: World, network: Network, images: Images, batch_size: int
         network: whose features.
         images: of which.
         batch_size: images at a time.
-        what: the images' name on the progress bar.
+        what: the images' name where progress is shown.
         take: called on rank 0 alone, with the numbers of a batch and its features, on the CPU.
 
     Raises:
@@ -56,7 +56,7 @@ def for_features(world: World, network: Network, images: Images, batch_size: int
     """
     groups = groups_of(range(len(images)), batch_size)
     mine = images.batches(groups[world.rank :: world.size])
-    with tqdm(total=len(images), desc=what, unit="image", disable=not world.is_main) as bar:
+    with progress_bar(len(images), "image", what, shown=world.is_main) as bar:
         for first in range(0, len(groups), world.size):
             found = world.gather(_next(network, mine))
             for error in found:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
+from data.files import refuse_lfs_pointers
 from evaluation.fid.estimators import Gaussian
 from evaluation.fid.images import Images, open_images
 from evaluation.fid.networks import Network
@@ -82,6 +83,7 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path) as file:
             return {name: np.empty(0) if name == _IMAGES else file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        refuse_lfs_pointers(path, "reference")
         raise UserError(f"{path}: cannot be read as an .npz: {error}") from error
 
 

@@ -36,19 +36,26 @@ def build_detector(name: Name, weights: str | None, clip: str | None, device: to
     return mask2former.build(**{name: value for name, value in given.items() if value}, device=device)
 
 
-def check_classes(prompts: Sequence[Metadata], detector: Detector) -> None:
-    """See that a detector can find what prompts ask for: what it does not know, every model would score 0 at.
+def check_prompts(prompts: Sequence[Metadata], detector: Detector) -> None:
+    """See that a detector can find what prompts ask for: what it cannot, every model would score 0 at.
 
     Raises:
-        UserError: there is a class that it does not know; the first is named.
+        UserError: a class that it does not know, or more objects of one than it counts; the first is named.
     """
+    most = detector.thresholds.most
     for it in prompts:
-        for item in (*it["include"], *it.get("exclude", ())):
+        for item in (*it.get("include", ()), *it.get("exclude", ())):
             if item["class"] not in detector.classes:
                 raise UserError(
                     f"the prompt {it['prompt']!r} asks for the class {item['class']!r}, which the detector "
                     f"{detector.identity['name']} cannot find: choose another --detector, or name it as one of "
                     f"{', '.join(detector.classes[:3])} ... {detector.classes[-1]}"
+                )
+        for item in it.get("include", ()):
+            if item["count"] > most:
+                raise UserError(
+                    f"the prompt {it['prompt']!r} asks for {item['count']} of {item['class']!r}, and GenEval counts "
+                    f"the {most} most confident alone: no image could be right"
                 )
 
 

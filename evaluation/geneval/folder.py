@@ -4,8 +4,8 @@
     00000/samples/0000.png    its images
     00000/grid.png            all of them in one
 
-A folder for each prompt, in the prompts' order. What others made is read as strictly as our own: a folder from which
-something is missing would get a score that looks like a whole one.
+A folder for each prompt, in the prompts' order. Of what others made any digits may name a folder or image, and numbers
+may be missing. Images may not: a folder that lacks some would get a score that looks like a whole one.
 
 Source: Ghosh et al., "GenEval" (2023), and its evaluation/evaluate_images.py.
 """
@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as Picture
 
+from data.decode import decode_file
 from data.errors import UserError
+from data.files import atomic_write
+from data.listing import is_image
 from evaluation.drawing import write_png
 from evaluation.geneval.detection import Image
-from evaluation.geneval.prompts import Metadata, read, to_lines
-from evaluation.parts import write_aside
+from evaluation.geneval.prompts import Metadata, read_one, to_lines
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,18 @@ def begin_folder(root: Path, prompts: Sequence[Metadata]) -> None:
             samples.mkdir(parents=True, exist_ok=True)
             line = samples.with_name("metadata.jsonl")
             if not line.exists():
-                write_aside(line, [to_lines([metadata])])
+                atomic_write(line, to_lines([metadata]))
     except OSError as error:
         raise UserError(f"{root}: cannot be written to: {error.strerror}") from error
 
 
 def read_image(path: Path) -> Image:
-    """An image, uint8 (H, W, 3); transparency is dropped, grey becomes RGB.
+    """An image, uint8 (H, W, 3).
 
     Raises:
         UserError: it is no image, or a damaged one.
     """
-    try:
-        with Picture.open(path) as file:
-            return np.array(file.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged PNGs
-        raise UserError(f"{path} cannot be read as an image: make it again ({error})") from error
+    return np.ascontiguousarray(decode_file(path).transpose(1, 2, 0))
 
 
 def write_grid(it: Prompted) -> None:
@@ -91,19 +88,16 @@ def write_grid(it: Prompted) -> None:
 
 
 def read_folder(root: Path) -> list[Prompted]:
-    """All prompts of a folder, in their order.
+    """All prompts of a folder, in the order of their numbers.
 
     Raises:
         UserError: it is no such folder, or something is missing from it.
     """
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder of images")
-    folders = sorted((path for path in root.iterdir() if path.is_dir() and path.name.isdigit()), key=_number)
+    folders = _numbered((path.name, path) for path in root.iterdir() if path.is_dir())
     if not folders:
         raise UserError(f"{root}: must hold a folder for each prompt: 00000/metadata.jsonl and 00000/samples/0000.png")
-    for number, folder in enumerate(folders):
-        if _number(folder) != number:
-            raise UserError(f"{root}: has {len(folders)} folders of prompts, but none numbered {number}: make it again")
     found = [_read_prompt(folder) for folder in folders]
     usual, _ = Counter(len(it.images) for it in found).most_common(1)[0]
     for it in found:
@@ -116,16 +110,24 @@ def _read_prompt(folder: Path) -> Prompted:
     line = folder / "metadata.jsonl"
     if not line.exists():
         raise UserError(f"{folder}: has no metadata.jsonl, which says what its images must show")
-    prompts = read(line)
-    if len(prompts) != 1:
-        raise UserError(f"{line}: must hold one line (has {len(prompts)})")
     samples = folder / "samples"
-    files = samples.iterdir() if samples.is_dir() else ()
-    images = sorted((path for path in files if path.suffix == ".png" and path.stem.isdigit()), key=_number)
+    files = sorted(samples.iterdir()) if samples.is_dir() else []
+    images = _numbered((path.stem, path) for path in files if is_image(path.name))
     if not images:
-        raise UserError(f"{folder}: has no image samples/0000.png")
-    return Prompted(folder, prompts[0], tuple(images))
+        others = f", but {', '.join(path.name for path in files[:3])}" if files else ""
+        raise UserError(f"{folder}: has no image samples/0000.png{others}")
+    return Prompted(folder, read_one(line), tuple(images))
 
 
-def _number(path: Path) -> int:
-    return int(path.stem)
+def _numbered(paths: Iterable[tuple[str, Path]]) -> list[Path]:
+    """The paths whose names, given before them, are numbers, in their order; others are left out, as by the official
+    code.
+
+    Raises:
+        UserError: two have the same number.
+    """
+    found: dict[int, Path] = {}
+    for name, path in sorted(paths):
+        if name.isdecimal() and (first := found.setdefault(int(name), path)) is not path:
+            raise UserError(f"{path.parent}: {first.name} and {path.name} are of one number: remove one")
+    return [found[number] for number in sorted(found)]

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.files import atomic_write
 from evaluation.drawing import read_speed, unfinished_batches, write_png
 from evaluation.geneval.folder import Prompted, begin_folder, image_path, read_folder, write_grid
-from evaluation.geneval.prompts import TASKS, Metadata, digest, read, to_lines
-from evaluation.parts import note_settings, write_aside
+from evaluation.geneval.prompts import TASKS, Metadata, digest, essentials, read, to_lines
+from evaluation.parts import begin_or_go_on
 from t2i.config_sampling import SamplingConfig
-from t2i.pipeline import Picture, Pipeline
+from t2i.pipeline import Pipeline, pictures_of
 
 Number = tuple[int, int]
 """An image: its prompt's number and its own under it, both from 0."""
@@ -62,21 +63,22 @@ def choose(prompts: Sequence[Metadata], tasks: Collection[str], limit: int | Non
 
 
 def compare(prompted: Sequence[Prompted], prompts: Sequence[Metadata], where: str) -> None:
-    """Refuse images of other prompts than those of a file.
+    """Refuse images of other prompts than those of a file, of which they may be a part.
 
     Raises:
         UserError: naming the first that differs; `where` names the file.
     """
-    if len(prompted) != len(prompts):
-        raise UserError(
-            f"{where} has {len(prompts)} prompts, and the images are of {len(prompted)}: give the file that they were "
-            "drawn from"
-        )
-    for it, asked in zip(prompted, prompts, strict=True):
-        if it.metadata != asked:
+    for it in prompted:
+        number = int(it.folder.name)
+        if number >= len(prompts):
             raise UserError(
-                f"{it.folder}/metadata.jsonl is not prompt {it.folder.name} of {where}, {asked['prompt']!r}: give the "
-                "file that the images were drawn from"
+                f"{where} has {len(prompts)} prompts, and there is a folder {it.folder.name}: give the file that the "
+                "images were drawn from"
+            )
+        if essentials(it.metadata) != essentials(prompts[number]):
+            raise UserError(
+                f"{it.folder}/metadata.jsonl is not prompt {it.folder.name} of {where}, {prompts[number]['prompt']!r}: "
+                "give the file that the images were drawn from"
             )
 
 
@@ -99,7 +101,7 @@ class Samples:
     sampling: SamplingConfig
 
     def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Sequence[Number]]:
-        """Make the folder, or see that what is there is of the same images.
+        """Begin in the folder, which is held, or see that what is there is of the same images.
 
         Args:
             made_of: what else the images depend on, in JSON's types.
@@ -109,39 +111,26 @@ class Samples:
             The batches from which images are missing.
 
         Raises:
-            UserError: it holds other images, or cannot be made.
+            UserError: it holds anything else, or cannot be written to.
         """
-        note, root = self.out / "images.json", self.out / "images"
-        if root.exists() and not note.exists():
-            raise UserError(f"--out {self.out}: holds images/ that this job has not begun: give another name")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            settings = {
-                **made_of,
-                "prompts": digest(self.prompts),
-                "images_per_prompt": self.each,
-                "size": self.size,
-                "sampling": self.sampling.model_dump(mode="json"),
-            }
-            differ = note_settings(note, settings, beside)
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written to: {error.strerror}") from error
-        if differ:
-            raise UserError(f"--out {self.out}: holds images made otherwise ({', '.join(differ)}): give another name")
-        write_aside(self.out / "prompts.jsonl", [to_lines(self.prompts)])
-        begin_folder(root, self.prompts)
+        settings = {
+            **made_of,
+            "prompts": digest(self.prompts),
+            "images_per_prompt": self.each,
+            "size": self.size,
+            "sampling": self.sampling.model_dump(mode="json"),
+        }
+        begin_or_go_on(self.out / "images.json", settings, beside, "images made otherwise")
+        atomic_write(self.out / "prompts.jsonl", to_lines(self.prompts))
+        begin_folder(self.out / "images", self.prompts)
         missing = set(missing_images(self.out, len(self.prompts), self.each))
         numbers = [(prompt, image) for prompt in range(len(self.prompts)) for image in range(self.each)]
         return unfinished_batches(numbers, self.sampling.batch_size, missing.__contains__)
 
     def draw(self, pipeline: Pipeline, mine: Sequence[Number], drawn: Callable[[int], object]) -> None:
         """Draw these images, whole batches, and tell of each that it is one more; those that are there stay."""
-        before: Counter[str] = Counter()
-        first = []  # numbers of the pictures of its words that a prompt begins with
-        for metadata in self.prompts:
-            first.append(self.each * before[metadata["prompt"]])
-            before[metadata["prompt"]] += 1
-        pictures = [Picture(self.prompts[prompt]["prompt"], first[prompt] + image) for prompt, image in mine]
+        every = pictures_of([metadata["prompt"] for metadata in self.prompts], self.each)
+        pictures = [every[prompt * self.each + image] for prompt, image in mine]
         batches = pipeline.draw_batches(pictures, self.sampling, self.size)
         for (prompt, image), pixels in zip(mine, chain.from_iterable(batches), strict=True):
             if not (path := image_path(self.out / "images", prompt, image)).exists():

@@ -18,6 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from data.errors import UserError
+from data.files import refuse_lfs_pointers
 from t2i.engine.checkpoint.format import sha256
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -57,8 +58,9 @@ def identify(path: Path, published: Collection[str]) -> dict[str, Any]:
         "file", "sha256", and "pinned": whether it is a published one.
 
     Raises:
-        UserError: its name says another hash than it has.
+        UserError: its name says another hash than it has, or it is a Git LFS pointer.
     """
+    refuse_lfs_pointers(path, "weights")
     digest = sha256(path)
     named = _IN_NAME.search(path.name)
     blob = _BLOB.fullmatch(path.resolve().name)

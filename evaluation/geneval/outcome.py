@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.files import atomic_write
 from evaluation.geneval.detection import Detector
 from evaluation.geneval.page import write_page
-from evaluation.geneval.prompts import OFFICIAL_MD5, Metadata, digest, official
+from evaluation.geneval.prompts import CLASSES, OFFICIAL_MD5, Metadata, digest, essentials, official
 from evaluation.geneval.summary import summarise
 from evaluation.geneval.verdicts import Judged
-from evaluation.parts import write_aside, write_json
+from evaluation.parts import write_json
 
 OFFICIAL = 553
 """GenEval's prompts."""
@@ -22,17 +23,22 @@ EACH = 4
 """Images a prompt, in GenEval."""
 
 
-def kind_of(prompts: Sequence[Metadata]) -> str:
-    """What a file of prompts is: "official", "reworded" (asking for what those ask for), or "other"."""
+def kind_of(prompts: Sequence[Metadata]) -> tuple[str, str]:
+    """What prompts are, and in words which part of it; empty: all.
+
+    "official": GenEval's, in any order, whatever fields others have added; "reworded": all of them, in their order, in
+    other words; "other".
+    """
     if digest(prompts) == OFFICIAL_MD5:
-        return "official"
-    if len(prompts) != OFFICIAL:
-        return "other"
+        return "official", ""
+    asked = [essentials(it) for it in prompts]
+    if any(item["class"] not in CLASSES for it in asked for item in it.get("include", ())):
+        return "other", ""
     theirs = official()
-    if list(prompts) == theirs:  # with fields in another order
-        return "official"
-    reworded = [{**it, "prompt": ""} for it in prompts] == [{**it, "prompt": ""} for it in theirs]
-    return "reworded" if reworded else "other"
+    if all(it in theirs for it in asked) and len({it["prompt"] for it in asked}) == len(asked):
+        return "official", "" if len(asked) == OFFICIAL else f"{len(asked)} of the {OFFICIAL} official"
+    reworded = [{**it, "prompt": ""} for it in asked] == [{**it, "prompt": ""} for it in theirs]
+    return "reworded" if reworded else "other", ""
 
 
 def notes_on(kind: str, choice: str, each: int, detector: Mapping[str, Any]) -> list[str]:
@@ -113,7 +119,7 @@ def finish(
         "detector": detector.identity,
         "thresholds": asdict(detector.thresholds),
     }
-    write_aside(out / "results.jsonl", ((json.dumps(it) + "\n").encode() for it in results))
+    atomic_write(out / "results.jsonl", ((json.dumps(it) + "\n").encode() for it in results))
     write_page(out / "report.html", _name(about), summary, judged)
     write_json(out / "summary.json", summary)  # the last: where it is, the others are
     return summary

@@ -18,9 +18,9 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
+from data.files import atomic_write
 from evaluation.geneval.prompts import TASKS, Metadata
 from evaluation.geneval.verdicts import Judged
-from evaluation.parts import write_aside
 
 _UNIT = 1000
 _COLOURS = 3
@@ -56,7 +56,7 @@ def write_page(path: Path, name: str, summary: Mapping[str, Any], judged: Sequen
         ),
         footer=time.strftime("Written %Y-%m-%d %H:%M UTC.", time.gmtime()),
     )
-    write_aside(path, [page.encode()])
+    atomic_write(path, page.encode())
 
 
 def _words(task: str) -> str:
@@ -96,7 +96,7 @@ def _choices(name: str, labels: Mapping[str, str]) -> str:
 
 def _prompt(number: int, images: Sequence[Judged]) -> str:
     metadata: Metadata = json.loads(images[0].result["metadata"])
-    wanted = list(dict.fromkeys(item["class"] for item in metadata["include"]))
+    wanted = list(dict.fromkeys(item["class"] for item in metadata.get("include", [])))
     right = sum(image.result["correct"] for image in images)
     about = f"{number:05d} · {_words(metadata['tag'])} · {right} of {len(images)} right"
     figures = "".join(_figure(image, wanted) for image in images)

@@ -10,16 +10,18 @@ Source: Ghosh et al., "GenEval" (2023), and its prompts/create_prompts.py.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.errors import UserError
+from data.files import read_lines, read_text
 
 Metadata = dict[str, Any]
 
@@ -137,11 +139,21 @@ def digest(prompts: Sequence[Metadata]) -> str:
     return hashlib.md5(to_lines(prompts), usedforsecurity=False).hexdigest()
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class _Fields(BaseModel):
+    """Fields that the official code does not know are allowed, but not those that look like a misspelt one."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    @model_validator(mode="after")
+    def _nothing_is_misspelt(self) -> Self:
+        for name in self.model_extra or {}:
+            for meant in difflib.get_close_matches(name, _OPTIONAL, n=1, cutoff=0.8):
+                if meant in type(self).model_fields and meant not in self.model_fields_set:
+                    raise ValueError(f"{name} is no field: did you mean {meant}?")
+        return self
 
 
-class _Few(_Line):
+class _Few(_Fields):
     name: Annotated[str, Field(alias="class", min_length=1)]
     count: Annotated[int, Field(ge=1)]
 
@@ -151,41 +163,69 @@ class _Wanted(_Few):
     position: tuple[Relation, Annotated[int, Field(ge=0)]] | None = None
 
 
-class _Prompt(_Line):
+class _Prompt(_Fields):
     tag: Task
-    include: Annotated[list[_Wanted], Field(min_length=1)]
+    include: list[_Wanted] = []
     exclude: list[_Few] = []
     prompt: Annotated[str, Field(min_length=1)]
     heldout: bool = False  # of the proving ground's: whether training never saw the caption
 
     @model_validator(mode="after")
-    def _targets_come_first(self) -> _Prompt:
+    def _asks_for_something(self) -> Self:
+        if not self.include and not self.exclude:
+            raise ValueError("include and exclude are empty: any image would be right")
         for i, item in enumerate(self.include):
             if item.position and item.position[1] >= i:
                 raise ValueError(f"include.{i}.position must point to an object before it, so below {i}")
         return self
 
 
+_ITEM = ("class", "count", "color", "position")
+_OPTIONAL = ("include", "exclude", "color", "position")
+
+
+def essentials(metadata: Metadata) -> Metadata:
+    """What a prompt asks for, without fields that others have added and empty ones."""
+    lists = {
+        name: [{field: item[field] for field in _ITEM if item.get(field) is not None} for item in metadata[name]]
+        for name in ("include", "exclude")
+        if metadata.get(name)
+    }
+    return {"tag": metadata["tag"], **lists, "prompt": metadata["prompt"]}
+
+
 def read(path: Path) -> list[Metadata]:
-    """Read prompts from a file as the published one is: a line of JSON each. Wordings and classes are free.
+    """Read prompts from a file as the published one is: a line of JSON each. Wordings and classes are free, and fields
+    that GenEval does not know are kept.
 
     Raises:
         UserError: the file cannot be read, holds no prompt, or a line is not one; it is named.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"prompts {path}: {error.strerror}: give a file as GenEval's evaluation_metadata.jsonl"
-        ) from error
+    lines = read_lines(path, f"prompts {path}")
     if not lines:
         raise UserError(f"prompts {path}: the file is empty: it needs a line of JSON for each prompt")
-    for number, line in enumerate(lines, 1):
-        try:
-            _Prompt.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            message = first["msg"].removeprefix("Value error, ").replace(" at line 1 column", " at column")
-            raise UserError(f"prompts {path}, line {number}: {field + ': ' if field else ''}{message}") from error
-    return [json.loads(line) for line in lines]
+    return [_parse(line, f"prompts {path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_one(path: Path) -> Metadata:
+    """Read a metadata.jsonl as the official code does: one object of JSON, over any number of lines.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything else.
+    """
+    return _parse(read_text(path), str(path))
+
+
+def _parse(text: str, where: str) -> Metadata:
+    try:
+        metadata: Metadata = json.loads(text)
+        _Prompt.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {field + ': ' if field else ''}{message}") from error
+    except ValueError as error:
+        words = "has more than one object of JSON" if "Extra data" in str(error) else f"Invalid JSON: {error}"
+        raise UserError(f"{where}: {words}") from error
+    return metadata

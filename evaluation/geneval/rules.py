@@ -46,7 +46,7 @@ def judge(metadata: Metadata, image: Image, detector: Detector) -> Verdict:
     used = counting(detector.detect(image), metadata["tag"], detector.thresholds)
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
-    for item in metadata["include"]:
+    for item in metadata.get("include", []):
         found = of_class(used, item["class"])[: item["count"]]
         reason = _too_few(item, found)
         if not reason and item.get("color"):

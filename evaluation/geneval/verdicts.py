@@ -18,7 +18,7 @@ from evaluation.geneval.folder import Prompted, read_image
 from evaluation.geneval.prompts import Metadata
 from evaluation.geneval.rules import Verdict, judge
 from evaluation.geneval.summary import Result
-from evaluation.parts import note_settings, write_json
+from evaluation.parts import check_or_write_manifest, write_json
 from t2i.engine.checkpoint.format import sha256
 
 
@@ -59,7 +59,7 @@ class Verdicts:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             settings = {"detector": self._detector.identity, "thresholds": asdict(self._detector.thresholds)}
-            differ = note_settings(self._folder / "settings.json", settings)
+            differ = check_or_write_manifest(self._folder / "settings.json", settings)
         except OSError as error:
             raise UserError(f"--out {self._out}: cannot be written to: {error.strerror}") from error
         if differ:

@@ -88,6 +88,37 @@ def guided_velocity(
     return velocity
 
 
+class FiniteWatch:
+    """Notes which images of a batch each call of a velocity keeps finite; the device is not waited for meanwhile."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._finite: list[Tensor] = []
+
+    def _note(self, t: float, images: Tensor) -> None:
+        self._times.append(t)
+        self._finite.append(images.flatten(1).sum(1).isfinite())  # a sum is as long as every term is
+
+    def over(self, velocity: Velocity) -> Velocity:
+        """The same velocity, watched."""
+
+        def watched(x_t: Tensor, t: float, guided: bool) -> Tensor:
+            slope = velocity(x_t, t, guided)
+            self._note(t, slope)
+            return slope
+
+        return watched
+
+    def first_fault(self, images: Tensor) -> tuple[int, float] | None:
+        """Which of the images that came of it was the first not to be finite, and at which t; None: all are."""
+        self._note(1.0, images)
+        finite = torch.stack([it[: len(images)] for it in self._finite]).cpu()
+        if finite.all():
+            return None
+        call, image = (~finite).nonzero()[0].tolist()
+        return image, self._times[call]
+
+
 def euler(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool]) -> Tensor:
     """First order."""
     for i, (t, t_next) in enumerate(pairwise(times)):

@@ -23,7 +23,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from t2i.engine.interface import MicroSteps, StepResult
+from t2i.engine.interface import MicroSteps, StepResult, not_finite
 from t2i.engine.optimizer import Optimizer
 from t2i.engine.shards import BUCKET_NUMEL, Shards
 from t2i.engine.zero import cast_on_use, zero_state
@@ -125,13 +125,15 @@ class DeepSpeedEngine:
         """Apply the accumulated gradient, unless it is not finite or vetoed."""
         self._micro_steps.finish()
         norm = self._state.grad_norm()
-        reason = veto(norm) if math.isfinite(norm) else f"the gradient norm is {norm}"
+        finite = math.isfinite(norm)
+        reason = veto(norm) if finite else f"the gradient norm is {norm}"
+        bad = () if finite else not_finite(self._state.gradients())
         for group in self._optimizer.param_groups:
             group["lr"] = lr(group["muon"])
         self._optimizer.vetoed = reason is not None
         self._engine.step()
         self._optimizer.vetoed = False
-        return StepResult(norm, reason)
+        return StepResult(norm, reason, bad)
 
     def close(self) -> None:
         """Release hooks and memory, so that the next stage can build its own engine."""

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from t2i.engine.blocks import HasBlocks
-from t2i.engine.interface import MicroSteps, StepResult
+from t2i.engine.interface import MicroSteps, StepResult, not_finite
 from t2i.engine.optimizer import Optimizer, Piece
 from t2i.engine.shards import Shards, all_reduce_sum
 
@@ -82,7 +82,7 @@ class FsdpEngine:
         self._parameters: dict[str, DTensor] = dict(module.named_parameters())  # type: ignore[arg-type]
         self._pieces = [self._piece(name, p, mesh) for name, p in self._parameters.items()]
         for group in optimizer.param_groups:
-            group["params"] = [p.tensor for p in self._pieces if (p.name in optimizer.muon_names) == group["muon"]]
+            group["params"] = [p.tensor for p in self._pieces if p.name in group["names"]]
         self.shards: Shards = optimizer.adopt(self._pieces)
 
     def _piece(self, name: str, parameter: DTensor, mesh: DeviceMesh) -> Piece:
@@ -132,7 +132,10 @@ class FsdpEngine:
         if primary:
             squared += torch.nn.utils.get_total_norm(primary).square()
         norm = float(all_reduce_sum(squared).sqrt())
-        reason = veto(norm) if math.isfinite(norm) else f"the gradient norm is {norm}"
+        finite = math.isfinite(norm)
+        reason = veto(norm) if finite else f"the gradient norm is {norm}"
+        names = (piece.name for piece in self._pieces)
+        bad = () if finite else not_finite(zip(names, gradients, strict=True))
         if reason is None:
             if self._clip_grad_norm > 0:
                 torch._foreach_mul_(gradients, min(1.0, self._clip_grad_norm / (norm + 1e-6)))
@@ -142,7 +145,7 @@ class FsdpEngine:
         self.network.zero_grad()
         for piece in self._pieces:
             piece.tensor.grad = None
-        return StepResult(norm, reason)
+        return StepResult(norm, reason, bad)
 
     def close(self) -> None:
         """Nothing outlives the last reference to the engine."""

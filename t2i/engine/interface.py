@@ -7,7 +7,7 @@ vetoed or not finite reaches neither weights nor moments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -16,11 +16,19 @@ from t2i.engine.shards import Shards
 
 
 class StepResult(NamedTuple):
-    """Outcome of one optimizer step: the global gradient norm before clipping, and why the update was not
-    applied (None: it was)."""
+    """Outcome of one optimizer step."""
 
     grad_norm: float
+    """Global, before clipping."""
     vetoed: str | None
+    """Why the update was not applied; None: it was."""
+    not_finite: Sequence[str] = ()
+    """Where the norm is not finite: the parameters whose gradient, as far as this rank holds it, is not either."""
+
+
+def not_finite(gradients: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those that are not finite."""
+    return [name for name, gradient in gradients if not gradient.isfinite().all()]
 
 
 class Engine(Protocol):

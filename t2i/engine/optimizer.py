@@ -185,21 +185,25 @@ def build_optimizer(
     """An optimizer over a module's parameters; `muon(name)` says which matrices Muon takes, `zeros_like` where the
     moments lie.
 
+    Weight decay is for the matrices of linear layers alone: biases, norms, embeddings and learned positions have none.
     Learning rates are set before every step (`Engine.step`).
     """
-    groups: list[dict[str, Any]] = []
-    muon_names = frozenset(name for name, p in module.named_parameters() if p.ndim == 2 and muon(name))
-    for by_muon in (False, True):
-        parameters = [p for name, p in module.named_parameters() if (name in muon_names) == by_muon]
-        if parameters:
-            groups.append(
-                {
-                    "params": parameters,
-                    "muon": by_muon,
-                    "lr": 0.0,
-                    "weight_decay": weight_decay,
-                    "momentum": muon_momentum,
-                    "work_dtype": work_dtype,
-                }
-            )
+    parameters = dict(module.named_parameters())
+    muon_names = frozenset(name for name, p in parameters.items() if p.ndim == 2 and muon(name))
+    decayed = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)}
+    kinds: dict[tuple[bool, float], list[str]] = {}
+    for name, p in parameters.items():
+        kinds.setdefault((name in muon_names, weight_decay if id(p) in decayed else 0.0), []).append(name)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameters[name] for name in names],
+            "names": frozenset(names),
+            "muon": by_muon,
+            "lr": 0.0,
+            "weight_decay": decay,
+            "momentum": muon_momentum,
+            "work_dtype": work_dtype,
+        }
+        for (by_muon, decay), names in sorted(kinds.items())
+    ]
     return Optimizer(groups, muon_names, betas, eps, zeros_like)

@@ -12,11 +12,13 @@ DeepSpeed 0.19 implements its stages by four unrelated classes; what an engine n
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -31,6 +33,9 @@ class ZeroState(Protocol):
 
     def grad_norm(self) -> float:
         """Norm of the accumulated gradient over all ranks; not finite where the gradient is not."""
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of each parameter's accumulated gradient, by name; before the update alone."""
 
     def refresh(self) -> None:
         """Take up masters that were written to."""
@@ -77,6 +82,9 @@ class Stage0:
             torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
         )
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p.grad) for name, p in self._parameters.items() if p.grad is not None)
+
     def refresh(self) -> None:
         """The weights are the masters."""
 
@@ -107,6 +115,12 @@ class Stage1And2:
     def grad_norm(self) -> float:
         norm = float(self._zero.scaled_global_norm())
         return norm if norm >= 0 else math.nan  # a non-finite norm of one group is reported as -1
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        p: Any
+        for name, p in self._module.named_parameters():
+            if p._hp_mapping is not None:  # None: this rank holds nothing of the parameter
+                yield name, p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
 
     def refresh(self) -> None:
         self._zero.update_lp_params()
@@ -142,6 +156,9 @@ class Stage3:
     def grad_norm(self) -> float:
         norm = float(combine_grad_norm_groups(self._zero._get_norm_groups()))
         return norm if norm >= 0 else math.nan
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, safe_get_local_grad(p)) for name, p in self._module.named_parameters())
 
     def refresh(self) -> None:
         zero = self._zero

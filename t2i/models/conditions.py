@@ -27,6 +27,9 @@ class Conditioner(Protocol):
                 are read like this, and the empty caption always is.
         """
 
+    def cut(self, captions: Sequence[str], plain: bool = False) -> int:
+        """How many captions are longer than what is read of them."""
+
     def null_caption(self) -> Tensor:
         """What stands for no caption: states or a class."""
 

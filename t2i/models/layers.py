@@ -3,9 +3,9 @@
 Shape suffixes: B batch, N image tokens, L text tokens, M keys, H heads, K head width, D model width.
 
 - Rotary embedding in real arithmetic: complex tensors keep a compiler from fusing it.
-- Attention is flash-attn on CUDA where it is installed and nothing is masked, PyTorch's fused kernel otherwise, and
-  three plain operations on a CPU, whose fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py).
-  On the meta device, where the planner counts, it is what it would be on CUDA.
+- Attention on CUDA is PyTorch's fused kernel, or flash-attn where that is installed and nothing is masked. On a CPU it
+  is three plain operations, as the fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py). On the
+  meta device, where the planner counts, it is what it would be on CUDA.
 - Norms and the rotation are computed in fp32 and cast back.
 """
 
@@ -114,16 +114,30 @@ def attention(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask_BM: Tensor | 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels by its angle. x (B, H, N, K); cos, sin (N, K/2), fp32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Turn each pair of neighbouring channels by its angle. x (B, H, N, K); cos, sin (N, K), fp32, of `turns`."""
+    values = x.float()
+    # Every channel is a product of itself and one of its partner, and so is its gradient. Stacked from even and odd
+    # channels instead, the gradient of keys is strided stores of transposed tiles in compiled code, and came out of it
+    # as NaN on a processor with AVX512 and without bf16 (torch 2.14).
+    partners = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(values * cos, partners, sin).to(x.dtype)
+
+
+def turns(angles: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, K), fp32, of one angle a channel pair (N, K/2): of each channel the factor of itself and
+    that of its partner, whose sign is the rotation's."""
+    cos, sin = angles.cos(), angles.sin()
+    return (
+        cos.repeat_interleave(2, dim=-1).float().to(device),
+        torch.stack([-sin, sin], dim=-1).flatten(-2).float().to(device),
+    )
 
 
 @lru_cache(maxsize=64)
 def rope_table(
     rows: int, columns: int, head_width: int, device: torch.device, extent: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, K/2) of the 2-D rotary embedding of PixelGen and PixelDiT for a grid of patches, row-major.
+    """`turns` (N, K) of the 2-D rotary embedding of PixelGen and PixelDiT for a grid of patches, row-major.
 
     Positions along an axis of n patches are linspace(0, extent, n), both ends included; none is an extent of n, as in
     PixelGen, whose spacing is n/(n-1). PixelDiT has 16 whatever the grid. Channel pairs alternate x, y, x, y, ...; pair
@@ -136,24 +150,23 @@ def rope_table(
         indexing="ij",
     )
     angles = torch.stack([x.flatten()[:, None] * frequencies, y.flatten()[:, None] * frequencies], dim=-1)
-    angles = angles.flatten(-2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return turns(angles.flatten(-2), device)
 
 
 @lru_cache(maxsize=64)
 def line_rope_table(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, K/2) of the rotary embedding of tokens in a line (Su et al. 2021): pair k of token n turns
+    """`turns` (L, K) of the rotary embedding of tokens in a line (Su et al. 2021): pair k of token n turns
     by n 10000^(-2k/K)."""
     frequencies = 10000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width)
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return turns(angles, device)
 
 
 @lru_cache(maxsize=64)
 def axial_rope_table(
     rows: int, columns: int, head_width: int, unturned: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (unturned + N, K/2) of the 2-D rotary embedding of EVA-02 (Fang et al. 2023) and JiT.
+    """`turns` (unturned + N, K) of the 2-D rotary embedding of EVA-02 (Fang et al. 2023) and JiT.
 
     The first half of the channel pairs turns with the row, the second with the column; pair k of either turns by its
     position 0, 1, 2, ... times 10000^(-4k/K). `unturned` tokens that are no patches come first and are not turned.
@@ -166,7 +179,7 @@ def axial_rope_table(
     )
     angles = torch.cat([y.flatten()[:, None] * frequencies, x.flatten()[:, None] * frequencies], dim=-1)
     angles = F.pad(angles, (0, 0, unturned, 0))
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return turns(angles, device)
 
 
 @lru_cache(maxsize=64)

@@ -197,7 +197,7 @@ def from_pixels_of_patches(pixels: Tensor, patch: int, cut: tuple[int, int], hei
 def parts_rope_table(
     rows: int, columns: int, parts_down: int, parts_across: int, head_width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N parts, K/2) for a grid of patches that are cut into parts, patch by patch.
+    """`turns` (N parts, K) for a grid of patches that are cut into parts, patch by patch.
 
     A part turns by its place in the grid of all parts; one part a patch is `rope_table` itself.
     """

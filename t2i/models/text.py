@@ -1,7 +1,7 @@
 """The frozen language model that reads captions.
 
 - Any Hugging Face text model; its last hidden states (after the final norm) of a caption padded on the right, without
-  a chat template.
+  a chat template. Of an encoder-decoder the encoder, of a model of text and images the part that reads text.
 - An instruction may come before a caption ("complex human instruction" of SANA, Xie et al. 2024): words that tell a
   language model what the caption is for. Its own tokens are not kept: a decoder's later tokens have seen them.
 - Under padding attend a caption is padded to a fixed number of tokens; the denoiser sees the states of the pads too.
@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from data.files import refuse_lfs_pointers
 from t2i.upload import upload
 
 ENCODE_BATCH = 16
+ENCODERS_ALONE = ("t5", "mt5", "umt5")
+"""Encoder-decoders whose encoder transformers loads without the decoder, which may be the larger part."""
 LENGTH_STEP = 32
 """Under padding mask, lengths are multiples of it: few shapes for a compiler."""
+
+SAME_STATES = 0.1
+"""States whose relative distance is below this are of one encoder: bf16 makes about 0.01, another model about 1."""
 
 Key = tuple[str, bool]  # a caption, and whether the instruction comes before it
 
@@ -55,11 +62,100 @@ def resolve_model(name: str) -> str:
 
 def _load(auto: Any, name: str, **options: Any) -> Any:
     """What one of transformers' Auto classes makes of a model's name."""
+    folder = resolve_model(name)
     try:
-        return auto.from_pretrained(resolve_model(name), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        return auto.from_pretrained(folder, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # a tokeniser's package that is missing, torn weights, a model that is not known, ...
+        refuse_lfs_pointers(Path(folder), f"text.model {name!r}")
+        reason = [*str(error).splitlines(), type(error).__name__][0]
         raise UserError(f"text.model {name!r} cannot be loaded: {reason}") from error
+
+
+def check_same_text(stored: Tensor, computed: Tensor, where: str, of: str) -> None:
+    """See that a text encoder is the one that a null caption was computed by, whatever its name is now.
+
+    Args:
+        stored, computed: states (L, E) of the empty caption, perhaps computed in different precision.
+        where: the field or option that names the encoder.
+        of: what the stored states belong to.
+
+    Raises:
+        UserError: it is another one.
+    """
+    computed = computed.to(stored)
+    if stored.shape != computed.shape or (stored - computed).norm() > SAME_STATES * stored.norm():
+        raise UserError(f"{where} is another text encoder than that of {of}: it reads the empty caption differently")
+
+
+def auto_class(config: Any) -> Any:
+    """Which of transformers' Auto classes makes a model of this configuration, with no more than need be."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if config.model_type in ENCODERS_ALONE else AutoModel
+
+
+def text_part(net: Any) -> Any:
+    """The module that reads text: an encoder-decoder's encoder, the text tower or language model of a model of several
+    kinds of input, or the model itself."""
+    if net.config.is_encoder_decoder:
+        return net.get_encoder()
+    if net.config.get_text_config() is net.config:
+        return net
+    part = net.get_decoder()  # as transformers calls what comes of `text_config`
+    return part if part is not net else net.get_encoder()
+
+
+def load_text_model(name: str, dtype: torch.dtype, **options: Any) -> Any:
+    """A model's part that reads text, with its weights.
+
+    Raises:
+        UserError: they cannot be loaded, some of them are missing, or there is no such part.
+    """
+    from transformers import AutoConfig
+
+    auto = auto_class(_load(AutoConfig, name, **options))
+    net, found = _load(auto, name, dtype=dtype, output_loading_info=True, **options)
+    try:
+        part = text_part(net)
+    except ValueError:  # several kinds of text
+        part = net
+    if not {"input_ids", "attention_mask"} <= signature(part.forward).parameters.keys():
+        raise UserError(f"text.model {name!r}: {type(net).__name__} has no part that reads text alone: take another")
+    own = {id(p) for p in part.parameters()}
+    missing = [
+        n for n, p in net.named_parameters() if n in found["missing_keys"] and id(p) in own and "pooler" not in n
+    ]
+    if missing:
+        raise UserError(
+            f"text.model {name!r}: {len(missing)} weights of its {type(part).__name__} are missing, the first "
+            f"{missing[0]}: give a model that has them"
+        )
+    return part.eval().requires_grad_(False)
+
+
+def check_length(name: str, net: Any, length: int, instruction: int = 0) -> None:
+    """Refuse captions of `length` tokens, after those of an instruction, that a model has no positions for.
+
+    Raises:
+        UserError: naming text.length.
+    """
+    most = getattr(net.config.get_text_config(), "max_position_embeddings", None) or 0
+    if most <= 0:  # none, or none that ends
+        return
+    words = net.get_input_embeddings()
+    for table in net.modules():
+        # RoBERTa and its kind do not use the positions up to the pad's number.
+        if isinstance(table, nn.Embedding) and table is not words and table.num_embeddings == most:
+            most -= 0 if table.padding_idx is None else table.padding_idx + 1
+            break
+    if length + instruction > most:
+        asked = f"text.length {length}" + (f" and the {instruction} of text.instruction" if instruction else "")
+        raise UserError(
+            f"{asked} are more tokens than the {most} that text.model {name!r} has positions for: lower text.length to "
+            f"{max(0, most - instruction)} or less"
+        )
 
 
 class TextEncoder(nn.Module):
@@ -76,7 +172,7 @@ class TextEncoder(nn.Module):
         instruction: what comes before captions, up to and with a space; "" is nothing.
 
     Raises:
-        UserError: the weights or the tokeniser cannot be loaded.
+        UserError: the weights or the tokeniser cannot be loaded, or the length does not go with them.
     """
 
     def __init__(
@@ -91,11 +187,14 @@ class TextEncoder(nn.Module):
         instruction: str = "",
     ) -> None:
         super().__init__()
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self._name = name
         self.tokenizer = _load(AutoTokenizer, name)
+        self.tokenizer.truncation_side = "right"
         if self.tokenizer.pad_token is None:
+            if self.tokenizer.eos_token is None:
+                raise UserError(f"text.model {name!r}: its tokenizer has neither a pad nor an end token to pad with")
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.dtype = dtype
         self.length = length
@@ -109,14 +208,31 @@ class TextEncoder(nn.Module):
         self._cache: OrderedDict[Key, Tensor] = OrderedDict()
         self._place: Tensor
         self.register_buffer("_place", torch.empty(0), persistent=False)  # where the model belongs, loaded or not
-        self.net: nn.Module | None = None if release else self._load_net()
-        self.width: int = (_load(AutoConfig, name) if self.net is None else self.net.config).hidden_size
+        if (own := self.tokenizer.num_special_tokens_to_add()) >= length:
+            raise UserError(
+                f"text.length {length} leaves no place for a caption: the tokenizer of text.model {name!r} adds {own} "
+                f"tokens of its own; {own + 1} is the least"
+            )
+        net = self._load_net()
+        check_length(name, net, length, self._skipped)
+        self.width = self._measured_width(net)
+        """Of a state."""
+        self.net: nn.Module | None = None if release else net
+
+    @torch.no_grad()
+    def _measured_width(self, net: Any) -> int:
+        """The width of a state, of one pad."""
+        pad, rows = self.tokenizer.pad_token_id, net.get_input_embeddings().num_embeddings
+        if pad >= rows:
+            raise UserError(
+                f"text.model {self._name!r}: its tokenizer's pad token has number {pad}, and the model knows {rows} "
+                "tokens: give a folder whose tokenizer is the model's own"
+            )
+        token = torch.tensor([[pad]], device=self._place.device)
+        return net(input_ids=token, attention_mask=torch.ones_like(token)).last_hidden_state.shape[-1]
 
     def _load_net(self, **options: Any) -> Any:
-        from transformers import AutoModel
-
-        net = _load(AutoModel, self._name, dtype=self.dtype, **options)
-        net.eval().requires_grad_(False).to(self._place.device)
+        net = load_text_model(self._name, self.dtype, **options).to(self._place.device)
         if self._compiled:
             net.forward = torch.compile(net.forward)
         return net
@@ -137,9 +253,24 @@ class TextEncoder(nn.Module):
         """Tokens of each caption and of what comes before it, one at least."""
         pads = [self.tokenizer.pad_token_id] * (1 if self._masks else self.length)
         words = [self._instruction + caption for caption in captions] if instructed else captions
-        most = self.length + (self._skipped if instructed else 0)
-        found = self.tokenizer(words, truncation=True, max_length=most)["input_ids"]
+        found = self.tokenizer(words, truncation=True, max_length=self._most_tokens(instructed))["input_ids"]
         return [own or pads for own in found]
+
+    def _most_tokens(self, instructed: bool) -> int:
+        return self.length + (self._skipped if instructed else 0)
+
+    def cut(self, captions: Sequence[str], plain: bool = False) -> int:
+        """How many captions have more tokens than `length`, and are cut there.
+
+        Args:
+            plain: see `forward`.
+        """
+        count = 0
+        for caption in captions:
+            instructed = bool(self._instruction and caption) and not plain
+            words = self._instruction + caption if instructed else caption
+            count += len(self.tokenizer(words)["input_ids"]) > self._most_tokens(instructed)
+        return count
 
     def _alike(self, captions: list[str], instructed: bool) -> Iterator[tuple[int, list[str], list[list[int]]]]:
         """Captions that may be encoded together: how many states a row keeps, and they with their tokens.

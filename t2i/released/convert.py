@@ -6,8 +6,10 @@ Lightning's: where there is but one of two, both of our files get it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sized
 from dataclasses import dataclass, field
+from itertools import chain
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +18,9 @@ from torch import Tensor
 from t2i.build import build_denoiser, build_projector
 from t2i.config import ModelConfig, RunConfig
 from t2i.config_base import ConfigError
-from t2i.model_folder import DENOISER, PROJECTOR, UNREAD
+from t2i.model_folder import DENOISER, PROJECTOR, UNREAD, check_finite
 from t2i.models.layers import sincos_table
-from t2i.released.checkpoint import AVERAGE, Checkpoint
+from t2i.released.checkpoint import AVERAGE, Checkpoint, StoredTensor, kind_name
 from t2i.released.layout import from_released, released_sizes, to_released
 from t2i.released.names import (
     PLAIN,
@@ -99,7 +101,7 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
         text_width: of the text encoder's states; nothing to a network that draws classes.
 
     Raises:
-        ConfigError: the checkpoint is damaged, or of another network.
+        ConfigError: the checkpoint is damaged, of another network, or holds numbers that are not finite.
     """
     model, named = config.model, prefixes(config.model)
     check_released(model)
@@ -107,13 +109,16 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
         denoiser = build_denoiser(model, text_width, config.text.length)
     report, found = Report(), dict[str, dict[str, Tensor]]()
     for which, prefix in named.denoiser.items():
-        if any(name.startswith(prefix) for name in checkpoint.weights):
+        if _holds(checkpoint, prefix):
             found[which] = _take(checkpoint, _denoiser(which, model), denoiser, model, report)
             found[which] |= _keep(checkpoint, prefix, model, report)
             if (positions := prefix + POSITIONS) in checkpoint.weights:
                 report.recomputed[positions] = compare_positions(checkpoint, positions, model.width)
     if not found:
         words = " or ".join(named.denoiser.values())
+        for name in sorted(checkpoint.weights.keys() | checkpoint.unusable.keys()):
+            if name.startswith(tuple(named.denoiser.values())):
+                _refuse_unusable(checkpoint, name)
         raise ConfigError(
             f"{checkpoint.path} is not a checkpoint of {TITLES[model.family]}: no weight's name begins with {words}"
         )
@@ -122,7 +127,7 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
     projectors = {
         which: _take_projector(checkpoint, _projector(prefix), model, report)
         for which, prefix in named.projector.items()
-        if f"{prefix}4.bias" in checkpoint.weights
+        if _holds(checkpoint, f"{prefix}4.bias")
     }
     if not projectors:
         report.notes.append("projector: the checkpoint has none; training with alignment would start a fresh one")
@@ -131,8 +136,25 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
             "the last block's text: but for its keys and values it is kept to be exported again, and not trained"
         )
     _note_what_is_left(checkpoint, report)
+    kept = (it for part in found.values() for it in part.items() if it[0].startswith(UNREAD))
+    used = ((name, checkpoint.tensor(name).float()) for name in report.used)
+    check_finite(chain(used, kept), str(checkpoint.path))
     raw, ema = ({**_either(found, which), **_either(projectors, which)} for which in _OTHER)
     return Imported(raw, ema, report)
+
+
+def _holds(checkpoint: Checkpoint, prefix: str) -> bool:
+    """Whether there is a tensor with something in it whose name begins so; all placeholders are none."""
+    return any(name.startswith(prefix) and 0 not in stored.size for name, stored in checkpoint.weights.items())
+
+
+def _refuse_unusable(checkpoint: Checkpoint, name: str) -> None:
+    """Refuse a weight that is needed and cannot be read, by its cause."""
+    cause = checkpoint.unusable.get(name)
+    if name in checkpoint.weights and 0 in checkpoint.weights[name].size:
+        cause = "empty, a placeholder as ZeRO-3 leaves: gather the weights first, by zero_to_fp32.py for one"
+    if cause:
+        raise ConfigError(f"{checkpoint.path}: {name} is {cause}")
 
 
 def _either(found: Mapping[str, dict[str, Tensor]], which: str) -> dict[str, Tensor]:
@@ -146,6 +168,8 @@ def _take(
     ours = network.state_dict()
     sources = {name: released_shares(part.table, name) for name in ours}
     expected = {share.name for shares in sources.values() for share in shares}
+    for needed in sorted(expected):
+        _refuse_unusable(checkpoint, part.released + needed)
     present = {name.removeprefix(part.released) for name in checkpoint.weights if name.startswith(part.released)}
     another = f"{checkpoint.path}, {network_name(checkpoint)}, is of another network than the config's model"
     for problem, wrong in (("lacks", expected - present), ("has", present - expected - {*part.others})):
@@ -186,18 +210,28 @@ def _keep(checkpoint: Checkpoint, prefix: str, model: ModelConfig, report: Repor
 
 def _take_projector(checkpoint: Checkpoint, part: _Part, model: ModelConfig, report: Report) -> dict[str, Tensor]:
     with torch.device("meta"):
-        projector = build_projector(model, checkpoint.weights[f"{part.released}4.bias"].size[0])
+        projector = build_projector(model, max(checkpoint.weights[f"{part.released}4.bias"].size, default=1))
     return _take(checkpoint, part, projector, model, report)
 
 
 def _note_what_is_left(checkpoint: Checkpoint, report: Report) -> None:
     for name in checkpoint.weights.keys() - report.used.keys() - report.recomputed.keys():
         report.left.setdefault(_place(name), f"tensor {list(checkpoint.weights[name].size)}")
+    for name, cause in checkpoint.unusable.items():
+        report.left[_place(name)] = f"is {cause}"
     for key, value in checkpoint.rest.items():
-        plain = isinstance(value, str | int | float | None)
-        report.left[str(key)] = repr(value) if plain else f"{type(value).__name__} of {len(value)}"
+        report.left[str(key)] = _described(value)
     for name in checkpoint.unknown:
         report.left[f"class or function {name}"] = "not looked for: nothing of a file is run"
+
+
+def _described(value: Any) -> str:
+    """A value of any type in a line."""
+    if isinstance(value, StoredTensor):
+        return f"tensor {value.size}"
+    if isinstance(value, str | bytes | int | float | complex | torch.dtype | None):
+        return shorten(repr(value), 200)
+    return kind_name(value) + (f" of {len(value)}" if isinstance(value, Sized) and not isinstance(value, type) else "")
 
 
 def _place(name: str) -> str:

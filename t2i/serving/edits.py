@@ -12,10 +12,11 @@ from torch import Tensor
 
 from data.decode import decode, image_size
 from data.errors import BadSample, UserError
+from data.formats import FORMATS
 from t2i.config import RunConfig
 from t2i.editing import EditSettings, edit_settings, patch_window
-from t2i.serving.limits import Limits
 from t2i.serving.session import MOST_SEED, MOST_STEPS, check_number, check_whole, check_words, stem_of
+from t2i.size_limits import Limits
 
 MOST_IMAGE_PIXELS = 2**26
 """Of an image that somebody brings, before it is scaled down."""
@@ -85,7 +86,7 @@ def check_edit(form: EditForm, config: RunConfig, limits: Limits) -> EditRequest
         UserError: a field that is wrong, in one sentence.
     """
     if form.image is None:
-        raise UserError("image: there is none: drop one into its place")
+        raise UserError("image: there is none, or it is no longer kept: drop one into its place")
     source, target = check_words("what the image shows", form.source), check_words("what it is to show", form.target)
     if not target:
         raise UserError("what it is to show: is empty: say it in words")
@@ -129,9 +130,8 @@ def fit_image(data: bytes, config: RunConfig, limits: Limits) -> Tensor:
     except BadSample as fault:
         if fault.reason == "too_many_pixels":
             raise _too_large("too many pixels") from fault
-        raise UserError(
-            f"image: cannot be read ({fault.detail}): must be a whole PNG, JPEG, WebP, GIF or BMP"
-        ) from fault
+        known = ", ".join(it.name for it in FORMATS.values())
+        raise UserError(f"image: cannot be read ({fault.detail}): must be a whole image, one of {known}") from fault
 
 
 def _too_large(pixels: str) -> UserError:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, fields
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from t2i.serving import look
 from t2i.serving.edits import EditForm, EditRequest
+from t2i.serving.kept import KeptFiles
 from t2i.serving.session import Form, Request
 from t2i.serving.studio import Drawn
 
@@ -41,7 +40,7 @@ def _caption(drawn: Drawn) -> str:
     return words if len(words) <= 40 else words[:39] + "…"
 
 
-def history_tab(history: Any, tabs: Any, draws: AskTab, edits: AskTab | None, small: bool) -> Any:
+def history_tab(history: Any, tabs: Any, draws: AskTab, edits: AskTab | None, uploads: KeptFiles, small: bool) -> Any:
     """The history's pictures, which it returns; two of them are shown beside each other.
 
     Args:
@@ -49,6 +48,7 @@ def history_tab(history: Any, tabs: Any, draws: AskTab, edits: AskTab | None, sm
         tabs: of the page.
         draws: the tab that draws.
         edits: the tab that edits, if there is one.
+        uploads: what visitors bring, and with them images that are to be edited again.
         small: whether pictures are shown by their pixels.
     """
     pixelated = ["small"] if small else []
@@ -73,7 +73,9 @@ def history_tab(history: Any, tabs: Any, draws: AskTab, edits: AskTab | None, sm
     shown.select(_choose, [history, pair], [pair, *places], **quick)
     targets = [tabs, *draws.fields, *(edits.fields if edits is not None else [])]
     for index, button in enumerate(places[2::3]):
-        button.click(lambda chosen, index=index: _fill(chosen[index], edits is not None), pair, targets, **quick)
+        button.click(
+            lambda chosen, index=index: _fill(chosen[index], edits is not None, uploads), pair, targets, **quick
+        )
     return shown
 
 
@@ -92,11 +94,11 @@ def _choose(history: History, pair: Pair, picked: gr.SelectData) -> list[Any]:
     return found
 
 
-def _fill(drawn: Drawn, edits: bool) -> list[Any]:
+def _fill(drawn: Drawn, edits: bool, uploads: KeptFiles) -> list[Any]:
     """Fill in the fields that asked for a picture, and show their tab."""
     is_edit = isinstance(drawn.request, EditRequest)
     values = [getattr(drawn.request.form, field.name) for field in fields(drawn.request.form)]
-    values = [Image.open(io.BytesIO(it)) if isinstance(it, bytes) else it for it in values]
+    values = [str(uploads.add("image.png", it)) if isinstance(it, bytes) else it for it in values]
     of_draw, of_edit = len(fields(Form)), len(fields(EditForm)) if edits else 0
     skips = [gr.skip()] * (of_draw if is_edit else of_edit)
     return [gr.Tabs(selected="edit" if is_edit else "draw"), *(skips + values if is_edit else values + skips)]

@@ -2,6 +2,7 @@
 
 - What is wrong with a request is said in the words of the check that refused it.
 - Requests wait in one queue for the one model; what only fills in fields does not.
+- What comes from outside passes t2i/serving/gate.py first.
 - Nothing is loaded from anywhere else, and nothing is told to anyone: no analytics, no fonts, no share link.
 """
 
@@ -12,35 +13,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
-from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
-from gradio.data_classes import ImageData
+from starlette.middleware import Middleware
 
 from data.errors import UserError
 from t2i.config_sampling import SamplingConfig
 from t2i.editing import edit_settings
 from t2i.serving import look
 from t2i.serving.edits import EditForm
+from t2i.serving.gate import MOST_UPLOAD, Gate
 from t2i.serving.history import AskTab, History, history_tab, thumbnails
+from t2i.serving.kept import KeptFiles
 from t2i.serving.session import Form, Request, first_request, sizes_like
 from t2i.serving.studio import KEPT, Frame, Studio
 
 SOLVERS = get_args(SamplingConfig.model_fields["solver"].annotation)
 
 
-def build_page(studio: Studio, name: str, facts: str) -> gr.Blocks:
+def build_page(studio: Studio, uploads: KeptFiles, name: str, facts: str) -> gr.Blocks:
     """The page of a model.
 
     Args:
         studio: the model.
+        uploads: what visitors bring.
         name: its title.
         facts: a line about it.
     """
     small = min(studio.pipeline.config.data.size) < look.SMALL
-    gr.set_static_paths([studio.folder])  # served as they are: of others Gradio keeps copies for a day
-    with gr.Blocks(title=name, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)) as page:
+    gr.set_static_paths([studio.folder, uploads.folder])  # taken as they are: of others Gradio makes copies
+    with gr.Blocks(title=name, analytics_enabled=False, fill_width=True) as page:
         gr.HTML(look.head(name, facts))
         history = gr.State([])
         with gr.Tabs() as tabs:
@@ -49,9 +52,9 @@ def build_page(studio: Studio, name: str, facts: str) -> gr.Blocks:
             edits = None
             if studio.pipeline.config.model.condition == "text":
                 with gr.Tab("Edit", id="edit"):
-                    edits = _edit_tab(studio, small)
+                    edits = _edit_tab(studio, uploads, small)
             with gr.Tab("History", id="history"):
-                shown = history_tab(history, tabs, draws, edits, small)
+                shown = history_tab(history, tabs, draws, edits, uploads, small)
         _connect(draws, studio.check, studio.draw, Form, history, shown)
         if edits is not None:
             _connect(edits, studio.check_edit, studio.edit, EditForm, history, shown)
@@ -100,7 +103,7 @@ def _draw_tab(studio: Studio, small: bool) -> AskTab:
     return AskTab(parts, button, stop, progress, gallery)
 
 
-def _edit_tab(studio: Studio, small: bool) -> AskTab:
+def _edit_tab(studio: Studio, uploads: KeptFiles, small: bool) -> AskTab:
     config = studio.pipeline.config
     height, width = config.data.size
     first = edit_settings(config, {}, "page")
@@ -110,7 +113,8 @@ def _edit_tab(studio: Studio, small: bool) -> AskTab:
                 format="png", sources=["upload", "clipboard"], height=240, elem_id="image",
                 label=f"Image; a larger one is scaled down to about {width} × {height} pixels",
             )  # fmt: skip
-            image.preprocess = _file_bytes  # its own opens the image, which is checked first
+            # Its own opens whatever file it is told of, and decodes it.
+            image.preprocess = lambda brought: None if brought is None else uploads.read(brought.path)
             source = gr.Textbox(label="What it shows", lines=2, elem_id="source")
             target = gr.Textbox(label="What it is to show", lines=2, elem_id="target")
             button, stop = _buttons("Edit")
@@ -127,10 +131,6 @@ def _edit_tab(studio: Studio, small: bool) -> AskTab:
     _on_new_seed(new_seed, seed)
     parts = [image, source, target, steps, taken, of_source, of_target, seed]
     return AskTab(parts, button, stop, progress, gallery)
-
-
-def _file_bytes(brought: ImageData | None) -> bytes | None:
-    return Path(brought.path).read_bytes() if brought is not None and brought.path is not None else None
 
 
 def _buttons(name: str) -> tuple[Any, Any]:
@@ -223,11 +223,13 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def serve(page: gr.Blocks, host: str, port: int, queue: int) -> None:
+def serve(page: gr.Blocks, uploads: KeptFiles, pictures: KeptFiles, host: str, port: int, queue: int) -> None:
     """Serve a page until interrupted.
 
     Args:
         page: what `build_page` returned.
+        uploads: what visitors bring.
+        pictures: what they are shown; in the same folder.
         host: address that the server binds to.
         port: it listens on.
         queue: requests that may wait, at most.
@@ -236,11 +238,13 @@ def serve(page: gr.Blocks, host: str, port: int, queue: int) -> None:
         UserError: the address cannot be had.
     """
     page.queue(max_size=queue, api_open=False)
+    gate = Middleware(Gate, folder=uploads.folder.parent, uploads=uploads, pictures=pictures)
     try:
         page.launch(
             server_name=host, server_port=port, share=False, show_error=False, quiet=True, ssr_mode=False, pwa=False,
-            mcp_server=False, run_history=False, enable_monitoring=False, footer_links=[], max_file_size="32mb",
-            prevent_thread_lock=True, css=look.CSS, theme=_theme(),
+            mcp_server=False, run_history=False, enable_monitoring=False, footer_links=[],
+            max_file_size=MOST_UPLOAD, app_kwargs={"middleware": [gate]}, prevent_thread_lock=True,
+            css=look.CSS, theme=_theme(),
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {port}: cannot be listened on at --host {host}: give others") from error

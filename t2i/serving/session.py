@@ -12,7 +12,7 @@ from t2i.config import RunConfig
 from t2i.config_loading import validate_section
 from t2i.config_sampling import SamplingConfig
 from t2i.models.conditions import Conditioner
-from t2i.serving.limits import Limits
+from t2i.size_limits import Limits
 
 # A page is for trying; what takes hours is a job's affair.
 MOST_PICTURES = 16
@@ -137,8 +137,10 @@ def check_words(name: str, text: str) -> str:
     """A text without blanks around it.
 
     Raises:
-        UserError: it is too long.
+        UserError: it is too long, or no text.
     """
+    if not isinstance(text, str):  # no browser's request
+        raise UserError(f"{name}: must be text")
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"{name}: has {len(text)} characters: must have at most {MOST_CHARACTERS}")
     return text.strip()
@@ -150,8 +152,8 @@ def check_whole(name: str, value: float | None, low: int, high: int) -> int:
     Raises:
         UserError: it is none.
     """
-    if value is None or not math.isfinite(value) or value != int(value) or not low <= value <= high:
-        shown = "is empty" if value is None else f"{value:g}"
+    if not isinstance(value, int | float) or not low <= value <= high or value != int(value):
+        shown = f"{value:g}" if isinstance(value, float) else "is empty" if value is None else str(value)[:20]
         raise UserError(f"{name} {shown}: must be a whole number from {low} to {high}")
     return int(value)
 
@@ -162,8 +164,9 @@ def check_number(name: str, value: float | None) -> float:
     Raises:
         UserError: there is none.
     """
-    if value is None or not math.isfinite(value):
-        raise UserError(f"{name} is empty: must be a number")
+    if not isinstance(value, int | float) or not -MOST_SEED <= value <= MOST_SEED:
+        shown = "is empty" if value is None or value != value else str(value)[:20]
+        raise UserError(f"{name} {shown}: must be a number")
     return float(value)
 
 

@@ -8,15 +8,13 @@
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from threading import Event
 from typing import Any
 
@@ -32,14 +30,16 @@ from t2i.diffusion.flow import to_pixels
 from t2i.editing import edit_image
 from t2i.pipeline import Picture, Pipeline, Preview
 from t2i.serving.edits import EditForm, EditRequest, check_edit
-from t2i.serving.limits import Limits
+from t2i.serving.kept import KeptFiles
 from t2i.serving.session import Form, Request, check_form
+from t2i.size_limits import Limits
 
 Pixels = NDArray[np.uint8]
 
 PREVIEW_EVERY_S = 0.25
 KEPT = 60
 """Pictures that a history shows, and whose files there are: the latest."""
+MOST_KEPT_BYTES = 2**32
 BEAT_S = 1.0
 """Whoever waits hears from the studio this often."""
 
@@ -85,7 +85,7 @@ class Studio:
     def __init__(self, pipeline: Pipeline, made_of: dict[str, Any], limits: Limits, folder: Path) -> None:
         self.pipeline, self.limits, self.folder = pipeline, limits, folder
         self._made_of = made_of
-        self._kept = deque[Path]()
+        self.pictures = KeptFiles(folder, KEPT, MOST_KEPT_BYTES)
         self._device = ThreadPoolExecutor(1, "studio")
         self._closing = Event()
 
@@ -164,8 +164,7 @@ class Studio:
                 return
             for number, image in enumerate(images(preview)):
                 settings = self._made_of | request.settings | {"number": number}
-                path = self._place() / f"{request.stem}_{number}.png"
-                write_picture(path, image, settings)
+                path = self.pictures.add(f"{request.stem}_{number}.png", to_png(image, settings))
                 drawn = (*drawn, Drawn(path, settings, request))
                 latest = Frame(called / request.calls, None, drawn)
                 news.set()
@@ -189,21 +188,15 @@ class Studio:
         finally:
             stop.set()
 
-    def _place(self) -> Path:
-        """A new folder for a picture; the oldest beyond KEPT are removed."""
-        self._kept.append(Path(mkdtemp(dir=self.folder)))
-        while len(self._kept) > KEPT:
-            shutil.rmtree(self._kept.popleft())
-        return self._kept[-1]
-
 
 def to_array(image: Tensor) -> Pixels:
     """A picture, uint8 (3, H, W) on the host, as (H, W, 3)."""
     return image.permute(1, 2, 0).contiguous().numpy()
 
 
-def write_picture(path: Path, image: Tensor, settings: dict[str, Any]) -> None:
-    """Write a picture, uint8 (3, H, W), as a PNG with `settings` in its text."""
-    text = PngInfo()
+def to_png(image: Tensor, settings: dict[str, Any]) -> bytes:
+    """A picture, uint8 (3, H, W), as a PNG with `settings` in its text."""
+    text, file = PngInfo(), io.BytesIO()
     text.add_text("settings", json.dumps(settings))
-    Image.fromarray(to_array(image)).save(path, pnginfo=text)
+    Image.fromarray(to_array(image)).save(file, "png", pnginfo=text)
+    return file.getvalue()

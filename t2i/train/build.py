@@ -7,9 +7,11 @@ import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.files import refuse_lfs_pointers
 from data.randomness import key
 from t2i.build import Denoiser, build_denoiser, build_projector
 from t2i.config import EngineConfig, RunConfig
@@ -38,6 +40,11 @@ from t2i.models.pixeldit import PixelDiT
 from t2i.models.pixeldit_class import ClassPixelDiT
 from t2i.models.transformer import Prediction, muon_takes
 from t2i.train.processes import World
+
+NOISE_SHARE = 0.05
+"""Of an average: more of the random first weights is worth a notice."""
+SPANS = 10
+"""A stage of so many times the average's span leaves nothing of them."""
 
 
 class TrainingNetwork(nn.Module):
@@ -138,6 +145,8 @@ def _load_lpips(path: Path | None, device: torch.device, dtype: torch.dtype) -> 
     try:
         return load_lpips(path, dtype).to(device)
     except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        if path is not None:
+            refuse_lfs_pointers(path, "objective.lpips_path")
         raise ConfigError(
             f"objective.lpips_path: VGG16's weights cannot be had ({error}): give a file with torchvision's "
             "VGG16 weights, or set objective.lpips_network to efficientnet-lite0, a labelled stand-in"
@@ -147,7 +156,8 @@ def _load_lpips(path: Path | None, device: torch.device, dtype: torch.dtype) -> 
 def _load_dino(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype) -> Dinov2:
     try:
         net = Dinov2(config.features_path, dtype, device)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        refuse_lfs_pointers(Path(config.features_path), "objective.features_path")
         raise ConfigError(
             f"objective.features_path {config.features_path!r} cannot be loaded: give a folder with "
             "DINOv2, or set objective.features_network to efficientnet-lite0, a labelled stand-in"
@@ -217,6 +227,27 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
         micro_batch_size=train.micro_batch_size,
         accumulation=accumulation,
         clip_grad_norm=clip_grad_norm,
+    )
+
+
+def noisy_ema(config: RunConfig, first: bool) -> str | None:
+    """A sentence where the random weights that a stage starts from stay in its average; else None.
+
+    After n updates their share of it is `decay ** n`.
+
+    Args:
+        config: the stage's settings.
+        first: whether no stage comes before it.
+    """
+    decay, steps, source = config.ema.decay, config.train.steps, config.init.source
+    share = decay**steps if source == "scratch" or (source == "previous" and first) else 0.0
+    if share <= NOISE_SHARE:
+        return None
+    fitting = max(0.0, 1 - SPANS / steps)
+    return (
+        f"ema.decay {decay:g} averages over about {1 / (1 - decay):,.0f} updates, and the stage has {steps:,}: at its "
+        f"end {100 * share:.0f} % of the averaged weights, which draw the samples and are validated, are still the "
+        f"random ones it starts from; {fitting:.4g} would fit"
     )
 
 

@@ -8,26 +8,24 @@ behind.
 from __future__ import annotations
 
 import gc
-import json
-import platform
-import shutil
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
-from importlib.metadata import version
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
+from data.files import atomic_write
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import check_world_size, dump_config, stage_config
 from t2i.exit_codes import DONE
 from t2i.model_folder import check_model
-from t2i.train.build import stand_ins
+from t2i.train.build import noisy_ema, stand_ins
+from t2i.train.devices import describe_devices
+from t2i.train.environment import write_environment
+from t2i.train.events import EventLog
 from t2i.train.failures import Failure, Failures
+from t2i.train.finished import check_finished, reopen
 from t2i.train.observe import Observer
 from t2i.train.outcome import OutcomeFile, is_done
 from t2i.train.places import StagePlace, stage_places
@@ -41,7 +39,6 @@ from t2i.train.watch import Watch, tell
 
 _SHARED_PATIENCE_S = 30.0
 """A network file system may show a file so late."""
-PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
 
 
 def run(
@@ -52,6 +49,7 @@ def run(
     failures: Failures,
     at_exit: ExitStack,
     build_scorer: BuildScorer,
+    extend: str | None = None,
 ) -> None:
     """Train a run's stages, skipping those that are done.
 
@@ -63,6 +61,7 @@ def run(
         failures: told of what ends the run.
         at_exit: closed when the ranks have parted; the watch goes on until then, and bounds how long that may take.
         build_scorer: makes what `scoring` names.
+        extend: name of a stage to train on, to train.steps, though it is done.
 
     Raises:
         UserError: a mistake, before anything is written, or another process that holds the run.
@@ -73,24 +72,31 @@ def run(
     chosen = list(range(len(config.stages))) if only is None else [only]
     settings = {index: stage_config(config, index) for index in chosen}
     places = stage_places(config)
-    for index in chosen:
-        check_world_size(settings[index], world.size, f"stage {places[index].name}")
     _check_starts(settings, places)
-    if world.from_main(lambda: all(places[i].done for i in chosen) and is_done(config.directory)):
+    extend_index = _index_of(extend, places, chosen)
+
+    def look() -> tuple[str | None, list[int]]:
+        extension = check_finished(config, places, extend_index)
+        pending = [i for i in chosen if not places[i].done or (extension and i == extend_index)]
+        for index in pending:
+            check_world_size(settings[index], world.size, f"stage {places[index].name}")
+        return extension, pending
+
+    if world.from_main(lambda: not look()[1] and is_done(config.directory)):
         _say_done(config, [places[i] for i in chosen], world)
         return
     lock: RunLock | None = None
     attempt = world.from_main(lambda: uuid.uuid4().hex[:8])
     outcome = OutcomeFile(config.directory, attempt)
 
-    def claim() -> list[int]:
+    def claim() -> tuple[str | None, list[int]]:
         nonlocal lock
         lock = RunLock(config.directory, attempt)
+        found = look()  # who held the run until now may have finished it
         outcome.clear()
-        # Who held the run until now may have finished it.
-        return [i for i in chosen if not places[i].done]
+        return found
 
-    pending = world.from_main(claim)
+    extension, pending = world.from_main(claim)
 
     def last_words(failure: Failure) -> None:
         outcome.write(failure.code, failure.message, failure.rank)
@@ -108,21 +114,22 @@ def run(
         _check_shared(config.directory, attempt, world)
         opened = world.from_main(lambda: _open_stages(settings, places, pending))
         notices = check_start([(settings[i], places[i], opened[i]) for i in pending], world) if pending else []
+        devices = describe_devices(world)
         if world.is_main:
-            for notice in notices:
+            for notice in [f"on {devices}", *notices]:
                 print(notice)
         scorers = build_scorers({i: settings[i] for i in pending}, build_scorer, world)
         for index in pending:
-            scorer = scorers.get(index)
-            _train_stage(
-                config, settings[index], places[index], opened.pop(index), world, attempt, leave, watch, end, scorer
-            )
+            scorer, longer = scorers.get(index), extension if index == extend_index else None
+            stage, place, data = settings[index], places[index], opened.pop(index)
+            _train_stage(config, stage, place, data, world, attempt, leave, watch, end, scorer, longer)
         if world.is_main:
             outcome.write(DONE, f"trained {', '.join(places[i].name for i in chosen)}", rank=0)
             if pending:
                 last = places[pending[-1]]
-                print(f"done: curves and pictures are in {write_report(config.directory)},")
-                print(f"the last pictures in {last.samples}, the model in {last.model}")
+                with EventLog(config.directory, last.name).beside("report.html"):
+                    print(f"curves and pictures are in {write_report(config.directory)}")
+                print(f"done: the last pictures are in {last.samples}, the model in {last.model}")
     except Exception as error:
         end(error)
         raise
@@ -133,12 +140,25 @@ def run(
         _say_done(config, [places[i] for i in chosen], world)
 
 
+def _index_of(extend: str | None, places: list[StagePlace], chosen: list[int]) -> int | None:
+    """The stage that is to be trained for longer.
+
+    Raises:
+        ConfigError: it is none of those that this command trains.
+    """
+    names = [places[i].name for i in chosen]
+    if extend is not None and extend not in names:
+        raise ConfigError(f"--extend {extend}: this command trains {', '.join(names)}")
+    return None if extend is None else chosen[names.index(extend)]
+
+
 def _say_done(config: RunConfig, places: list[StagePlace], world: World) -> None:
     if world.is_main:
         names = ", ".join(place.name for place in places)
         report = config.directory / "report.html"
-        if not report.exists():  # the last start was ended between the model and the report
-            write_report(config.directory)
+        if not report.exists():  # the last start was ended between the model and the report, or its disk was full
+            with EventLog(config.directory, places[-1].name).beside("report.html"):
+                write_report(config.directory)
         print(f"{config.directory}: done already: {names}; the report is {report}")
 
 
@@ -187,7 +207,7 @@ def _open_stages(settings: dict[int, RunConfig], places: list[StagePlace], pendi
     for index in pending:
         source, place = settings[index].init.source, places[index]
         if source not in ("previous", "scratch"):
-            check_model(Path(source))
+            check_model(Path(source), settings[index].init.weights)
         before = place.previous
         if source == "previous" and before is not None and not before.done and index - 1 not in pending:
             raise ConfigError(
@@ -209,8 +229,10 @@ def _train_stage(
     watch: Watch,
     end: Callable[[Exception], None],
     scorer: Scorer | None,
+    extension: str | None,
 ) -> None:
     """Train one stage, from an earlier checkpoint again whenever its guard asks for that; then report."""
+    devices = describe_devices(world)
     back: Back | None = None
     starts = 0
     while True:
@@ -218,12 +240,18 @@ def _train_stage(
         trainer = StageTrainer(stage, place, data, world, f"{attempt}-{starts}", watch, scorer, back)
         try:
             watch.start("the first step")
-            if world.is_main:
-                (config.directory / "config.yaml").write_text(dump_config(config))
-                _write_environment(config, stage, data, trainer, world)
+            if world.is_main and extension is not None and back is None:
+                reopen(place, trainer.step)
+            told = [extension] if extension is not None and back is None else []
             notices = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage] if back is None else []
+            if (noise := noisy_ema(stage, first=place.previous is None)) is not None:
+                notices.append(noise)
             with closing(Observer(stage, place.name, trainer.step, active=world.is_main)) as observer:
-                for notice in [*stand_ins(stage.objective), *notices]:
+                if world.is_main:
+                    with observer.events.beside("config.yaml and environment.json"):
+                        atomic_write(config.directory / "config.yaml", dump_config(config).encode())
+                        write_environment(config, stage, data, trainer.parameters, world.size, devices)
+                for notice in [*told, f"on {devices}", *stand_ins(stage.objective), *notices]:
                     observer.event(notice)
                 back = trainer.run(observer, leave)
         except Exception as error:
@@ -238,45 +266,5 @@ def _train_stage(
         gc.collect()  # an engine is full of cycles, and holds the stage's memory
     gc.collect()
     if world.is_main:
-        write_report(config.directory)
-
-
-def _commit() -> str | None:
-    """The commit of this code, where it is a checkout and git is there."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def _write_environment(
-    config: RunConfig, stage: RunConfig, data: StageData, trainer: StageTrainer, world: World
-) -> None:
-    """environment.json: versions, machine, stand-ins, and the data's licences, of all stages so far."""
-    path = config.directory / "environment.json"
-    before: dict[str, Any] = {"stand_ins": [], "data": []}
-    if path.exists():
-        with suppress(ValueError):  # torn by a disk that was full
-            before = json.loads(path.read_text())
-    known = {entry["name"]: entry for entry in before["data"]}
-    for source, opened in zip(stage.data.sources, data.sources, strict=True):
-        known[source.name] = {
-            "name": source.name,
-            "url": source.url,
-            "licence": source.licence,
-            "credit": source.credit,
-            "samples": int(opened.index.counts.sum()),
-        }
-    environment = {
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-        "device": f"{world.device.type}, {platform.processor() or platform.machine()}",
-        "world_size": world.size,
-        "parameters": trainer.parameters,
-        "stand_ins": list(dict.fromkeys([*before["stand_ins"], *stand_ins(stage.objective)])),
-        "data": list(known.values()),
-        "git": _commit(),
-    }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(environment, indent=1))
-    partial.rename(path)
+        with EventLog(config.directory, place.name).beside("report.html"):
+            write_report(config.directory)

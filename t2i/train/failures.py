@@ -155,7 +155,7 @@ class Failures:
         """`first`, once all ranks have taken note of it or ANSWER_S are over; it then names those that did not."""
         absent = self.answer(ANSWER_S)
         assert self.first is not None
-        told = f"; no answer from {_ranks(absent)}" if absent else ""
+        told = f"; no answer from {name_ranks(absent)}" if absent else ""
         return replace(self.first, message=self.first.message + told)
 
     def _find(self, failure: Failure) -> Failure:
@@ -201,7 +201,7 @@ class Failures:
             self._absent = [other for other in range(size) if not self._store.check([f"{_ANSWERS}/{other}"])]
 
 
-def _ranks(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
     named = ", ".join(str(rank) for rank in ranks[:8])
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"

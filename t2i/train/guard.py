@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from typing import Any
 from data.errors import UserError
 from data.loader import Batch
 from t2i.config_guard import GuardConfig
+from t2i.train.events import EventLog
 from t2i.train.observe import JsonLines
 from t2i.train.processes import World
 
@@ -235,15 +235,14 @@ class SkippedFile:
     def __init__(self, directory: Path, stage: str, events: int) -> None:
         self._file = JsonLines(directory / "skipped.jsonl")
         self._stage = stage
-        lines = self._file.lines()
-        kept = [line for line in lines if line["stage"] != stage or line["event"] <= events]
+        self._events = EventLog(directory, stage)
         if self._file.path.exists():  # a torn last line goes, too
-            partial = directory / ".skipped.jsonl.partial"
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.rename(self._file.path)
+            with self._events.beside("skipped.jsonl"):
+                self._file.keep(lambda line: line["stage"] != stage or line["event"] <= events)
 
     def write(self, events: list[dict[str, Any]], ids: list[str]) -> None:
         """Append events of the step whose global batch has these ids."""
-        for event in events:
-            of_batch = {"ids": ids} if event["kind"] in ("veto", "skip") else {}
-            self._file.write({"stage": self._stage, **event, **of_batch})
+        with self._events.beside("skipped.jsonl"):
+            for event in events:
+                of_batch = {"ids": ids} if event["kind"] in ("veto", "skip") else {}
+                self._file.write({"stage": self._stage, **event, **of_batch})

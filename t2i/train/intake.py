@@ -17,6 +17,7 @@ from data.errors import DataError, StoreError, UserError
 from data.loader import Batch, Loader
 from data.stream import SetAside
 from t2i.config import RunConfig
+from t2i.train.events import EventLog
 from t2i.train.observe import JsonLines
 from t2i.train.outcome import Departed
 from t2i.train.processes import World
@@ -45,10 +46,11 @@ class Intake:
         self._loader, self._world, self._stage = loader, world, stage
         self._max_set_aside = config.data.max_set_aside
         self._quarantine = JsonLines(config.directory / "quarantine.jsonl")
+        self._events = EventLog(config.directory, stage, world.is_main)
         if world.is_main:
-            self._quarantine.rewind(stage, step)
-            for shard in damage if step == 0 else ():
-                self._quarantine.write({"stage": stage, "step": 0, **asdict(shard)})
+            with self._events.beside("quarantine.jsonl"):
+                self._quarantine.rewind(stage, step)
+            self._write([{"stage": stage, "step": 0, **asdict(shard)} for shard in (damage if step == 0 else ())])
         self._damaged = len(damage)
         self._pending: list[dict[str, Any]] = []
         self.state = loader.state()
@@ -122,12 +124,16 @@ class Intake:
             counters.update(counted)
             retries.update(retried)
             if self._world.is_main:
-                for line in pending:
-                    self._quarantine.write(line)
+                self._write(pending)
         self._pending = []
         if self._damaged:
             counters["damaged_shards"] = self._damaged
         return dict(counters), dict(retries)
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+        with self._events.beside("quarantine.jsonl"):
+            for line in lines:
+                self._quarantine.write(line)
 
     def _too_bad(self, set_aside: int, read: int) -> str:
         shards = Counter(

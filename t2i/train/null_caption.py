@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from data.files import atomic_write
 from t2i.build import condition_identity
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
-from t2i.engine.checkpoint import sync
-from t2i.model_folder import NULL_CAPTION, read_model
+from t2i.model_folder import NULL_CAPTION, check_finite, read_model
 from t2i.models.conditions import Conditioner
+from t2i.models.text import check_same_text
 from t2i.train.places import StagePlace
 
 
@@ -21,18 +22,22 @@ def find_null_caption(config: RunConfig, place: StagePlace, conditioner: Conditi
     """The states (L, E) or class () of the run, else of the model that the stage starts from, else computed.
 
     Raises:
-        ConfigError: the run's or the model's were made with another text encoder or other classes.
+        ConfigError: the run's or the model's were made with another text encoder or other classes, or are not finite.
     """
     path, source = place.null_caption, config.init.source
     fresh, made_by = conditioner.null_caption(), condition_identity(config)
+    check_finite([(NULL_CAPTION, fresh)], f"text.model {config.text.model}")
     if path.exists():
         with safe_open(path, framework="pt") as file:
-            stored_by, states = (file.metadata() or {}).get("text"), file.get_tensor(NULL_CAPTION)
+            about, states = file.metadata() or {}, file.get_tensor(NULL_CAPTION)
+        stored_by = about.get("text")
         if stored_by != made_by:
             raise ConfigError(
                 f"{path} was computed with {stored_by}, this run has {made_by}: a run keeps its text "
                 "section and its classes; give this one another name"
             )
+        if about.get("text_model", "") != config.text.model and config.model.condition == "text":  # it may have moved
+            check_same_text(states, fresh, f"text.model {config.text.model}", str(path))
         return states.to(fresh)
     if source not in ("previous", "scratch"):
         saved = read_model(Path(source), config.init.weights)
@@ -49,7 +54,5 @@ def store_null_caption(config: RunConfig, place: StagePlace, states: Tensor) -> 
     """Keep it with the run, unless it is there. On rank 0."""
     if place.null_caption.exists():
         return
-    aside = place.null_caption.with_suffix(".partial")
-    save_file({NULL_CAPTION: states.contiguous().cpu()}, aside, metadata={"text": condition_identity(config)})
-    sync(aside)
-    aside.rename(place.null_caption)
+    about = {"text": condition_identity(config), "text_model": config.text.model}
+    atomic_write(place.null_caption, save({NULL_CAPTION: states.contiguous().cpu()}, metadata=about))

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, the progress bar, Weights & Biases, throughput.
+"""What a run writes about itself: metrics.jsonl, progress, Weights & Biases, throughput.
 
 Rank 0 alone observes. A line of metrics is of one step, so a run that was killed and went on has the same
 lines as one that was not; lines past the checkpoint that a run resumes from are taken back.
@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import math
 import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from data.files import atomic_write
+from data.progress import progress_bar
 from t2i.config import RunConfig
 from t2i.gpus import find_gpu
+from t2i.train.events import EventLog, append_line
+from t2i.train.wandb_log import WandbLog
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -55,7 +56,6 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._refused = False
 
     def lines(self) -> list[dict[str, Any]]:
         """Everything written so far; a torn last line is left out."""
@@ -71,110 +71,64 @@ class JsonLines:
 
     def rewind(self, stage: str, step: int) -> None:
         """Take back the stage's lines after `step`, atomically; at step 0 all of them, its first validation too."""
-        self._keep(lambda line: line["stage"] != stage or 0 < step >= line["step"])
+        self.keep(lambda line: line["stage"] != stage or 0 < step >= line["step"])
 
     def take_back(self, stage: str, step: int, kinds: Sequence[str]) -> None:
         """Take back the stage's lines of some kinds at `step`, atomically: they come again."""
-        self._keep(lambda line: (line["stage"], line["step"]) != (stage, step) or line["kind"] not in kinds)
+        self.keep(lambda line: (line["stage"], line["step"]) != (stage, step) or line["kind"] not in kinds)
 
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Take back all lines but those wanted, atomically.
+
+        Raises:
+            OSError: the disk does not take the rest.
+        """
         kept = [line for line in self.lines() if wanted(line)]
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.rename(self.path)
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; numbers that are not finite become null."""
+        """Append one line; numbers that are not finite become null.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:  # a full disk does not end a run
-            if not self._refused:
-                tqdm.write(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr)
-            self._refused = True
-
-
-class Terminal:
-    """stderr, for as long as somebody is there to read it: a launcher that goes must not end what it started."""
-
-    def __init__(self) -> None:
-        self._gone = False
-
-    def write(self, text: str) -> None:
-        self._try(lambda: sys.stderr.write(text))
-
-    def flush(self) -> None:
-        self._try(sys.stderr.flush)
-
-    def isatty(self) -> bool:
-        return not self._gone and sys.stderr.isatty()
-
-    def _try(self, act: Callable[[], object]) -> None:
-        if not self._gone:
-            try:
-                act()
-            except OSError:  # events.log has what matters
-                self._gone = True
+        append_line(self.path, json.dumps(line))
 
 
 class Observer:
-    """Metrics, progress bar and W&B of one stage, on rank 0; on other ranks every method does nothing."""
+    """Metrics, events, progress and W&B of one stage, on rank 0; on other ranks every method does nothing."""
 
     def __init__(self, config: RunConfig, stage: str, step: int, active: bool) -> None:
         self.active = active
         self.stage = stage
+        self.events = EventLog(config.directory, stage, active)
+        self.event = self.events.add
         if not active:
             return
         self.metrics = JsonLines(config.directory / "metrics.jsonl")
-        self.metrics.rewind(stage, step)
-        self.events = config.directory / "events.log"
-        total = config.train.steps
-        self._terminal = Terminal()
-        self._bar = tqdm(total=total, initial=step, desc=stage, unit="step", dynamic_ncols=True, file=self._terminal)
-        self._wandb = None if config.logging.wandb == "disabled" else self._start_wandb(config)
-
-    def _start_wandb(self, config: RunConfig) -> Any:
-        import wandb
-
-        mode = config.logging.wandb
-        if mode == "online" and not wandb.login(prompt=False):
-            self.event("no Weights & Biases login: writing offline (wandb sync uploads it)")
-            mode = "offline"
-        return wandb.init(
-            project=config.logging.wandb_project,
-            name=config.name,
-            id=config.name,
-            resume="allow",
-            dir=config.directory,
-            mode=mode,
-            config=config.model_dump(mode="json"),
-        )
-
-    def event(self, text: str) -> None:
-        """One sentence for events.log and the terminal."""
-        if not self.active:
-            return
-        with suppress(OSError), self.events.open("a") as file:  # the terminal has it
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage}: {text}\n")
-        tqdm.write(f"{self.stage}: {text}", file=self._terminal)
+        with self.events.beside("metrics.jsonl"):
+            self.metrics.rewind(stage, step)
+        self._bar = progress_bar(config.train.steps, "step", stage, initial=step, file=self.events.terminal)
+        self._wandb = None if config.logging.wandb == "disabled" else WandbLog(config, self.events)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics."""
         if not self.active:
             return
-        line = {"kind": kind, "stage": self.stage, "step": step, "time": time.time(), **values}
-        self.metrics.write(line)
+        with self.events.beside("metrics.jsonl"):
+            self.metrics.write({"kind": kind, "stage": self.stage, "step": step, "time": time.time(), **values})
         if self._wandb is not None:
-            self._wandb.log({f"{self.stage}/{kind}/{name}": value for name, value in values.items()})
+            self._wandb.log(step, {f"{self.stage}/{kind}/{name}": value for name, value in values.items()})
 
     def take_back(self, step: int, kinds: Sequence[str]) -> None:
         """Lines of these kinds at a step come again."""
         if self.active:
-            self.metrics.take_back(self.stage, step, kinds)
+            with self.events.beside("metrics.jsonl"):
+                self.metrics.take_back(self.stage, step, kinds)
 
     def progress(self, values: dict[str, Any] | None = None) -> None:
-        """One step further; `values` are shown behind the bar."""
+        """One step further; `values` are shown behind it."""
         if not self.active:
             return
         if values is not None:
@@ -188,4 +142,4 @@ class Observer:
         if self.active:
             self._bar.close()
             if self._wandb is not None:
-                self._wandb.finish()
+                self._wandb.close()

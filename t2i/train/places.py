@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2i.config import RunConfig
+from t2i.engine.checkpoint import checkpoints
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class StagePlace:
     def done(self) -> bool:
         """Whether the stage's model is there."""
         return self.model.exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything of the stage to go on from, or its model."""
+        return self.done or bool(checkpoints(self.checkpoints))
 
 
 def stage_places(config: RunConfig) -> list[StagePlace]:

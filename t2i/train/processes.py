@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from data.errors import UserError
+from data.files import FileLock, InUseError
 
 T = TypeVar("T")
 
@@ -92,12 +88,12 @@ class World:
             dist.barrier(group=self.hosts)
 
 
-class RunInUseError(UserError):
+class RunInUseError(InUseError):
     """Another process holds the run."""
 
 
-class RunLock:
-    """One writer a run: an advisory lock on `run.lock`, which the system drops with the process that holds it.
+class RunLock(FileLock):
+    """One writer a run: a lock on `run.lock`, which stays in the folder of a run that has begun.
 
     Args:
         directory: the run's folder, made if need be.
@@ -110,41 +106,16 @@ class RunLock:
     """
 
     def __init__(self, directory: Path, word: str, patience_s: float = 120.0) -> None:
-        self._made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-        self._path = directory / LOCK
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = self._path.open("a+")
+            super().__init__(directory / LOCK, str(directory), f"({word})", patience_s)
+        except InUseError as error:
+            raise RunInUseError(str(error)) from None
         except OSError as error:
             raise UserError(f"root {directory.parent}: cannot be written to: {error.strerror}") from error
-        deadline = time.monotonic() + patience_s
-        said = False
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                self._file.seek(0)
-                holder = self._file.read().strip() or "another process"
-                if time.monotonic() > deadline:
-                    self._file.close()
-                    raise RunInUseError(
-                        f"{directory} is in use by {holder}: stop it, or give this run another name"
-                    ) from None
-                if not said:
-                    print(f"{directory} is in use by {holder}; waiting for it to leave", file=sys.stderr)
-                    said = True
-                time.sleep(0.2)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()} ({word})")
-        self._file.flush()
-        os.fsync(self._file.fileno())  # else a network file system may keep it from the other ranks' machines
 
     def release(self) -> None:
         """Let another process have the run. Folders that were made for the lock and hold nothing else go again."""
-        if self._made and list(self._path.parent.iterdir()) == [self._path]:
-            self._path.unlink()
-            for folder in self._made:
-                if not any(folder.iterdir()):
-                    folder.rmdir()
-        self._file.close()
+        if self._made and list(self.path.parent.iterdir()) == [self.path]:
+            super().release()
+        else:
+            self._file.close()

@@ -199,6 +199,8 @@ def _config(path: Path) -> str:
 
 def _environment(run: Run) -> str:
     about = {key: run.environment[key] for key in ("device", "world_size", "git")} | run.environment["versions"]
+    if run.environment.get("git_changed"):
+        about["git"] += ", with changes"
     rows = [[key.replace("_", " "), str(value)] for key, value in about.items() if value]
     return table(["", ""], rows, text_columns=2)
 

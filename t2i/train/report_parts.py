@@ -14,6 +14,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
+from data.files import atomic_write
 from t2i.train.report_charts import Array, Piece
 
 
@@ -108,6 +109,5 @@ def write_page(
         sections="".join(f'<section id="{a}"><h2>{name}</h2>{sections[name]}</section>' for name, a in anchors),
         footer=time.strftime("Written %Y-%m-%d %H:%M UTC.", time.gmtime()),
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    return partial.rename(path)
+    atomic_write(path, page.encode())
+    return path

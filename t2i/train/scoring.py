@@ -26,7 +26,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from t2i.engine.checkpoint.format import commit, write_durably
+from data.files import atomic_write
+from t2i.engine.checkpoint.format import commit
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.outcome import Departed
 from t2i.train.places import StagePlace
@@ -241,7 +242,7 @@ def _try_to_replace(folder: Path, score: Score, write: Callable[[Path], None]) -
         shutil.rmtree(room, ignore_errors=True)  # of a start that was killed
         room.mkdir(parents=True)
         write(aside)
-        write_durably(aside / BEST, json.dumps({"step": score.step, **score.values}))
+        atomic_write(aside / BEST, json.dumps({"step": score.step, **score.values}).encode())
         commit(aside, folder)
     except (OSError, SafetensorError) as error:
         return str(error)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.example import Crop, ImageSettings
-from data.fixed import FixedSamples, fixed_samples
+from data.fixed import FixedSamples, TooFewSamples, fixed_samples
 from data.loader import Loader
 from data.shards.index import SourceIndex, check_listing, open_index
 from data.store import StoreOptions, open_store
@@ -35,12 +35,24 @@ class StageData:
     """Where and why each damaged shard of them ends early."""
 
     def heldout_samples(self, config: RunConfig) -> FixedSamples | None:
-        """The validation samples, the same on every rank and for every number of ranks: of one size, buckets or not."""
+        """The validation samples, the same on every rank and for every number of ranks: of one size, buckets or not.
+
+        Raises:
+            ConfigError: fewer are held out than validation asks for.
+        """
         if not self.heldout:
             return None
         crop: Crop = "adm" if config.data.crop == "adm" else "center"
         images = ImageSettings(config.data.resolution, config.data.small_images, crop)
-        return fixed_samples(self.heldout, config.validation.samples, images)
+        asked = config.validation.samples
+        try:
+            return fixed_samples(self.heldout, asked, images)
+        except TooFewSamples as error:
+            where = ", ".join(f"source {it.index.name!r} in {it.index.store.url}" for it in self.heldout)
+            raise ConfigError(
+                f"validation.samples {asked} are more than the {error.found} usable samples held out of {where}: lower "
+                f"it to {error.found}, or hold out more"
+            ) from error
 
     def loader(self, config: RunConfig, stage: str, world: World, state: dict[str, Any] | None) -> Loader:
         """This rank's batches, from a checkpoint's data state or the stage's first batch."""

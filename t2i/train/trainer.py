@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from t2i.pipeline import Pipeline
 from t2i.train.balance import build_balance
 from t2i.train.build import build_ema, build_engine, build_network, build_objective, denoiser_training_flops
 from t2i.train.dry_run import dry_run
+from t2i.train.events import EventLog
 from t2i.train.failures import is_lost_contact
+from t2i.train.first_update import explain, is_finite, never
 from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
 from t2i.train.intake import Intake
 from t2i.train.null_caption import find_null_caption, store_null_caption
@@ -96,13 +99,15 @@ class StageTrainer:
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
         pipeline = Pipeline(config, averaged, self.conditioner, self.null_caption, world.device)
-        self.evaluator = Evaluator(pipeline, world, data.heldout_samples(config), place.samples, watch.alive)
+        events, heldout = EventLog(config.directory, place.name, world.is_main), data.heldout_samples(config)
+        self.evaluator = Evaluator(pipeline, world, heldout, place.samples, watch.alive, events)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = build_ema(config, self.engine)
         self.balance = build_balance(config, network.denoiser)
         self._train = TrainingStep(
             config, place.name, world, self.conditioner, self.null_caption, objective, self.engine, self.balance
         )
+        self._first = True  # update of this start
         self._dry_run = dry_run(self._train, config, place.name, world)
         start = restore(config, place, world, self.engine, self.ema, before=back.rollback.first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
@@ -160,7 +165,8 @@ class StageTrainer:
         observer.event(self._dry_run)
         observer.event(self._origin)
         if self.world.is_main:
-            store_null_caption(self.config, self.place, self.null_caption)
+            with observer.events.beside("the null caption"):
+                store_null_caption(self.config, self.place, self.null_caption)
         self._end_if_scored_enough(observer)
         if self.step == 0 or self._scores_now():  # a departure may have left out what was due here
             observer.take_back(self.step, ("score", "validation"))
@@ -201,6 +207,7 @@ class StageTrainer:
             self.step += 1
         else:
             trained = self._train(batch, self.step, self.guard.veto)
+            self._look_at_first(batch, trained, observer)
             self.step += 1
             self.watch.step_done()
             loss, result = trained.means["loss"], trained.result
@@ -217,6 +224,24 @@ class StageTrainer:
         self._tell_guard(observer, batch)
         observer.progress(numbers)
         return decision
+
+    def _look_at_first(self, batch: Batch, trained: Trained, observer: Observer) -> None:
+        """Explain the first update of this start where it is not finite."""
+        first, self._first = self._first, False
+        if not first or is_finite(trained):
+            return
+
+        def repeat() -> Trained:
+            self.watch.alive(f"step {self.step + 1}, without compilation")
+            return self._train(batch, self.step, never)
+
+        compiled = self.config.engine.compile
+        explain(
+            trained,
+            repeat if compiled else None,
+            self.world,
+            lambda text: observer.event(f"step {self.step + 1}: {text}"),
+        )
 
     def _tell_guard(self, observer: Observer, batch: Batch) -> None:
         """What the guard has to say of this batch, in events.log and, with the batch's ids, in skipped.jsonl."""
@@ -294,14 +319,16 @@ class StageTrainer:
         if not (self._scores_now() or self._due(validation.every)):
             return
         load_average(self.engine.shards, self.ema.values, self.evaluator.pipeline.denoiser)
+        faults: list[str] = []  # pictures that are not finite end no training
+        self.evaluator.pipeline.on_fault = faults.append
         if self._scores_now():
             self._score(began, observer, leave)
-        if not self._due(validation.every):
-            return
-        if self.evaluator.heldout is not None:
+        if self._due(validation.every) and self.evaluator.heldout is not None:
             observer.write("validation", self.step, self.evaluator.loss())
-        if validation.prompts:
+        if self._due(validation.every) and validation.prompts:
             self.evaluator.grid(self.step)
+        for fault in chain.from_iterable(self.world.gather(faults)):
+            observer.event(fault)
 
     def _score(self, began: float, observer: Observer, leave: Callable[[], str | None]) -> None:
         """Take the score, keep the model if it is the best so far, and see whether the stage ends here."""

@@ -6,6 +6,7 @@ density, so a curve shows the model alone. Nothing here touches the training ste
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.files import atomic_write
 from data.fixed import FixedSamples
 from data.randomness import key, permutation
 from t2i.diffusion.flow import flow_matching_loss, interpolate, to_unit_range
@@ -22,6 +24,7 @@ from t2i.diffusion.noise import slot_noise
 from t2i.diffusion.objective import Terms, add_bands, band_names
 from t2i.models.conditions import stack_conditions
 from t2i.pipeline import Picture, Pipeline, batches_of
+from t2i.train.events import EventLog
 from t2i.train.means import GlobalMeans
 from t2i.train.processes import World
 from t2i.train.schedule import training_times
@@ -39,6 +42,8 @@ class Evaluator:
     """Where the grids go."""
     alive: Callable[[str], None]
     """Told what begins now."""
+    events: EventLog
+    """Told of a disk that does not take a grid."""
 
     @torch.no_grad()
     def loss(self) -> dict[str, float]:
@@ -83,9 +88,6 @@ class Evaluator:
         shares = self.world.gather(mine.numpy())
         if not self.world.is_main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step_{step:06d}.png"
-        Image.fromarray(tile(np.concatenate(shares), validation.columns)).save(path)
         description = {
             "prompts": validation.prompts,
             "columns": validation.columns,
@@ -97,7 +99,13 @@ class Evaluator:
             "guidance_scale": sampling.guidance_scale,
             "seed": sampling.seed,
         }
-        path.with_suffix(".json").write_text(json.dumps(description, indent=1))
+        with self.events.beside("the sample grid"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"step_{step:06d}.png"
+            encoded = io.BytesIO()
+            Image.fromarray(tile(np.concatenate(shares), validation.columns)).save(encoded, "PNG")
+            atomic_write(path, encoded.getvalue())
+            atomic_write(path.with_suffix(".json"), json.dumps(description, indent=1).encode())
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:

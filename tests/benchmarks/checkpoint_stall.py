@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steps.applied import applied
 from torch import Tensor
 
 from launch.process import joined_world, quiet
@@ -67,7 +68,7 @@ class Training:
         t = torch.rand(len(self.image))
         predicted, _ = self.engine.network(self.image, t, self.text)
         self.engine.micro_step((predicted.float() - self.image.float()).square().mean())
-        self.engine.step(lambda muon: 1e-4, lambda norm: None)
+        applied(self.engine.step(lambda muon: 1e-4, lambda norm: None))
         self.ema.update()
 
     def tensors(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from steps.applied import applied
 from torch.func import functional_call
 
 from launch.process import joined_world, quiet
@@ -116,7 +117,7 @@ def engine(config: EngineConfig, dtype: torch.dtype, size: int, world) -> dict[s
     def step() -> None:
         image, _ = built.network(*inputs)
         built.micro_step((image - inputs[0]).square().mean())
-        built.step(lambda _: 1e-4, lambda _: None)
+        applied(built.step(lambda _: 1e-4, lambda _: None))
 
     found = measure(step, ema.update)
     average = sum(value.numel() * 4 for value in ema.values.values())

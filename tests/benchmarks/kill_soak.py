@@ -91,6 +91,8 @@ def undisturbed(root: Path, scenes: Path, parallelism: Parallelism) -> Undisturb
     run, began = Run(root, f"{parallelism.name}_undisturbed", scenes), time.time()
     seconds = Start(run, parallelism).leave(killed=False)
     steps = [line for line in run.metrics.lines() if line["kind"] == "train"]
+    if skipped := max(line["skipped_updates"] for line in steps):
+        raise RuntimeError(f"{run.config.name}: {skipped} updates were not applied: nothing to compare with")
     step_s = sum(line["step_s"] for line in steps) / len(steps)
     found = Undisturbed(run, seconds, steps[0]["time"] - began, step_s)
     say(f"{run.config.name}: {found.seconds:.0f} s, {found.start_s:.0f} s to the first step, {step_s:.2f} s a step")

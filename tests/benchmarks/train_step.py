@@ -43,6 +43,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from steps import setting
+from steps.applied import applied
 from steps.clock import StepClock, watch_step, watch_text
 from steps.economies import CaptionsByMicroBatch, SpendthriftObjective
 from steps.setting import CONFIG, MIDDLE, ROOT, XXL, Built, about, batch_of_scenes, first_stage
@@ -56,7 +57,9 @@ from t2i.train.processes import World
 from t2i.train.step import TrainingStep
 
 Step = Callable[..., float]
-"""Makes a step, applies its update unless it is told why not, and returns its loss."""
+"""Makes a step, applies its update unless it is told why not, and returns its loss.
+
+Raises RuntimeError where the update was to be applied and was not."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def step_of(built: Built, variant: Variant) -> Step:
         with whole, torch.autocast(device.type, torch.bfloat16, enabled=cast):
             trained = train(batch, 0, lambda loss, norm: vetoed)
         if vetoed is None:
+            applied(trained.result)
             built.ema.update()
         return trained.means["loss"]
 

@@ -25,6 +25,7 @@ import os
 from typing import Any
 
 from steps import setting
+from steps.applied import applied
 from steps.clock import StepClock, watch_step, watch_text
 from steps.memory import MemoryPeaks
 from steps.setting import ROOT, XXL, Built, about, batch_of_scenes, first_stage
@@ -77,15 +78,14 @@ def measure(config: RunConfig, stage: str, world: World) -> dict[str, Any]:
         trained = train(batch_of_scenes(config), 0, Guard(config.guard).veto)
         with clock.during("comparing"):
             changes = moved(engine, ema)
-        if trained.result.vetoed is None:
-            ema.update()
+        applied(trained.result)
+        ema.update()
         clock.enter("end")
     total = sum(clock.seconds.values())
     return {
         "parameters": built.parameters,
         "losses": {name: value for name, value in trained.means.items() if "_t0" not in name},
         "grad_norm": trained.result.grad_norm,
-        "applied": trained.result.vetoed is None,
         "learning_rate": learning_rate(config.optimizer, 0, config.train.steps, config.optimizer.lr),
         "moved": changes,
         "seconds": {part: round(seconds, 2) for part, seconds in clock.seconds.items()} | {"total": round(total, 2)},

@@ -96,7 +96,7 @@ def test_a_state_of_another_order_is_refused(sources: list[Source]) -> None:
 def test_one_lane_needs_the_memory_of_one(sources: list[Source]) -> None:
     under_way = 2 * MOST_AT_ONCE * request_bytes(sources[0].index)
     one = int(sum(2 * 2 * source.index.mean_bytes for source in sources)) + under_way + 99
-    with pytest.raises(DataError, match="over the buffer"):
+    with pytest.raises(DataError, match="over data.buffer_gib"):
         Loader(sources, IMAGES, rank=0, world_size=1, workers=0, **ORDER | {"buffer_bytes": one})
     assert coming_batches(sources, IMAGES, 1, **ORDER | {"buffer_bytes": one}).ids
 

@@ -43,10 +43,10 @@ def test_states_of_other_buckets_are_refused(case: Case, indices: list[SourceInd
     assert not without["order"].keys() & {"buckets", "group_size"}
     other = ImageSettings(8, buckets=Buckets(((8, 8), (8, 16)), 3))
     for images, saved in ((other, state), (plain, state), (other, without)):
-        with pytest.raises(DataError, match="buckets has other sizes than when the data state was saved"):
+        with pytest.raises(DataError, match="data.buckets has other sizes than when the data state was saved"):
             case.loader(indices, images=images, state=saved)
     grouped = ImageSettings(8, buckets=Buckets(SIZES, 1))
-    with pytest.raises(DataError, match="group_size is 1, but the data state was saved with 3"):
+    with pytest.raises(DataError, match="data.group_size is 1, but the data state was saved with 3"):
         case.loader(indices, images=grouped, state=state)
 
 
@@ -111,7 +111,9 @@ def test_ranks_have_as_many_micro_batches_each_of_one_size(tmp_path: Path, micro
 
 
 def test_a_batch_that_does_not_divide_into_groups_is_refused(case: Case, indices: list[SourceIndex]) -> None:
-    with pytest.raises(DataError, match="batch_size 16 is no multiple of 4 lanes x group_size 3: .* 12 or 24"):
+    with pytest.raises(
+        DataError, match="train.batch_size 16 is no multiple of data.lanes 4 x data.group_size 3: .* 12 or 24"
+    ):
         case.loader(indices, batch_size=16)
 
 
@@ -122,7 +124,7 @@ def test_what_waits_counts_in_the_buffer(tmp_path: Path) -> None:
     waiting = LANES * 3 * 4 * index.mean_bytes  # 4 of 9 in each of 3 buckets
     case.loader([index], buffer_bytes=int(ahead + waiting) + 9).close()
     with pytest.raises(
-        DataError, match="and samples that wait in buckets 0.00 GiB, over the buffer .*lower group_size"
+        DataError, match="and samples that wait in buckets 0.00 GiB, over data.buffer_gib .*lower data.group_size"
     ):
         case.loader([index], buffer_bytes=int(ahead + waiting) - 9)
 

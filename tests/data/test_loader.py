@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +199,21 @@ def test_a_state_of_something_else_is_refused(sources: list[SourceIndex]) -> Non
     for other, said in (
         ({"seed": 4}, "seed"),
         ({"stage": "sft"}, "stage"),
-        ({"lanes": 4}, "lanes"),
-        ({"shuffle_block": 5}, "shuffle_block"),
+        ({"lanes": 4}, "data.lanes is 4, but .* 8:"),
+        ({"shuffle_block": 5}, "data.shuffle_block is 5"),
     ):
         with pytest.raises(DataError, match=said):
             loader(sources, state=state, **other)
-    with pytest.raises(DataError, match="source 'b' has other shards"):
-        loader(sources[:1], state=state)
+    a, b = sources
+    for now, said in (
+        ([a], "source 'b' is not in data.sources, but was when"),
+        ([a, b, replace(a, name="c")], "source 'c' of data.sources is new since"),
+        ([a, replace(b, name="c")], "source 'c' of data.sources has another name than when .*, 'b': give it that"),
+        ([a, replace(a, name="b")], "source 'b' has other shards than when"),
+        ([replace(b, name="a")], "source 'b' is not in data.sources, but was when"),
+    ):
+        with pytest.raises(DataError, match=said):
+            loader(now, state=state)
     half = next(loader(sources, 0, 2)).state
     with pytest.raises(DataError, match="4 of 8 lanes"):
         loader(sources, state=half)
@@ -223,7 +232,7 @@ def test_fixed_samples_are_different_readable_and_repeatable(sources: list[Sourc
     assert len(set(first.ids)) == 20 and first.pixels.shape == (20, 3, 8, 8)
     assert fixed(7).ids == first.ids[:7]
     assert len(fixed(43).ids) == 43  # 48 less the 5 bad ones
-    with pytest.raises(DataError, match="only 43 usable"):
+    with pytest.raises(DataError, match="44 were asked for, but of 'a', 'b' only 43 can be used"):
         fixed(44)
 
 

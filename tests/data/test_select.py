@@ -60,6 +60,28 @@ def test_the_choice_is_by_weight_among_captions_that_are_there_and_not_empty() -
     assert select(members, rules, (1 - 1e-16, 0.5, 0.5)).caption == "from b"
 
 
+def test_a_list_of_captions_is_a_choice_that_shares_the_fields_weight() -> None:
+    five = {"captions": ["one", "two ", None, "", "three"], "short": "four"}
+    rules = Rules(captions={"json:captions": 3, "json:short": 1, "txt": 1})
+    assert rules.random and Rules(captions={"json:captions": 1}).random and not Rules().random
+    draws = (np.arange(1000) + 0.5) / 1000
+    counts = Counter(select(sample(five, txt="five"), rules, (draw, 0.5, 0.5)).caption for draw in draws)
+    assert counts == {"one": 200, "two": 200, "three": 200, "four": 200, "five": 200}
+    alone = Rules(captions={"json:c": 1})
+    for value, why in (([], "missing_caption"), ([None], "missing_caption"), (["", " "], "empty_caption")):
+        assert reason(sample({"c": value}), alone, Filtered) == why
+    kinds = {"an object: name one of its fields": {"en": "x"}, "a list in a list": [["x"]], "a number": ["x", 7]}
+    for why, value in {**kinds, "true or false": True}.items():
+        with pytest.raises(BadSample, match=f"bad_caption: json:c should be a text or a list of texts, and is {why}"):
+            select(sample({"c": value}), alone, MIDDLE)
+
+
+def test_a_field_may_have_dots_in_its_name() -> None:
+    rules = Rules(captions={"json:text.en": 1}, fields={"meta.score": (1, 2)})
+    assert select(sample({"text.en": "flat", "meta.score": 1.5}), rules, MIDDLE).caption == "flat"
+    assert select(sample({"text": {"en": "deep"}, "meta": {"score": 1.5}}), rules, MIDDLE).caption == "deep"
+
+
 def test_metadata_is_read_only_where_a_rule_needs_it() -> None:
     for broken in (b"{", b"\xff", b"[1]", b'"text"', b"[" * 100_000):
         members = sample(broken)

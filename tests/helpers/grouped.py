@@ -49,7 +49,7 @@ class Case:
     def write(self, folder: Path) -> list[SourceIndex]:
         replaced = {n: {"jpg": jpeg(n, SHAPES[n % len(SHAPES)])} for n in range(max(map(sum, self.counts)))}
         for n in replaced.keys() & self.broken:
-            replaced[n] = {"jpg": replaced[n]["jpg"][:-2]}
+            replaced[n] = {"jpg": replaced[n]["jpg"][:-8]}
         for n in replaced.keys() & self.no_image:
             replaced[n] = {"jpg": b"no image"}
         for n in replaced.keys() & self.short:

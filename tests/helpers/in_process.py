@@ -15,6 +15,6 @@ def run_in_process(module: ModuleType, *words: object) -> None:
     """Run a job of `launch`, the function that has its module's name, with these words on its command line."""
     name = module.__name__.rpartition(".")[2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "joined_world", lambda: nullcontext(World(0, 1, torch.device("cpu"))))
+        patch.setattr(module, "joined_world", lambda *_: nullcontext(World(0, 1, torch.device("cpu"))))
         patch.setattr("sys.argv", [f"{name}.py", *map(str, words)])
         getattr(module, name)()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_model import write_random_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config, write_config
 
 from launch.process import main
@@ -111,6 +113,14 @@ def test_a_resolution_that_is_no_multiple_of_the_patch(refuse) -> None:
 
 def test_a_text_model_that_is_not_there(refuse) -> None:
     assert "text.model" in refuse("--text.model", "package:no_such_package/model")
+
+
+def test_a_model_to_start_from_that_is_not_finite(refuse, tmp_path: Path) -> None:
+    model = write_random_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["denoiser.blocks.0.norm1.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    assert "norm1.weight has 1 of 32 numbers that are not finite" in refuse("--init.source", str(model))
 
 
 def test_a_model_to_start_from_that_is_not_one(refuse, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """54 pictures of several shapes, of which one is broken and two are too small."""
     folder = tmp_path_factory.mktemp("pictures")
     members = {n: {"jpg": jpeg(n, SHAPES[n % len(SHAPES)]), "txt": b"a photo of a flat colour"} for n in range(54)}
-    members[7]["jpg"] = members[7]["jpg"][:-2]
+    members[7]["jpg"] = members[7]["jpg"][:-8]
     members[11]["jpg"] = members[30]["jpg"] = jpeg(0, 12)
     write_source(folder, [30, 5, 19], replaced=members)
     return folder

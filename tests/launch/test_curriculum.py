@@ -130,14 +130,15 @@ def test_a_shard_that_changes_stops_the_run_saved_and_mended_it_goes_on(scenes: 
 
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_changes(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken, tmp_path / "tiny")
-    shutil.rmtree(tmp_path / "tiny" / "high" / "model")  # so that the stage is not done
+    shutil.rmtree(tmp_path / "tiny" / "high")
+    shutil.rmtree(tmp_path / "tiny" / "low" / "model")  # so that the stage is not done
     before = {
         path: path.stat().st_mtime_ns
         for path in tmp_path.rglob("*")
         if path.is_file() and path.name not in ("run.lock", "outcome.json")
     }
     options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path), "--model.width", "24"]
-    output = run("forked", "stage2.py", *options, ranks=1, code=2)
+    output = run("forked", "stage1.py", *options, ranks=1, code=2)
     assert "is of another model" in output.splitlines()[-1]
     after = {
         path: path.stat().st_mtime_ns
@@ -166,9 +167,10 @@ def test_a_stage_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(un
 
 def test_another_text_length_is_refused(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken, tmp_path / "tiny")
-    shutil.rmtree(tmp_path / "tiny" / "high" / "model")
+    shutil.rmtree(tmp_path / "tiny" / "high")
+    shutil.rmtree(tmp_path / "tiny" / "low" / "model")
     options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path), "--text.length", "8"]
-    output = run("forked", "stage2.py", *options, ranks=1, code=2)
+    output = run("forked", "stage1.py", *options, ranks=1, code=2)
     assert "text.length 12, this run has" in output.splitlines()[-1]
 
 

@@ -85,6 +85,7 @@ def test_from_a_model_to_the_table(dpg: Dpg, model: Path, judge: Path, capsys: p
     assert (found["prompts"], found["pictures_per_prompt"], found["resolution"]) == (2, 4, 16)
     assert sum(found["answers"].values()) == 7 * 4
     drawn = found["drawn_with"]
+    assert drawn["cut_prompts"] == 0
     assert (drawn["which"], drawn["sampling"]["steps"], drawn["sampling"]["seed"]) == ("ema", 2, 0)
     assert (drawn["speed"]["images"], drawn["speed"]["devices"]) == (8, "1 × CPU")
     hashed = hashlib.blake2b((model / "ema.safetensors").read_bytes(), digest_size=16).hexdigest()

@@ -22,11 +22,11 @@ from random_model import write_random_model
 from tiny import run, start
 
 import launch.edit
+from data.decode import decode_file
 from data.errors import UserError
 from data.packing.shapes import Group, Object, Scene, draw
 from evaluation.drawing import write_png
 from evaluation.editing.background import background_scores
-from evaluation.editing.edit_list import read_picture
 from t2i.editing import EditSettings, edit_image
 from t2i.pipeline import Pipeline
 
@@ -107,7 +107,7 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def pixels(path: Path) -> NDArray[np.uint8]:
-    return read_picture(path).transpose(1, 2, 0)
+    return decode_file(path).transpose(1, 2, 0)
 
 
 def edited(pipeline: Pipeline, image: NDArray[np.uint8], source: str, target: str, **changes: Any) -> NDArray[np.uint8]:
@@ -130,6 +130,17 @@ def test_one_edit_is_of_the_images_middle(job: Callable[..., Path], edits: Path,
     np.testing.assert_array_equal(
         pixels(job(*words, *changed, out="b.png")), edited(pipeline, MIDDLE, "noise", "a dog", **settings)
     )
+
+
+def test_an_image_too_large_for_the_memory_is_refused(job: Callable[..., Path], tmp_path: Path) -> None:
+    write_png(tmp_path / "photo.png", np.zeros((1501, 2000, 3), np.uint8))
+    said = r"photo.png, 1500 x 2000 pixels: a picture takes about .* GiB are free, enough for \d+x\d+: scale the image"
+    with pytest.raises(UserError, match=said):
+        job("--image", tmp_path / "photo.png", "--source", "a", "--target", "b", out="a.png")
+    (tmp_path / "edits.yaml").write_text("[{init_img: photo.png, source_prompt: a, target_prompts: [b]}]")
+    with pytest.raises(UserError, match=said):
+        job("--edits", tmp_path / "edits.yaml")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "a.png").exists()
 
 
 def test_the_same_words_give_the_image_back(job: Callable[..., Path], edits: Path) -> None:
@@ -176,6 +187,7 @@ def test_what_is_said_of_the_background(done: Path) -> None:
     assert told["settings"]["n_max"] == 3 and told["settings"]["timeshift"] == 3.0
     assert told["made_of"]["which"] == "ema" and len(told["made_of"]["weights"]) == 32
     assert told["made_of"]["speed"]["images"] == 5
+    assert told["made_of"]["cut_prompts"] == 0
 
 
 _NAMES = ["00000_0", "00000_1", "00001_0", "00001_1", "00002_0"]

@@ -103,6 +103,8 @@ def test_what_going_back_does_not_help_stops_the_run_saved(scenes: Path, tmp_pat
     path = str(config_of(scenes, tmp_path))
     output = run("forked", SPOILED, "--config", path, ranks=1, code=2)
     assert output.count("starting from scratch") == 2
+    assert re.search(r"step 1: the first update of this start is not finite; .* gradient: denoiser\.", output)
+    assert output.count("the first update of this start") == 1  # what was left out is not trained on again
     assert "stopped after step 6, saved" in output.splitlines()[-1]
     outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())
     assert outcome["outcome"] == "failed" and "did not help" in outcome["reason"]

@@ -212,6 +212,7 @@ def test_results_have_genevals_fields(drawn: Path, job: Job) -> None:
 def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -> None:
     found = summary(scored)
     made = found["drawn"]
+    assert made["cut_prompts"] > 0  # the model reads 8 tokens
     assert made["model"] == str(model) and made["which"] == "ema" and len(made["weights"]) == 32
     assert made["sampling"]["seed"] == 0 and made["sampling"]["steps"] == 2
     assert made["speed"]["images"] == 12 and made["speed"]["images_per_s"] > 0
@@ -307,6 +308,10 @@ def test_what_the_detector_cannot_find_is_told_and_not_scored_0(
         job("--images", str(drawn), *weights)
     images = Path(shutil.copytree(drawn, tmp_path / "images"))
     asked = read(images / "00002" / "metadata.jsonl")[0]
+    many = {**asked, "include": [{"class": "star", "count": 17}]}
+    (images / "00002" / "metadata.jsonl").write_bytes(to_lines([many]))
+    with pytest.raises(UserError, match="asks for 17 of 'star', and GenEval counts the 16 most confident alone"):
+        job("--images", str(images), "--detector", "shapes")
     more = {**asked, "exclude": [{"class": "blob", "count": 1}]}
     (images / "00002" / "metadata.jsonl").write_bytes(to_lines([more]))
     with pytest.raises(UserError, match="the class 'blob', which the detector shapes cannot find"):
@@ -317,7 +322,7 @@ def test_a_folder_of_images_that_are_not_the_jobs_is_refused(
     model: Path, drawn: Path, job: Job, tmp_path: Path
 ) -> None:
     shutil.copytree(drawn, tmp_path / "out" / "images")
-    with pytest.raises(UserError, match="holds images/ that this job has not begun"):
+    with pytest.raises(UserError, match="holds images/.* that this job has not begun"):
         job("--model", str(model), *FEW)
     with pytest.raises(UserError, match="holds no images of this job: draw them, or give those of others as --images"):
         job("--score-only", "--detector", "shapes")
@@ -332,7 +337,7 @@ def test_prompts_that_the_images_are_not_of(drawn: Path, job: Job, tmp_path: Pat
     with pytest.raises(UserError, match=r"00005/metadata.jsonl is not prompt 00005 of --prompts"):
         job("--images", str(drawn), "--prompts", str(file), "--detector", "shapes")
     file.write_bytes(to_lines(prompts[:11]))
-    with pytest.raises(UserError, match="has 11 prompts, and the images are of 12"):
+    with pytest.raises(UserError, match="has 11 prompts, and there is a folder 00011"):
         job("--images", str(drawn), "--prompts", str(file), "--detector", "shapes")
 
 

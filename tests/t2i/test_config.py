@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from data.errors import UserError
 from launch.arguments import parse
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError, Section
 from t2i.config_loading import check_world_size, dump_config, load_config, merge, stage_config, validate_config
 
+INF = float("inf")
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/**/*.yaml"))
 
@@ -87,6 +89,23 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"sampling": {"order": 3, "coefficients": "fixed"}}, ["sampling", "fixed", "adams at order 2", "at order 3"]),
         ({"sampling": {"solver": "dpmpp", "coefficients": "fixed"}}, ["sampling", "fixed", "adams", "not with dpmpp"]),
         ({"sampling": {"cfg_interval": [0.9, 0.1]}}, ["sampling", "cfg_interval [0.9, 0.1]", "[low, high]"]),
+        ({"sampling": {"cfg_interval": [2, 3]}}, ["sampling.cfg_interval.0", "less than or equal to 1", "got 2"]),
+        ({"sampling": {"cfg_interval": [-0.1, 1]}}, ["sampling.cfg_interval.0", "greater than or equal to 0"]),
+        ({"sampling": {"cfg_interval": [0, INF]}}, ["sampling.cfg_interval.1", "finite"]),
+        ({"sampling": {"guidance_scale": INF}}, ["sampling.guidance_scale", "finite number", "got inf"]),
+        ({"sampling": {"guidance_scale": "nan"}}, ["sampling.guidance_scale", "finite number", "got 'nan'"]),
+        ({"objective": {"time_mean": -INF}}, ["objective.time_mean", "finite number"]),
+        ({"optimizer": {"betas": [0.9, INF]}}, ["optimizer.betas.1"]),
+        ({"limits": {"step_minutes": INF}}, ["limits.step_minutes", "finite number"]),
+        ({"data": {"sources": [{"name": "a", "url": "b", "weight": INF}]}}, ["data.sources.0.weight", "finite"]),
+        ({"data": {"sources": [{"name": "a", "url": "b", "fields": {"x": [0, INF]}}]}}, ["fields.x.1", "finite"]),
+        ({"data": {"sources": [{"name": "a", "url": "b", "captions": {"members": {"txt": INF}}}]}}, ["txt", "finite"]),
+        ({"stages": [{"name": "a", "ema": {"decay": "nan"}}]}, ["stage a: ema.decay", "finite number"]),
+        ({"train": {"steps": "1:30"}}, ["train.steps", "integer", "got '1:30'"]),
+        ({"data": {"sources": [{"name": "a", "url": "$NOT_SET"}]}}, ["data.sources.0.url", "NOT_SET is not set"]),
+        ({"engine": {"zero_stage": True}}, ["engine", "zero_stage must be a number, not true"]),
+        ({"optimizer": {"betas": [True, 0.9]}}, ["optimizer", "betas must hold numbers, not true"]),
+        ({"scoring": {"every": 1, "promote_gain": True}}, ["scoring", "promote_gain must be a number, not true"]),
         ({"optimizer": {"betas": [0.9]}}, ["optimizer.betas.1"]),
         ({"objective": {"gate": 1.5}}, ["objective.gate", "less than or equal to 1", "got 1.5"]),
         ({"objective": {"min_noise": 0}}, ["objective.min_noise", "greater than 0"]),
@@ -120,7 +139,7 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"data": {"resolution": [96, 100]}}, ["data.resolution 96x100", "multiple", "model.patch_size (16)"]),
         ({"data": {"resolution": "large"}}, ["data.resolution", "[height, width]", "got 'large'"]),
         ({"data": {"resolution": 0}}, ["data.resolution", "above 0", "got 0"]),
-        ({"data": {"resolution": True}}, ["data.resolution", "whole numbers", "got True"]),
+        ({"data": {"resolution": True}}, ["data", "resolution must be a number, not true"]),
         ({"data": {"resolution": 32.5}}, ["data.resolution", "whole numbers", "got 32.5"]),
         ({"data": {"resolution": [32, 48, 3]}}, ["data.resolution", "[height, width]"]),
         ({"data": {"resolution": [-16, 32]}}, ["data.resolution", "above 0"]),
@@ -133,13 +152,25 @@ def test_a_wrong_value_is_one_sentence_that_names_the_field(tree: dict[str, Any]
     with pytest.raises(ConfigError) as caught:
         validate_config(tree, "here")
     message = str(caught.value)
-    assert message.startswith("here: ") and "\n" not in message
+    assert message.startswith(("here: ", "stage a: ")) and "\n" not in message
     assert [word for word in words if word not in message] == []
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("- a\n", "must be a mapping"), ("", "must be a mapping"), ("a: [", "not YAML"), ("a: b: c", "not YAML")],
+    [
+        ("- a\n", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("a: [", "not YAML"),
+        ("a: b: c", "not YAML"),
+        ("train: {steps: 1}\nname: a\ntrain: {batch_size: 8}", "line 3: 'train' is given twice, first in line 1"),
+        ("name: a\ntrain:\n  steps: 1\n  steps: 2", "line 4: 'steps' is given twice, first in line 3"),
+        ("name: a\ntrain:\n  steps: 010", "line 3: 010 is octal to some"),
+        ("train: {steps: .inf}", "train.steps: input should be a finite number"),
+        ("train: {steps: yes}", "train.steps: .* integer"),
+        ("seed: on", "seed: .* integer"),
+        ("a: &a [" + "x, " * 99 + "]\nb: &b [" + "*a, " * 99 + "]\nc: [" + "*b, " * 99 + "]", "aliases expand"),
+    ],
 )
 def test_a_file_that_is_no_config(tmp_path: Path, content: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
@@ -148,7 +179,7 @@ def test_a_file_that_is_no_config(tmp_path: Path, content: str, words: str) -> N
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="absent.yaml: No such file"):
+    with pytest.raises(ConfigError, match="absent.yaml: cannot be read: No such file"):
         load_config(tmp_path / "absent.yaml")
 
 
@@ -171,6 +202,80 @@ def test_mistakes_in_a_stage_name_the_stage(stage: dict[str, Any], sentence: str
 def test_a_stage_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="the config has 1 stage.*no stage 2"):
         stage_config(validate_config({"stages": [{"name": "a"}]}, "here"), 1)
+
+
+# Words for nothing, and paths
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NONE", "null", "~", '"none"', "'null'"])
+def test_none_is_none_in_a_file(tmp_path: Path, word: str) -> None:
+    text = f"""
+        checkpoint: {{mirror: {word}, mirror_region: {word}}}
+        model: {{repa_width: {word}}}
+        objective: {{lpips_path: {word}, pdino_gate: {word}}}
+        data: {{buckets: {word}, sources: [{{name: a, url: b, heldout: {word}, max_aspect_ratio: {word}}}]}}
+        stages: [{{name: none, checkpoint: {{mirror: {word}}}}}]"""
+    config = load_config(write(tmp_path, text))
+    (source,) = config.data.sources
+    assert (config.checkpoint.mirror, config.checkpoint.mirror_region, config.model.repa_width) == (None, None, None)
+    assert (config.objective.lpips_path, source.heldout, source.max_aspect_ratio) == (None, None, None)
+    assert (config.objective.pdino_gate, config.data.buckets) == ("none", "none")
+    assert config.stages == [{"name": "none", "checkpoint": {"mirror": None}}]
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_none_is_none_on_the_command_line(file: str, word: str) -> None:
+    fields = ("--checkpoint.mirror", "--model.repa_width", "--objective.lpips_path", "--model.pixel.attention_width")
+    config = parse("", file, [f"{field}={word}" for field in (*fields, "--data.buckets", "--scoring.promote_gain")])
+    assert (config.checkpoint.mirror, config.model.repa_width, config.objective.lpips_path) == (None, None, None)
+    assert (config.model.pixel.attention_width, config.scoring.promote_gain) == (None, None)
+    assert config.data.buckets == "none"
+
+
+def test_every_path_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("BUCKET", "pictures")
+    tree = {
+        "root": "~/runs",
+        "text": {"model": "${BUCKET}/qwen"},
+        "engine": {"state_folder": "~"},
+        "objective": {"lpips_path": "~/vgg.pth", "features_path": "~/dino"},
+        "data": {"sources": [{"name": "a", "url": "s3://$BUCKET/a", "index": "~/index.json", "heldout": "$BUCKET/b"}]},
+        "checkpoint": {"mirror": "s3://$BUCKET/mirror"},
+        "scoring": {"every": 5, "detector_weights": "~/m2f", "clip": "$HOME/clip"},
+        "stages": [{"name": "one", "init": {"source": "~/model"}, "data": {"sources": [{"name": "b", "url": "~/b"}]}}],
+    }
+    config = load_config(write(tmp_path, tree))
+    assert config.root == Path("/home/me/runs") and config.directory == Path("/home/me/runs/run")
+    assert config.text.model == "pictures/qwen" and config.engine.state_folder == Path("/home/me")
+    assert config.objective.lpips_path == Path("/home/me/vgg.pth") and config.objective.features_path == "/home/me/dino"
+    source = config.data.sources[0]
+    assert (source.url, source.index, source.heldout) == ("s3://pictures/a", "/home/me/index.json", "pictures/b")
+    assert config.checkpoint.mirror == "s3://pictures/mirror"
+    assert (config.scoring.detector_weights, config.scoring.clip) == ("/home/me/m2f", "/home/me/clip")
+    stage = stage_config(config, 0)
+    assert (stage.init.source, stage.data.sources[0].url) == ("/home/me/model", "/home/me/b")
+    # What the run keeps means the same on a machine where the variables are others.
+    kept = dump_config(config)
+    monkeypatch.setenv("HOME", "/home/other")
+    monkeypatch.delenv("BUCKET")
+    assert "~" not in kept and "$" not in kept and load_config(write(tmp_path, kept)) == config
+
+
+def test_a_base_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "low.yaml").write_text("seed: 7")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(write(tmp_path, "base: ~/low.yaml")).seed == 7
+    with pytest.raises(ConfigError, match="base: .*NOT_SET is not set"):
+        load_config(write(tmp_path, "base: $NOT_SET/low.yaml"))
+
+
+def test_paths_on_the_command_line_are_filled_in(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(file).parent))
+    config = parse("", "absent.yaml", ["--config", "~/run.yaml", "--root", "~/runs", "--init.source=${HOME}/m"])
+    assert config.root == Path(file).parent / "runs" and config.init.source == f"{Path(file).parent}/m"
+    with pytest.raises(UserError, match="NOT_SET is not set"):
+        parse("", file, ["--checkpoint.mirror", "s3://$NOT_SET"])
 
 
 # Precedence
@@ -232,10 +337,10 @@ def test_allowed_numbers_of_ranks(world_size: int) -> None:
 @pytest.mark.parametrize(
     ("lanes", "batch", "micro", "world_size", "words"),
     [
-        (128, 1536, 4, 3, ["world_size 3", "128 lanes", "2 or 4"]),
+        (128, 1536, 4, 3, ["world_size 3", "data.lanes 128", "2 or 4"]),
         (128, 1536, 4, 100, ["world_size 100", "64 or 128"]),
-        (16, 64, 4, 17, ["world_size 17", "16 lanes", "is 16"]),
-        (128, 1500, 4, 2, ["batch_size 1500", "128 lanes", "1408 or 1536"]),
+        (16, 64, 4, 17, ["world_size 17", "data.lanes 16", "is 16"]),
+        (128, 1500, 4, 2, ["train.batch_size 1500", "data.lanes 128", "1408 or 1536"]),
         (128, 1536, 50, 8, ["micro_batch_size 50", "192", "48 would"]),
         (128, 1536, 64, 128, ["micro_batch_size 64", "12 would"]),
     ],
@@ -357,14 +462,22 @@ def test_the_launchers_local_rank_is_ignored(file: str, words: list[str]) -> Non
         (["--optimiser.lr=1"], "unknown option --optimiser.lr; did you mean --optimizer.lr?"),
         (["--model.depth"], "model.depth"),
         (["--model.depth", "eight"], "model.depth"),
-        (["--model.depth", "1"], "command line: model: repa_layer 2 must be at most depth (1)"),
+        (["--model.depth", "1"], "command line: model.repa_layer 2 must be at most depth (1)"),
         (["--data.resolution", "30"], "command line: data.resolution 30 must be a multiple of model.patch_size (4)"),
         (["--model.depth", "8", "extra"], "extra"),
         (["--config", "absent.yaml"], "absent.yaml"),
+        (["--train.steps", "010"], "--train.steps: 010 is octal to some"),
+        (["--data.resolution", "[064, 64]"], "--data.resolution: 064 is octal to some"),
+        (["--train.steps", "1:30"], "1:30 is no number"),
+        (["--data.sources", "[{name: a, url: b, min_side: 1:30}]"], "1:30 is no number"),
+        (["--optimizer.lr", "1e999"], "--optimizer.lr 1e999: must be a finite number"),
+        (["--optimizer.lr", "nan"], "--optimizer.lr nan: must be a finite number"),
+        (["--sampling.cfg_interval", "[2, 3]"], "sampling.cfg_interval.0: input should be less than or equal to 1"),
+        (["--data.sources", "[{name: a, name: b}]"], "--data.sources: 'name' is given twice"),
     ],
 )
 def test_mistakes_on_the_command_line(file: str, words: list[str], sentence: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         parse("", file, words)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 

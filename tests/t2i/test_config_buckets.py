@@ -69,7 +69,7 @@ def test_a_plan_is_of_the_largest_bucket() -> None:
         ({"buckets": [64, 64]}, ["data.buckets", "a list of [height, width]"]),
         ({"buckets": [[64, 64, 3]]}, ["data.buckets", "a list of [height, width]"]),
         ({"buckets": [[64, 64.5]]}, ["data.buckets", "whole numbers"]),
-        ({"buckets": [[64, True]]}, ["data.buckets", "whole numbers"]),
+        ({"buckets": [[64, True]]}, ["data", "buckets must hold numbers, not true"]),
         ({"buckets": []}, ["data", "buckets []", "name at least one"]),
         ({"buckets": [[64, 0]]}, ["data", "buckets [[64, 0]]", "name at least one"]),
         ({"buckets": [[64, 64], [32, 32]]}, ["data", "[64, 64] and [32, 32] have the same ratio"]),
@@ -104,7 +104,9 @@ def test_groups_divide_into_micro_batches_and_lanes_into_groups() -> None:
         check_world_size(sized(16, batch=128), 2, "stage x")
     with pytest.raises(ConfigError, match=r"micro_batch_size 4 .* data.group_size 6, .*; 3 would"):
         check_world_size(sized(4, batch=96, group_size=6), 2, "stage x")
-    with pytest.raises(ConfigError, match="batch_size 72 is no multiple of 8 lanes x group_size 8: .* 64 or 128"):
+    with pytest.raises(
+        ConfigError, match="train.batch_size 72 is no multiple of data.lanes 8 x data.group_size 8: .* 64 or 128"
+    ):
         check_world_size(sized(8, batch=72), 2, "stage x")
 
 

@@ -40,7 +40,7 @@ def test_a_file_changes_what_its_base_says(files: Path) -> None:
     ("file", "tree", "sentence"),
     [
         ("bottom", {"base": "top.yaml"}, "top.yaml: base: it should not lead back to a file that begins with it"),
-        ("top", {"base": "absent.yaml"}, "absent.yaml, the base of {folder}/top.yaml: No such file"),
+        ("top", {"base": "absent.yaml"}, "absent.yaml, the base of {folder}/top.yaml: cannot be read: No such file"),
         ("top", {"base": None}, "top.yaml: base: must be the path of a config, seen from this file (got None)"),
         ("bottom", {"train": {"stepz": 1}}, "{folder}/deep/../bottom.yaml: unknown field 'train.stepz'"),
         ("bottom", [], "deep/../bottom.yaml: must be a mapping"),

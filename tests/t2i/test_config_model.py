@@ -34,7 +34,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
             "pixel does nothing under family pixelgen and condition text: leave it at its defaults",
         ),
         ({"family": "pixeldit", "bottleneck": 128}, "bottleneck 128 does nothing under family pixeldit"),
-        ({"family": "pixeldit", "pixel": {"tokens_per_patch": 3}}, "model.pixel: tokens_per_patch 3 must be a power"),
+        ({"family": "pixeldit", "pixel": {"tokens_per_patch": 3}}, "model.pixel.tokens_per_patch 3 must be a power"),
         (
             {"family": "pixeldit", "patch_size": 2, "pixel": {"tokens_per_patch": 8}},
             "tokens_per_patch 8 must cut a patch",
@@ -55,7 +55,7 @@ def test_fields_that_do_not_go_together(model: dict[str, Any], words: str) -> No
 
 def test_adms_crop_is_square() -> None:
     assert validate_config({"data": {"crop": "adm", "resolution": [64, 64]}}, "here").data.size == (64, 64)
-    with pytest.raises(ConfigError, match=r"data: crop adm makes squares: .* 32x64"):
+    with pytest.raises(ConfigError, match=r"data.crop adm makes squares: .* 32x64"):
         validate_config({"data": {"crop": "adm", "resolution": [32, 64]}}, "here")
 
 

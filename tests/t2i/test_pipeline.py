@@ -13,16 +13,17 @@ from random_model import config, random_weights, write_random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.errors import UserError
 from t2i.build import build_conditioner, build_denoiser
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
 from t2i.config_loading import dump_config, validate_config
 from t2i.config_sampling import SamplingConfig
 from t2i.diffusion.flow import to_pixels
-from t2i.model_folder import DENOISER, NULL_CAPTION, check_model, read_model, write_model
+from t2i.model_folder import DENOISER, FILES, NULL_CAPTION, check_model, read_model, write_model
 from t2i.models.conditions import stack_conditions
-from t2i.models.text import TextEncoder
-from t2i.pipeline import Picture, Pipeline, starting_noise, states_of_batches
+from t2i.models.text import TextEncoder, resolve_model
+from t2i.pipeline import Picture, Pipeline, pictures_of, starting_noise, states_of_batches
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue square", "green apple", "", "two yellow stars", "a red circle"]
@@ -41,7 +42,8 @@ def test_a_folder_holds_what_was_written_and_replaces_an_attempt_that_was_cut_sh
     write_model(tmp_path / "model", RunConfig(name="x"), raw, ema, null)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert not (tmp_path / "model" / "left.over").exists()
-    check_model(tmp_path / "model")
+    for which in FILES:
+        check_model(tmp_path / "model", which)
     for which, expected in (("raw", raw), ("ema", ema)):
         saved = read_model(tmp_path / "model", which)
         assert saved.config == RunConfig(name="x")
@@ -393,14 +395,47 @@ def test_no_pictures(pipeline: Pipeline) -> None:
     assert pipeline.draw([], SAMPLING).shape == (0, 3, 16, 16)
 
 
-@pytest.mark.parametrize("missing", ["ema.safetensors", "config.yaml", None])
-def test_a_folder_that_is_no_model(copy: Path, tmp_path: Path, missing: str | None) -> None:
-    if missing:
-        (copy / missing).unlink()
-    else:
+@pytest.mark.parametrize("missing", [["model.safetensors", "ema.safetensors"], ["config.yaml"], None])
+def test_a_folder_that_is_no_model(copy: Path, tmp_path: Path, missing: list[str] | None) -> None:
+    for name in missing or ():
+        (copy / name).unlink()
+    if missing is None:
         copy = tmp_path / "absent"
     with pytest.raises(ConfigError, match=f"{copy.name} is not a model folder: it has no .*"):
         Pipeline.load(copy, "ema", CPU)
+
+
+def test_one_of_the_two_weights_is_enough(copy: Path, pipeline: Pipeline) -> None:
+    (copy / "model.safetensors").unlink()
+    pictures = [Picture("a cat")]
+    assert torch.equal(Pipeline.load(copy, "ema", CPU).draw(pictures, SAMPLING), pipeline.draw(pictures, SAMPLING))
+    with pytest.raises(ConfigError, match=r"copy has no model.safetensors, the raw weights: take its ema weights"):
+        Pipeline.load(copy, "raw", CPU)
+
+
+def test_a_pointer_of_git_lfs_is_called_one(copy: Path) -> None:
+    (copy / "ema.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match=r"copy/ema.safetensors: is a Git LFS pointer, .*`git lfs pull`"):
+        Pipeline.load(copy, "ema", CPU)
+
+
+def test_a_text_encoder_may_have_moved(copy: Path, tmp_path: Path, pipeline: Pipeline) -> None:
+    there = Path(resolve_model(config().text.model))
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace(config().text.model, "/gone"))
+    with pytest.raises(ConfigError, match=r"text.model '/gone' cannot be loaded: .*--text_model says where .*copy's"):
+        Pipeline.load(copy, "ema", CPU)
+    moved = Path(shutil.copytree(there, tmp_path / "moved"))
+    pictures = [Picture("a cat")]
+    found = Pipeline.load(copy, "ema", CPU, str(moved))
+    assert torch.equal(found.draw(pictures, SAMPLING), pipeline.draw(pictures, SAMPLING))
+    weights = load_file(moved / "model.safetensors")
+    save_file({n: v.flip(0).contiguous() for n, v in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"--text_model .*moved is another text encoder than that of .*copy: it reads"):
+        Pipeline.load(copy, "ema", CPU, str(moved))
+    (moved / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match=r"moved/model.safetensors: is a Git LFS pointer"):
+        Pipeline.load(copy, "ema", CPU, str(moved))
 
 
 def test_weights_of_another_model(copy: Path) -> None:
@@ -430,3 +465,10 @@ def test_a_file_cut_short(copy: Path) -> None:
     (copy / "ema.safetensors").write_bytes((copy / "ema.safetensors").read_bytes()[:1000])
     with pytest.raises(ConfigError):
         Pipeline.load(copy, "ema", CPU)
+
+
+def test_numbers_of_equal_prompts_go_on() -> None:
+    assert pictures_of(["a", "b", "a"], 2, "c") == [
+        *(Picture("a", n, "c") for n in (0, 1)), *(Picture("b", n, "c") for n in (0, 1)),
+        *(Picture("a", n, "c") for n in (2, 3)),
+    ]  # fmt: skip

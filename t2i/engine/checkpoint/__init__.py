@@ -20,7 +20,6 @@ from t2i.engine.checkpoint.format import (
     moments_of,
     newest,
     step_of,
-    sync,
     values_of,
 )
 from t2i.engine.checkpoint.mirror import Mirror, newest_anywhere, open_mirror
@@ -38,6 +37,5 @@ __all__ = [
     "newest_anywhere",
     "open_mirror",
     "step_of",
-    "sync",
     "values_of",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data.errors import UserError
+from data.files import sync
 from t2i.engine.shards import Shards
 
 FORMAT = 1
@@ -64,26 +64,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 # Files
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is either whole or absent after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync(path.parent)
 
 
 def commit(aside: Path, final: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, StoreError
+from data.files import sync
 from data.store import LocalStore, StoreOptions, WritableStore, open_store
 from t2i.engine.checkpoint.format import (
     MANIFEST,
@@ -32,7 +33,6 @@ from t2i.engine.checkpoint.format import (
     newest,
     parse_manifest,
     step_of,
-    sync,
 )
 from t2i.engine.checkpoint.retention import Retention
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from data.files import atomic_write, sync
 from t2i.engine.checkpoint.format import (
     EPHEMERAL,
     MANIFEST,
@@ -36,8 +37,6 @@ from t2i.engine.checkpoint.format import (
     manifest_text,
     part_name,
     step_of,
-    sync,
-    write_durably,
 )
 from t2i.engine.checkpoint.mirror import Mirror
 from t2i.engine.checkpoint.retention import Retention
@@ -277,7 +276,7 @@ class CheckpointWriter:
             part = job.aside / part_name(self.rank)
             digest, size = self._snapshot.write(part)
             report = {"file": part.name, "bytes": size, "sha256": digest, "slices": self._snapshot.places}
-            write_durably(self._report(job, self.rank), json.dumps(report))
+            atomic_write(self._report(job, self.rank), json.dumps(report).encode())
             if self.rank == 0:
                 self._commit(job)
         except Exception as error:
@@ -352,7 +351,7 @@ class CheckpointWriter:
         if job.ephemeral:
             (job.aside / EPHEMERAL).touch()
         body = {"step": job.step, "state": job.state, "shapes": self._snapshot.shapes, "parts": parts}
-        write_durably(job.aside / MANIFEST, manifest_text(body))
+        atomic_write(job.aside / MANIFEST, manifest_text(body).encode())
         for rank in range(self.world_size):
             self._report(job, rank).unlink()
         sync(job.aside)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
+from pictures import ADOBE_RGB, encode, rgb_profile
 from PIL import Image
 from tar_samples import MemoryStore, jpeg, tar_bytes
 
@@ -211,6 +212,18 @@ def test_an_image_is_named_after_its_content(tmp_path: Path) -> None:
     assert [[*s.members] for s in samples(f"{tmp_path}/out2")] == [["jpg"]] * 6
 
 
+def test_encoded_images_are_in_srgb_and_others_keep_their_bytes() -> None:
+    adobe = rgb_profile(ADOBE_RGB, 563 / 256)
+    picture = np.full((64, 64, 3), (60, 180, 60), np.uint8)
+    for whole in (encode(picture, icc_profile=adobe), encode(picture, "JPEG", quality=100, icc_profile=adobe)):
+        assert Images()(whole)[1] == Images(resize=64)(whole)[1] == whole
+        for images in (Images(resize=32), Images(quality=95)):
+            _, again = images(whole)
+            assert "icc_profile" not in Image.open(io.BytesIO(again)).info
+            # The linear values by hand: 60 and 180 of Adobe RGB at its gamma are more green than sRGB has.
+            assert np.abs(simplejpeg.decode_jpeg(again)[9, 9].astype(int) - (0, 180, 41)).max() <= 2
+
+
 def test_a_turned_image_is_encoded_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -269,7 +282,7 @@ def test_bad_rows_of_a_csv_are_left_out(tmp_path: Path) -> None:
         "\ufeffpath,caption\n".encode() + "\n".join(rows).encode() + b"\na.jpg,\xff\n"
     )
     packed("csv {i} --out {o} --workers 1", i=tmp_path / "in/all.csv", o=tmp_path / "out")
-    left_out = {"missing_file": 3, "outside_root": 1, "missing_caption": 2, "bad_caption": 1}
+    left_out = {"missing_file": 3, "outside_root": 1, "missing_caption": 1, "bad_caption": 1, "wrong_cell_count": 1}
     assert summary(tmp_path / "out")["left_out"] == left_out
     assert [s.members["txt"] for s in samples(f"{tmp_path}/out")] == [b"fine"]
     packed("csv {i} --out {o} --root {r}/in --workers 1", i=tmp_path / "in/all.csv", o=tmp_path / "o2", r=tmp_path)
@@ -509,7 +522,7 @@ def test_from_s3_to_s3_and_on_after_an_interruption(endpoint: str, tmp_path: Pat
         ("csv {t}/none.csv --out {t}/o", "does not exist"),
         ("csv {t}/in/all.csv --out {t}/o --image_column url", "image_column is 'url'.*path, caption, score"),
         ("csv {t}/in/all.csv --out {t}/o --root {t}/empty", r"40 \(missing_file\)"),
-        ("csv {t}/quote.csv --out {t}/o", "row at byte 13 .*quotes closed"),
+        ("csv {t}/quote.csv --out {t}/o", r"1 \(bad_quotes\), 20 \(missing_file\)"),
         ("csv {t}/header.csv --out {t}/o", "no row below its header"),
         ("parquet {t}/empty --out {t}/o", "Parquet files with rows"),
         ("parquet {t}/bad.parquet --out {t}/o", "should be a Parquet file"),
@@ -526,7 +539,7 @@ def test_mistakes_are_told_in_one_sentence(words: str, said: str, tmp_path: Path
         write_parquet(tmp_path / "pq", files=1, rows=3)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     (tmp_path / "header.csv").write_text("path,caption\n")
-    (tmp_path / "quote.csv").write_text('path,caption\na.jpg,"open\n' + "b.jpg,b\n" * 20_000)
+    (tmp_path / "quote.csv").write_text('path,caption\na.jpg,"open\n' + "b.jpg,b\n" * 20)
     with_caption = tmp_path / "in/images/000.txt"
     with_caption.write_text("caption")
     assert main(words.format(t=tmp_path).split()) == 2

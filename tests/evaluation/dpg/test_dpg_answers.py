@@ -110,12 +110,19 @@ def test_a_line_that_is_none(
         read_answers(path, HASHES, benchmark.items, 2)
 
 
+def test_answers_are_lines_of_utf_8(tmp_path: Path, benchmark: Benchmark, lines: list[dict[str, Any]]) -> None:
+    path = write(tmp_path / "a.jsonl", answer(lines))
+    plain = read_answers(path, HASHES, benchmark.items, 2)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\n \n")
+    assert read_answers(path, HASHES, benchmark.items, 2) == plain
+
+
 def test_missing_answers_are_counted(tmp_path: Path, benchmark: Benchmark, lines: list[dict[str, Any]]) -> None:
     told = answer(lines)
     path = write(tmp_path / "a.jsonl", told[:5] + told[7:])
     with pytest.raises(UserError, match="2 of 14 answers are missing, the first id cat1, crop 1, proposition_id 1"):
         read_answers(path, HASHES, benchmark.items, 2)
-    with pytest.raises(UserError, match="nowhere cannot be read"):
+    with pytest.raises(UserError, match="nowhere: cannot be read"):
         read_answers(tmp_path / "nowhere", HASHES, benchmark.items, 2)
     with pytest.raises(UserError, match="line 1 is not JSON"):
         read_answers(write(path, []), HASHES, benchmark.items, 2)

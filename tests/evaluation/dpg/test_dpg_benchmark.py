@@ -99,6 +99,16 @@ def test_a_row_of_the_wrong_length(tmp_path: Path) -> None:
             read(write_copy(tmp_path / name, [ROWS[0], row, *ROWS[2:]]))
 
 
+def test_files_are_utf_8_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
+    plain = read(write_copy(tmp_path / "copy"))
+    for path in (tmp_path / "copy" / "dpg_bench.csv", tmp_path / "copy" / "prompts" / "cat1.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n\n" * (path.suffix == ".txt"))
+    assert read(tmp_path / "copy").items == plain.items
+    (tmp_path / "copy" / "prompts" / "cat1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="cat1.txt: should be UTF-8, but byte 3 is 0xe9"):
+        read(tmp_path / "copy")
+
+
 def test_a_table_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1: there is no column dependency"):
         read(write_copy(tmp_path / "copy", header=tuple(it.replace("dependency", "parents") for it in HEADER)))
@@ -107,7 +117,7 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 2: unexpected end of data"):
         read(tmp_path / "copy")
     table.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="dpg_bench.csv cannot be read"):
+    with pytest.raises(UserError, match="dpg_bench.csv: is UTF-16"):
         read(tmp_path / "copy")
     table.unlink()
     with pytest.raises(UserError, match="dpg_bench.csv cannot be read: .*No such file"):

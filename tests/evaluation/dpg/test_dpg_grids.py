@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pictures import BOMB, foreign
 from PIL import Image
 from random_model import write_random_model
 
@@ -76,7 +78,7 @@ def test_a_job_that_was_cut_short_goes_on_at_the_next_picture(
 def test_a_half_written_picture_is_drawn_again(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
     drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
     drawing.begin({}, {})
-    (tmp_path / "cut" / "tiles" / "cat1_0.partial").write_bytes(grids["cat1.png"][:100])
+    (tmp_path / "cut" / "tiles" / ".0123456789abcdef.partial").write_bytes(grids["cat1.png"][:100])
     assert sum(map(len, drawing.missing())) == 8
     assert draw_all(drawing, pipeline) == grids
 
@@ -89,8 +91,15 @@ def test_grids_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"drawn otherwise \(sampling.batch_size, sampling.seed, sampling.steps\)"):
         Drawing(tmp_path, ITEMS, 16, SamplingConfig(steps=3)).begin({"weights": "a"}, {"model": "there"})
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out .*file cannot be written to"):
+    with pytest.raises(UserError, match="--out .*file: cannot be written to"):
         Drawing(tmp_path / "file", ITEMS, 16, SAMPLING).begin({}, {})
+
+
+def test_equal_prompts_have_different_pictures(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
+    items = [*ITEMS, replace(ITEMS[0], id="again")]
+    found = draw_all(Drawing(tmp_path / "equal", items, 16, SAMPLING), pipeline)
+    again = found.pop("again.png")
+    assert found == grids and again not in grids.values()
 
 
 @pytest.mark.parametrize("kind", ["grids", "tiles"])
@@ -99,19 +108,21 @@ def test_pictures_that_nothing_is_known_of_are_not_taken_for_the_models(tmp_path
     Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({}, {})  # killed before the note was written
     (tmp_path / "grids.json").unlink()
     (tmp_path / kind / "cat1.png").touch()
-    with pytest.raises(UserError, match="holds pictures that this job has not begun: give another name"):
+    with pytest.raises(UserError, match=rf"holds {kind}/cat1.png that this job has not begun: give another name"):
         Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({}, {})
 
 
 def test_images_are_found_by_their_prompts(tmp_path: Path) -> None:
-    for name in ("cat1.png", "dog2.v2.jpg", "readme.txt"):
+    ids = {"cat1", "dog2", "v1.5", "v1.6"}
+    images = {"cat1": "cat1.png", "dog2": "dog2.v2.jpg", "v1.5": "v1.5.png", "v1.6": "v1.6.png"}
+    for name in (*images.values(), "readme.txt"):
         (tmp_path / name).touch()
-    assert {name: path.name for name, path in find(tmp_path).items()} == {"cat1": "cat1.png", "dog2": "dog2.v2.jpg"}
+    assert {name: path.name for name, path in find(tmp_path, ids).items()} == images
     (tmp_path / "cat1.JPG").touch()
     with pytest.raises(UserError, match="holds two images of one prompt, cat1.JPG and cat1.png: remove one"):
-        find(tmp_path)
+        find(tmp_path, ids)
     with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
-        find(tmp_path / "nowhere")
+        find(tmp_path / "nowhere", ids)
 
 
 def test_an_image_that_is_no_grid(tmp_path: Path) -> None:
@@ -125,11 +136,22 @@ def test_an_image_that_is_no_grid(tmp_path: Path) -> None:
         examine(path, 24, 1)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(UserError, match="cat1.png cannot be read: .*: draw it anew"):
+    with pytest.raises(UserError, match=r"cat1.png: is no image that can be read \(.*\): make it again"):
         examine(path, 16, 4)
     path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="cat1.png cannot be read: "):
+    with pytest.raises(UserError, match="cat1.png: is no image that can be read "):
         examine(path, 16, 4)
+
+
+def test_grids_of_others_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    for name, (content, colour) in foreign(32).items():
+        (tmp_path / name).write_bytes(content)
+        assert len(examine(tmp_path / name, 16, 4)) == 64
+        for cut in crops(tmp_path / name, 16, 4):
+            assert cut.mode == "RGB" and np.abs(np.asarray(cut).astype(int) - colour).max() <= 1
+    (tmp_path / "bomb.png").write_bytes(BOMB)
+    with pytest.raises(UserError, match=r"bomb.png: has too many pixels"):
+        examine(tmp_path / "bomb.png", 16, 4)
 
 
 def test_boxes() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pictures import encode, foreign
 from PIL import Image
 
+from data.decode import decode_file
 from data.errors import UserError
-from evaluation.editing.edit_list import Edit, given_region, in_boxes, read_edits, read_picture
+from evaluation.editing.edit_list import Edit, Entry, given_region, in_boxes, read_edits
 
 AS_PUBLISHED = """
 -
@@ -90,10 +92,25 @@ def test_files_that_are_refused(tmp_path: Path, entries: list[Any], said: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("- init_img: a.png\n  source_prompt: x\n  source_prompt: y\n", "line 3: 'source_prompt' is given twice"),
+        ("- init_img: a.png\n  source_prompt: x\n  target_prompts: [y]\n  box: [0, 0, 010, 9]", "line 4: 010 is octal"),
+        ("- init_img: a.png\n  source_prompt: x\n  target_prompts: [y]\n  box: [0, 0, .inf, 9]", "box.2: .* finite"),
+        ("a: &a [" + "x, " * 99 + "]\nb: &b [" + "*a, " * 99 + "]\nc: [" + "*b, " * 99 + "]", "aliases expand"),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "edits.yaml").write_text(content)
+    with pytest.raises(UserError, match=rf"--edits .*edits.yaml.*{said}"):
+        read_edits(tmp_path / "edits.yaml")
+
+
 @pytest.mark.parametrize("content", ["[a", "a: b", "", "\xff"])
 def test_what_is_no_list_in_yaml(tmp_path: Path, content: str) -> None:
     (tmp_path / "edits.yaml").write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match="--edits .*edits.yaml: (not YAML|must be a list|cannot be read)"):
+    with pytest.raises(UserError, match="--edits .*edits.yaml(: not YAML|: must be a list|: should be UTF-8)"):
         read_edits(tmp_path / "edits.yaml")
     with pytest.raises(UserError, match="none.yaml: cannot be read"):
         read_edits(tmp_path / "none.yaml")
@@ -152,15 +169,35 @@ def test_pictures_come_at_their_own_size_upright_and_on_white(tmp_path: Path) ->
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned to the right
     turned.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_picture(tmp_path / "turned.png"), pixels.transpose(2, 0, 1))
+    np.testing.assert_array_equal(decode_file(tmp_path / "turned.png"), pixels.transpose(2, 0, 1))
     Image.new("RGBA", (5, 7), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_picture(tmp_path / "clear.png") == 255).all()
+    assert (decode_file(tmp_path / "clear.png") == 255).all()
+
+
+def test_pictures_and_masks_of_others_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    for name, (content, colour) in foreign(16).items():
+        (tmp_path / name).write_bytes(content)
+        assert np.abs(decode_file(tmp_path / name).astype(int) - np.array(colour)[:, None, None]).max() <= 1
+    wide = np.zeros((16, 16), np.uint16)
+    wide[2:4] = 257
+    (tmp_path / "mask.png").write_bytes(encode(wide))
+    edit = Edit(
+        0,
+        0,
+        tmp_path / "a.png",
+        "",
+        "",
+        "",
+        Entry(init_img="a.png", source_prompt="", target_prompts=[""], mask="mask.png"),
+    )
+    region = given_region(edit, tmp_path, 16, 16)
+    assert region is not None and region[2:4].all() and region.sum() == 32
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_what_is_no_picture(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"a.png: is no image that can be read \(.*\): give a PNG, JPEG or WebP"):
-        read_picture(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png: is no image that can be read \(.*\): make it again"):
+        decode_file(tmp_path / "a.png")
     with pytest.raises(UserError, match="b.png: cannot be read: No such file"):
-        read_picture(tmp_path / "b.png")
+        decode_file(tmp_path / "b.png")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import BOMB, foreign
 from PIL import Image
 
 from data.adm import adm_crop
@@ -110,7 +111,7 @@ def test_a_broken_image_is_said_by_name(tmp_path: Path) -> None:
         Image.fromarray(pixels(1)[0]).save(tmp_path / f"{name}.png")
     cut = tmp_path / "b.png"
     cut.write_bytes(cut.read_bytes()[:-60])
-    with pytest.raises(UserError, match=r"b\.png: cannot be read: .*: mend it, or take it out"):
+    with pytest.raises(UserError, match=r"b\.png: is no image that can be read \(.*\): make it again"):
         read(tmp_path, [[0], [1], [2]])
 
 
@@ -148,3 +149,16 @@ def test_what_is_no_set_of_images(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.npz", Path(__file__)):
         with pytest.raises(UserError, match=r"must be a folder of images or an \.npz with arr_0"):
             open_images(path, None)
+
+
+@pytest.mark.parametrize("crop", [None, 16])
+def test_images_of_others_are_read_as_training_reads_them(tmp_path: Path, crop: int | None) -> None:
+    found = {name: it for name, it in foreign(32).items() if name.endswith((".png", ".webp"))}
+    for name, (content, _) in found.items():
+        (tmp_path / name).write_bytes(content)
+    (batch,) = read(tmp_path, [list(range(len(found)))], crop)
+    for image, name in zip(batch, sorted(found), strict=True):
+        assert np.abs(image.numpy().astype(int) - np.array(found[name][1])[:, None, None]).max() <= 1
+    (tmp_path / "zz.png").write_bytes(BOMB)
+    with pytest.raises(UserError, match=r"zz.png: has too many pixels"):
+        read(tmp_path, [[len(found)]], crop)

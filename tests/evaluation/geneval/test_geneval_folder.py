@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import BOMB, foreign
 from PIL import Image
 
 from data.errors import UserError
@@ -60,10 +61,23 @@ def test_folders_and_images_come_by_number_whatever_their_digits(tmp_path: Path)
         (tmp_path / str(prompt) / "metadata.jsonl").write_text(json.dumps({**CIRCLE, "prompt": str(prompt)}))
         for image in range(11):
             write_png(samples / f"{image}.png", plain(image))
-    (tmp_path / "notes").mkdir()
+    for name in ("notes", "\u00b2", "1.5"):  # no number, a digit that is none, and nothing that GenEval writes
+        (tmp_path / name).mkdir()
     found = read_folder(tmp_path)
     assert [it.metadata["prompt"] for it in found] == [str(prompt) for prompt in range(11)]
     assert [path.stem for path in found[0].images] == [str(image) for image in range(11)]
+
+
+def test_metadata_is_one_object_of_json_over_any_lines(folder: Path) -> None:
+    more = {**STARS, "id": 7}
+    (folder / "00001" / "metadata.jsonl").write_text(json.dumps(more, indent=2) + "\n\n")
+    assert read_folder(folder)[1].metadata == more
+
+
+def test_a_part_of_the_numbers_is_read(folder: Path) -> None:
+    shutil.rmtree(folder / "00000")
+    (folder / "00001").rename(folder / "0552")
+    assert [it.folder.name for it in read_folder(folder)] == ["0552"]
 
 
 @pytest.mark.parametrize(("images", "rows", "columns"), [(1, 1, 1), (3, 2, 2), (4, 2, 2), (5, 2, 3)])
@@ -84,17 +98,44 @@ def test_images_of_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     assert np.array_equal(read_image(tmp_path / "0.png"), plain(204))
 
 
+@pytest.mark.parametrize("name", foreign(8))
+def test_images_of_others_are_read_as_training_reads_them(tmp_path: Path, name: str) -> None:
+    content, colour = foreign(8)[name]
+    (tmp_path / name).write_bytes(content)
+    assert np.abs(read_image(tmp_path / name).astype(int) - colour).max() <= 1
+
+
+def test_an_image_over_the_pixel_limit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0000.png").write_bytes(BOMB)
+    with pytest.raises(UserError, match=r"0000.png: has too many pixels"):
+        read_image(tmp_path / "0000.png")
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda root: shutil.rmtree(root), "there is no such folder"),
     "empty": (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "must hold a folder for each prompt"),
-    "a prompt lost": (lambda root: shutil.rmtree(root / "00000"), "1 folders of prompts, but none numbered 0"),
+    "a number twice": (
+        lambda root: shutil.copytree(root / "00001", root / "1"),
+        "images: 00001 and 1 are of one number: remove one",
+    ),
     "no line": (lambda root: (root / "00001" / "metadata.jsonl").unlink(), "00001: has no metadata.jsonl"),
     "two lines": (
         lambda root: (root / "00001" / "metadata.jsonl").write_text((json.dumps(STARS) + "\n") * 2),
-        r"metadata.jsonl: must hold one line \(has 2\)",
+        "metadata.jsonl: has more than one object of JSON",
     ),
-    "no JSON": (lambda root: (root / "00001" / "metadata.jsonl").write_text("two stars"), "metadata.jsonl, line 1: "),
+    "no JSON": (
+        lambda root: (root / "00001" / "metadata.jsonl").write_text("two stars"),
+        "Invalid JSON",
+    ),
     "no samples": (lambda root: shutil.rmtree(root / "00001" / "samples"), "00001: has no image samples/0000.png"),
+    "samples of another name": (
+        lambda root: [path.rename(path.with_suffix(".txt")) for path in (root / "00001" / "samples").iterdir()],
+        "00001: has no image samples/0000.png, but 0000.txt, 0001.txt, 0002.txt",
+    ),
+    "an image twice": (
+        lambda root: shutil.copy(image_path(root, 1, 2), image_path(root, 1, 2).with_suffix(".jpg")),
+        "samples: 0002.jpg and 0002.png are of one number: remove one",
+    ),
     "an image lost": (
         lambda root: image_path(root, 1, 2).unlink(),
         r"0000\d: holds [23] images where others hold [23]: complete it",
@@ -115,5 +156,5 @@ def test_a_damaged_image_is_refused(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "0000.png"
     write_png(path, np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(UserError, match=r"0000.png cannot be read as an image: make it again"):
+    with pytest.raises(UserError, match=r"0000.png: is no image that can be read \(.*\): make it again"):
         read_image(path)

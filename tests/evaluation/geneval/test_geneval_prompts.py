@@ -71,15 +71,15 @@ def test_other_wordings_and_classes_are_read_and_have_another_digest(tmp_path: P
         ("[]", "should be an object"),
         ({**dog(), "tag": "colours"}, "tag: .*'colors'"),
         ({**dog(), "prompt": ""}, "prompt: .*at least 1 character"),
-        ({"tag": "colors", "prompt": "a dog"}, "include: Field required"),
-        ({**dog(), "include": []}, "include: .*at least 1 item"),
-        ({**dog(), "exlude": []}, "exlude: Extra"),
+        ({"tag": "colors", "prompt": "a dog"}, "include and exclude are empty"),
+        ({**dog(), "include": []}, "include and exclude are empty"),
+        ({**dog(), "exlude": []}, "exlude is no field: did you mean exclude"),
         ({**dog(), "exclude": [{"class": "dog"}]}, r"exclude\.0\.count: Field required"),
         (dog(**{"class": ""}), r"include\.1\.class: .*at least 1 character"),
         (dog(count=0), r"include\.1\.count: .*greater than or equal to 1"),
         (dog(count=True), r"include\.1\.count: .*valid integer"),
         (dog(count="1"), r"include\.1\.count: .*valid integer"),
-        (dog(colour="red"), r"include\.1\.colour: Extra"),
+        (dog(colour="red"), r"include\.1: colour is no field: did you mean color"),
         (dog(color="teal"), r"include\.1\.color: .*'purple'"),
         (dog(position=["on", 0]), r"include\.1\.position\.0: .*'left of'"),
         (dog(position=["above"]), r"include\.1\.position\.1: Field required"),
@@ -97,8 +97,28 @@ def test_a_line_that_is_no_prompt_is_named(line: str | Metadata, said: str, tmp_
 
 def test_a_file_that_is_empty_or_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: cannot be read: No such file"):
         prompts.read(path)
     path.touch()
     with pytest.raises(UserError, match=r"prompts .*prompts\.jsonl: the file is empty"):
+        prompts.read(path)
+
+
+def test_fields_of_others_are_kept(tmp_path: Path) -> None:
+    asked = {**dog(color="red", position=["above", 0], id=3), "id": 7, "source": {"name": "a lab"}}
+    nothing_but = {"tag": "counting", "exclude": [{"class": "dog", "count": 1}], "prompt": "no dogs"}
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + prompts.to_lines([asked, nothing_but]) + b"\n\n")
+    assert prompts.read(path) == [asked, nothing_but]
+    assert prompts.essentials(asked) == dog(color="red", position=["above", 0])
+
+
+def test_prompts_are_lines_of_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    odd = {**dog(), "prompt": "a\u2028dog\x85"}
+    lines = [json.dumps(it, ensure_ascii=False) for it in (dog(), odd)]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n\n").encode())
+    assert prompts.read(path) == [dog(), odd]
+    path.write_bytes(lines[1].encode("utf-16"))
+    with pytest.raises(UserError, match="prompts.jsonl: is UTF-16, and should be UTF-8"):
         prompts.read(path)

@@ -35,6 +35,13 @@ def test_a_file_is_held_to_the_hash_in_its_name(tmp_path: Path) -> None:
         identify(write(tmp_path / mask2former.OPENMMLAB), [])
 
 
+def test_a_pointer_of_git_lfs_is_no_file_of_weights(tmp_path: Path) -> None:
+    path = tmp_path / mask2former.OPENMMLAB
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match=r"743b7d99.pth: is a Git LFS pointer, not the file itself: .*git lfs pull"):
+        identify(path, [])
+
+
 def test_a_file_of_the_cache_is_held_to_its_blobs_name(tmp_path: Path) -> None:
     for name, whole in ((DIGEST, True), ("0" * 64, False)):
         link = tmp_path / "snapshots" / name / "model.safetensors"

@@ -109,12 +109,12 @@ def loss_of(
     image = torch.rand(BATCH, 3, SIDE, SIDE, generator=generator) * 2 - 1
     noise = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator)
     text = torch.randn(BATCH, TEXT_LENGTH, TEXT_WIDTH, generator=generator)
-    if step == NAN_STEP:
-        noise[1] = math.nan  # in one rank's share only
     host_t = times(step)
     t = torch.from_numpy(host_t).float()
     x_t = t[:, None, None, None] * image + (1 - t[:, None, None, None]) * noise
     predicted, projected = call(x_t[part], t[part], text[part])
+    if step == NAN_STEP:  # in one rank's share only, and not on the way to the head
+        projected = projected * torch.where(part == 1, math.nan, 1.0)[:, None, None]
     loss, _ = objective(
         predicted,
         projected,
@@ -155,8 +155,13 @@ def reference(dtype: torch.dtype, muon: bool, clip: float) -> Trace:
     module = network()
     named = dict(module.named_parameters())
     momenta = {n: torch.zeros_like(p) for n, p in named.items() if muon and p.ndim == 2 and takes_muon(n)}
-    others = [p for n, p in named.items() if n not in momenta]
-    adamw = torch.optim.AdamW(others, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    others = {n: p for n, p in named.items() if n not in momenta}
+    assert {n for n, p in others.items() if p.ndim > 2} == {"denoiser.text_position"}
+    groups = [  # decay is for matrices alone
+        {"params": [p for p in others.values() if (p.ndim == 2) == decays], "weight_decay": WEIGHT_DECAY * decays}
+        for decays in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
     start = {n: p.detach().clone() for n, p in named.items()}
     average = dict(start)
     losses, norms = [], []
@@ -262,7 +267,12 @@ def train_step(engine: Engine, case: Case, step: int) -> tuple[float, float, str
         lambda norm: "vetoed by the test" if step == VETO_STEP else None,
     )
     dist.all_reduce(total)
-    return float(total), result.grad_norm, result.vetoed
+    reason = result.vetoed
+    if not math.isfinite(result.grad_norm):
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, list(result.not_finite))
+        reason = f"{reason} in {' '.join(sorted({name for part in parts for name in part}))}"
+    return float(total), result.grad_norm, reason
 
 
 def train(engine: Engine, ema: Ema, case: Case, steps: range) -> tuple[list[float], list[float], list[str | None]]:

@@ -12,6 +12,7 @@ from typing import Any
 import boto3
 import pytest
 import torch
+from altered_server import AlteredServer, without
 from shard_cuts import average, cut, write
 
 from data.errors import DataError, StoreError
@@ -73,6 +74,20 @@ def test_a_machine_that_has_nothing_goes_on_from_the_mirror(store: Store, tmp_pa
     assert all(torch.equal(values[name], shard.value) for name, shard in shards.items())
     assert os.listdir(tmp_path / "there") == ["step_00000050"]
     assert newest_anywhere(tmp_path / "there", store) == (path, [])  # not fetched again
+
+
+def test_a_server_that_leaves_out_what_it_may_is_a_mirror_too(endpoint: str, tmp_path: Path) -> None:
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="sparse")
+    left_out = ("ETag", "LastModified", "Last-Modified", "StorageClass", "NextContinuationToken", "Content-Length")
+    with AlteredServer(endpoint, without(*left_out)) as server:
+        store: Any = open_mirror("s3://sparse", "run/stage", StoreOptions(endpoint=server.url, retry_minutes=0))
+        store._client.meta.events.register(
+            "provide-client-params.s3.ListObjectsV2", lambda params, **_: {"MaxKeys": 1, **params}
+        )
+        writer = train(tmp_path / "here", Mirror(store, keep=1), [10, 20, 30])
+        assert writer.take_events() == [] and names(store) == files(30)
+        path, _ = newest_anywhere(tmp_path / "there", store)
+        assert path is not None and Checkpoint(path).state == {"step": 30}
 
 
 def test_the_newer_one_wins_and_a_bad_one_is_passed_over(store: Store, tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ def test_nothing_non_finite_or_vetoed_reaches_weights(outcomes, world_size: int)
         vetoes = case["vetoes"]
         assert [step for step, veto in enumerate(vetoes) if veto is not None] == [4, 6], case
         assert "gradient norm is" in vetoes[4]
+        bad = set(vetoes[4].partition(" in ")[2].split())
+        assert {"projector.layers.0.weight", "projector.layers.4.bias", "denoiser.blocks.0.attn.qkv.weight"} <= bad, (
+            case
+        )
+        assert not any(".head." in name for name in bad), case
         assert vetoes[6] == "vetoed by the test"
         assert case["updates"] == len(vetoes) - 2
 

@@ -272,14 +272,29 @@ def test_rotation_preserves_norms_and_depends_on_relative_position() -> None:
     assert abs(products[0, 0, 1, 2] - products[1, 2, 0, 0]) > 1e-3
 
 
+def test_rotation_is_the_complex_product_of_neighbouring_channels_and_so_is_its_gradient() -> None:
+    torch.manual_seed(0)
+    cos, sin = rope_table(3, 5, 16, CPU)
+    angles = torch.complex(cos[:, 1::2], sin[:, 1::2])
+    x = torch.randn(2, 3, 15, 16, requires_grad=True)
+    gradient = torch.randn(2, 3, 15, 16)
+    turned = rotate(x, cos, sin)
+    turned.backward(gradient)
+    pairs, gradient_pairs = (torch.view_as_complex(z.detach().unflatten(-1, (-1, 2))) for z in (x, gradient))
+    torch.testing.assert_close(turned, torch.view_as_real(pairs * angles).flatten(-2), rtol=1e-6, atol=1e-6)
+    assert x.grad is not None
+    back = torch.view_as_real(gradient_pairs * angles.conj()).flatten(-2)
+    torch.testing.assert_close(x.grad, back, rtol=1e-6, atol=1e-6)
+
+
 def test_rope_positions_span_both_ends_and_grow_with_the_grid() -> None:
-    cos, sin = rope_table(16, 16, 64, CPU)
+    cos, sin = (table[:, 1::2] for table in rope_table(16, 16, 64, CPU))  # of each pair's second channel
     angles = torch.atan2(sin.double(), cos.double())
     assert angles[1, 0].item() == pytest.approx(16 / 15) and angles[1, 1].item() == 0.0  # pairs go x, y, x, y
     assert angles[16, 0].item() == 0.0 and angles[16, 1].item() == pytest.approx(16 / 15)
     assert angles[1, 2].item() == pytest.approx(16 / 15 * 10000 ** (-4 / 64))
     assert angles[15, -2].item() == pytest.approx(16 * 10000 ** (-60 / 64))
-    assert rope_table(32, 32, 64, CPU)[1][31, -2].item() == pytest.approx(math.sin(32 * 10000 ** (-60 / 64)))
+    assert rope_table(32, 32, 64, CPU)[1][31, -3].item() == pytest.approx(math.sin(32 * 10000 ** (-60 / 64)))
 
 
 def test_position_tables_are_made_once_for_a_grid_and_equal_the_references_on_squares() -> None:
@@ -300,7 +315,8 @@ def test_position_tables_are_made_once_for_a_grid_and_equal_the_references_on_sq
         torch.ones(1), torch.stack([torch.outer(v.flatten(), frequencies) for v in (x, y)], -1).flatten(1)
     )
     cos, sin = rope_table(32, 32, 64, CPU)
-    torch.testing.assert_close(torch.complex(cos, sin), turns, atol=5e-6, rtol=0)
+    torch.testing.assert_close(torch.complex(cos[:, 1::2], sin[:, 1::2]), turns, atol=5e-6, rtol=0)
+    assert torch.equal(cos[:, 0::2], cos[:, 1::2]) and torch.equal(sin[:, 0::2], -sin[:, 1::2])
 
 
 def test_patchify_is_unfold_and_has_an_inverse() -> None:

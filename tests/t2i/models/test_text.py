@@ -220,3 +220,13 @@ def test_the_cache_holds_a_captions_states_and_no_more(minilm: str) -> None:
     encoder(["a dog"])
     (states,) = encoder._cache.values()
     assert states.untyped_storage().nbytes() == LENGTH * encoder.width * 4
+
+
+@pytest.mark.parametrize("padding", ["attend", "mask"])
+def test_captions_that_are_cut_are_counted(minilm: str, padding: Any) -> None:
+    plain = TextEncoder(minilm, LENGTH, torch.float32, padding=padding)
+    fits, long = "a " * (LENGTH - 2), "a " * (LENGTH - 1)  # and two marks
+    assert plain.cut([]) == plain.cut(["", "a", fits]) == 0
+    assert plain.cut([long, "a", fits, long, "a " * 5000]) == 3
+    after = TextEncoder(minilm, LENGTH, torch.float32, padding=padding, instruction="draw this: ")
+    assert (after.cut([fits, ""]), after.cut([long, fits]), after.cut([long], plain=True)) == (0, 1, 1)

@@ -72,6 +72,14 @@ def test_every_key_and_shape_has_its_place(
     assert len({value.data_ptr() for value in result.raw.values()}) == len(expected)  # no two of one
 
 
+def test_weights_that_are_not_finite_are_refused_by_their_name(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    name = "ema_denoiser.blocks.1.mlp.w3.weight"
+    wrong = weights | {name: weights[name].clone()}
+    wrong[name].view(-1)[:3] = float("nan")
+    with pytest.raises(ConfigError, match=rf"x.ckpt: {name} has 3 of [\d,]+ numbers that are not finite"):
+        import_weights(stored(tmp_path / "x.ckpt", wrong), config(), TINY.text_width)
+
+
 @pytest.mark.parametrize("which", ["raw", "ema"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_output_features_and_gradients_are_the_references(case: Case, which: str, tmp_path: Path) -> None:

@@ -11,13 +11,19 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from released_pixelgen import lightning
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from data.errors import UserError
 from t2i.config_base import ConfigError
 from t2i.released.checkpoint import Checkpoint, Inert
 
@@ -106,10 +112,10 @@ def test_classes_of_any_kind_are_inert(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensor("a"), WEIGHTS["a"])
     found = checkpoint.rest["hyper_parameters"]
     assert all(type(found[name]) is Inert for name in hyper.keys() - {"function", "dtype", "key"})
-    assert found["function"] is Inert and found["dtype"] is Inert
+    assert found["function"] is Inert and found["dtype"] is torch.bfloat16
     assert found["attributes"] == {"lr": 1.0} and found["default"] == {"a": [1]}
     module = os.system.__module__
-    for name in ("functools.partial", f"{module}.system", "argparse.Namespace", f"{__name__}.Tree", "torch.bfloat16"):
+    for name in ("functools.partial", f"{module}.system", "argparse.Namespace", f"{__name__}.Tree"):
         assert name in checkpoint.unknown
 
 
@@ -225,6 +231,61 @@ def _bytes(content: Any) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.parametrize("container", ["legacy", "safetensors", "bare"])
+def test_other_containers_give_the_same(tmp_path: Path, container: str) -> None:
+    base = torch.randn(4, 6)
+    weights = {**WEIGHTS, "scalar": torch.tensor(7.0), "empty": torch.empty(0, 3), "fp8": base.to(torch.float8_e4m3fn)}
+    file = tmp_path / "x.ckpt"
+    if container == "safetensors":
+        save_file(weights, file, metadata={"format": "pt"})
+    else:
+        weights |= {"transposed": base.T, "slice": base[1:3, ::2], "shared": base}
+        older = {"_use_new_zipfile_serialization": False} if container == "legacy" else {}
+        torch.save(weights if container == "bare" else lightning(weights), file, **older)
+    checkpoint = Checkpoint(file)
+    assert sorted(checkpoint.weights) == sorted(weights) and not checkpoint.unusable
+    for name, tensor in weights.items():
+        read = checkpoint.tensor(name)
+        assert read.dtype == tensor.dtype and torch.equal(read.float(), tensor.float()), name
+
+
+def test_the_names_of_wrappers_are_taken_off(tmp_path: Path) -> None:
+    names = ("module._orig_mod.blocks.0.w", "blocks._checkpoint_wrapped_module.1.w", "_orig_mod.submodule.w")
+    checkpoint = Checkpoint(save(tmp_path / "x", {"state_dict": {name: torch.ones(1) for name in names}}))
+    assert list(checkpoint.weights) == ["blocks.0.w", "blocks.1.w", "submodule.w"]
+
+
+class Tagged(torch.Tensor):
+    """A subclass that is plain inside."""
+
+
+def test_what_is_no_tensor_matters_to_nobody_who_does_not_need_it(tmp_path: Path) -> None:
+    sparse = torch.ones(2).to_sparse()
+    others = {"none": None, "number": 3, "sparse": sparse, "meta": torch.empty(2, device="meta"), 5: "five"}
+    tagged = torch.ones(2).as_subclass(Tagged)
+    checkpoint = Checkpoint(save(tmp_path / "x", {"state_dict": {**WEIGHTS, **others, "tagged": tagged}}))
+    assert checkpoint.weights.keys() == {"a", "b", "tagged"}
+    assert torch.equal(checkpoint.tensor("tagged"), torch.ones(2))
+    assert checkpoint.unusable["none"] == "no tensor (NoneType)" and checkpoint.unusable["5"] == "no tensor (str)"
+    assert checkpoint.unusable["sparse"].startswith("a tensor that torch rebuilds by _rebuild_sparse_tensor")
+    assert checkpoint.unusable["meta"].startswith("a tensor that torch rebuilds by _rebuild_meta_tensor")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_dtensor_is_called_one(tmp_path: Path, one_rank: None) -> None:
+    sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    checkpoint = Checkpoint(save(tmp_path / "x", {"state_dict": {**WEIGHTS, "sharded": sharded}}))
+    assert checkpoint.unusable == {
+        "sharded": "a DTensor or another tensor of several parts, and should be saved as one whole tensor"
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -232,12 +293,16 @@ def _bytes(content: Any) -> bytes:
         (_bytes(lightning(WEIGHTS))[:-40], "not all of one"),
         (_bytes([1, 2]), "has no state_dict"),
         (_bytes({"model": {}}), "has no state_dict"),
-        (_bytes({"state_dict": {"a": 1}}), "'a' of its state_dict is no tensor"),
+        (_bytes({"state_dict": {"a": torch.ones(1), "module.a": torch.ones(1)}}), "'module.a' .* stands there twice"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"Git LFS pointer.*`git lfs pull`"),
+        (b"\x80\x02}.", "is no checkpoint"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "is no checkpoint"),
+        (struct.pack("<Q", 9) + b'{"a": 1', "is damaged"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "x.ckpt").write_bytes(content)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         Checkpoint(tmp_path / "x.ckpt")
 
 

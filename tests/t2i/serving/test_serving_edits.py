@@ -21,8 +21,8 @@ from t2i.config_loading import validate_config
 from t2i.editing import EditSettings, edit_image, edit_settings
 from t2i.pipeline import Pipeline
 from t2i.serving.edits import EditForm, fit_image
-from t2i.serving.limits import Limits
 from t2i.serving.studio import Studio
+from t2i.size_limits import Limits
 
 
 @pytest.fixture

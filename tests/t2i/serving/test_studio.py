@@ -17,9 +17,9 @@ from random_model import write_random_model
 
 from data.errors import UserError
 from t2i.pipeline import Picture, Pipeline
-from t2i.serving.limits import Limits
 from t2i.serving.session import MOST_STEPS, Form, first_request
 from t2i.serving.studio import BEAT_S, Drawn, Studio
+from t2i.size_limits import Limits
 
 CPU = torch.device("cpu")
 
@@ -149,8 +149,8 @@ def test_what_goes_wrong_reaches_whoever_listens(studio: Studio, monkeypatch: py
     assert len(drawn(studio)) == 1
 
 
-def test_the_latest_pictures_are_kept(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2i.serving.studio.KEPT", 3)
+def test_the_latest_pictures_are_kept(studio: Studio) -> None:
+    studio.pictures.most_files = 3
     paths = [it.path for it in (*drawn(studio, pictures=2), *drawn(studio, pictures=2, seed=1))]
     assert [path.exists() for path in paths] == [False, True, True, True]
     assert len(list(studio.folder.iterdir())) == 3

@@ -19,6 +19,7 @@ from t2i.diffusion.objective import LossWeights, Objective
 from t2i.engine.interface import StepResult
 from t2i.models.pixelgen import Prediction
 from t2i.pipeline import Picture, Pipeline
+from t2i.train.events import EventLog
 from t2i.train.processes import World
 from t2i.train.step import TrainingStep
 from t2i.train.validate import Evaluator
@@ -81,7 +82,8 @@ def pipeline_of(scale: float, shown: Shown) -> Pipeline:
 
 def validated(scale: float, shown: Shown) -> None:
     heldout = FixedSamples(PIXELS, [""] * 4, [""] * 4)
-    Evaluator(pipeline_of(scale, shown), World(0, 1, CPU), heldout, Path(), lambda _: None).loss()
+    events = EventLog(Path(), "low")
+    Evaluator(pipeline_of(scale, shown), World(0, 1, CPU), heldout, Path(), lambda _: None, events).loss()
 
 
 def sampled(scale: float, shown: Shown) -> None:

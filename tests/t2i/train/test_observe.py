@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from t2i.config import RunConfig
-from t2i.train.observe import JsonLines, Observer, Terminal, peak_flops
+from t2i.train.observe import JsonLines, Observer, peak_flops
 
 
 def lines(metrics: JsonLines) -> list[tuple[str, int]]:
@@ -71,36 +70,3 @@ def test_wandb_without_a_login_writes_offline(tmp_path: Path, monkeypatch: pytes
 
 def test_the_measured_peak_is_a_rate_of_this_machine() -> None:
     assert 1e9 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
-
-
-def test_a_disk_that_is_full_is_said_once_and_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = JsonLines(tmp_path / "gone" / "metrics.jsonl")
-    lines.write({"stage": "low", "step": 1})
-    lines.write({"stage": "low", "step": 2})
-    assert capsys.readouterr().err.count("cannot be written") == 1
-    (tmp_path / "gone").mkdir()
-    lines.write({"stage": "low", "step": 3})
-    assert [line["step"] for line in lines.lines()] == [3]
-
-
-def test_a_terminal_that_is_gone_is_not_written_to_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        tried = 0
-
-        def write(self, text: str) -> None:
-            Broken.tried += 1
-            raise BrokenPipeError
-
-        def flush(self) -> None:
-            raise BrokenPipeError
-
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Broken())
-    terminal = Terminal()
-    assert terminal.isatty()
-    terminal.write("a")
-    terminal.write("b")
-    terminal.flush()
-    assert Broken.tried == 1 and not terminal.isatty()

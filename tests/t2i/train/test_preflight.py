@@ -56,6 +56,19 @@ def plain(**changes) -> RunConfig:
     return RunConfig.model_validate(changes)
 
 
+# Data
+
+
+def test_more_validation_samples_than_are_held_out_are_refused_by_field_and_source(scenes: Path, tmp_path) -> None:
+    config = tiny(scenes, tmp_path, validation={"every": 4, "samples": 17})
+    with pytest.raises(
+        ConfigError,
+        match=r"^validation.samples 17 are more than the 16 .* held out of source 'shapes' in .*: lower it to",
+    ):
+        open_data(config, "low", {})
+    open_data(tiny(scenes, tmp_path, validation={"every": 4, "samples": 16}), "low", {})
+
+
 # Disk
 
 

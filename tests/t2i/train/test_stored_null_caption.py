@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny_qwen import save_qwen
 from torch import Tensor
 
+from data.errors import UserError
 from t2i.build import build_text, condition_identity
 from t2i.config import RunConfig
 from t2i.config_base import ConfigError
@@ -67,3 +69,14 @@ def test_a_run_keeps_its_instruction(tmp_path: Path, qwen: str) -> None:
     text = config.text.model_copy(update={"instruction": "a photo of "})
     with pytest.raises(ConfigError, match=r"was computed with .*, this run has .* text.instruction of SHA-256 \w+"):
         found(config.model_copy(update={"text": text}), place)
+
+
+def test_a_text_encoder_may_move_and_not_change(tmp_path: Path, qwen: str) -> None:
+    config, place = run_of(tmp_path, qwen, "attend")
+    store_null_caption(config, place, states := found(config, place))
+    shutil.copytree(qwen, tmp_path / "moved")
+    moved, _ = run_of(tmp_path, str(tmp_path / "moved"), "attend")
+    assert torch.equal(found(moved, place), states)
+    other, _ = run_of(tmp_path, str(save_qwen(tmp_path / "other", seed=1)), "attend")
+    with pytest.raises(UserError, match=r"text.model .*other is another text encoder than that of .*null_caption"):
+        found(other, place)

@@ -12,7 +12,16 @@ from random_model import config, write_random_model
 from data.errors import UserError
 from t2i.config_loading import validate_config
 from t2i.pipeline import Pipeline
-from t2i.serving.limits import STATE_COPIES, Limits, find_limits, free_bytes, line_of_peaks, most_patches, traced_bytes
+from t2i.size_limits import (
+    Limits,
+    check_fits,
+    drawing_bytes,
+    find_limits,
+    free_bytes,
+    line_of_peaks,
+    most_patches,
+    traced_bytes,
+)
 
 CPU = torch.device("cpu")
 LIMITS = Limits(patch=16, max_pixels=512 * 512, reason="the memory here")
@@ -52,12 +61,12 @@ def test_the_largest_like_a_shape_is_allowed_itself(shape: tuple[int, int], most
 
 
 def test_the_search_finds_the_last_that_fits() -> None:
-    def peak(patches: int) -> int:
+    def takes(patches: int) -> int:
         return 3 * patches * patches + 7
 
     for available in (0, 6, 20, 1000, 12345, 10**7):
-        fitting = [n for n in range(1, 2000) if peak(n) + STATE_COPIES * 5 * n <= available]
-        assert most_patches(peak, 5, available, 1000) == min(1000, max(fitting, default=0))
+        fitting = [n for n in range(1, 2000) if takes(n) <= available]
+        assert most_patches(takes, available, 1000) == min(1000, max(fitting, default=0))
 
 
 def test_the_trace_counts_what_lives_at_once() -> None:
@@ -130,10 +139,38 @@ def test_a_single_column_that_fits_counts_as_a_share() -> None:
 
 
 def test_a_gpu_that_holds_not_even_a_column(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2i.serving.limits.traced_bytes", lambda *given: line_of_peaks(tight(0), 4, 4))
+    monkeypatch.setattr("t2i.size_limits.traced_bytes", lambda *given: line_of_peaks(tight(0), 4, 4))
     with pytest.raises(UserError, match="GiB of free memory are too little to draw at 16 x 16"):
         find_limits(pipeline, 2**40, None)
 
 
 def test_free_memory_is_less_than_all() -> None:
     assert 0 < free_bytes(CPU) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_fits_is_let_through_and_what_does_not_names_size_need_and_room(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = drawing_bytes(pipeline, 3)(32 * 48 // 16)
+    monkeypatch.setattr("t2i.size_limits.free_bytes", lambda device: needed)
+    check_fits(pipeline, (32, 48), 3, "--size 32x48", "ask for less")
+    with pytest.raises(
+        UserError, match=r"^--size 32x48: 4 at once take about 0.\d GiB .* free, enough for \d+x\d+: ask"
+    ):
+        check_fits(pipeline, (32, 48), 4, "--size 32x48", "ask for less")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # which share the machine's memory
+    with pytest.raises(UserError, match="3 at once"):
+        check_fits(pipeline, (32, 48), 3, "--size 32x48", "ask for less")
+    monkeypatch.setattr("t2i.size_limits.free_bytes", lambda device: 10)
+    with pytest.raises(UserError, match=r"^x: a picture takes about 0.0 GiB of memory, and 0.0 GiB are free: ask"):
+        check_fits(pipeline, (32, 48), 1, "x", "ask for less")
+
+
+def test_more_patches_than_can_be_traced_take_no_less_than_in_proportion(pipeline: Pipeline) -> None:
+    takes = drawing_bytes(pipeline)
+    assert takes(10**15) >= 10**15 // 2**20 * takes(2**20)
+
+
+def test_a_batch_shares_the_weights(pipeline: Pipeline) -> None:
+    one, eight = drawing_bytes(pipeline)(64), drawing_bytes(pipeline, 8)(64)
+    assert 4 * one < eight < 8 * one

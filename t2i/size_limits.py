@@ -5,7 +5,7 @@
   copies in fp32: what was measured is 79 to 101 % of it in fp32, and 50 to 96 % in bf16.
 - On a GPU the network is run at two sizes that fit, and the allocator says what it took: fused attention grows as the
   patches do, and which kernel is taken is the device's affair.
-- Both are of one picture with its guidance: the page draws one at a time.
+- Both are of one picture with its guidance, as the page draws and as editing does, or of a batch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ STATE_COPIES = 8
 """Of a picture in fp32, beside what a call of the network takes: noise, state, slopes of four steps, sums."""
 MOST_PIXELS = 2**24
 """However much memory there is: 4096 x 4096."""
+MOST_TRACED = 2**20
+"""Patches; beyond them no less than in proportion is assumed, since products of sizes would not fit into 64 bits."""
 META = torch.device("meta")
 
 
@@ -102,7 +104,7 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
+def traced_bytes(config: RunConfig, text_width: int, together: int = 1) -> Callable[[int], int]:
     """What one guided call of the network takes on a CPU beside its weights, in bytes, as a function of the patches.
 
     Tables of positions that a process keeps count at their size's first call, as they do when it draws.
@@ -110,6 +112,7 @@ def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
     Args:
         config: of the model.
         text_width: width E of a caption's states; 0 where it draws classes.
+        together: pictures in a batch.
     """
     with META:
         denoiser = build_denoiser(config.model, text_width, config.text.length).eval()
@@ -120,8 +123,8 @@ def traced_bytes(config: RunConfig, text_width: int) -> Callable[[int], int]:
         # Inputs are made before anything is counted: they are among STATE_COPIES, or small.
         shape = () if config.model.condition == "class" else (config.text.length, text_width)
         kind = torch.long if config.model.condition == "class" else torch.float32
-        condition = torch.zeros(1, *shape, dtype=kind, device=META)
-        x = torch.zeros(1, 3, patch, patches * patch, device=META)
+        condition = torch.zeros(together, *shape, dtype=kind, device=META)
+        x = torch.zeros(together, 3, patch, patches * patch, device=META)
         velocity = guided_velocity(
             lambda x, t, condition: denoiser(x, t, condition).output,
             condition, condition, 2.0, config.model.prediction, config.objective.min_noise,
@@ -191,19 +194,71 @@ def free_bytes(device: torch.device) -> int:
     return host
 
 
-def most_patches(peak: Callable[[int], int], picture_bytes: int, available: int, at_most: int) -> int:
+def drawing_bytes(pipeline: Pipeline, together: int = 1) -> Callable[[int], int]:
+    """What drawing or editing pictures takes beside the weights, in bytes, as a function of a picture's patches.
+
+    Args:
+        pipeline: the model.
+        together: pictures in a batch.
+    """
+    if pipeline.device.type == "cuda":
+        peak, times = measured_bytes(pipeline), together
+    else:
+        peak, times = traced_bytes(pipeline.config, pipeline.conditioner.width, together), 1
+    picture = STATE_COPIES * 3 * 4 * pipeline.denoiser.patch_size**2  # bytes a patch
+
+    def total(patches: int) -> int:
+        counted = min(patches, MOST_TRACED)
+        return math.ceil(times * peak(counted) * patches / counted) + together * picture * patches
+
+    return total
+
+
+def check_fits(pipeline: Pipeline, size: tuple[int, int], together: int, name: str, advice: str) -> None:
+    """See that the memory that is free now holds pictures of a size, before any is drawn or edited.
+
+    Args:
+        pipeline: the model.
+        size: height and width in pixels, multiples of the patch.
+        together: pictures in a batch.
+        name: what has this size, for the error.
+        advice: what would be right.
+
+    Raises:
+        UserError: it does not.
+    """
+    patch = pipeline.denoiser.patch_size
+    free = free_bytes(pipeline.device)
+    if pipeline.device.type == "cpu":  # which the ranks of a machine share
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    takes = drawing_bytes(pipeline, together)
+    patches = size[0] * size[1] // patch**2
+    needed = takes(patches)
+    if needed <= free:
+        return
+    patches = min(patches, MOST_TRACED)
+    while patches and takes(patches) > free:
+        patches //= 2
+    height, width = Limits(patch, patches * patch**2, "").largest_like(*size) if patches else (0, 0)
+    enough = f", enough for {height}x{width}" if patches else ""
+    raise UserError(
+        f"{name}: {'a picture takes' if together == 1 else f'{together} at once take'} about {needed / 2**30:,.1f} GiB "
+        f"of memory, and {free / 2**30:,.1f} GiB are free{enough}: {advice}"
+    )
+
+
+def most_patches(takes: Callable[[int], int], available: int, at_most: int) -> int:
     """The most patches whose picture fits; 0: not even one.
 
     Args:
-        peak: bytes that a call of the network takes for so many patches; never falls.
-        picture_bytes: of a patch of a picture in fp32.
+        takes: bytes that a picture of so many patches takes; never falls.
         available: bytes there are.
         at_most: where the search ends.
     """
     fits, too_many = 0, at_most + 1
     guess = 1
     while too_many - fits > 1:
-        if peak(guess) + STATE_COPIES * picture_bytes * guess <= available:
+        if takes(guess) <= available:
             fits = guess
         else:
             too_many = guess
@@ -224,16 +279,12 @@ def find_limits(pipeline: Pipeline, available: int, max_pixels: int | None) -> L
         UserError: a picture of the size that the model was trained at does not fit.
     """
     config, patch = pipeline.config, pipeline.denoiser.patch_size
-    if pipeline.device.type == "cuda":
-        peak = measured_bytes(pipeline)
-    else:
-        peak = traced_bytes(config, pipeline.conditioner.width)
     wanted = MOST_PIXELS if max_pixels is None else min(max_pixels, MOST_PIXELS)
     height, width = config.data.size
     trained = height * width
     if wanted < patch**2:
         raise UserError(f"--max_pixels {max_pixels}: must hold one patch at least, {patch**2} pixels")
-    found = most_patches(peak, 3 * 4 * patch**2, available, wanted // patch**2) * patch**2
+    found = most_patches(drawing_bytes(pipeline), available, wanted // patch**2) * patch**2
     if found < min(trained, wanted):
         raise UserError(
             f"{available / 2**30:.2f} GiB of free memory are too little to draw at {width} x {height}, the size that "

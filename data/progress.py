@@ -1,0 +1,99 @@
+"""How far a job has come: a bar on a terminal; a line now and then in a file, where a bar would be one endless line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, Self, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+LINE_S = 60.0
+"""Seconds between two lines."""
+
+
+class Stream(Protocol):
+    """What progress is written to."""
+
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> object: ...
+    def isatty(self) -> bool: ...
+
+
+class Lines:
+    """What is used of tqdm's bar, in lines: every LINE_S seconds, and at the end."""
+
+    def __init__(self, total: int, unit: str, what: str, initial: int, stream: Stream) -> None:
+        self._total, self._unit, self._what, self._stream = total, unit, what, stream
+        self._initial = self._done = self._shown = initial
+        self._began = self._last = time.monotonic()
+        self._postfix = ""
+
+    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
+        """What stands at the end of the next line."""
+        self._postfix = text
+
+    def update(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
+        if time.monotonic() - self._last >= LINE_S:
+            self._show()
+
+    def close(self) -> None:
+        """Show the end."""
+        if self._done > self._shown:
+            self._show()
+
+    def _show(self) -> None:
+        self._last, self._shown = time.monotonic(), self._done
+        bar = "{desc}{n_fmt}/{total_fmt} {unit} ({percentage:.0f} %) [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        text = tqdm.format_meter(
+            self._done,
+            self._total,
+            self._last - self._began,
+            prefix=f"{self._what}: " if self._what else "",
+            unit=self._unit,
+            initial=self._initial,
+            postfix=self._postfix,
+            bar_format=bar,
+        )
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress_bar(
+    total: int, unit: str, what: str = "", *, initial: int = 0, shown: bool = True, file: Stream | None = None
+) -> tqdm[Any] | Lines:
+    """What shows the progress of a job: `update` it, and close it or use it as a context manager.
+
+    Args:
+        total: how many there are to do.
+        unit: of what.
+        what: the job's name.
+        initial: how many are done already.
+        shown: whether anything is shown, as on rank 0 alone.
+        file: where; none is stderr.
+    """
+    stream: Any = sys.stderr if file is None else file
+    if shown and not stream.isatty():
+        return Lines(total, unit, what, initial, stream)
+    return tqdm(
+        total=total, initial=initial, desc=what or None, unit=unit, dynamic_ncols=True, disable=not shown, file=stream
+    )
+
+
+def followed(items: Iterable[T], total: int, unit: str, what: str = "", *, shown: bool = True) -> Iterator[T]:
+    """The items, while `progress_bar` shows how many have been worked on."""
+    with progress_bar(total, unit, what, shown=shown) as bar:
+        for item in items:
+            yield item
+            bar.update()

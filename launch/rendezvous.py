@@ -1,0 +1,278 @@
+"""How the ranks of a job meet, before their process group.
+
+- Rank 0 keeps a store at the master's address and port; under torchrun its agent does. Each rank registers there.
+- Who is still missing is said, soon and again; the end of the wait is a sentence.
+- A process of another run, which the port may lead here, is turned away, and a rank that has other settings, another
+  source or other versions than rank 0 ends the job on all ranks at once.
+- The store's own waits print stacks to stderr when they end, and its first contact with what is no store may last for
+  ever: so keys are polled, and that contact has a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from data.errors import StoreError, UserError
+from launch.agreement import differences, digest
+from t2i.train.failures import name_ranks
+
+FIRST_WORD_S = 2.0
+WORD_S = 30.0
+POLL_S = 0.05
+CONTACT_S = 60.0
+ANSWER_S = 5.0
+"""How long the store's first contact may take, and how much longer its thread is waited for."""
+STRAY_S = 60.0
+"""How long rank 0 still waits once a process of what may be another run has come in a rank's place."""
+HEARD_S = 30.0
+"""How long rank 0 keeps the store for ranks that have not heard why the job ends."""
+SHOWN = 4
+_PORT = "give each run a port of its own (--master_port of deepspeed and torchrun, else the variable MASTER_PORT)"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place, as its launcher says it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+    @property
+    def store(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+def meet(place: Place, run: Mapping[str, str], values: Mapping[str, str], patience: timedelta) -> dist.Store:
+    """Wait until all ranks of this run are here, and return the store in which they met. A collective.
+
+    Args:
+        place: this rank's.
+        run: what tells this run from others, by name; alike on all its ranks.
+        values: what has to be alike on all ranks besides (`agreement.agreed_values`).
+        patience: how long to wait for the others.
+
+    Raises:
+        UserError: the port is taken, or leads to another run; or a rank's values differ from rank 0's: then on every
+            rank, and the sentence names rank, host, field and both values.
+        StoreError: ranks did not come in time, or rank 0 is gone.
+    """
+    try:
+        return _Rendezvous(place, run, values, patience).meet()
+    except dist.DistError as error:
+        raise StoreError(f"{place.store}: rank 0, or the launcher that keeps its store, is gone: {error}") from error
+
+
+class _Rendezvous:
+    def __init__(self, place: Place, run: Mapping[str, str], values: Mapping[str, str], patience: timedelta) -> None:
+        self.place, self.run, self.values = place, dict(run), dict(values)
+        self.host = socket.gethostname()
+        self.who = f"rank {place.rank} on {self.host}"
+        self._began = time.monotonic()
+        self._patience_s = patience.total_seconds()
+        self._next_word = self._began + FIRST_WORD_S
+        self._here: dict[int, dict[str, str]] = {}
+        self._stray = ""
+
+    def meet(self) -> dist.Store:
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = self._serve() if self.place.rank == 0 and not agent else self._connect()
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's store outlives its ranks
+        self.store = dist.PrefixStore(f"rendezvous/{restart}", store)
+        verdict = self._gather() if self.place.rank == 0 else self._join()
+        if verdict is not None:
+            raise {"UserError": UserError, "StoreError": StoreError}[verdict["kind"]](verdict["sentence"])
+        return dist.PrefixStore(f"world/{restart}", store)
+
+    # The store
+
+    def _serve(self) -> dist.Store:
+        store = self._contact(is_master=True)
+        if isinstance(store, dist.Store):
+            return store
+        if "EADDRINUSE" in store:
+            raise UserError(f"port {self.place.port} of {self.host} is in use, perhaps by another run: {_PORT}")
+        raise UserError(
+            f"{self.who} cannot keep the ranks' store at {self.place.store}: {store}; --master_addr has to lead to "
+            "this host, and --master_port to be one that may be listened on"
+        )
+
+    def _connect(self) -> dist.Store:
+        while (fault := self._refusal()) is not None:
+            self._wait(lambda: f"rank 0 at {self.place.store} ({fault})")
+        store = self._contact(is_master=False)
+        if isinstance(store, dist.Store):
+            return store
+        raise UserError(
+            f"{self.who} finds another program than rank 0 of its run at {self.place.store} ({store}): {_PORT}"
+        )
+
+    def _refusal(self) -> str | None:
+        try:
+            socket.create_connection((self.place.address, self.place.port), timeout=5).close()
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
+
+    def _contact(self, is_master: bool) -> dist.Store | str:
+        """The store, or why there is none."""
+        made: list[dist.Store | str] = []
+
+        def make() -> None:
+            try:
+                patience = timedelta(seconds=CONTACT_S)
+                address, port = self.place.address, self.place.port
+                store = dist.TCPStore(address, port, is_master=is_master, timeout=patience, wait_for_workers=False)
+                store.set_timeout(timedelta(seconds=self._patience_s))
+                made.append(store)
+            except (dist.DistError, ValueError) as error:
+                made.append(str(error).partition("\n")[0])
+
+        thread = threading.Thread(target=make, daemon=True)
+        thread.start()
+        thread.join(CONTACT_S + ANSWER_S)
+        return made[0] if made else "it does not answer"
+
+    # Rank 0
+
+    def _gather(self) -> dict[str, str] | None:
+        self.store.set("values", json.dumps(self.values))
+        self._register({})
+        verdict: dict[str, str] | None = None
+        try:
+            while True:
+                here = self._look()
+                if differing := [card["differs"] for card in here.values() if "differs" in card]:
+                    raise UserError(differing[0])
+                if len(here) == self.place.size:
+                    break
+                self._heed_strays()
+                self._wait(self._missing)
+        except (UserError, StoreError) as error:
+            verdict = {"kind": type(error).__name__, "sentence": str(error)}
+        self.store.set("verdict", json.dumps(verdict))
+        if verdict is not None:
+            deadline = time.monotonic() + HEARD_S
+            while self.store.add("heard", 0) < self.place.size - 1 and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+        return verdict
+
+    def _heed_strays(self) -> None:
+        """Say that a process of another run was turned away: if this rank's own companions were meant to be that one,
+        nobody else will come."""
+        if not self._stray and self.store.check(["stray"]):
+            self._stray = self.store.get("stray").decode()
+            print(f"{self.who} {self._stray}", file=sys.stderr, flush=True)
+            self._patience_s = min(self._patience_s, time.monotonic() - self._began + STRAY_S)
+
+    # The other ranks
+
+    def _join(self) -> dict[str, str] | None:
+        self._until("0", lambda: f"rank 0 at {self.place.store}")
+        first = self._card(0)
+        theirs = json.loads(first["run"])
+        if other := [name for name in {**theirs, **self.run} if theirs.get(name) != self.run.get(name)]:
+            told = "; ".join(f"{name} {theirs.get(name)} there, {self.run.get(name)} here" for name in other)
+            self.store.compare_set("stray", "", f"turned away {self.who}, which is of another run ({told})")
+            raise UserError(f"{self.who} met another run at {self.place.store}, on {first['host']} ({told}): {_PORT}")
+        if digest(self.values) != first["digest"]:
+            self._register({"differs": self._differing(first)})
+        else:
+            self._register({})
+        self._until("verdict", self._missing)
+        self.store.add("heard", 1)
+        verdict: dict[str, str] | None = json.loads(self.store.get("verdict"))
+        return verdict
+
+    def _differing(self, first: Mapping[str, str]) -> str:
+        zero = json.loads(self.store.get("values"))
+        names = differences(self.values, zero)
+        told = [f"{name} ({_short(self.values.get(name))} and {_short(zero.get(name))})" for name in names[:SHOWN]]
+        told += [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        return (
+            f"{self.who} and rank 0 on {first['host']} differ in {', '.join(told)}: "
+            "all ranks need the same settings, source and versions"
+        )
+
+    # Both
+
+    def _register(self, more: Mapping[str, str]) -> None:
+        """Take this rank's place, unless another process has."""
+        own = {"host": self.host, "process": str(os.getpid()), "run": json.dumps(self.run), **more}
+        own |= {"digest": digest(self.values), "word": uuid.uuid4().hex}  # containers may share host names and ids
+        card = json.dumps(own)
+        taken = self.store.compare_set(str(self.place.rank), "", card).decode()
+        if taken != card:
+            holder = json.loads(taken)
+            raise UserError(
+                f"rank {self.place.rank} at {self.place.store} is process {holder['process']} on {holder['host']} "
+                f"already, and process {os.getpid()} on {self.host} comes as the same: was the run started twice? "
+                f"{_PORT}"
+            )
+        self.store.add("count", 1)
+
+    def _card(self, rank: int) -> dict[str, str]:
+        card: dict[str, str] = json.loads(self.store.get(str(rank)))
+        return card
+
+    def _look(self) -> Mapping[int, Mapping[str, str]]:
+        """The cards of the ranks that are here."""
+        if self.store.add("count", 0) > len(self._here):
+            coming = [rank for rank in range(self.place.size) if rank not in self._here]
+            self._here |= {rank: self._card(rank) for rank in coming if self.store.check([str(rank)])}
+        return self._here
+
+    def _missing(self) -> str:
+        here = self._look()
+        missing = [rank for rank in range(self.place.size) if rank not in here]
+        hosts = ", ".join(f"{count} on {host}" for host, count in Counter(it["host"] for it in here.values()).items())
+        return f"{name_ranks(missing)} ({len(missing)} of {self.place.size}) at {self.place.store}; here are {hosts}"
+
+    def _until(self, key: str, what: Callable[[], str]) -> None:
+        while not self.store.check([key]):
+            self._wait(what)
+
+    def _wait(self, what: Callable[[], str]) -> None:
+        """Wait a moment for the others; say whom for when it is time. One rank of a host speaks.
+
+        Raises:
+            StoreError: they have not come in time.
+        """
+        time.sleep(POLL_S)
+        now = time.monotonic()
+        waited = now - self._began
+        # Rank 0 ends the wait for all; the others only where they do not hear of it.
+        if waited > self._patience_s + (0 if self.place.rank == 0 else HEARD_S):
+            kind, stray = (UserError, f"; it {self._stray}") if self._stray else (StoreError, "")
+            raise kind(
+                f"{self.who} has waited {_span(waited)} for {what()}{stray}: see that all ranks are started, with the "
+                "same master's address and port, and that the network lets them through"
+            )
+        if now >= self._next_word:
+            self._next_word = now + WORD_S
+            if self.place.local_rank == 0:
+                said = f"{self.who}: waiting for {what()}; for {_span(waited)} of {_span(self._patience_s)}"
+                print(said, file=sys.stderr, flush=True)
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _short(value: str | None) -> str:
+    text = "none" if value is None else value
+    return text if len(text) <= 60 else f"{text[:57]}..."

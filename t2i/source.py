@@ -1,0 +1,48 @@
+"""The source that runs: its files, and what git knows of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder of the packages: a checkout, or where an installer has put them."""
+PACKAGES = ("t2i", "data", "evaluation", "launch")
+
+
+@cache
+def source_files() -> dict[str, str]:
+    """SHA-256 of each Python file of the packages, by its path below ROOT, in order."""
+    paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def source_digest() -> str:
+    """One SHA-256 of all source files and their names."""
+    return sha256("".join(f"{digest}  {name}\n" for name, digest in source_files().items()).encode()).hexdigest()
+
+
+def describe_source() -> dict[str, Any]:
+    """For a run's record: `git`, the commit of this source, and `git_changed`, whether its files differ from that
+    commit, both None where git does not know them, as of an installed copy; and `source_sha256`."""
+    inits = [f"{package}/__init__.py" for package in PACKAGES]  # of a folder git would know one file of many, too
+    known = _git("ls-files", "--error-unmatch", "--", *inits) is not None
+    commit = _git("rev-parse", "HEAD") if known else None
+    changed = None if commit is None else _git("status", "--porcelain", "--", *PACKAGES) != ""
+    return {"git": commit, "git_changed": changed, "source_sha256": source_digest()}
+
+
+def _git(*words: str) -> str | None:
+    """What git says of ROOT's repository; None where there is no git, or it refuses."""
+    if shutil.which("git") is None:
+        return None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False, env=environment
+    )
+    return done.stdout.strip() if done.returncode == 0 else None

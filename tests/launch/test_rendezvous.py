@@ -1,0 +1,202 @@
+"""Ranks meet: who is missing is said, and who is of another run or reads something else is turned away."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import free_port, tiny_config
+
+from data.errors import StoreError, UserError
+from launch import rendezvous
+from launch.agreement import agreed_values
+from launch.rendezvous import Place, meet
+
+RUN = {"job": "stage1.py", "folder": "runs/mine", "ranks": "2"}
+HOST = socket.gethostname()
+
+
+def meeting(
+    pool: ThreadPoolExecutor,
+    port: int,
+    rank: int,
+    values: dict[str, str] | None = None,
+    run: dict[str, str] = RUN,
+    size: int = 2,
+    seconds: float = 60.0,
+) -> Future[dist.Store]:
+    place = Place(rank, size, 0, "127.0.0.1", port)
+    return pool.submit(meet, place, run, values or {"seed": "0"}, timedelta(seconds=seconds))
+
+
+def error_of(met: Future[dist.Store]) -> tuple[type[BaseException], str]:
+    error = met.exception(timeout=60)
+    assert error is not None
+    return type(error), str(error)
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch) -> None:
+    """Words come sooner, and nobody waits for a rank of another run."""
+    monkeypatch.setattr(rendezvous, "FIRST_WORD_S", 0.2)
+    monkeypatch.setattr(rendezvous, "WORD_S", 0.3)
+    monkeypatch.setattr(rendezvous, "STRAY_S", 0.5)
+    monkeypatch.setattr(rendezvous, "HEARD_S", 1.0)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def test_ranks_that_agree_meet_in_one_store(pool) -> None:
+    port = free_port()
+    met = [meeting(pool, port, rank, size=3) for rank in (2, 0, 1)]
+    stores = [one.result(timeout=60) for one in met]
+    stores[0].set("word", "x")
+    assert [store.get("word") for store in stores] == [b"x"] * 3
+
+
+def test_who_is_missing_is_said_again_and_at_last_in_a_sentence(pool, capsys) -> None:
+    port = free_port()
+    met = [meeting(pool, port, rank, size=4, seconds=1.2) for rank in (0, 2)]
+    told = f"ranks 1, 3 (2 of 4) at 127.0.0.1:{port}; here are 2 on {HOST}"
+    for one in met:
+        kind, said = error_of(one)
+        assert kind is StoreError
+        assert said.startswith(f"rank 0 on {HOST} has waited 1 s for {told}")
+    words = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rank 0")]
+    assert len(words) > 1
+    assert words[0] == f"rank 0 on {HOST}: waiting for {told}; for 0 s of 1 s"
+
+
+def test_a_rank_that_finds_no_rank_0_says_where_it_looks(pool, capsys) -> None:
+    port = free_port()
+    late = meeting(pool, port, 1, seconds=0.5)
+    kind, said = error_of(late)
+    assert kind is StoreError
+    assert f"rank 1 on {HOST} has waited" in said
+    assert f"rank 0 at 127.0.0.1:{port} (Connection refused)" in said
+    assert f"waiting for rank 0 at 127.0.0.1:{port} (Connection refused); for 0 s of 0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"optimizer.lr": "0.0002", "train.steps": "8"}, "optimizer.lr (0.0002 and 0.0001)"),
+        ({"optimizer.lr": "0.0001", "train.steps": "9"}, "train.steps (9 and 8)"),
+        ({"optimizer.lr": "0.0001"}, "train.steps (none and 8)"),
+        ({"optimizer.lr": "1", "train.steps": "9"}, "optimizer.lr (1 and 0.0001), train.steps (9 and 8)"),
+    ],
+)
+def test_a_rank_that_differs_ends_all_at_once_with_one_sentence(pool, values: dict[str, str], told: str) -> None:
+    port = free_port()
+    zero = {"optimizer.lr": "0.0001", "train.steps": "8"}
+    met = [meeting(pool, port, 0, zero, size=4), meeting(pool, port, 1, values, size=4)]  # the others never come
+    for kind, said in map(error_of, met):
+        assert kind is UserError
+        assert said.startswith(f"rank 1 on {HOST} and rank 0 on {HOST} differ in {told}: ")
+
+
+def test_ranks_of_another_run_never_join(pool, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(rendezvous, "STRAY_S", 60.0)
+    port = free_port()
+    first = meeting(pool, port, 0)
+    other = meeting(pool, port, 1, run=RUN | {"folder": "runs/other"})
+    kind, said = error_of(other)
+    assert kind is UserError
+    assert f"another run at 127.0.0.1:{port}" in said
+    assert "folder runs/mine there, runs/other here" in said and "--master_port" in said
+    words = ""
+    while f"rank 0 on {HOST} turned away rank 1 on {HOST}" not in words:
+        assert not first.done()
+        words += capsys.readouterr().err
+    assert meeting(pool, port, 1).result(timeout=60) and first.result(timeout=60)  # its own rank still may come
+
+
+def test_a_run_whose_rank_came_as_another_run_ends(pool) -> None:
+    port = free_port()
+    first = meeting(pool, port, 0, seconds=600)
+    assert error_of(meeting(pool, port, 1, run=RUN | {"job": "stage2.py"}))[0] is UserError
+    kind, said = error_of(first)
+    assert kind is UserError
+    assert "job stage1.py there, stage2.py here" in said
+
+
+def test_a_rank_that_comes_twice_is_turned_away(pool) -> None:
+    port = free_port()
+    zero, same = meeting(pool, port, 0, size=3), [meeting(pool, port, 1, size=3) for _ in range(2)]
+    (loser,), (winner,) = wait(same, timeout=60, return_when=FIRST_COMPLETED)
+    kind, said = error_of(loser)
+    assert kind is UserError and "--master_port" in said and "started twice" in said
+    assert all(one.result(timeout=60) for one in (meeting(pool, port, 2, size=3), zero, winner))
+
+
+def test_a_port_in_use_is_a_sentence_with_the_flag(pool) -> None:
+    with socket.create_server(("", 0)) as listener:
+        kind, said = error_of(meeting(pool, listener.getsockname()[1], 0))
+    assert kind is UserError
+    assert "is in use" in said and "--master_port" in said
+
+
+def test_what_is_no_store_is_a_sentence(pool, monkeypatch) -> None:
+    monkeypatch.setattr(rendezvous, "CONTACT_S", 0.5)
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.5)
+    with socket.create_server(("", 0)) as listener:
+        kind, said = error_of(meeting(pool, listener.getsockname()[1], 1))
+    assert kind is UserError
+    assert "another program" in said and "--master_port" in said
+
+
+# What is compared
+
+
+def values_of(tree: dict[str, Any]) -> dict[str, str]:
+    return agreed_values(tree, torch.device("cpu"))
+
+
+def test_settings_are_compared_by_field_and_name(tmp_path: Path) -> None:
+    tree = tiny_config(tmp_path, tmp_path)
+    found = values_of(tree)
+    assert found["optimizer.lr"] == "0.001"
+    assert found["data.sources.shapes.url"] == str(tmp_path / "train")
+    assert found["stages.high.train.steps"] == "10"
+    assert found["stages"] == '["low", "high"]'
+
+
+def test_files_that_settings_name_count_with_what_they_hold(tmp_path: Path) -> None:
+    prompts, model = tmp_path / "prompts.txt", tmp_path / "model"
+    model.mkdir()
+    (model / "config.yaml").write_text("name: a")
+    (model / "model.safetensors").write_bytes(bytes(3 << 20))
+    tree = {"prompts": prompts, "init": {"source": str(model)}, "out": tmp_path}
+    prompts.write_text("a cat")
+    before = values_of(tree)
+    assert not [name for name in before if name.startswith("out:")]
+    prompts.write_text("a dog")
+    (model / "model.safetensors").write_bytes(bytes((3 << 20) - 1) + b"x")
+    after = values_of(tree)
+    assert [name for name in before if before[name] != after[name]] == [
+        "prompts: prompts.txt",
+        "init.source: model.safetensors",
+    ]
+
+
+def test_source_versions_and_variables_that_change_numbers_are_compared(monkeypatch) -> None:
+    before = values_of({})
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.setattr("launch.agreement.version", lambda name: "9")
+    monkeypatch.setattr("launch.agreement.source_files", lambda: {"t2i/train/step.py": "f" * 64})
+    after = values_of({})
+    assert after["variable NVIDIA_TF32_OVERRIDE"] == "1" != before["variable NVIDIA_TF32_OVERRIDE"]
+    assert after["version of numpy"] == "9" != before["version of numpy"]
+    assert after["source t2i/train/step.py"] != before["source t2i/train/step.py"]
+    assert "source launch/train.py" in before and "version of torch" in before
