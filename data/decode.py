@@ -184,7 +184,7 @@ def _open(data: bytes) -> _Opened:
     if words := kind_of(data):
         raise BadSample("undecodable_image", f"it is {words}")
     try:
-        return _open_jpeg(data) if data.startswith(b"\xff\xd8") else _open_other(data)
+        return _open_jpeg(data) if FORMATS["JPEG"].matches(data) else _open_other(data)
     except MemoryError:
         raise
     except Exception as fault:
