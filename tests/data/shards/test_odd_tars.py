@@ -185,6 +185,21 @@ def test_links_and_sparse_files_are_counted_with_what_helps() -> None:
     assert "no member that belongs to a sample; left out: 1 hard links in tars" in str(alone.damage)
 
 
+def test_members_of_every_other_type_are_counted_under_its_name() -> None:
+    kinds = [
+        (b"C", 700),
+        (b"C", 0),
+        (b"\xe9", 5),
+        (b"A", 0),
+        *((kind, 0) for kind in (b"3", b"4", b"5", b"6", b"D", b"V")),
+    ]
+    others = (info(f"a.{n}", kind, size) for n, (kind, size) in enumerate(kinds))
+    content = of(info("a.jpg"), *others, info("a.txt"), form=tarfile.USTAR_FORMAT)
+    assert parsed(content) == [RawSample("a", {"jpg": b"", "txt": b""})] and scan(content).damage is None
+    named = {"'C'": 2, r"'\xe9'": 1, "'A'": 1}
+    assert scan(content).left_out == {f"members of tars of type {kind}": count for kind, count in named.items()}
+
+
 def test_samples_in_pieces_are_counted_and_doubles_are_none() -> None:
     apart = tar_bytes([(f"{key}.{end}", b"1") for end in ("jpg", "txt", "json") for key in "abc"])
     found = scan(apart)
