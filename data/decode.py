@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,7 +184,7 @@ def _open(data: bytes) -> _Opened:
     if words := kind_of(data):
         raise BadSample("undecodable_image", f"it is {words}")
     try:
-        return _open_jpeg(data) if data.startswith(b"\xff\xd8") else _open_other(data)
+        return _open_jpeg(data) if FORMATS["JPEG"].matches(data) else _open_other(data)
     except MemoryError:
         raise
     except Exception as fault:
@@ -210,7 +210,7 @@ def _open_other(data: bytes) -> _Opened:
     exif, xmp = image.info.get("exif"), image.info.pop("xmp", None)
     if image.format == "TIFF" and _EXIF_ORIENTATION in image.tag_v2:  # type: ignore[attr-defined]
         exif = xmp = None  # Pillow has done it
-    return _Opened(image.height, image.width, _orientation(exif, xmp), partial(_load_by_pillow, image))
+    return _Opened(image.height, image.width, _orientation(exif, xmp), partial(_load_by_pillow, data, image))
 
 
 def _open_by_pillow(data: bytes) -> Image.Image:
@@ -242,10 +242,27 @@ def _load_png(data: bytes, _: tuple[int, int]) -> tuple[Pixels, int, bytes | Non
     return pixels, 1, icc
 
 
-def _load_by_pillow(image: Image.Image, _: tuple[int, int]) -> tuple[Pixels, int, bytes | None]:
+def _load_by_pillow(data: bytes, image: Image.Image, _: tuple[int, int]) -> tuple[Pixels, int, bytes | None]:
+    if image.format == "TIFF":
+        _check_jpegs(data, image.tag_v2)  # type: ignore[attr-defined]
     image.load()
     pixels, icc = flatten(image, image.info.get("icc_profile"))
     return pixels, 1, icc
+
+
+def _check_jpegs(data: bytes, tags: Mapping[int, Any]) -> None:
+    """Raise ValueError for a TIFF of JPEGs that miss some of their pixels, which libtiff leaves gray."""
+    compression, jpeg, samples, shared_tables = 259, 7, 277, 347
+    if tags.get(compression) != jpeg:
+        return
+    tables = tags.get(shared_tables, b"").removesuffix(b"\xff\xd9") or b"\xff\xd8"
+    for offsets, sizes in ((273, 279), (324, 325)):  # of strips, of tiles
+        for at, size in zip(tags.get(offsets, ()), tags.get(sizes, ()), strict=True):
+            part = data[at : at + size]
+            if tags.get(samples, 1) in (1, 3, 4):
+                read_jpeg(tables + part.removeprefix(b"\xff\xd8")).load((1, 1))
+            elif not part.endswith(b"\xff\xd9"):  # gray with alpha, which simplejpeg does not read
+                raise ValueError("one of its JPEGs is cut")
 
 
 def _orientation(exif: bytes | None, xmp: bytes | None) -> int:

@@ -35,7 +35,7 @@ def _is_avif(content: bytes) -> bool:
 
 
 FORMATS = {
-    "JPEG": Format("JPEG", ("jpg", "jpeg", "jpe", "jfif"), _begins(b"\xff\xd8\xff")),
+    "JPEG": Format("JPEG", ("jpg", "jpeg", "jpe", "jfif"), _begins(b"\xff\xd8")),
     "PNG": Format("PNG", ("png", "apng"), _begins(b"\x89PNG\r\n\x1a\n")),
     "WEBP": Format("WebP", ("webp",), lambda content: content[:4] == b"RIFF" and content[8:12] == b"WEBP"),
     "AVIF": Format("AVIF", ("avif", "avifs"), _is_avif),

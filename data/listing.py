@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
@@ -16,12 +17,14 @@ from data.formats import IMAGE_EXTENSIONS, UNDECODED_EXTENSIONS
 
 T = TypeVar("T")
 
-SYSTEM_FOLDERS = frozenset(
-    ("__MACOSX", "lost+found", "@eaDir", "#snapshot", "#recycle", "@Recycle", "@Recently-Snapshot", "~snapshot",
-     "$RECYCLE.BIN", "System Volume Information")
+SYSTEM_FOLDERS = (
+    "__MACOSX", "lost+found", "@eaDir", "#snapshot", "#recycle", "@Recycle", "@Recently-Snapshot", "~snapshot",
+    "$RECYCLE.BIN", "System Volume Information",
 )  # fmt: skip
 """Snapshots, recycle bins, thumbnails and metadata of file systems, network storage and archivers."""
 
+# A part that begins with a dot, "." and ".." aside, or is a system's folder.
+_EXCLUDED = re.compile(rf"(?:\A|/)(\.(?!\.?(?:/|\Z))|(?:{'|'.join(map(re.escape, SYSTEM_FOLDERS))})(?=/|\Z))")
 HIDDEN = "hidden"
 SYSTEM = "in system folders (snapshots, recycle bins)"
 IMAGE_BESIDE_SHARDS = "images beside the shards (a source is read as tars or as a folder of images)"
@@ -57,30 +60,21 @@ _MAGIC = {
 
 def excluded(name: str) -> str | None:
     """Why a path below a root does not count, by its name: `HIDDEN` or `SYSTEM`; None where it counts."""
-    for part in name.split("/"):
-        if part.startswith(".") and part not in (".", ".."):
-            return HIDDEN
-        if part in SYSTEM_FOLDERS:
-            return SYSTEM
-    return None
+    found = _EXCLUDED.search(name)
+    return None if found is None else HIDDEN if found[1] == "." else SYSTEM
 
 
 def that_count(items: Iterable[T], name: Callable[[T], str], left_out: Counter[str]) -> list[T]:
     """The items of a flat listing whose names count; the others are counted, those of one folder as one."""
-    found, others = [], dict[str, str]()
+    counted, tops = [], dict[str, str]()
     for item in items:
-        if excluded(name(item)) is None:
-            found.append(item)
-            continue
-        top = ""
-        for part in name(item).split("/"):
-            top += part
-            if (reason := excluded(part)) is not None:
-                others[top] = reason
-                break
-            top += "/"
-    left_out.update(others.values())
-    return found
+        if (found := _EXCLUDED.search(name(item))) is None:
+            counted.append(item)
+        else:
+            before, after = name(item)[: found.start(1)], name(item)[found.start(1) :]
+            tops[before + after.partition("/")[0]] = HIDDEN if found[1] == "." else SYSTEM
+    left_out.update(tops.values())
+    return counted
 
 
 def extension(name: str) -> str:

@@ -2,7 +2,8 @@
 
 Decoders refuse a PNG for text, a profile or a checksum that no pixel depends on, and read one whose header claims
 other sizes than its pixels have. So a PNG is decoded from a copy of its critical chunks alone, whose checksums are
-right and whose bytes of pixels have been counted. An ancillary chunk that is damaged counts as absent.
+right and whose bytes of pixels have been counted. Pixels have two checksums, their chunks' and their stream's: one of
+them has to be right. An ancillary chunk that is damaged counts as absent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
-_CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
+_CRITICAL = (b"IHDR", b"PLTE")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Values a pixel, by colour type."""
 _GRAY, _RGB = 0, 2
@@ -51,9 +52,10 @@ def read_png(data: bytes, *, pixels: bool = True) -> Png:
     """Read a PNG; without pixels only what its header says.
 
     Raises:
-        ValueError: a critical chunk is damaged, or the header promises more or fewer bytes of pixels than there are.
+        ValueError, zlib.error: a critical chunk is damaged, or pixels are missing.
     """
     chunks, parts, metadata = [], [], dict[str, bytes]()
+    trusted = True
     header = transparency = None
     for kind, start, end in _chunks(data):
         if kind == b"IDAT" and not pixels:
@@ -61,13 +63,14 @@ def read_png(data: bytes, *, pixels: bool = True) -> Png:
         content = data[start:end]
         checksum = data[end : end + 4]
         whole = len(checksum) == 4 and zlib.crc32(content, zlib.crc32(kind)) == int.from_bytes(checksum, "big")
-        if kind in _CRITICAL:
+        if kind == b"IDAT":
+            trusted &= whole
+            parts.append(content)
+        elif kind in _CRITICAL:
             if not whole:
                 raise ValueError(f"its {kind.decode()} chunk is cut or damaged")
             if kind == b"IHDR":
                 header = content
-            elif kind == b"IDAT":
-                parts.append(content)
             chunks.append(_chunk(kind, content))
         elif whole and kind == b"tRNS" and header:
             if transparency := _transparency(header, content):
@@ -77,9 +80,9 @@ def read_png(data: bytes, *, pixels: bool = True) -> Png:
     if header is None:
         raise ValueError("it has no header")
     if pixels:
-        _check_size(header, parts)
+        parts = _checked(header, parts, trusted)
     return Png(
-        file=b"".join([MAGIC, *chunks, _chunk(b"IEND", b"")]),
+        file=b"".join([MAGIC, *chunks, *(_chunk(b"IDAT", part) for part in parts), _chunk(b"IEND", b"")]),
         icc=metadata.get("icc"),
         exif=metadata.get("exif"),
         xmp=metadata.get("xmp"),
@@ -144,18 +147,43 @@ def _inflate(content: bytes) -> bytes:
     return found
 
 
-def _check_size(header: bytes, parts: list[bytes]) -> None:
+def _checked(header: bytes, parts: list[bytes], trusted: bool) -> list[bytes]:
+    """The pixels' stream as libraries take it: written anew where it holds too much or its own checksum is wrong.
+
+    Args:
+        header: IHDR's content.
+        parts: the IDATs'.
+        trusted: whether their checksums are right.
+
+    Raises:
+        ValueError, zlib.error: it holds fewer bytes of pixels than the header promises, or as many more as a larger
+            picture would; or no checksum is right.
+    """
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
     promised = 0
     for top, down, left, right in _ADAM7 if interlaced else ((0, 1, 0, 1),):
         rows, columns = -(-(height - top) // down), -(-(width - left) // right)
         if rows > 0 and columns > 0:
             promised += rows * (1 + -(-columns * depth * _CHANNELS[colour] // 8))
-    inflate, found = zlib.decompressobj(), 0
-    for part in parts:
-        while part and found <= promised:
-            found += len(inflate.decompress(part, 1 << 18))
-            part = inflate.unconsumed_tail
-    found += len(inflate.flush())
-    if found != promised or not inflate.eof:
-        raise ValueError(f"its header promises {promised} bytes of pixels and it holds {found}")
+    bits = depth * _CHANNELS[colour]
+    larger = promised + min(1 + -(-width * bits // 8), height * max(1, bits // 8))  # by a row or a column
+    inflate, found, step = zlib.decompressobj(), 0, 1 << 18
+    try:
+        for part in parts:
+            size = step
+            while size == step and found < larger:
+                size = len(inflate.decompress(part, step))
+                found += size
+                part = inflate.unconsumed_tail
+    except zlib.error:  # perhaps its checksum alone
+        pass
+    if found == promised and inflate.eof:
+        return parts
+    if found >= larger:
+        raise ValueError(f"its header promises {promised} bytes of pixels and it holds more")
+    if not (trusted or inflate.eof):
+        raise ValueError("its pixels are cut or damaged")
+    rows = zlib.decompressobj(-zlib.MAX_WBITS).decompress(b"".join(parts)[2:], larger)  # no checksum is looked at
+    if not promised <= len(rows) < larger:
+        raise ValueError(f"its header promises {promised} bytes of pixels and it holds {len(rows)}")
+    return [zlib.compress(rows[:promised], 1)]

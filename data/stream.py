@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from data.errors import BadSample, DataError, Filtered
 from data.fetch import Fetcher
 from data.formats import FORMATS, IMAGE_EXTENSIONS
+from data.listing import told
 from data.order import SourceOrder, mix
 from data.select import Rules
 from data.shards.index import SourceIndex
@@ -273,7 +274,7 @@ class LaneStream:
     def _check(self, number: int, misses: _Misses) -> None:
         most = self._most_misses or max(_LEAST_MISSES, -(-self._sources[number].order.total // self._lanes))
         if misses.total >= most:
-            raise DataError(_nothing_left(self.names[number], misses))
+            raise DataError(_nothing_left(self._sources[number].source.index, misses))
 
     def _window(self, number: int) -> Window:
         if number not in self._windows:
@@ -294,7 +295,7 @@ class LaneStream:
         return sum(self._weights) / self._weights[number]
 
 
-def _nothing_left(name: str, misses: _Misses) -> str:
+def _nothing_left(index: SourceIndex, misses: _Misses) -> str:
     reasons = Counter({reason: count for reason, count in misses.reasons.items() if reason != "set_aside"})
     counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
     formats = ", ".join(it.name for it in FORMATS.values())
@@ -309,6 +310,6 @@ def _nothing_left(name: str, misses: _Misses) -> str:
         "malformed_tar": "index the source anew",
     }.get(reasons.most_common(1)[0][0], "relax the filters")
     return (
-        f"source {name!r}: none of {misses.total} samples in a row is usable ({counts}; the last: {misses.last}): "
-        f"{remedy}"
+        f"source {index.name!r}: none of {misses.total} samples in a row is usable "
+        f"({counts}; the last: {misses.last}): {remedy}{told(index.left_out)}"
     )

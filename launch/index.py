@@ -3,8 +3,9 @@
     python launch/index.py s3://bucket/prefix                                  # writes s3://bucket/prefix/index.json
     python launch/index.py s3://bucket/a /data/b --out manifests/both.json     # several prefixes in one manifest
 
-Beside each shard it writes the offsets of its samples (00000.tar.idx; beside the manifest where the shards may only be
-read), and the manifest last. The same command again reads what is there, so it goes on where it was stopped.
+Beside each shard it writes the offsets of its samples (00000.tar.idx) and what is in none (00000.tar.left_out.json), or
+beside the manifest where the shards may only be read; and the manifest last. The same command again reads what is
+there, so it goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 - The bytes depend on the contents and their arguments alone, not on the clock, the user or the number of workers.
 - Rows are cut into shards by their numbers, before any is read: so processes share nothing, memory does not grow
   with the data, and a row that cannot be used leaves its shard one sample short.
-- Beside a shard lie the rows that it lacks and why, `00000.left_out.json`, if there are any, and its sample offsets,
-  `00000.tar.idx`. A shard appears whole: so the names that are there say what is left to do. A split's `index.json`
-  (which makes good a `.tar.idx` that a kill prevented), then `dataset.json`, come last.
+- Beside a shard lie the rows that it lacks and why, `00000.left_out.json`, if there are any, and what its index is made
+  of, `00000.tar.idx` and `00000.tar.left_out.json` (data/shards/offsets.py). A shard appears whole: so the names that
+  are there say what is left to do. A split's `index.json` (which makes good a `.tar.idx` that a kill prevented), then
+  `dataset.json`, come last.
 - Until then `dataset.json.partial` says what is being packed (data/packing/output.py).
 """
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from data.packing.contents import LeftOut, Reader, Sample, json_bytes
 from data.packing.output import Output
 from data.progress import progress_bar
-from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, to_bytes
+from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, scan_shard, write_offsets
+from data.store import open_store
 
 LEFT_OUT_SUFFIX = ".left_out.json"
 WITHOUT_CAPTION = "packed without a caption (no .txt)"
@@ -88,7 +87,6 @@ def _write_shard(output: Output, stem: str, rows: Iterable[Sample | LeftOut]) ->
     from webdataset import TarWriter
 
     left_out: dict[str, list[str]] = {}
-    offsets: list[int] = []
     with output.scratch(stem + SHARD_SUFFIX) as path:
         with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for row in rows:
@@ -97,15 +95,17 @@ def _write_shard(output: Output, stem: str, rows: Iterable[Sample | LeftOut]) ->
                     continue
                 if not row.members.get("txt", b"").strip():
                     left_out.setdefault(WITHOUT_CAPTION, []).append(row.key)
-                offsets.append(tar.tarstream.offset)
                 tar.write({"__key__": row.key, **row.members})
-            offsets.append(tar.tarstream.offset)
+        folder = open_store(str(path.parent))
+        info = folder.info(path.name)
+        assert info is not None
+        scan = scan_shard(folder, info)
         if left_out:
             output.store.write(stem + LEFT_OUT_SUFFIX, json_bytes(left_out))
-        if len(offsets) > 1:
+        if len(scan.offsets) > 1:
             output.put(path, stem + SHARD_SUFFIX)
             # After the shard: offsets that are older than their shard are not trusted.
-            output.store.write(stem + SHARD_SUFFIX + OFFSETS_SUFFIX, to_bytes(np.array(offsets, np.int64)))
+            write_offsets(output.store, stem + SHARD_SUFFIX + OFFSETS_SUFFIX, scan)
 
 
 # --- processes ---

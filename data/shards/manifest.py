@@ -179,10 +179,10 @@ class _Indexer:
 
     def __call__(self, info: ObjectInfo) -> tuple[TarScan, str | None]:
         beside = info.name + OFFSETS_SUFFIX
-        if scan := read_offsets(self._source, info, self._source, self._beside.get(beside)):
+        if scan := read_offsets(self._source, info, self._source, self._beside.get(beside), counted=True):
             return scan, None
         elsewhere = offsets_name(self._manifest, self._source.url, info.name)
-        if scan := read_offsets(self._source, info, self._place, self._place.info(elsewhere)):
+        if scan := read_offsets(self._source, info, self._place, self._place.info(elsewhere), counted=True):
             return scan, elsewhere
         scan = scan_shard(self._source, info)
         if len(scan.offsets) == 1:

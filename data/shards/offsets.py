@@ -3,7 +3,8 @@
 The layout: one little-endian uint64 for each sample, the first byte of its first header; then one for the end of the
 last member, where the closing zeros begin. `00000.tar.idx` lies beside `00000.tar`. A shard that ends early keeps its
 whole samples: its last number is the end of the last of them, and the fault is found there again. What else a scan
-found that is lost (links, samples in pieces) lies in `00000.tar.left_out.json`, {reason: number}, if there is any.
+found that is lost (links, samples in pieces) lies in `00000.tar.left_out.json`, {reason: number}. Other tools do not
+write that: their offsets do for training, but whoever indexes a shard scans it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ OFFSETS_SUFFIX = ".idx"
 """Appended to the shard's name."""
 _LEFT_OUT_SUFFIX = ".left_out.json"
 """Likewise."""
+UNCOUNTED = "uncounted shards (another tool wrote their .tar.idx: run launch/index.py to count what they lose)"
 
 
 def list_shards(store: Store, left_out: Counter[str]) -> tuple[list[ObjectInfo], dict[str, ObjectInfo]]:
@@ -51,9 +53,7 @@ def write_offsets(store: WritableStore, name: str, scan: TarScan) -> None:
     Raises:
         DataError, StoreError: the store cannot be written.
     """
-    beside = name.removesuffix(OFFSETS_SUFFIX) + _LEFT_OUT_SUFFIX
-    if scan.left_out or store.info(beside):
-        store.write(beside, json.dumps(scan.left_out).encode())
+    store.write(name.removesuffix(OFFSETS_SUFFIX) + _LEFT_OUT_SUFFIX, json.dumps(scan.left_out).encode())
     store.write(name, to_bytes(scan.offsets))
 
 
@@ -72,12 +72,15 @@ def from_bytes(content: bytes | bytearray, size: int) -> NDArray[np.int64] | Non
     return raw.astype(np.int64)
 
 
-def read_offsets(store: Store, info: ObjectInfo, beside: Store, written: ObjectInfo | None) -> TarScan | None:
+def read_offsets(
+    store: Store, info: ObjectInfo, beside: Store, written: ObjectInfo | None, *, counted: bool = False
+) -> TarScan | None:
     """Read a shard's offsets from the file `written` of the store `beside`, if there is one that fits the shard.
 
     It must not be older than the shard; and samples must begin where it says: the first two, two pairs within, and the
     last two, behind which the archive must end or be damaged. A pair takes one request where it is shorter than the
-    store's readahead. So offsets of other content are found out even where that was as long.
+    store's readahead. So offsets of other content are found out even where that was as long. Where what the shard
+    leaves out was not counted, there is None if it should be `counted`, and else `UNCOUNTED` is left out.
 
     Raises:
         DataError, StoreError: either store cannot be read.
@@ -85,7 +88,8 @@ def read_offsets(store: Store, info: ObjectInfo, beside: Store, written: ObjectI
     if written is None or written.modified < info.modified:
         return None
     offsets = from_bytes(beside.read(written.name), info.size)
-    if offsets is None:
+    left_out = _read_left_out(beside, written.name, info)
+    if offsets is None or (left_out is None and counted):
         return None
     last = max(0, len(offsets) - 3)  # of the pairs of samples
     for n in sorted({0, last // 3, 2 * last // 3} - {last}):
@@ -93,17 +97,16 @@ def read_offsets(store: Store, info: ObjectInfo, beside: Store, written: ObjectI
         if two.damage or not np.array_equal(two.offsets[:-1], offsets[n : n + 2]):
             return None
     rest = _closed(scan_tar(store, info, int(offsets[last]) if last else 0), info)
-    left_out = _read_left_out(beside, written.name, info)
-    if left_out is None or not np.array_equal(rest.offsets, offsets[last:]):
+    if not np.array_equal(rest.offsets, offsets[last:]):
         return None
-    return TarScan(offsets, rest.damage, left_out)
+    return TarScan(offsets, rest.damage, Counter({UNCOUNTED: 1}) if left_out is None else left_out)
 
 
 def _read_left_out(beside: Store, offsets_name: str, shard: ObjectInfo) -> Counter[str] | None:
-    """What `write_offsets` wrote of a shard besides its offsets; None where that cannot be read."""
+    """What `write_offsets` wrote of a shard besides its offsets; None where it did not or that cannot be read."""
     noted = beside.info(offsets_name.removesuffix(OFFSETS_SUFFIX) + _LEFT_OUT_SUFFIX)
     if noted is None or noted.modified < shard.modified:
-        return Counter()
+        return None
     try:
         found = json.loads(beside.read(noted.name))
     except ValueError:

@@ -38,6 +38,8 @@ _PREFIXED = b"ustar\0"
 _REGULAR = (b"0", b"\0", b"7")
 _EXTENSIONS = (b"x", b"X", b"L", b"K", b"g")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+_NO_FILES = (b"3", b"4", b"5", b"6", b"D", b"V")
+"""Devices, folders, FIFOs and the labels of volumes: nothing of a sample."""
 _SPARSE = b"S"
 _LOST = {
     b"1": "hard links in tars (write the files: tar --hard-dereference)",
@@ -45,7 +47,7 @@ _LOST = {
     _SPARSE: "sparse files in tars (write them anew without tar --sparse)",
     b"M": "files in tars that begin in another volume (join the volumes)",
 }
-"""Members that would belong to a sample if they were plain files."""
+"""Members that would belong to a sample if they were plain files. Other types are counted under their own names."""
 _NO_EXTENSION = "members of tars without an extension"
 _FURTHER_IMAGES = "further images in samples (training takes one of each)"
 _IMAGES = frozenset(IMAGE_EXTENSIONS)
@@ -255,7 +257,12 @@ def walk(
             size = 0
         if data + size > end:
             raise TarDamage(f"cut off at byte {end}, inside member {name!r}", begin, name)
-        lost = _LOST[_SPARSE] if "sparse" in told else _LOST.get(kind)
+        if "sparse" in told:
+            lost = _LOST[_SPARSE]
+        elif kind in _REGULAR or kind in _NO_FILES:
+            lost = None
+        else:
+            lost = _LOST.get(kind) or f"members of tars of type {str(kind)[1:]}"
         file = (kind in _REGULAR and not name.endswith("/")) or lost is not None
         yield begin, name if file else None, lost, data, size
         begin = at = data + _padded(size)

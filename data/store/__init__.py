@@ -3,6 +3,7 @@
 - `Store` lists and reads; `WritableStore` writes as well. `open_store` gives the latter; a folder of images seen as
   shards (`folder.py`) is the former alone.
 - An object's name is its path below the root, with forward slashes, alike for both kinds.
+- A listing holds what counts by the rule of `data/listing.py`; the rest can be read and written all the same.
 - A store is plain configuration: it pickles and holds no open file, so threads and processes share it.
 - An object is written whole or not at all, and is read as the one version it was when the read began (or when it was
   indexed): bytes of two versions never meet.

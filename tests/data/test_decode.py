@@ -227,7 +227,7 @@ def test_limits_and_filters_are_checked_before_decoding(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", never)
     monkeypatch.setattr(decode_module, "flatten", never)
-    monkeypatch.setattr("data.png._check_size", never)
+    monkeypatch.setattr("data.png._checked", never)
     for kind in FORMATS:
         data = encode(photo(100, 100), kind)
         assert reason(BadSample, data, 32, max_pixels=9_999) == "too_many_pixels"
@@ -245,6 +245,54 @@ def test_limits_and_filters_are_checked_before_decoding(monkeypatch: pytest.Monk
 def test_truncated_files_are_refused(kind: str, share: float) -> None:
     data = encode(photo(200, 200), kind)
     assert reason(BadSample, data[: int(len(data) * share)], 64) == "undecodable_image"
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("strip_size", [9000, 20_000])
+def test_a_tiff_of_jpegs_is_used_if_the_pixels_of_every_strip_are_there(mode: str, strip_size: int) -> None:
+    pixels = photo(200, 200)
+    if mode in ("LA", "RGBA"):
+        pixels = np.dstack([pixels, np.full((200, 200), 255, np.uint8)])
+    data = encode(pixels, "TIFF", mode, compression="jpeg", strip_size=strip_size)
+    tags = Image.open(io.BytesIO(data)).tag_v2  # type: ignore[attr-defined]
+    at, size = tags[273][-1], tags[279][-1]
+    # Pillow puts the strips first. With the last one at the file's end, that one is cut if the file is.
+    assert data.count(struct.pack("<I", at)) == 1
+    last = data.replace(struct.pack("<I", at), struct.pack("<I", len(data))) + data[at : at + size]
+    assert (decode(last, 200) == decode(data, 200)).all()
+    for cut in (10, size // 2, size - 1, size):
+        assert reason(BadSample, last[:-cut], 64) == "undecodable_image"
+    assert reason(BadSample, data[: at + size // 2] + bytes(size - size // 2) + data[at + size :], 64)
+
+
+@pytest.mark.parametrize("kinds", [(273, 279), (324, 325)])
+def test_a_tiff_of_whole_jpegs_is_used_if_all_of_them_are(kinds: tuple[int, int]) -> None:
+    """Without tables that they share; strips as high as the picture's half, tiles as a quarter."""
+    offsets, sizes = kinds
+    gray = photo(128, 128)[..., :1]
+    side = 128 if offsets == 273 else 64
+    parts = [gray[y : y + 64, x : x + side] for y in (0, 64) for x in range(0, 128, side)]
+    jpegs = [simplejpeg.encode_jpeg(np.ascontiguousarray(part), colorspace="GRAY", quality=95) for part in parts]
+
+    def tiff(*jpegs: bytes) -> bytes:
+        starts = [8 + sum(map(len, jpegs[:n])) for n in range(len(jpegs))]
+        body = b"II*\0" + struct.pack("<I", 8 + sum(map(len, jpegs))) + b"".join(jpegs)
+        fields = {256: [128], 257: [128], 258: [8], 259: [7], 262: [1], 277: [1]}
+        fields |= {278: [64]} if side == 128 else {322: [64], 323: [64]}
+        fields |= {offsets: starts, sizes: [len(jpeg) for jpeg in jpegs]}
+        entries, more = b"", b""
+        for tag, values in sorted(fields.items()):
+            packed = struct.pack(f"<{len(values)}I", *values)
+            if len(values) > 1:
+                packed, more = struct.pack("<I", len(body) + 6 + 12 * len(fields) + len(more)), more + packed
+            entries += struct.pack("<HHI", tag, 4, len(values)) + packed
+        return body + struct.pack("<H", len(fields)) + entries + bytes(4) + more
+
+    assert psnr(decode(tiff(*jpegs), 128), np.repeat(gray.transpose(2, 0, 1), 3, axis=0)) > 35
+    for n, jpeg in enumerate(jpegs):
+        for cut in (len(jpeg) // 2, len(jpeg) - 10):
+            odd = tiff(*jpegs[:n], jpeg[:cut], *jpegs[n + 1 :])
+            assert reason(BadSample, odd, 64) == "undecodable_image", (n, cut)
 
 
 @pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True}])

@@ -34,6 +34,13 @@ def test_what_is_listed_is_decoded(form: str) -> None:
         assert (decode(content, (24, 40)) == PIXELS.transpose(2, 0, 1)).all()
 
 
+def test_stray_bytes_behind_a_jpegs_first_marker_are_none_of_its_format() -> None:
+    content = encoded("JPEG")
+    odd = content[:2] + b"\0\0" + content[2:]
+    assert format_of(odd) is FORMATS["JPEG"]
+    assert (decode(odd, (24, 40)) == decode(content, (24, 40))).all()
+
+
 def test_the_decoder_knows_no_other() -> None:
     assert {"JPEG", *data.decode._PILLOW_FORMATS} == set(FORMATS)
     assert format_of(encoded("ICO")) is format_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic") is format_of(b"") is None

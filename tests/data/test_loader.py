@@ -315,3 +315,14 @@ def test_the_start_does_not_read_a_whole_source_to_find_a_wrong_name(
         DataError, match=r"none of 50 samples in a row is usable \(missing_caption: 50; the last: source/00000"
     ):
         fixed_samples([Source(index, rules=Rules(captions={"text": 1.0}))], 1, ImageSettings(8))
+
+
+def test_samples_in_pieces_are_what_is_said_to_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.fixed._MOST_MISSES", 50)
+    members = [(f"{n}.{end}", jpeg(n) if end == "jpg" else b"words") for end in ("jpg", "txt") for n in range(100)]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    index = open_index(open_store(str(tmp_path)), "source", notice=lambda _: None)
+    with pytest.raises(
+        DataError, match=r"none of 50 samples .*; left out: 100 samples in pieces \(.* sort them by name"
+    ):
+        fixed_samples([Source(index)], 1, ImageSettings(8))

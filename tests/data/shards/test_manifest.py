@@ -124,7 +124,10 @@ def test_a_second_run_reads_what_the_first_wrote() -> None:
         f"cut off at byte {cut}, inside member '0023.txt'",
         "no tar header at byte 0: not a tar",
     ]
-    assert sorted(store.writes) == ["a.tar.idx", "b.tar.idx", "c.tar.idx", "index.json"]
+    assert sorted(store.writes) == [
+        *(f"{name}.tar{end}" for name in "abc" for end in (".idx", ".left_out.json")),
+        "index.json",
+    ]
     assert store.writes[-1] == "index.json", "the manifest is last"
     scanned = tar_reads(store)
     store.reads.clear()
@@ -134,7 +137,7 @@ def test_a_second_run_reads_what_the_first_wrote() -> None:
     # Stopped half way: only what is missing is scanned.
     del store._objects["b.tar.idx"], store._objects["index.json"]
     store.writes.clear()
-    assert build(store) == first and store.writes == ["b.tar.idx", "index.json"]
+    assert build(store) == first and store.writes == ["b.tar.left_out.json", "b.tar.idx", "index.json"]
 
 
 def test_offsets_older_than_the_shard_or_of_another_content_are_scanned_again() -> None:
@@ -200,8 +203,7 @@ def test_offsets_of_read_only_shards_lie_beside_the_manifest_apart_for_each_pref
     assert (built.shards, built.samples, built.damaged) == (2, 5, [])
     assert sorted(place.writes) == [
         "both.json",
-        "both.offsets/s3/bucket/0/x/0.tar.idx",
-        "both.offsets/s3/bucket/1/x/0.tar.idx",
+        *(f"both.offsets/s3/bucket/{n}/x/0.tar{end}" for n in (0, 1) for end in (".idx", ".left_out.json")),
     ]
     for n, source in enumerate(sources):
         table = read_manifest(place, "both.json", source.url)

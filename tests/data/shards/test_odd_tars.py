@@ -16,7 +16,7 @@ from tar_samples import MemoryStore, tar_bytes
 from data.errors import DataError
 from data.shards.index import list_left_out, open_index
 from data.shards.manifest import build_manifest
-from data.shards.offsets import scan_shard
+from data.shards.offsets import UNCOUNTED, scan_shard, to_bytes
 from data.shards.tar import RawSample, TarScan, parse_sample
 
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -185,6 +185,21 @@ def test_links_and_sparse_files_are_counted_with_what_helps() -> None:
     assert "no member that belongs to a sample; left out: 1 hard links in tars" in str(alone.damage)
 
 
+def test_members_of_every_other_type_are_counted_under_its_name() -> None:
+    kinds = [
+        (b"C", 700),
+        (b"C", 0),
+        (b"\xe9", 5),
+        (b"A", 0),
+        *((kind, 0) for kind in (b"3", b"4", b"5", b"6", b"D", b"V")),
+    ]
+    others = (info(f"a.{n}", kind, size) for n, (kind, size) in enumerate(kinds))
+    content = of(info("a.jpg"), *others, info("a.txt"), form=tarfile.USTAR_FORMAT)
+    assert parsed(content) == [RawSample("a", {"jpg": b"", "txt": b""})] and scan(content).damage is None
+    named = {"'C'": 2, r"'\xe9'": 1, "'A'": 1}
+    assert scan(content).left_out == {f"members of tars of type {kind}": count for kind, count in named.items()}
+
+
 def test_samples_in_pieces_are_counted_and_doubles_are_none() -> None:
     apart = tar_bytes([(f"{key}.{end}", b"1") for end in ("jpg", "txt", "json") for key in "abc"])
     found = scan(apart)
@@ -233,6 +248,24 @@ def test_what_is_lost_is_told_by_every_index(read_only: bool) -> None:
     source = open_index(store, "s", notice=said.append)
     assert list_left_out(source) == lost
     assert len(said) == 1 and said[0].endswith("; left out: 1 hidden, 1 compressed (.tar.gz: gunzip it first)")
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("noted", [None, b"no json", b'{"a": "b"}'])
+def test_offsets_that_do_not_tell_what_is_lost_train_and_are_indexed_anew(read_only: bool, noted: bytes | None) -> None:
+    """As Energon writes them, alone."""
+    members = [(f"{n:04d}.{end}", b"") for n in range(500) for end in ("jpg", "txt")]
+    content = tar_bytes([*members[:8], ("._a.jpg", b""), *members[8:]])
+    objects = {"0.tar": content, "0.tar.idx": to_bytes(scan(content).offsets)}
+    objects |= {} if noted is None else {"0.tar.left_out.json": noted}
+    store, place = MemoryStore(objects, read_only=read_only), MemoryStore({}, url="s3://bucket/p/m")
+    source = open_index(store, "s", notice=lambda _: None)
+    assert source.counts.tolist() == [500] and source.left_out == {UNCOUNTED: 1}
+    assert sum(stop - start for name, start, stop in store.reads if name == "0.tar") < len(content) / 10
+    for _ in range(2):
+        store.reads.clear()
+        assert build_manifest([store], place).left_out == {"hidden": 1}
+    assert sum(stop - start for name, start, stop in store.reads if name == "0.tar") < len(content) / 10
 
 
 def test_a_shard_that_was_written_anew_has_lost_nothing_more() -> None:

@@ -34,7 +34,9 @@ def store() -> ClassFolderStore:
 def test_every_image_comes_once_with_its_class() -> None:
     folder = store()
     assert folder.classes == ("n01", "n02", "n10")  # not n03, which has no image
-    infos = folder.list(".tar")
+    left_out = Counter[str]()
+    infos = folder.list(".tar", left_out)
+    assert left_out == {"hidden": 1, "files without an image of their name": 2}
     assert [info.name for info in infos] == ["00000.tar", "00001.tar"]
     seen: Counter[str] = Counter()
     for info in infos:
