@@ -88,11 +88,11 @@ class Visitor:
                     return dict(message)
         raise AssertionError("it ended without an answer")
 
-    def edit(self, image: Any) -> dict[str, Any]:
-        return self.ask("edit", [image, "a red circle", "a blue star", 2, 1, 1.0, 1.5, 0])
+    def edit(self, image: Any, source: str = "a red circle", target: str = "a blue star") -> dict[str, Any]:
+        return self.ask("edit", [image, source, target, 2, 1, 1.0, 1.5, 0])
 
-    def draw(self) -> dict[str, Any]:
-        return self.ask("draw", ["a red circle", "", 16, 16, 2, 2.0, 0.0, 1.0, "euler", 2, 0, 1])
+    def draw(self, prompt: str = "a red circle", negative: str = "") -> dict[str, Any]:
+        return self.ask("draw", [prompt, negative, 16, 16, 2, 2.0, 0.0, 1.0, "euler", 2, 0, 1])
 
 
 def address_of(answer: dict[str, Any]) -> str:
@@ -259,6 +259,23 @@ def test_uploads_are_bounded(visitor: Visitor) -> None:
     for body in (b"{", b"[" * 100_000, b"\xff"):
         answer = visitor.post(f"{API}/queue/join", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400
+
+
+def test_words_that_are_cut_are_said(visitor: Visitor) -> None:
+    long, said = "a red circle " * 9, "is longer than text.length 8 tokens and is cut"
+    address = visitor.upload(png()).json()[0]
+    image = {"path": address, **META}
+    for answer, fields in (
+        (visitor.draw(), []),
+        (visitor.draw(long), ["prompt"]),
+        (visitor.draw(negative=long), ["negative prompt"]),
+        (visitor.edit(image), []),
+        (visitor.edit(image, source=long), ["what the image shows"]),
+        (visitor.edit(image, long, long), ["what the image shows", "what it is to show"]),
+    ):
+        assert address_of(answer)
+        told = json.dumps(answer["output"])
+        assert told.count(said) == len(fields) and all(f"<p>{field}: {said}" in told for field in fields)
 
 
 @pytest.mark.parametrize(
