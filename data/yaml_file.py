@@ -3,7 +3,7 @@
 Mappings, lists, strings, numbers, truth values and null; anchors, aliases and merges (`<<`) as YAML has them. Unlike
 YAML 1.1, which PyYAML reads:
 
-- a key given twice is an error, also in a mapping that is merged into another;
+- a key given twice is an error, however it is spelled (`1` and `0x1`), also in a mapping that is merged into another;
 - yes, no, on and off are words, `1:30` and dates are text, and `010` (8 in YAML 1.1, 10 in 1.2) is an error;
 - `1e-4` is a number without a dot, too;
 - a line ends at a newline alone (data/files.py);
@@ -26,6 +26,7 @@ MOST_CHARACTERS = 2**20
 """Of a text, and of what its aliases expand to."""
 MOST_DEPTH = 32
 _TAG = "tag:yaml.org,2002:"
+_KEYS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
 _FLOAT = re.compile(r"[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)\Z", re.ASCII)
 _PLAIN = (
     ("merge", re.compile(r"<<\Z"), "<"),
@@ -79,15 +80,23 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         mapping = super().compose_mapping_node(anchor)
-        lines = dict[tuple[str, str], int]()
+        firsts = dict[Any, ScalarNode]()
         for key, _ in mapping.value:
             if not isinstance(key, ScalarNode):
                 self._refuse(key.start_mark, "a key must be a single word")
-            name = key.tag, key.value
-            if name in lines:
-                self._refuse(key.start_mark, f"{key.value!r} is given twice, first in line {lines[name]}")
-            lines[name] = key.start_mark.line + 1
+            first = firsts.setdefault(self._value(key), key)
+            if first is not key:
+                spelled = "" if first.value == key.value else f" as {first.value!r}"
+                words = f"{key.value!r} is given twice, first in line {first.start_mark.line + 1}{spelled}"
+                self._refuse(key.start_mark, words)
         return mapping
+
+    def _value(self, key: ScalarNode) -> Any:
+        """What a key is in a dict, where 1, 1.0 and true are one; NaN is itself here."""
+        if key.tag not in _KEYS:  # a merge, or an error later on
+            return key.tag, key.value
+        value = self.construct_object(key)
+        return value if value == value else (key.tag, "nan")
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)

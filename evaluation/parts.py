@@ -86,6 +86,21 @@ def begin_or_go_on(
         raise UserError(f"--out {folder}: holds {what} ({', '.join(differ)}): {advice}")
 
 
+def begin_scores(out: Path, job: str, images: Path, **more: int) -> None:
+    """Begin in a job's folder, which is held, with the scores of images that others made, or go on with them.
+
+    Args:
+        job: which job scores them.
+        images: their folder.
+        more: what else the scores depend on for good.
+
+    Raises:
+        UserError: it holds anything else, or cannot be written to.
+    """
+    scored = {"job": job, "images": str(images.resolve()), **more}
+    begin_or_go_on(out / "scored.json", scored, what="scores of other images", advice="give another folder")
+
+
 def check_or_write_manifest(
     manifest: Path, made_of: dict[str, Any], beside: Mapping[str, Any] = MappingProxyType({})
 ) -> list[str]:

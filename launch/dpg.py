@@ -25,7 +25,7 @@ from evaluation.dpg import benchmark, job, judge
 from evaluation.dpg.answers import read_answers, write_questions
 from evaluation.dpg.grids import PICTURES, Drawing
 from evaluation.drawing import count_cut, made_of, read_speed
-from evaluation.parts import held
+from evaluation.parts import begin_scores, held
 from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config_base import PathText
@@ -111,6 +111,8 @@ def _score(world: World, options: Namespace, asked: benchmark.Benchmark) -> None
     pictures, folder = options.pic_num or PICTURES, options.images or options.out / "grids"
     examined = job.look_over(world, asked, folder, resolution, pictures, options.parity)
     hashes, items = examined.hashes(asked), examined.items
+    if options.images:
+        world.from_main(lambda: begin_scores(options.out, "dpg", options.images, resolution=resolution))
     if to := options.write_questions:
         count = world.from_main(lambda: write_questions(to, hashes, items, examined.grids, resolution, pictures))
         if world.is_main:

@@ -93,8 +93,8 @@ def _check(options: Namespace) -> None:
         raise ConfigError(f"--out {options.out}: the name ends in .png")
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}")
-    if options.out.exists() and options.image.exists() and options.out.samefile(options.image):
-        raise ConfigError(f"--out {options.out}: is the --image itself: give another name")
+    if options.out.exists():
+        raise ConfigError(f"--out {options.out}: it should not exist yet")
 
 
 def edit() -> None:

@@ -32,7 +32,7 @@ from evaluation.geneval.outcome import EACH, finish, kind_of, table
 from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
 from evaluation.geneval.self_check import self_check
 from evaluation.geneval.verdicts import Verdicts
-from evaluation.parts import held
+from evaluation.parts import begin_scores, held
 from evaluation.proving.bounds import bounds
 from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.parser import Parser
@@ -180,6 +180,8 @@ def _to_score(options: Namespace) -> tuple[list[Prompted], dict[str, Any]]:
 def _score(world: World, options: Namespace, detector: Detector) -> None:
     prompted, about = world.from_main(lambda: _to_score(options))
     check_prompts([it.metadata for it in prompted], detector)
+    if options.images is not None:
+        world.from_main(lambda: begin_scores(options.out, "geneval", options.images))
     verdicts = Verdicts(options.out, prompted, detector)
     missing = world.from_main(verdicts.begin)
     if world.is_main:

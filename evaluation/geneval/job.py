@@ -27,7 +27,7 @@ from data.errors import UserError
 from data.files import atomic_write
 from evaluation.drawing import read_speed, unfinished_batches, write_png
 from evaluation.geneval.folder import Prompted, begin_folder, image_path, read_folder, write_grid
-from evaluation.geneval.prompts import TASKS, Metadata, digest, essentials, read, to_lines
+from evaluation.geneval.prompts import Metadata, digest, essentials, read, to_lines
 from evaluation.parts import begin_or_go_on
 from t2i.config_sampling import SamplingConfig
 from t2i.pipeline import Pipeline, pictures_of
@@ -49,10 +49,10 @@ def choose(prompts: Sequence[Metadata], tasks: Collection[str], limit: int | Non
     Raises:
         UserError: none stay.
     """
-    wanted, seen, kept = tasks or TASKS, Counter[str](), []
+    seen, kept = Counter[str](), []
     for number, metadata in enumerate(prompts):
         seen[metadata["tag"]] += 1
-        if metadata["tag"] in wanted and (limit is None or seen[metadata["tag"]] <= limit):
+        if (not tasks or metadata["tag"] in tasks) and (limit is None or seen[metadata["tag"]] <= limit):
             kept.append(number)
     if not kept:
         raise UserError(f"--tasks {' '.join(tasks)}: there is no prompt of these")

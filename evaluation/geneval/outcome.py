@@ -102,7 +102,7 @@ def finish(
     each = len(judged[0])
     prompts = about["prompts"]
     results = [image.result for image in images]
-    held_out = [it for it in results if json.loads(it["metadata"]).get("heldout")]
+    held_out = [it for it in results if json.loads(it["metadata"]).get("heldout") is True]
     notes = notes_on(prompts["kind"], prompts["choice"], each, detector.identity)
     summary = {
         "name": name_of(notes, detector.identity),

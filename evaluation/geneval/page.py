@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from data.files import atomic_write
-from evaluation.geneval.prompts import TASKS, Metadata
+from evaluation.geneval.prompts import Metadata
 from evaluation.geneval.verdicts import Judged
 
 _UNIT = 1000
@@ -65,10 +65,9 @@ def _words(task: str) -> str:
 
 def _cards(summary: Mapping[str, Any]) -> str:
     cards = [_card("overall", summary["overall"], summary["overall_interval"], "mean of the tasks", " class=overall")]
-    for task in TASKS:
-        if it := summary["tasks"].get(task):
-            count = f"{it['prompts']:,} prompts, {it['images']:,} images"
-            cards.append(_card(_words(task), it["score"], it["interval"], count))
+    for task, it in summary["tasks"].items():
+        count = f"{it['prompts']:,} prompts, {it['images']:,} images"
+        cards.append(_card(_words(task), it["score"], it["interval"], count))
     if it := summary.get("held_out"):
         count = f"{it['prompts']:,} held-out captions"
         cards.append(_card("held out", it["overall"], it["overall_interval"], count))
@@ -89,7 +88,8 @@ def _card(label: str, score: float, interval: Sequence[float] | None, note: str,
 
 def _choices(name: str, labels: Mapping[str, str]) -> str:
     return "".join(
-        f'<label><input type=radio name={name} value="{value}"{" checked" if value == "all" else ""}>{label}</label>'
+        f'<label><input type=radio name={name} value="{escape(value)}"{" checked" if value == "all" else ""}>'
+        f"{escape(label)}</label>"
         for value, label in labels.items()
     )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from data.errors import UserError
 from data.files import read_lines, read_text
@@ -140,13 +140,14 @@ def digest(prompts: Sequence[Metadata]) -> str:
 
 
 class _Fields(BaseModel):
-    """Fields that the official code does not know are allowed, but not those that look like a misspelt one."""
+    """Fields that the official code does not know are allowed, but in a file of prompts not those that look like a
+    misspelt one."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="after")
-    def _nothing_is_misspelt(self) -> Self:
-        for name in self.model_extra or {}:
+    def _nothing_is_misspelt(self, info: ValidationInfo) -> Self:
+        for name in (self.model_extra or {}) if info.context != _OF_OTHERS else ():
             for meant in difflib.get_close_matches(name, _OPTIONAL, n=1, cutoff=0.8):
                 if meant in type(self).model_fields and meant not in self.model_fields_set:
                     raise ValueError(f"{name} is no field: did you mean {meant}?")
@@ -158,17 +159,25 @@ class _Few(_Fields):
     count: Annotated[int, Field(ge=1)]
 
 
+class _Unwanted(_Few):
+    @field_validator("count", mode="before")
+    @classmethod
+    def _some_image_is_right(cls, count: Any) -> Any:
+        if isinstance(count, int) and count < 1:
+            raise ValueError(f"{count} leaves no image that could be right: must be at least 1")
+        return count
+
+
 class _Wanted(_Few):
     color: Color | None = None
     position: tuple[Relation, Annotated[int, Field(ge=0)]] | None = None
 
 
 class _Prompt(_Fields):
-    tag: Task
+    tag: Annotated[str, Field(min_length=1)]
     include: list[_Wanted] = []
-    exclude: list[_Few] = []
+    exclude: list[_Unwanted] = []
     prompt: Annotated[str, Field(min_length=1)]
-    heldout: bool = False  # of the proving ground's: whether training never saw the caption
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
@@ -180,6 +189,12 @@ class _Prompt(_Fields):
         return self
 
 
+class _ListedPrompt(_Prompt):
+    tag: Task
+    heldout: bool = False  # of the proving ground's: whether training never saw the caption
+
+
+_OF_OTHERS = "metadata of others"
 _ITEM = ("class", "count", "color", "position")
 _OPTIONAL = ("include", "exclude", "color", "position")
 
@@ -208,18 +223,19 @@ def read(path: Path) -> list[Metadata]:
 
 
 def read_one(path: Path) -> Metadata:
-    """Read a metadata.jsonl as the official code does: one object of JSON, over any number of lines.
+    """Read a metadata.jsonl as the official code does: one object of JSON, over any number of lines. Its images are
+    there already, so any tag is a task, and any other field is kept and means nothing, whatever it looks like.
 
     Raises:
-        UserError: the file cannot be read, or holds anything else.
+        UserError: the file cannot be read, or holds anything else, or what any image or none would be right for.
     """
-    return _parse(read_text(path), str(path))
+    return _parse(read_text(path), str(path), _Prompt, _OF_OTHERS)
 
 
-def _parse(text: str, where: str) -> Metadata:
+def _parse(text: str, where: str, form: type[_Prompt] = _ListedPrompt, context: str | None = None) -> Metadata:
     try:
         metadata: Metadata = json.loads(text)
-        _Prompt.model_validate_json(text)
+        form.model_validate_json(text, context=context)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

@@ -1,6 +1,7 @@
 """GenEval's scores: the lines of results.jsonl, a line an image, and what they come to.
 
-- A task's score is the mean over its images, the overall score the mean over the tasks that there are.
+- A task's score is the mean over its images, the overall score the mean over the tasks that there are: whatever tags
+  the lines have, as in the official code.
 - The intervals are of the bootstrap: the prompts of each task are drawn anew, with replacement, a prompt with all its
   images. Images of a prompt succeed and fail together, so to draw images would make the intervals too narrow. They tell
   how far another set of prompts of the same kind could have moved the score; where a task's prompts all did equally
@@ -47,18 +48,17 @@ def summarise(results: Sequence[Result], seed: int = 0) -> dict[str, Any]:
 
     Returns:
         "overall", "overall_interval"; "tasks": of each that there is "score", "interval", "prompts", "images";
-        "absent_tasks": those that there are not; "correct_images"; "correct_prompts": with any image correct;
+        "absent_tasks": GenEval's that there are not; "correct_images"; "correct_prompts": with any image correct;
         "prompts"; "images"; "bootstrap": how the intervals were made. In JSON's types.
 
     Raises:
-        UserError: there is no line, or one of a task that GenEval does not have.
+        UserError: there is no line.
     """
     if not results:
         raise UserError("there are no results to sum up: an image at least has to be scored")
-    if unknown := sorted({it["tag"] for it in results} - set(TASKS)):
-        raise UserError(f"results: the tag {unknown[0]!r} is no task of GenEval: {', '.join(TASKS)}")
+    others = sorted({it["tag"] for it in results} - set(TASKS))
     # As in the official code, lines of equal metadata are of one prompt. Sorted, so that their order means nothing.
-    outcomes: dict[str, dict[str, list[bool]]] = {task: defaultdict(list) for task in TASKS}
+    outcomes: dict[str, dict[str, list[bool]]] = {task: defaultdict(list) for task in (*TASKS, *others)}
     for it in sorted(results, key=lambda it: it["metadata"]):
         outcomes[it["tag"]][it["metadata"]].append(it["correct"])
     tasks: dict[str, dict[str, Any]] = {}

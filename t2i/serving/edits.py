@@ -15,7 +15,7 @@ from data.errors import BadSample, UserError
 from data.formats import FORMATS
 from t2i.config import RunConfig
 from t2i.editing import EditSettings, edit_settings, patch_window
-from t2i.serving.session import MOST_SEED, MOST_STEPS, check_number, check_whole, check_words, stem_of
+from t2i.serving.session import MOST_SEED, MOST_STEPS, Words, check_number, check_whole, check_words, stem_of
 from t2i.size_limits import Limits
 
 MOST_IMAGE_PIXELS = 2**26
@@ -67,6 +67,11 @@ class EditRequest:
         """All of it but the image, in JSON's types."""
         told = {"source": self.source, "target": self.target, "size": list(self.image.shape[1:])}
         return told | {"edits": self.edits.model_dump(mode="json")}
+
+    @property
+    def words(self) -> tuple[Words, ...]:
+        """What the text encoder reads."""
+        return Words("what the image shows", self.source), Words("what it is to show", self.target)
 
     @property
     def stem(self) -> str:

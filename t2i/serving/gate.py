@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Sequence
@@ -30,6 +31,8 @@ MOST_UPLOAD = 2**25
 """Bytes of a file, at most."""
 MOST_ARRIVING = 2**28
 """Bytes of uploads that are on their way, in all."""
+MOST_SECONDS = 120.0
+"""That an upload takes: then it gives up its place among them."""
 MOST_REQUEST = 2**20
 """Bytes of any other request."""
 API = "/gradio_api"
@@ -122,7 +125,8 @@ class Gate:
                 yield piece
 
         try:
-            form = await MultiPartParser(request.headers, pieces(), max_files=1, max_fields=0).parse()
+            async with asyncio.timeout(MOST_SECONDS):
+                form = await MultiPartParser(request.headers, pieces(), max_files=1, max_fields=0).parse()
             file = form.get("files")
             if not isinstance(file, UploadFile):
                 raise _Refused(400, "an upload must have one file, under the name files")
@@ -131,6 +135,8 @@ class Gate:
             await form.close()
         except (MultiPartException, KeyError) as error:  # KeyError: no boundary
             raise _Refused(400, "an upload must be a form with one file") from error
+        except TimeoutError as error:
+            raise _Refused(408, f"an upload may take {MOST_SECONDS:.0f} seconds") from error
         finally:
             self._arriving -= arrived
         if suffix not in TYPES:

@@ -15,15 +15,10 @@ import stat
 from pathlib import Path
 from threading import Lock
 
-TYPES = {
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".webp": "image/webp",
-    ".gif": "image/gif",
-    ".bmp": "image/bmp",
-}
-"""Of images, by their files' suffixes."""
+from data.formats import FORMATS
+
+TYPES = {f".{ext}": f"image/{name.lower()}" for name, it in FORMATS.items() for ext in it.extensions}
+"""Of the images that are decoded, by their files' suffixes."""
 
 
 class KeptFiles:

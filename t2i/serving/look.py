@@ -56,18 +56,20 @@ def hint(words: str) -> str:
     return f'<p class="hint">{escape(words)}</p>'
 
 
-def progress(frame: Frame, count: int, seconds: float) -> str:
-    """How far a request for `count` pictures is, after so many seconds."""
+def progress(frame: Frame, count: int, seconds: float, length: int) -> str:
+    """How far a request for `count` pictures is, after so many seconds; of texts that are cut, that the model reads
+    `length` tokens."""
+    cut = "".join(f"<p>{escape(it)}: is longer than text.length {length} tokens and is cut</p>" for it in frame.cut)
     done, percent = len(frame.drawn), min(100, round(100 * frame.share))
     if done == count:
         words = f"{count} picture{'s' if count > 1 else ''} in {seconds:.1f} s"
-        return f'<div class="progress"><p>{words}</p></div>'
+        return f'<div class="progress"><p>{words}</p>{cut}</div>'
     words = f"picture {done + 1} of {count}" if count > 1 else "drawing"
     image = forming(frame.preview) if frame.preview is not None else ""
     return (
         f'<div class="progress"><div class="bar" role="progressbar" aria-valuenow="{percent}">'
         f'<i style="width:{percent}%"></i></div>'
-        f"<p>{words} · {percent} % · {seconds:.0f} s</p>{image}</div>"
+        f"<p>{words} · {percent} % · {seconds:.0f} s</p>{cut}{image}</div>"
     )
 
 

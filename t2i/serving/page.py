@@ -55,9 +55,10 @@ def build_page(studio: Studio, uploads: KeptFiles, name: str, facts: str) -> gr.
                     edits = _edit_tab(studio, uploads, small)
             with gr.Tab("History", id="history"):
                 shown = history_tab(history, tabs, draws, edits, uploads, small)
-        _connect(draws, studio.check, studio.draw, Form, history, shown)
+        length = studio.pipeline.config.text.length
+        _connect(draws, studio.check, studio.draw, Form, history, shown, length)
         if edits is not None:
-            _connect(edits, studio.check_edit, studio.edit, EditForm, history, shown)
+            _connect(edits, studio.check_edit, studio.edit, EditForm, history, shown, length)
     return page
 
 
@@ -175,8 +176,9 @@ def _connect(
     form: type[Form] | type[EditForm],
     history: Any,
     shown: Any,
+    length: int,
 ) -> None:
-    """Have a tab's button ask for pictures, and its other one stop them."""
+    """Have a tab's button ask for pictures, and its other one stop them; of words the model reads `length` tokens."""
 
     def ask(drawn_before: History, *values: Any) -> Iterator[list[Any]]:
         with _in_words():
@@ -184,7 +186,7 @@ def _connect(
             count = request.pictures if isinstance(request, Request) else 1
             began, done = time.monotonic(), -1
             for frame in draw(request):
-                told = look.progress(frame, count, time.monotonic() - began)
+                told = look.progress(frame, count, time.monotonic() - began, length)
                 if len(frame.drawn) == done:
                     yield [told, gr.skip(), gr.skip(), gr.skip()]
                     continue

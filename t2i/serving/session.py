@@ -43,6 +43,15 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Words:
+    """A text of a request, by its field's name; plain: read without the model's instruction."""
+
+    field: str
+    text: str
+    plain: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """What somebody asks for, checked."""
 
@@ -71,6 +80,11 @@ class Request:
         """All of it, in JSON's types."""
         told = {"prompt": self.prompt, "negative": self.negative, "size": list(self.size)}
         return told | {"sampling": self.sampling.model_dump(mode="json")}
+
+    @property
+    def words(self) -> tuple[Words, ...]:
+        """What the text encoder reads."""
+        return Words("prompt", self.prompt), Words("negative prompt", self.negative, plain=True)
 
     @property
     def stem(self) -> str:

@@ -70,6 +70,8 @@ class Frame:
     """The picture (H, W, 3) that is forming, as the latest call predicts it; None: no news of it."""
     drawn: tuple[Drawn, ...]
     """Pictures that are done."""
+    cut: tuple[str, ...] = ()
+    """The fields whose words are longer than what the model reads of them."""
 
 
 class Studio:
@@ -146,7 +148,7 @@ class Studio:
         def is_over() -> bool:
             return stop.is_set() or self._closing.is_set()
 
-        called, shown, drawn = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...]()
+        called, shown, drawn, cut = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...](), tuple[str, ...]()
 
         def preview(predicted: Tensor, t: float) -> None:
             nonlocal called, shown, latest
@@ -154,19 +156,21 @@ class Studio:
                 raise _Stopped
             called += 1
             if time.monotonic() - shown >= PREVIEW_EVERY_S:
-                latest = Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn)
+                latest = Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn, cut)
                 news.set()
                 shown = time.monotonic()
 
         def make() -> None:
-            nonlocal drawn, latest
+            nonlocal drawn, latest, cut
             if is_over():
                 return
+            conditioner = self.pipeline.conditioner
+            cut = tuple(it.field for it in request.words if conditioner.cut([it.text], it.plain))
             for number, image in enumerate(images(preview)):
                 settings = self._made_of | request.settings | {"number": number}
                 path = self.pictures.add(f"{request.stem}_{number}.png", to_png(image, settings))
                 drawn = (*drawn, Drawn(path, settings, request))
-                latest = Frame(called / request.calls, None, drawn)
+                latest = Frame(called / request.calls, None, drawn, cut)
                 news.set()
 
         future = self._device.submit(make)

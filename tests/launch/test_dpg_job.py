@@ -55,7 +55,7 @@ def dpg(copy: Path, tmp_path: Path) -> Dpg:
 
 def draw_colors(folder: Path, side: int = 16) -> Path:
     """Grids of plain tiles, one for each prompt."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name, colors in (("cat1", ("red", "blue", "white", "black")), ("dog2", ("green", "red", "gray", "blue"))):
         grid = Image.new("RGB", (2 * side, 2 * side))
         for n, color in enumerate(colors):
@@ -168,7 +168,10 @@ def test_what_fails_ends_the_job_but_in_parity(dpg: Dpg, copy: Path, tmp_path: P
     both = summary(dpg(*asked, "--parity", benchmark=whole))
     assert (both["prompts"], both["dropped"]) == (2, {})
     good = (theirs / "dog2.png").read_bytes()
-    for spoilt, reason in ((good[:60], "cannot be read"), (None, "no image for 1 of 2 prompts, such as dog2.png")):
+    for spoilt, reason in (
+        (good[:60], "is no image that can be read"),
+        (None, "no image for 1 of 2 prompts, such as dog2.png"),
+    ):
         if spoilt is None:
             (theirs / "dog2.png").unlink()
         else:
@@ -199,6 +202,27 @@ def test_answers_to_other_pictures_are_refused(dpg: Dpg, others: list[str | Path
     with pytest.raises(UserError, match="grids_sha256 differs, so these answers are to other questions or pictures"):
         dpg(*others, "--answers", answers)
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_folder_of_anything_else_is_not_scored_into(
+    dpg: Dpg, others: list[str | Path], tmp_path: Path, judge: Path
+) -> None:
+    out = dpg(*others, "--judge", judge)
+    before = files(out)
+    dpg(*others, "--judge", judge)
+    assert files(out) == before
+    more = draw_colors(tmp_path / "more")
+    with pytest.raises(UserError, match=r"--out .*: holds scores of other images \(images\): give another folder"):
+        dpg("--images", more, "--resolution", "16", "--judge", judge)
+    theirs = draw_colors(tmp_path / "theirs", 8)
+    with pytest.raises(UserError, match=r"--out .*: holds scores of other images \(resolution\)"):
+        dpg("--images", theirs, "--resolution", "8", "--judge", judge)
+    draw_colors(tmp_path / "theirs")
+    assert files(out) == before
+    (out / "scored.json").rename(tmp_path / "scored.json")  # now it is another job's
+    with pytest.raises(UserError, match="--out .*: holds .* that this job has not begun: give another folder"):
+        dpg(*others, "--judge", judge)
+    assert (out / "summary.json").exists() and not (out / "scored.json").exists()
 
 
 def test_a_judge_is_not_asked_twice_but_about_what_has_changed(

@@ -372,6 +372,7 @@ def test_mistakes_leave_nothing_behind(job: Callable[..., Path], tmp_path: Path,
     [
         ({}, "out", "--out .*out: the name ends in .png"),
         ({}, "none/out.png", "--out .*: there is no folder .*none"),
+        ({}, "tiny.png", "--out .*tiny.png: it should not exist yet"),
         ({"--image": "gone.png"}, "out.png", "gone.png: cannot be read"),
         ({"--image": "edits.yaml"}, "out.png", "edits.yaml: is no image that can be read"),
         ({"--image": "tiny.png"}, "out.png", "--image tiny.png has 3 x 9 pixels"),

@@ -192,6 +192,24 @@ def test_the_images_of_others_are_scored(drawn: Path, job: Job) -> None:
     assert found["drawn"] == {"images": str(drawn)} and found["size"] == [48, 48]
 
 
+def test_images_of_others_are_scored_into_a_folder_of_their_own(drawn: Path, job: Job, tmp_path: Path) -> None:
+    words = ["--images", str(drawn), "--detector", "shapes"]
+    out = job(*words)
+    before = {path: path.read_bytes() for path in out.rglob("*.json*")}
+    job(*words)
+    assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before
+    again = shutil.copytree(drawn, tmp_path / "again")
+    with pytest.raises(UserError, match=r"--out .*: holds scores of other images \(images\): give another folder"):
+        job("--images", str(again), "--detector", "shapes")
+    (out / "scored.json").write_text(json.dumps({"job": "dpg", "images": str(drawn), "resolution": 16}))
+    with pytest.raises(UserError, match=r"holds scores of other images \(job, resolution\)"):
+        job(*words)
+    (out / "scored.json").unlink()  # now it is another job's
+    with pytest.raises(UserError, match="--out .*: holds .* that this job has not begun: give another folder"):
+        job(*words)
+    assert (out / "summary.json").exists()
+
+
 def test_results_have_genevals_fields(drawn: Path, job: Job) -> None:
     out = job("--images", str(drawn), "--detector", "shapes")
     lines, prompts = results(out), proving_prompts(12)
@@ -257,6 +275,18 @@ def test_captions_that_training_never_saw_are_scored_apart(drawn: Path, job: Job
     assert "captions that training never saw if its scenes were packed as those of make prove" in found["notes"][-1]
 
 
+def test_tags_and_fields_of_others_are_scored(drawn: Path, job: Job, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(drawn, tmp_path / "images"))
+    for number, it in enumerate(proving_prompts(12)):
+        lines = to_lines([{**it, "tag": "<b>", "heldout": "no"} if number < 3 else it])
+        (images / f"{number:05d}" / "metadata.jsonl").write_bytes(lines)
+    out = job("--images", str(images), "--detector", "shapes")
+    found = summary(out)
+    assert found["tasks"]["<b>"]["prompts"] == 3 and found["prompts"] == 12 and "held_out" not in found
+    page = (out / "report.html").read_text()
+    assert page.count("&lt;b&gt;") >= 3 and "<b><" not in page and '"<b>"' not in page
+
+
 def test_part_of_a_folder_is_scored_and_said_to_be_a_part(drawn: Path, job: Job, capsys: Any) -> None:
     found = summary(
         job("--images", str(drawn), "--detector", "shapes", "--tasks", "position", "colors", "--limit", "1")
@@ -290,7 +320,7 @@ def test_images_that_are_missing_are_never_scored(scored: Path, job: Job, tmp_pa
 def test_a_damaged_image_is_named(scored: Path, job: Job, tmp_path: Path) -> None:
     out = copy(scored, tmp_path / "out")
     image_path(out / "images", 2, 1).write_bytes(b"")
-    with pytest.raises(UserError, match="00002/samples/0001.png cannot be read as an image"):
+    with pytest.raises(UserError, match="00002/samples/0001.png: is no image that can be read"):
         job("--score-only", "--detector", "shapes")
     assert (out / "verdicts").is_dir() and not (out / "summary.json").exists()  # that was of other images
 

@@ -77,6 +77,8 @@ def test_other_wordings_and_classes_are_read_and_have_another_digest(tmp_path: P
         ({**dog(), "exclude": [{"class": "dog"}]}, r"exclude\.0\.count: Field required"),
         (dog(**{"class": ""}), r"include\.1\.class: .*at least 1 character"),
         (dog(count=0), r"include\.1\.count: .*greater than or equal to 1"),
+        ({**dog(), "exclude": [{"class": "dog", "count": 0}]}, r"exclude\.0\.count: 0 leaves no image that could be"),
+        ({**dog(), "heldout": "no"}, "heldout: .*valid boolean"),
         (dog(count=True), r"include\.1\.count: .*valid integer"),
         (dog(count="1"), r"include\.1\.count: .*valid integer"),
         (dog(colour="red"), r"include\.1: colour is no field: did you mean color"),
@@ -111,6 +113,33 @@ def test_fields_of_others_are_kept(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + prompts.to_lines([asked, nothing_but]) + b"\n\n")
     assert prompts.read(path) == [asked, nothing_but]
     assert prompts.essentials(asked) == dog(color="red", position=["above", 0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tag": "shading"}, {"excluded": []}, {"colors": "red"}, {"heldout": "no"}, {"heldout": 1}, dog(colour=3)],
+)
+def test_in_folders_of_others_any_tag_and_field_may_be(changes: Metadata, tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({**dog(), **changes}))
+    assert prompts.read_one(tmp_path / "metadata.jsonl") == {**dog(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tag": ""}, "tag: .*at least 1 character"),
+        ({"include": [], "included": [{"class": "dog", "count": 1}]}, "include and exclude are empty"),
+        ({"exclude": [{"class": "dog", "count": 0}]}, r"exclude\.0\.count: 0 leaves no image that could be right"),
+        ({"exclude": [{"class": "dog", "count": -2}]}, r"exclude\.0\.count: -2 leaves no image"),
+        (dog(count=0), r"include\.1\.count: .*greater than or equal to 1"),
+    ],
+)
+def test_in_folders_of_others_what_any_or_no_image_shows_is_refused(
+    changes: Metadata, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({**dog(), **changes}))
+    with pytest.raises(UserError, match=rf"metadata\.jsonl: {said}"):
+        prompts.read_one(tmp_path / "metadata.jsonl")
 
 
 def test_prompts_are_lines_of_utf_8(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -23,6 +24,11 @@ from tiny import open_process
 
 pytest.importorskip("gradio", reason="comes with the extra 'serve'")
 import httpx
+from starlette.responses import PlainTextResponse
+from starlette.types import Message
+
+from t2i.serving import gate
+from t2i.serving.kept import KeptFiles
 
 META = {"meta": {"_type": "gradio.FileData"}}
 API = "/gradio_api"
@@ -82,11 +88,11 @@ class Visitor:
                     return dict(message)
         raise AssertionError("it ended without an answer")
 
-    def edit(self, image: Any) -> dict[str, Any]:
-        return self.ask("edit", [image, "a red circle", "a blue star", 2, 1, 1.0, 1.5, 0])
+    def edit(self, image: Any, source: str = "a red circle", target: str = "a blue star") -> dict[str, Any]:
+        return self.ask("edit", [image, source, target, 2, 1, 1.0, 1.5, 0])
 
-    def draw(self) -> dict[str, Any]:
-        return self.ask("draw", ["a red circle", "", 16, 16, 2, 2.0, 0.0, 1.0, "euler", 2, 0, 1])
+    def draw(self, prompt: str = "a red circle", negative: str = "") -> dict[str, Any]:
+        return self.ask("draw", [prompt, negative, 16, 16, 2, 2.0, 0.0, 1.0, "euler", 2, 0, 1])
 
 
 def address_of(answer: dict[str, Any]) -> str:
@@ -255,6 +261,35 @@ def test_uploads_are_bounded(visitor: Visitor) -> None:
         assert answer.status_code == 400
 
 
+def test_words_that_are_cut_are_said(visitor: Visitor) -> None:
+    long, said = "a red circle " * 9, "is longer than text.length 8 tokens and is cut"
+    address = visitor.upload(png()).json()[0]
+    image = {"path": address, **META}
+    for answer, fields in (
+        (visitor.draw(), []),
+        (visitor.draw(long), ["prompt"]),
+        (visitor.draw(negative=long), ["negative prompt"]),
+        (visitor.edit(image), []),
+        (visitor.edit(image, source=long), ["what the image shows"]),
+        (visitor.edit(image, long, long), ["what the image shows", "what it is to show"]),
+    ):
+        assert address_of(answer)
+        told = json.dumps(answer["output"])
+        assert told.count(said) == len(fields) and all(f"<p>{field}: {said}" in told for field in fields)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "type_"),
+    [("jfif", "jpeg"), ("JPE", "jpeg"), ("avif", "avif"), ("tif", "tiff"), ("tiff", "tiff"), ("webp", "webp")],
+)
+def test_every_format_that_is_decoded_may_be_brought(visitor: Visitor, suffix: str, type_: str) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(data, type_)
+    address = visitor.upload(data.getvalue(), f"a.{suffix}").json()[0]
+    assert visitor.get(f"{API}/file={address}").headers["content-type"] == f"image/{type_}"
+    assert address_of(visitor.edit({"path": address, **META}))
+
+
 def test_one_who_leaves_in_the_middle_of_an_upload_takes_no_place(visitor: Visitor) -> None:
     head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     head += (
@@ -264,6 +299,39 @@ def test_one_who_leaves_in_the_middle_of_an_upload_takes_no_place(visitor: Visit
         with socket.create_connection(("127.0.0.1", visitor.http.base_url.port or 0)) as connection:
             connection.sendall(head.encode() + bytes(2**23))
     assert visitor.upload(png()).status_code == 200
+
+
+def test_an_upload_that_stalls_gives_its_place_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MOST_SECONDS", 0.1)
+    monkeypatch.setattr(gate, "MOST_ARRIVING", 1000)
+    uploads = KeptFiles(tmp_path / "uploads", 9, 2**20)
+    entrance = gate.Gate(PlainTextResponse("never asked"), tmp_path, uploads, uploads)
+    begun = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(700)
+
+    async def upload(*pieces: bytes) -> int:
+        """The status of the answer to a form of which more is to come."""
+        left, told = [*pieces], list[Message]()
+
+        async def receive() -> Message:
+            if not left:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or len(pieces) == 1}
+
+        async def send(message: Message) -> None:
+            told.append(message)
+
+        headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+        await entrance({"type": "http", "method": "POST", "path": f"{API}/upload", "headers": headers}, receive, send)
+        return int(told[0]["status"])
+
+    async def visits() -> list[int]:
+        stalled = asyncio.create_task(upload(begun))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        crowded = await upload(begun, b"\r\n--x--\r\n")
+        return [crowded, await stalled, await upload(begun, b"\r\n--x--\r\n")]
+
+    assert asyncio.run(visits()) == [503, 408, 200]
 
 
 def test_neither_pictures_nor_answers_say_where_the_servers_files_are(visitor: Visitor) -> None:
