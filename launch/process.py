@@ -61,7 +61,8 @@ def joined_world(
     size = int(os.environ.setdefault("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    port = int(os.environ.setdefault("MASTER_PORT", "29500"))
+    # One process meets nobody, but DeepSpeed names its shared memory by the port: another job's may not be the same.
+    port = int(os.environ.setdefault("MASTER_PORT", "29500" if size > 1 else "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)

@@ -4,6 +4,8 @@
 - Who is still missing is said, soon and again; the end of the wait is a sentence.
 - A process of another run, which the port may lead here, is turned away, and a rank that has other settings, another
   source or other versions than rank 0 ends the job on all ranks at once.
+- Ranks of an earlier start, which may still be saving, are waited for. A store may also outlive its ranks (torchrun's
+  agent restarts them, and counts that by node): each rank 0 names a start of its own, and its keys go below that name.
 - The store's own waits print stacks to stderr when they end, and its first contact with what is no store may last for
   ever: so keys are polled, and that contact has a thread.
 """
@@ -34,8 +36,9 @@ POLL_S = 0.05
 CONTACT_S = 60.0
 ANSWER_S = 5.0
 """How long the store's first contact may take, and how much longer its thread is waited for."""
-STRAY_S = 60.0
-"""How long rank 0 still waits once a process of what may be another run has come in a rank's place."""
+HELD_S = 120.0
+RETRY_S = 0.5
+"""How long another run's ranks, or those of an earlier start, are waited for at the port, and how often it is tried."""
 HEARD_S = 30.0
 """How long rank 0 keeps the store for ranks that have not heard why the job ends."""
 SHOWN = 4
@@ -57,6 +60,14 @@ class Place:
         return f"{self.address}:{self.port}"
 
 
+class _HeldError(Exception):
+    """What is at the port is not, or not yet, this start; `kin` where it is of the same job and folder."""
+
+    def __init__(self, sentence: str, kin: bool) -> None:
+        super().__init__(sentence)
+        self.kin = kin
+
+
 def meet(place: Place, run: Mapping[str, str], values: Mapping[str, str], patience: timedelta) -> dist.Store:
     """Wait until all ranks of this run are here, and return the store in which they met. A collective.
 
@@ -67,9 +78,9 @@ def meet(place: Place, run: Mapping[str, str], values: Mapping[str, str], patien
         patience: how long to wait for the others.
 
     Raises:
-        UserError: the port is taken, or leads to another run; or a rank's values differ from rank 0's: then on every
+        UserError: the port stays taken, or leads to another run; or a rank's values differ from rank 0's: then on every
             rank, and the sentence names rank, host, field and both values.
-        StoreError: ranks did not come in time, or rank 0 is gone.
+        StoreError: ranks did not come in time, rank 0 is gone, or another start of this run does not leave.
     """
     try:
         return _Rendezvous(place, run, values, patience).meet()
@@ -87,16 +98,42 @@ class _Rendezvous:
         self._next_word = self._began + FIRST_WORD_S
         self._here: dict[int, dict[str, str]] = {}
         self._stray = ""
+        self._agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
     def meet(self) -> dist.Store:
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = self._serve() if self.place.rank == 0 and not agent else self._connect()
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's store outlives its ranks
-        self.store = dist.PrefixStore(f"rendezvous/{restart}", store)
+        held: _HeldError | None = None
+        since, said = 0.0, False
+        while True:
+            try:
+                return self._try()
+            except _HeldError as error:
+                since = since if held else time.monotonic()
+                held = error
+            except dist.DistError:
+                if held is None:
+                    raise  # else its store has gone with the run that held the port
+            waited = time.monotonic() - since
+            # The agent has one process a rank: a place that is taken is of a start that it has ended.
+            patience = self._patience_s if self._agent and held.kin else HELD_S
+            if waited > patience:
+                kin = held.kin or (self.place.rank == 0 and not self._agent and self._is_kin())
+                raise (StoreError if kin else UserError)(f"{held} (waited {_span(waited)} for it to leave)")
+            if waited >= FIRST_WORD_S and not said and self.place.local_rank == 0:
+                said = True
+                print(f"{self.who} waits up to {_span(patience)}: {held}", file=sys.stderr, flush=True)
+            time.sleep(RETRY_S)
+
+    def _try(self) -> dist.Store:
+        store = self._serve() if self.place.rank == 0 and not self._agent else self._connect()
+        self._root = dist.PrefixStore("rendezvous", store)
         verdict = self._gather() if self.place.rank == 0 else self._join()
         if verdict is not None:
             raise {"UserError": UserError, "StoreError": StoreError}[verdict["kind"]](verdict["sentence"])
-        return dist.PrefixStore(f"world/{restart}", store)
+        return dist.PrefixStore(f"world/{self._start}", store)
+
+    def _enter(self, start: str) -> None:
+        self._start, self._here = start, {}
+        self.store = dist.PrefixStore(start, self._root)
 
     # The store
 
@@ -105,7 +142,8 @@ class _Rendezvous:
         if isinstance(store, dist.Store):
             return store
         if "EADDRINUSE" in store:
-            raise UserError(f"port {self.place.port} of {self.host} is in use, perhaps by another run: {_PORT}")
+            sentence = f"port {self.place.port} of {self.host} is in use, perhaps by another run: {_PORT}"
+            raise _HeldError(sentence, kin=False)
         raise UserError(
             f"{self.who} cannot keep the ranks' store at {self.place.store}: {store}; --master_addr has to lead to "
             "this host, and --master_port to be one that may be listened on"
@@ -117,9 +155,27 @@ class _Rendezvous:
         store = self._contact(is_master=False)
         if isinstance(store, dist.Store):
             return store
-        raise UserError(
-            f"{self.who} finds another program than rank 0 of its run at {self.place.store} ({store}): {_PORT}"
+        raise _HeldError(
+            f"{self.who} finds another program than rank 0 of its run at {self.place.store} ({store}): {_PORT}",
+            kin=False,
         )
+
+    def _is_kin(self) -> bool:
+        """Whether a rank 0 of the same job and folder keeps its store at the port that this one was refused."""
+        store = self._contact(is_master=False)
+        if not isinstance(store, dist.Store):
+            return False
+        self._root = dist.PrefixStore("rendezvous", store)
+        try:
+            if not self._root.check(["start"]):
+                return False
+            self._enter(self._root.get("start").decode())
+            return self._same_folder(json.loads(self._card(0)["run"]))
+        except dist.DistError:
+            return False
+
+    def _same_folder(self, theirs: Mapping[str, str]) -> bool:
+        return all(theirs.get(name) == self.run.get(name) for name in ("job", "folder"))
 
     def _refusal(self) -> str | None:
         try:
@@ -150,8 +206,10 @@ class _Rendezvous:
     # Rank 0
 
     def _gather(self) -> dict[str, str] | None:
+        self._enter(uuid.uuid4().hex)
         self.store.set("values", json.dumps(self.values))
         self._register({})
+        self._root.set("start", self._start)
         verdict: dict[str, str] | None = None
         try:
             while True:
@@ -160,7 +218,7 @@ class _Rendezvous:
                     raise UserError(differing[0])
                 if len(here) == self.place.size:
                     break
-                self._heed_strays()
+                self._say_turned_away()
                 self._wait(self._missing)
         except (UserError, StoreError) as error:
             verdict = {"kind": type(error).__name__, "sentence": str(error)}
@@ -171,29 +229,35 @@ class _Rendezvous:
                 time.sleep(POLL_S)
         return verdict
 
-    def _heed_strays(self) -> None:
-        """Say that a process of another run was turned away: if this rank's own companions were meant to be that one,
-        nobody else will come."""
+    def _say_turned_away(self) -> None:
+        """Say, once, that a process of another run was turned away: it may be one that was meant for this."""
         if not self._stray and self.store.check(["stray"]):
             self._stray = self.store.get("stray").decode()
             print(f"{self.who} {self._stray}", file=sys.stderr, flush=True)
-            self._patience_s = min(self._patience_s, time.monotonic() - self._began + STRAY_S)
 
     # The other ranks
 
     def _join(self) -> dict[str, str] | None:
-        self._until("0", lambda: f"rank 0 at {self.place.store}")
+        while not self._root.check(["start"]):
+            self._wait(lambda: f"rank 0 at {self.place.store}")
+        self._enter(self._root.get("start").decode())
         first = self._card(0)
         theirs = json.loads(first["run"])
         if other := [name for name in {**theirs, **self.run} if theirs.get(name) != self.run.get(name)]:
             told = "; ".join(f"{name} {theirs.get(name)} there, {self.run.get(name)} here" for name in other)
             self.store.compare_set("stray", "", f"turned away {self.who}, which is of another run ({told})")
-            raise UserError(f"{self.who} met another run at {self.place.store}, on {first['host']} ({told}): {_PORT}")
+            sentence = f"{self.who} met another run at {self.place.store}, on {first['host']} ({told}): {_PORT}"
+            raise _HeldError(sentence, self._same_folder(theirs))
+        if self._agent and any(self.store.check([key]) for key in ("verdict", str(self.place.rank))):
+            raise _HeldError(f"{self.who} met an earlier start of its run at {self.place.store}", kin=True)
         if digest(self.values) != first["digest"]:
             self._register({"differs": self._differing(first)})
         else:
             self._register({})
-        self._until("verdict", self._missing)
+        while not self.store.check(["verdict"]):
+            if self._root.get("start").decode() != self._start:
+                return self._join()  # that one's rank 0 had been killed before it could end
+            self._wait(self._missing)
         self.store.add("heard", 1)
         verdict: dict[str, str] | None = json.loads(self.store.get("verdict"))
         return verdict
@@ -218,10 +282,11 @@ class _Rendezvous:
         taken = self.store.compare_set(str(self.place.rank), "", card).decode()
         if taken != card:
             holder = json.loads(taken)
-            raise UserError(
+            raise _HeldError(
                 f"rank {self.place.rank} at {self.place.store} is process {holder['process']} on {holder['host']} "
                 f"already, and process {os.getpid()} on {self.host} comes as the same: was the run started twice? "
-                f"{_PORT}"
+                f"{_PORT}",
+                kin=True,
             )
         self.store.add("count", 1)
 
@@ -242,10 +307,6 @@ class _Rendezvous:
         hosts = ", ".join(f"{count} on {host}" for host, count in Counter(it["host"] for it in here.values()).items())
         return f"{name_ranks(missing)} ({len(missing)} of {self.place.size}) at {self.place.store}; here are {hosts}"
 
-    def _until(self, key: str, what: Callable[[], str]) -> None:
-        while not self.store.check([key]):
-            self._wait(what)
-
     def _wait(self, what: Callable[[], str]) -> None:
         """Wait a moment for the others; say whom for when it is time. One rank of a host speaks.
 
@@ -257,8 +318,8 @@ class _Rendezvous:
         waited = now - self._began
         # Rank 0 ends the wait for all; the others only where they do not hear of it.
         if waited > self._patience_s + (0 if self.place.rank == 0 else HEARD_S):
-            kind, stray = (UserError, f"; it {self._stray}") if self._stray else (StoreError, "")
-            raise kind(
+            stray = f"; it {self._stray}" if self._stray else ""
+            raise StoreError(
                 f"{self.who} has waited {_span(waited)} for {what()}{stray}: see that all ranks are started, with the "
                 "same master's address and port, and that the network lets them through"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ from tiny import free_port, tiny_config
 from data.errors import StoreError, UserError
 from launch import rendezvous
 from launch.agreement import agreed_values
+from launch.process import joined_world
 from launch.rendezvous import Place, meet
 
 RUN = {"job": "stage1.py", "folder": "runs/mine", "ranks": "2"}
@@ -49,10 +52,11 @@ def pool():
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch) -> None:
-    """Words come sooner, and nobody waits for a rank of another run."""
+    """Words come sooner, and nobody waits long for another run to leave."""
     monkeypatch.setattr(rendezvous, "FIRST_WORD_S", 0.2)
     monkeypatch.setattr(rendezvous, "WORD_S", 0.3)
-    monkeypatch.setattr(rendezvous, "STRAY_S", 0.5)
+    monkeypatch.setattr(rendezvous, "HELD_S", 0.5)
+    monkeypatch.setattr(rendezvous, "RETRY_S", 0.1)
     monkeypatch.setattr(rendezvous, "HEARD_S", 1.0)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
 
@@ -106,8 +110,7 @@ def test_a_rank_that_differs_ends_all_at_once_with_one_sentence(pool, values: di
         assert said.startswith(f"rank 1 on {HOST} and rank 0 on {HOST} differ in {told}: ")
 
 
-def test_ranks_of_another_run_never_join(pool, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(rendezvous, "STRAY_S", 60.0)
+def test_ranks_of_another_run_never_join(pool, capsys) -> None:
     port = free_port()
     first = meeting(pool, port, 0)
     other = meeting(pool, port, 1, run=RUN | {"folder": "runs/other"})
@@ -122,13 +125,15 @@ def test_ranks_of_another_run_never_join(pool, capsys, monkeypatch) -> None:
     assert meeting(pool, port, 1).result(timeout=60) and first.result(timeout=60)  # its own rank still may come
 
 
-def test_a_run_whose_rank_came_as_another_run_ends(pool) -> None:
+def test_a_run_whose_rank_came_as_another_run_keeps_its_patience_and_says_so(pool, capsys) -> None:
     port = free_port()
-    first = meeting(pool, port, 0, seconds=600)
+    first = meeting(pool, port, 0, seconds=3)
     assert error_of(meeting(pool, port, 1, run=RUN | {"job": "stage2.py"}))[0] is UserError
+    assert not first.done()
     kind, said = error_of(first)
-    assert kind is UserError
-    assert "job stage1.py there, stage2.py here" in said
+    assert kind is StoreError
+    assert "has waited 3 s" in said and "job stage1.py there, stage2.py here" in said
+    assert capsys.readouterr().err.count(f"rank 0 on {HOST} turned away") == 1
 
 
 def test_a_rank_that_comes_twice_is_turned_away(pool) -> None:
@@ -136,15 +141,114 @@ def test_a_rank_that_comes_twice_is_turned_away(pool) -> None:
     zero, same = meeting(pool, port, 0, size=3), [meeting(pool, port, 1, size=3) for _ in range(2)]
     (loser,), (winner,) = wait(same, timeout=60, return_when=FIRST_COMPLETED)
     kind, said = error_of(loser)
-    assert kind is UserError and "--master_port" in said and "started twice" in said
+    assert kind is StoreError and "--master_port" in said and "started twice" in said
     assert all(one.result(timeout=60) for one in (meeting(pool, port, 2, size=3), zero, winner))
 
 
-def test_a_port_in_use_is_a_sentence_with_the_flag(pool) -> None:
+def test_a_port_that_stays_in_use_is_a_sentence_with_the_flag(pool, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(rendezvous, "CONTACT_S", 0.3)
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.3)
     with socket.create_server(("", 0)) as listener:
         kind, said = error_of(meeting(pool, listener.getsockname()[1], 0))
     assert kind is UserError
     assert "is in use" in said and "--master_port" in said
+    assert f"rank 0 on {HOST} waits up to 0 s: port" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_waited_for(pool) -> None:
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        zero = meeting(pool, port, 0)
+        assert not wait([zero], timeout=0.2).done
+    assert meeting(pool, port, 1).result(timeout=60) and zero.result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("run", "kind"),
+    [
+        (RUN, StoreError),
+        (RUN | {"launcher": "another"}, StoreError),
+        (RUN | {"ranks": "3"}, StoreError),
+        (RUN | {"folder": "runs/other"}, UserError),
+        (RUN | {"job": "stage2.py"}, UserError),
+    ],
+)
+def test_an_earlier_start_that_stays_ends_resumable_and_another_run_does_not(
+    pool, run: dict[str, str], kind: type[Exception]
+) -> None:
+    port = free_port()
+    earlier = [meeting(pool, port, rank) for rank in range(2)]
+    assert all(one.result(timeout=60) for one in earlier)  # they hold the store
+    assert [error_of(meeting(pool, port, rank, run=run))[0] for rank in range(2)] == [kind] * 2
+
+
+def test_an_earlier_start_that_leaves_is_waited_for(pool, monkeypatch) -> None:
+    monkeypatch.setattr(rendezvous, "HELD_S", 30.0)
+    port = free_port()
+    earlier = [meeting(pool, port, rank) for rank in range(2)]
+    assert all(one.result(timeout=60) for one in earlier)
+    new = [meeting(pool, port, rank) for rank in range(2)]
+    assert not wait(new, timeout=0.5).done
+    earlier.clear()  # and with it the store
+    for one in new:
+        one.result(timeout=60).set("word", "x")
+
+
+# Under torchrun's agent, whose store outlives its ranks
+
+
+@pytest.fixture
+def agent(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_an_agent_restarts_meet_anew(pool, agent, first: int, size: int) -> None:
+    for _ in range(2):
+        met = {rank: meeting(pool, agent.port, rank) for rank in range(2)}
+        met[0].result(timeout=60).set("word", "old")
+        assert met[1].result(timeout=60)
+    run = RUN | {"ranks": str(size)}
+    order = sorted(range(size), key=lambda rank: (rank == 0) != (first == 0))
+    met = {}
+    for rank in order:  # rank 0 first, or last, when the others have waited longer than for another run
+        if rank == order[-1]:
+            assert not wait(met.values(), timeout=0.7).done
+        met[rank] = meeting(pool, agent.port, rank, run=run, size=size)
+    stores = [met[rank].result(timeout=60) for rank in range(size)]
+    assert not any(store.check(["word"]) for store in stores)
+    stores[0].set("word", "new")
+    assert {store.get("word") for store in stores} == {b"new"}
+
+
+def test_ranks_leave_a_start_whose_rank_0_was_killed_or_gave_up(pool, agent) -> None:
+    abandoned = meeting(pool, agent.port, 0, size=3, seconds=0.2)
+    assert error_of(abandoned)[0] is StoreError
+    one = meeting(pool, agent.port, 1, size=3)  # finds the end of that start
+    unfinished = meeting(pool, agent.port, 0, size=3, seconds=4)
+    time.sleep(0.5)  # it registers there
+    zero = meeting(pool, agent.port, 0, size=3)
+    two = meeting(pool, agent.port, 2, size=3)
+    assert all(met.result(timeout=60) for met in (zero, one, two))
+    assert error_of(unfinished)[0] is StoreError
+
+
+def test_one_process_has_no_port_that_another_job_may_have(monkeypatch) -> None:
+    seen: list[str] = []
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def stop(*args: Any, **more: Any) -> None:
+        seen.append(os.environ["MASTER_PORT"])
+        raise StoreError("far enough")
+
+    monkeypatch.setattr(dist, "init_process_group", stop)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(StoreError, match="far enough"), joined_world():
+        pass
+    assert seen == ["0"]
 
 
 def test_what_is_no_store_is_a_sentence(pool, monkeypatch) -> None:
