@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 LINE_S = 60.0
 """Seconds between two lines."""
+SHORT_S = 5.0
+"""Of a job that ends sooner there is no line: its result is there."""
 
 
 class Stream(Protocol):
@@ -24,7 +26,7 @@ class Stream(Protocol):
 
 
 class Lines:
-    """What is used of tqdm's bar, in lines: every LINE_S seconds, and at the end."""
+    """What is used of tqdm's bar, in lines: every LINE_S seconds, and at the end of what takes SHORT_S."""
 
     def __init__(self, total: int, unit: str, what: str, initial: int, stream: Stream) -> None:
         self._total, self._unit, self._what, self._stream = total, unit, what, stream
@@ -44,7 +46,7 @@ class Lines:
 
     def close(self) -> None:
         """Show the end."""
-        if self._done > self._shown:
+        if self._done > self._shown and time.monotonic() - self._began >= SHORT_S:
             self._show()
 
     def _show(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args
@@ -38,9 +37,6 @@ def read_none(value: Any, annotation: Any) -> Any:
     return None if NoneType in parts else "none" if "none" in parts else value
 
 
-_NUMBER = re.compile(r"[\s\d_.eE+-]*\d[\s\d_.eE+-]*")
-
-
 class Section(BaseModel):
     """Base of every part of the tree: unknown keys are errors, numbers are finite, docstrings are the help texts."""
 
@@ -60,9 +56,6 @@ class Section(BaseModel):
             if numeric and bool not in parts and (truth := _truth_value(tree.get(name))) is not None:
                 must = "be a number" if isinstance(tree[name], bool) else "hold numbers"
                 raise ValueError(f"{name} must {must}, not {str(truth).lower()}")
-            # "010" in quotes, of which pydantic would make 10
-            if numeric and str not in parts and isinstance(text := tree.get(name), str) and _NUMBER.fullmatch(text):
-                raise ValueError(f"{name} must be a number, not the text {text!r}")
         annotations = {name: field.annotation for name, field in cls.model_fields.items()}
         return {name: read_none(value, annotations.get(name)) for name, value in tree.items()}
 

@@ -166,7 +166,6 @@ def test_a_wrong_value_is_one_sentence_that_names_the_field(tree: dict[str, Any]
         ("train: {steps: 1}\nname: a\ntrain: {batch_size: 8}", "line 3: 'train' is given twice, first in line 1"),
         ("name: a\ntrain:\n  steps: 1\n  steps: 2", "line 4: 'steps' is given twice, first in line 3"),
         ("name: a\ntrain:\n  steps: 010", "line 3: 010 is octal to some"),
-        ("train: {steps: '010'}", "steps must be a number, not the text '010'"),
         ("train: {steps: .inf}", "train.steps: input should be a finite number"),
         ("train: {steps: yes}", "train.steps: .* integer"),
         ("seed: on", "seed: .* integer"),
