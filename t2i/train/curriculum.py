@@ -76,7 +76,7 @@ def run(
     extend_index = _index_of(extend, places, chosen)
 
     def look() -> tuple[str | None, list[int]]:
-        extension = check_finished(config, places, extend_index)
+        extension = check_finished(config, places, chosen, extend_index)
         pending = [i for i in chosen if not places[i].done or (extension and i == extend_index)]
         for index in pending:
             check_world_size(settings[index], world.size, f"stage {places[index].name}")

@@ -6,7 +6,8 @@ config.yaml would tell what never ran. Its model's folder holds the settings tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ from t2i.train.schedule import learning_rate
 from t2i.train.start import mirror_of
 
 _SECTIONS = {"seed", "model", "text", "data", "objective", "optimizer", "train", "ema", "init"}
-_ACCESS = {"index", "heldout", "endpoint", "region", "profile", "anonymous", "requester_pays", "licence", "credit"}
+_ACCESS = {
+    "index",
+    "heldout",
+    "endpoint",
+    "region",
+    "profile",
+    "anonymous",
+    "requester_pays",
+    "licence",
+    "credit",
+    "images",
+}
 _BESIDE = {
     # Whether another text encoder is the same one, moved, is seen in the null caption, once a stage is trained.
     "text": {"model", "cache", "release"},
@@ -32,12 +44,15 @@ _EXTENDABLE = ("train.steps", "optimizer.")
 """Fields that may change where a finished stage is trained for longer."""
 
 
-def check_finished(config: RunConfig, places: Sequence[StagePlace], extend: int | None) -> str | None:
+def check_finished(
+    config: RunConfig, places: Sequence[StagePlace], chosen: Collection[int], extend: int | None
+) -> str | None:
     """Refuse a config that says of finished stages what did not run, or would train a stage out of order. On rank 0.
 
     Args:
         config: the run.
         places: of every stage.
+        chosen: indices of the stages that this command is for; its command line is for them alone.
         extend: index of the stage that may be trained for longer although it is finished; None: none may.
 
     Returns:
@@ -60,7 +75,7 @@ def check_finished(config: RunConfig, places: Sequence[StagePlace], extend: int 
                 f"{place.folder} and {why}: move that folder away, or give this run another name"
             )
         if place.done:
-            _check_stage(stage, place, bool(pending), index == extend)
+            _check_stage(stage, place, bool(pending), index in chosen, index == extend)
         now = follows.name if follows is not None else None
         if place.begun and stage.init.source == "previous" and before.get(place.name, now) != now:
             raise ConfigError(
@@ -86,7 +101,7 @@ def _is_longer(stage: RunConfig, place: StagePlace) -> bool:
     return stage.train.steps > _trained_with(place).train.steps
 
 
-def _check_stage(now: RunConfig, place: StagePlace, any_pending: bool, extend: bool) -> None:
+def _check_stage(now: RunConfig, place: StagePlace, any_pending: bool, chosen: bool, extend: bool) -> None:
     """Compare a finished stage's settings with the config's."""
     old, new = (_deciding(settings, any_pending) for settings in (_trained_with(place), now))
     changed = [name for name in changes(old, new) if not (extend and name.startswith(_EXTENDABLE))]
@@ -98,7 +113,9 @@ def _check_stage(now: RunConfig, place: StagePlace, any_pending: bool, extend: b
     says = " and ".join(_short(new.get(name)) for name in shown)
     more = f" (and {len(changed) - _SHOWN} more fields)" if len(changed) > _SHOWN else ""
     ways = ["give this run another name", f"set stage {place.name} back and change the stages after it in `stages`"]
-    if changed == ["train.steps"] and _is_longer(now, place):
+    if not chosen:  # perhaps it was its own command line
+        ways = [f"write that into stage {place.name} of the config file", ways[0]]
+    elif changed == ["train.steps"] and _is_longer(now, place):
         ways = [f"train it for longer with --extend {place.name}", "set it back"]
     raise ConfigError(
         f"stage {place.name} was trained with {told}, and the config now says {says}{more}: {', or '.join(ways)}"
@@ -146,4 +163,5 @@ def _share(config: OptimizerConfig, step: int, steps: int) -> float:
 
 def reopen(place: StagePlace, step: int) -> None:
     """Make a finished stage one to be trained: its model stays beside, under the step it is of. On rank 0."""
-    place.model.rename(Path(f"{place.model}_step_{step}"))
+    names = chain([f"{place.model}_step_{step}"], (f"{place.model}_step_{step}_{n}" for n in count(2)))
+    place.model.rename(next(path for path in map(Path, names) if not path.exists()))

@@ -102,6 +102,12 @@ def test_the_command_line_of_one_stage_says_nothing_of_the_others(attempt) -> No
     assert "stage high was trained with train.steps 3, and the config now says 6" in said
 
 
+def test_what_a_stage_had_on_its_own_command_line_goes_into_the_file(attempt) -> None:
+    code, said = attempt(change=lambda tree: tree["stages"][0].update(optimizer={"lr": 2e-3}), only=1)
+    assert code == 2
+    assert said.endswith("write that into stage low of the config file, or give this run another name")
+
+
 def test_more_steps_name_the_way_to_train_for_longer(attempt) -> None:
     code, said = attempt("--train.steps", "6")
     assert code == 2
