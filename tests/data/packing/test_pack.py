@@ -185,9 +185,9 @@ def test_what_fills_the_disk_is_told(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(webdataset.TarWriter, "write", full)
-    assert main(["shapes", "--out", str(tmp_path / "new"), "--count", "2", "--workers", "1"]) == 2
+    assert main(["shapes", "--out", str(tmp_path / "new"), "--count", "2", "--workers", "1"]) == 1
     assert re.fullmatch(
-        r"error: .*/new/train/00000\.tar\.\d+\.partial cannot be written: No space left on device\n",
+        r"error: .*/00000\.tar\.\d+\.partial cannot be written: No space left on device; the same command goes on .*\n",
         capsys.readouterr().err,
     )
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [PLAN, "train"]
@@ -315,7 +315,7 @@ def test_drawings_are_packed_on_white(emojis, tmp_path):
         ("shapes --out gs://bucket/o --count 10", "should be a folder or s3://"),
         ("openmoji --out {new} --sise 64", "--sise"),
         ("openmoji --out {full}", "holds other files"),
-        ("openmoji --out {full}/file", "should be a folder to write into: File exists"),
+        ("openmoji --out {full}/file", "should be a folder to write into: Not a directory"),
         ("openmoji --out {full}/file/new", "Not a directory"),
     ],
 )
@@ -335,7 +335,7 @@ def test_a_missing_package_of_the_demo_is_told_in_one_sentence(tmp_path, capsys,
     assert re.fullmatch(r"error: package emoji is not installed: .*'demo'.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("fault", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")])
+@pytest.mark.parametrize("fault", [ValueError("a bug"), KeyError("a bug")])
 def test_a_bug_is_not_told_as_a_mistake(tmp_path, monkeypatch, fault):
     def broken(*_):
         raise fault
