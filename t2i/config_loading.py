@@ -58,8 +58,9 @@ def _explain(section: type[Section], error: ValidationError, where: str) -> str:
     value = first["input"]
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | type(None)) else ""
     # A section's own check begins with the field's name, which is then said whole.
-    joint = "." if message.partition(" ")[0] in _field_names(section, location) else ": "
-    return f"{where}: {name}{joint}{message[0].lower() + message[1:]}{shown}"
+    if message.partition(" ")[0] in _field_names(section, location):
+        return f"{where}: {'.'.join(map(str, (*location, message)))}{shown}"
+    return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
 
 
 def validate_section(section: type[S], tree: dict[str, Any], where: str) -> S:

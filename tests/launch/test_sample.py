@@ -98,7 +98,7 @@ def test_settings_on_the_command_line_count_more_than_the_models(sample: Sample)
 
 
 def test_settings_that_do_not_fit_each_other(sample: Sample) -> None:
-    with pytest.raises(ConfigError, match="--sampling: config: order 3 does nothing under solver euler"):
+    with pytest.raises(ConfigError, match="--sampling: order 3 does nothing under solver euler"):
         sample("--sampling.solver", "euler", "--sampling.order", "3")
 
 

@@ -370,7 +370,8 @@ def test_a_saved_state_is_not_changed_by_the_steps_after_it() -> None:
     [
         ({"window": 10}, "min_history 128 must be at most window (10)"),
         ({"max_skips": 100}, "max_skips 100 must be below skip_window (100)"),
-        ({"threshold": NAN}, "greater than or equal to 0"),
+        ({"threshold": NAN}, "finite number"),
+        ({"threshold": -1.0}, "greater than or equal to 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], said: str) -> None:
