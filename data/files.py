@@ -212,9 +212,14 @@ class FileLock:
         os.fsync(self._file.fileno())  # else a network file system may keep it from other machines
 
     def _open(self) -> IO[str]:
-        with suppress(FileExistsError):  # a file in the way, of which opening says that it is no folder
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.path.open("a+")
+        while True:
+            with suppress(FileExistsError):  # a file in the way, of which opening says that it is no folder
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return self.path.open("a+")
+            except FileNotFoundError:  # its holder has just removed the folder that it had made
+                if self.path.is_symlink():
+                    raise
 
     def _try(self) -> bool:
         """Lock the file, unless another process has; one that its holder has removed meanwhile is made anew."""
