@@ -118,6 +118,7 @@ def scored_anew(plain: Path, root: Path, *options: str, script: str = SCORED, ra
     """The score of the first stage of a run that nobody scored, taken at its end."""
     shutil.copytree(plain / "tiny", root / "tiny")
     shutil.rmtree(root / "tiny" / "low" / "model")
+    shutil.rmtree(root / "tiny" / "high")  # which went on from it
     given = ["--config", str(plain / "config.yaml"), "--root", str(root), "--scoring.every", "3", *options]
     run("forked", script, *given, ranks=ranks)
     (line,) = [line for line in of(root, "score") if line["stage"] == "low"]
