@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -214,7 +213,9 @@ def test_an_extended_stage_is_what_a_longer_one_would_have_been(finished: Path, 
     shutil.rmtree(root / "tiny" / "low" / "model")
     shutil.rmtree(root / "tiny" / "low" / "checkpoints" / "step_00000006")
     (root / "tiny" / "outcome.json").unlink()
-    assert re.search(r"going on from step_0000000[345]", run("forked", *command, "--extend", "low", ranks=1))
+    # A save that overtakes the one before is skipped, so the last whole one need not be step 5's.
+    newest = max(path.name for path in (root / "tiny" / "low" / "checkpoints").glob("step_*"))
+    assert f"going on from {newest}" in run("forked", *command, "--extend", "low", ranks=1)
     assert same()
     environment = json.loads((root / "tiny" / "environment.json").read_text())
     assert environment["source_sha256"] == source_digest()
