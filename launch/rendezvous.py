@@ -115,12 +115,12 @@ class _Rendezvous:
             waited = time.monotonic() - since
             # The agent has one process a rank: a place that is taken is of a start that it has ended.
             patience = self._patience_s if self._agent and held.kin else HELD_S
-            if waited > patience:
-                kin = held.kin or (self.place.rank == 0 and not self._agent and self._is_kin())
-                raise (StoreError if kin else UserError)(f"{held} (waited {_span(waited)} for it to leave)")
             if waited >= FIRST_WORD_S and not said and self.place.local_rank == 0:
                 said = True
                 print(f"{self.who} waits up to {_span(patience)}: {held}", file=sys.stderr, flush=True)
+            if waited > patience:
+                kin = held.kin or (self.place.rank == 0 and not self._agent and self._is_kin())
+                raise (StoreError if kin else UserError)(f"{held} (waited {_span(waited)} for it to leave)")
             time.sleep(RETRY_S)
 
     def _try(self) -> dist.Store:
@@ -303,7 +303,7 @@ class _Rendezvous:
 
     def _missing(self) -> str:
         here = self._look()
-        missing = [rank for rank in range(self.place.size) if rank not in here]
+        missing = [rank for rank in range(self.place.size) if rank not in here] or [0]  # it has to say that all are here
         hosts = ", ".join(f"{count} on {host}" for host, count in Counter(it["host"] for it in here.values()).items())
         return f"{name_ranks(missing)} ({len(missing)} of {self.place.size}) at {self.place.store}; here are {hosts}"
 

@@ -223,13 +223,23 @@ def test_ranks_that_an_agent_restarts_meet_anew(pool, agent, first: int, size: i
     assert {store.get("word") for store in stores} == {b"new"}
 
 
+def next_start(agent: dist.Store, earlier: list[str]) -> str:
+    while (start := agent.get("rendezvous/start").decode()) in earlier:
+        time.sleep(0.01)
+    return start
+
+
 def test_ranks_leave_a_start_whose_rank_0_was_killed_or_gave_up(pool, agent) -> None:
     abandoned = meeting(pool, agent.port, 0, size=3, seconds=0.2)
     assert error_of(abandoned)[0] is StoreError
     one = meeting(pool, agent.port, 1, size=3)  # finds the end of that start
+    starts = [agent.get("rendezvous/start").decode()]
     unfinished = meeting(pool, agent.port, 0, size=3, seconds=4)
-    time.sleep(0.5)  # it registers there
+    starts.append(next_start(agent, starts))
+    while not agent.check([f"rendezvous/{starts[-1]}/1"]):  # rank 1 registers there
+        time.sleep(0.01)
     zero = meeting(pool, agent.port, 0, size=3)
+    next_start(agent, starts)  # else rank 2 may complete the one that is to stay unfinished
     two = meeting(pool, agent.port, 2, size=3)
     assert all(met.result(timeout=60) for met in (zero, one, two))
     assert error_of(unfinished)[0] is StoreError
