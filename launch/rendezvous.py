@@ -303,7 +303,7 @@ class _Rendezvous:
 
     def _missing(self) -> str:
         here = self._look()
-        missing = [rank for rank in range(self.place.size) if rank not in here] or [0]  # it has to say that all are here
+        missing = [rank for rank in range(self.place.size) if rank not in here] or [0]  # whose word is waited for
         hosts = ", ".join(f"{count} on {host}" for host, count in Counter(it["host"] for it in here.values()).items())
         return f"{name_ranks(missing)} ({len(missing)} of {self.place.size}) at {self.place.store}; here are {hosts}"
 
