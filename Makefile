@@ -18,8 +18,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := .cache/demo
 LONG := %/train_step.py %/kill_soak.py %/ablation.py %/xxl.py
-# DeepSpeed compiles one small extension at its first start; kept here, it is not compiled again.
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SEEDS ?= 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import io
-import logging
 import os
 import socket
 import sys
@@ -28,14 +27,6 @@ from launch.overlooked import gpu_signs, warn_of_overlooked_gpu
 from launch.rendezvous import Place, meet
 from t2i.train.outcome import code_of
 from t2i.train.processes import World
-
-
-def _forget_shared_buffer(rank: int) -> None:
-    """Take its name from the 66 MiB of shared memory that DeepSpeed makes a rank on CPUs, and would leave behind: once
-    all ranks have opened it, it is gone with the last of them."""
-    dist.barrier()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -61,8 +52,7 @@ def joined_world(
     size = int(os.environ.setdefault("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    # One process meets nobody, but DeepSpeed names its shared memory by the port: another job's may not be the same.
-    port = int(os.environ.setdefault("MASTER_PORT", "29500" if size > 1 else "0"))
+    port = int(os.environ.setdefault("MASTER_PORT", "29500"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -86,9 +76,9 @@ def joined_world(
     bound = device if size > 1 and device.type == "cuda" else None
     dist.init_process_group(backend, timeout=patience, world_size=size, rank=rank, store=store, device_id=bound)
     with redirect_stdout(io.StringIO()):
+        # Its collective over shared memory serves inference alone, and would be compiled for minutes first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
-    if backend == "gloo":
-        _forget_shared_buffer(rank)
     hosts: Any = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
     try:
         yield World(rank, size, device, hosts)
@@ -114,7 +104,6 @@ def quiet(rank: int) -> None:
     """Only rank 0 speaks, and libraries do not warn about themselves."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|deepspeed|transformers")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,7 +17,6 @@ from tiny import free_port, tiny_config
 from data.errors import StoreError, UserError
 from launch import rendezvous
 from launch.agreement import agreed_values
-from launch.process import joined_world
 from launch.rendezvous import Place, meet
 
 RUN = {"job": "stage1.py", "folder": "runs/mine", "ranks": "2"}
@@ -243,22 +241,6 @@ def test_ranks_leave_a_start_whose_rank_0_was_killed_or_gave_up(pool, agent) -> 
     two = meeting(pool, agent.port, 2, size=3)
     assert all(met.result(timeout=60) for met in (zero, one, two))
     assert error_of(unfinished)[0] is StoreError
-
-
-def test_one_process_has_no_port_that_another_job_may_have(monkeypatch) -> None:
-    seen: list[str] = []
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-
-    def stop(*args: Any, **more: Any) -> None:
-        seen.append(os.environ["MASTER_PORT"])
-        raise StoreError("far enough")
-
-    monkeypatch.setattr(dist, "init_process_group", stop)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    with pytest.raises(StoreError, match="far enough"), joined_world():
-        pass
-    assert seen == ["0"]
 
 
 def test_what_is_no_store_is_a_sentence(pool, monkeypatch) -> None:
