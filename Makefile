@@ -10,8 +10,8 @@
 # make soak    training killed at 25 moments and resumed: nothing lost, nothing different
 # make ablation  the paper's loss taken apart: four short runs, compared in .cache/ablation/table.md
 # make xxl     one optimizer step of the full-size model on a CPU with 24 GiB: its memory and seconds, by part
-# All need Linux, Python 3.11 or later, a C++ compiler and Python's headers; everything else comes from the
-# Python package registry, into .venv.
+# All need Linux and Python 3.11 or later; what compiles networks (test, prove, step) also a C++ compiler and Python's
+# headers. Everything else comes from the Python package registry, into .venv.
 
 PYTHON ?= python3
 VENV := .venv
