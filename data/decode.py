@@ -10,6 +10,11 @@
 - A picture is used if all its pixels are there, whatever else is wrong with its file.
 - Limits and filters are checked on the header, before any pixel is decoded.
 - ICC profiles are applied last, to the pixels that are left.
+
+The centre crop that ImageNet's generative models are compared on, of ADM (Dhariwal and Nichol, 2021).
+
+Halved by a box filter while the shorter side is at least twice the target's, then bicubic to the target, then the
+middle. Pillow's filters to the bit: FID moves with the resampling of the images it is computed against.
 """
 
 from __future__ import annotations
@@ -29,13 +34,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from data.adm import adm_crop
 from data.color import Pixels, flatten, to_srgb
 from data.errors import BadSample, Filtered, UserError
-from data.formats import FORMATS
-from data.jpeg import read_jpeg
-from data.listing import kind_of
-from data.png import MAGIC, read_png
+from data.image_files import MAGIC, read_jpeg, read_png
+from data.listing import FORMATS, kind_of
+
+
+def adm_crop(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 to (side, side, 3)."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
 
 SmallImages = Literal["drop", "upscale"]
 

@@ -3,7 +3,7 @@
 - The number of requests under way follows what the server gives: it rises while more of them move more bytes a
   second, falls back when they do not, and halves when the server asks for less (503 SlowDown) or stalls.
 - What is needed first begins first, whoever asked first: a lane that reads far ahead does not keep the others waiting.
-  The bytes ahead are bounded by those who ask (`data/window.py`).
+  The bytes ahead are bounded by those who ask (`data/prefetch.py`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@
 - The state handed out with a batch is the state after it, so what is saved always means "consumed", however far
   the threads have read ahead.
 - Bytes are read ahead by threads of their own (`fetch.py`, `window.py`), so that a slow store does not hold cores.
+
+How many bytes of encoded samples a rank holds, and whether they fit.
 """
 
 from __future__ import annotations
@@ -25,13 +27,70 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.ahead import check_memory, lane_source
 from data.errors import DataError
-from data.example import ImageSettings, example
-from data.fetch import Fetcher
-from data.groups import LaneGroups
-from data.order import check_layout, check_sources
-from data.stream import LaneStream, SetAside, Source
+from data.fetch import MOST_AT_ONCE, Fetcher
+from data.lane import LaneSource, LaneStream, SetAside, Source
+from data.order import SourceOrder, check_layout, check_sources
+from data.prefetch import request_bytes
+from data.sample import ImageSettings, LaneGroups, example
+from data.shards.index import SourceIndex
+
+_BATCHES = 2
+"""Whose samples are read ahead of the threads, where a request holds one sample."""
+_GIB = 2**30
+
+
+def lane_source(source: Source, lanes: int, shuffle_block: int, seed: int, stage: str, per_lane: int) -> LaneSource:
+    """Give a source its order, and each lane as much memory for it as reading ahead needs."""
+    index = source.index
+    order = SourceOrder(index.name, index.counts, lanes, shuffle_block, seed, stage)
+    samples = _BATCHES * per_lane
+    if _shares_requests(index):  # they bring samples that are needed later in the block, too
+        samples = max(samples, min(shuffle_block, -(-order.total // lanes)))
+    return LaneSource(source, order, int(samples * index.mean_bytes))
+
+
+def check_memory(
+    sources: Sequence[LaneSource], images: ImageSettings, lanes: int, shuffle_block: int, buffer_bytes: int
+) -> None:
+    """See that what a rank's lanes hold fits into its buffer.
+
+    Raises:
+        DataError: it does not; with what would.
+    """
+    need = lanes * sum(it.share_bytes for it in sources)
+    shared = [request_bytes(it.source.index) for it in sources if _shares_requests(it.source.index)]
+    moving = 2 * MOST_AT_ONCE * max(shared, default=0)  # under way, and being cut into samples
+    waiting = int(lanes * _waiting_samples(images) * _mean_bytes(sources))
+    if need + moving + waiting <= buffer_bytes:
+        return
+    block = int(shuffle_block * (buffer_bytes - moving - waiting) / need)
+    lower = f"lower data.shuffle_block to {block}, " if block > 0 else ""
+    in_buckets = ""
+    if waiting:
+        lower += "lower data.group_size, "
+        in_buckets = f", and samples that wait in buckets {waiting / _GIB:.2f} GiB"
+    raise DataError(
+        f"{lanes} of data.lanes a rank and {len(sources)} sources hold about {need / _GIB:.2f} GiB of encoded samples "
+        f"ahead in blocks of data.shuffle_block {shuffle_block}, and requests {moving / _GIB:.2f} GiB{in_buckets}, "
+        f"over data.buffer_gib {buffer_bytes / _GIB:.2f}: {lower}raise data.buffer_gib, or train on more ranks"
+    )
+
+
+def _shares_requests(index: SourceIndex) -> bool:
+    """Whether a request is for several samples."""
+    return request_bytes(index) > index.mean_bytes
+
+
+def _waiting_samples(images: ImageSettings) -> float:
+    """Of a lane, on average: a bucket is as often at any number below a group's."""
+    return len(images.buckets.sizes) * (images.group_size - 1) / 2 if images.buckets is not None else 0.0
+
+
+def _mean_bytes(sources: Sequence[LaneSource]) -> float:
+    weights = [it.source.weight for it in sources]
+    return sum(it.source.weight * it.source.index.mean_bytes for it in sources) / sum(weights)
+
 
 PREFETCH = 2
 """Batches that the threads may be ahead of the consumer."""
@@ -383,7 +442,7 @@ def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
     saved = state["order"]
     if saved.get("buckets") != order.get("buckets"):
         raise DataError(
-            "data.buckets has other sizes than when the data state was saved: keep them to go on, or start the stage "
+            "data.filters has other sizes than when the data state was saved: keep them to go on, or start the stage "
             "anew"
         )
     for field in ("seed", "stage", "data.lanes", "data.shuffle_block", "data.group_size"):

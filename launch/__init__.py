@@ -2,8 +2,7 @@
 
 import os
 
-from launch.departure import departure
-from launch.launcher import watch_launcher
+from launch.preemption import departure, watch_launcher
 
 if "LOCAL_RANK" in os.environ:
     watch_launcher(departure.launcher_died)

@@ -18,12 +18,11 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 
 from typing import Literal
 
-from evaluation.compare.page import check_columns, write_comparison
+from evaluation.compare.page import as_text, check_columns, write_comparison
 from evaluation.compare.read import read_columns
 from evaluation.compare.tables import all_tables
-from evaluation.compare.text import as_text
-from launch.command import run
-from t2i.config_base import PathText
+from launch.cli import run
+from t2i.config.base import PathText
 
 
 def compare(

@@ -21,17 +21,15 @@ from argparse import Namespace
 from typing import Any
 
 from data.errors import UserError
-from evaluation.dpg import benchmark, job, judge
-from evaluation.dpg.answers import read_answers, write_questions
-from evaluation.dpg.grids import PICTURES, Drawing
-from evaluation.drawing import count_cut, made_of, read_speed
-from evaluation.parts import begin_scores, held
-from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
+from evaluation.dpg import job, judge, rules
+from evaluation.dpg.judge import PICTURES, Drawing, read_answers, write_questions
+from evaluation.sampling_job import begin_scores, count_cut, held, made_of, read_speed
+from launch.cli import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
-from t2i.config_base import PathText
+from t2i.config.base import PathText
+from t2i.distributed import World
 from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Pipeline
-from t2i.train.processes import World
 
 
 def _parse() -> Namespace:
@@ -76,7 +74,7 @@ def _check(options: Namespace) -> None:
         raise UserError(f"--pic-num {options.pic_num}: 1 to {PICTURES}")
 
 
-def _draw(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
+def _draw(world: World, options: Namespace, asked: rules.Benchmark) -> None:
     pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
     config = pipeline.config
     if config.model.condition != "text":
@@ -105,7 +103,7 @@ def _read_note(out: Path) -> dict[str, Any]:
     return note | {"speed": read_speed(out)}
 
 
-def _score(world: World, options: Namespace, asked: benchmark.Benchmark) -> None:
+def _score(world: World, options: Namespace, asked: rules.Benchmark) -> None:
     drawn_with = None if options.images else world.from_main(lambda: _read_note(options.out))
     resolution = drawn_with["resolution"] if drawn_with else options.resolution
     pictures, folder = options.pic_num or PICTURES, options.images or options.out / "grids"
@@ -138,7 +136,7 @@ def dpg() -> None:
     """Parse the command line, draw and score."""
     options = _parse()
     with joined_world(vars(options)) as world:
-        asked = world.from_main(lambda: benchmark.read(options.benchmark, options.parity))
+        asked = world.from_main(lambda: rules.read(options.benchmark, options.parity))
         with held(world, options.out):
             if options.model:
                 _draw(world, options, asked)

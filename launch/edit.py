@@ -27,19 +27,16 @@ from torch import Tensor
 from data.decode import decode_file
 from data.errors import UserError
 from data.progress import progress_bar
-from evaluation.drawing import count_cut, made_of, write_png
 from evaluation.editing.edit_list import read_edits
-from evaluation.editing.job import SCALE_DOWN, EditJob
-from evaluation.editing.outcome import as_text
+from evaluation.editing.job import SCALE_DOWN, EditJob, as_text
 from evaluation.geneval.detectors import Name, build_detector
-from launch.drawing import add_text_model, job_parser, parsed
-from launch.parser import Parser
+from evaluation.sampling_job import count_cut, made_of, write_png
+from launch.cli import Parser, add_text_model, job_parser, parsed
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError, PathText
-from t2i.editing import EditSettings, edit_image, edit_settings, patch_window
-from t2i.pipeline import Pipeline
+from t2i.config.base import ConfigError, PathText
+from t2i.distributed import World
+from t2i.pipeline import EditSettings, Pipeline, edit_image, edit_settings, patch_window
 from t2i.size_limits import check_fits
-from t2i.train.processes import World
 
 _OF_ONE = ("image", "source", "target")
 _OF_MANY = ("detector", "detector_weights", "clip")

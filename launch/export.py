@@ -19,8 +19,8 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 import torch
 
 from data.files import FileLock, atomic_path, lock_beside
-from launch.command import run
-from t2i.config_base import ConfigError, PathText
+from launch.cli import run
+from t2i.config.base import ConfigError, PathText
 from t2i.model_folder import read_model
 from t2i.released.convert import export_weights
 

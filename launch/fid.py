@@ -24,16 +24,15 @@ import torch
 
 from data.files import lock_beside
 from data.listing import told
-from evaluation.adm_npz import drawn_as
-from evaluation.fid.images import open_images
+from evaluation.fid.images import kept_numbers, open_images, open_reference, write_reference
 from evaluation.fid.measure import compare, groups_of, measure
 from evaluation.fid.networks import Name, Network, load
-from evaluation.fid.reference import kept_numbers, open_reference, write_reference
-from evaluation.parts import held, write_json
-from launch.drawing import job_parser, parsed
+from evaluation.npz import drawn_as
+from evaluation.sampling_job import held, write_json
+from launch.cli import job_parser, parsed
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
-from t2i.train.processes import World
+from t2i.config.base import ConfigError
+from t2i.distributed import World
 
 ROWS = {
     "fid": "FID",

@@ -23,23 +23,18 @@ from typing import Any, Literal
 from data.errors import UserError
 from data.files import atomic_write
 from data.progress import progress_bar
-from evaluation.drawing import count_cut, draw_together, made_of
-from evaluation.geneval.detection import Detector
-from evaluation.geneval.detectors import Name, build_detector, check_prompts, prompts_for
-from evaluation.geneval.folder import Prompted, read_folder
-from evaluation.geneval.job import Samples, choose, compare, complete_grids, drawn_images
-from evaluation.geneval.outcome import EACH, finish, kind_of, table
+from evaluation.geneval.detectors import Name, build_detector, check_prompts, prompts_for, self_check
+from evaluation.geneval.job import EACH, Samples, choose, compare, complete_grids, drawn_images, finish, kind_of, table
 from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
-from evaluation.geneval.self_check import self_check
-from evaluation.geneval.verdicts import Verdicts
-from evaluation.parts import begin_scores, held
-from evaluation.proving.bounds import bounds
-from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
-from launch.parser import Parser
+from evaluation.geneval.rules import Detector
+from evaluation.geneval.summary import Prompted, Verdicts, read_folder
+from evaluation.proving.prompts import bounds
+from evaluation.sampling_job import begin_scores, count_cut, draw_together, held, made_of
+from launch.cli import Parser, add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError, PathText
+from t2i.config.base import ConfigError, PathText
+from t2i.distributed import World
 from t2i.pipeline import Pipeline
-from t2i.train.processes import World
 
 _OF_DRAWING = ("model", "weights", "text_model", "sampling", "size", "images_per_prompt", "sample_only")
 _OF_PROMPTS = ("prompts", "tasks", "limit")

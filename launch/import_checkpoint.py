@@ -31,21 +31,18 @@ import torch
 from torch import Tensor
 
 from data.files import FileLock, atomic_write, lock_beside
-from launch.command import run
+from launch.cli import run
 from launch.process import quiet
 from t2i.build import build_conditioner, choose_dtype
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError, PathText
-from t2i.config_loading import load_config, stage_config
+from t2i.config.base import ConfigError, PathText
+from t2i.config.loading import load_config, stage_config
+from t2i.config.run import RunConfig
 from t2i.engine.checkpoint.format import commit
 from t2i.model_folder import NULL_CAPTION, check_finite, write_model
-from t2i.models.conditions import Conditioner
-from t2i.models.text import TextEncoder
+from t2i.models.text import Conditioner, TextEncoder
 from t2i.released.checkpoint import Checkpoint
-from t2i.released.convert import Imported, Report, import_weights
-from t2i.released.network import check_kind
-from t2i.released.null_caption import NullAttention, null_caption
-from t2i.released.positions import trained_resolution
+from t2i.released.convert import Imported, NullAttention, Report, import_weights, null_caption, trained_resolution
+from t2i.released.names import check_kind
 
 
 def import_checkpoint(

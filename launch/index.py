@@ -21,8 +21,8 @@ from data.inspect.page import size_of
 from data.listing import told
 from data.shards.manifest import MANIFEST, build_manifest, open_place
 from data.store import StoreOptions, open_store
-from launch.command import run
-from t2i.config_base import PathText
+from launch.cli import run
+from t2i.config.base import PathText
 
 _NAMED = 20
 

@@ -26,23 +26,23 @@ from typing import Any, Literal, TextIO
 import torch
 from PIL import Image
 
-from data.coming import coming_batches
 from data.errors import UserError
-from data.example import ImageSettings
 from data.files import atomic_path
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
+from data.lane import Source
+from data.preview import coming_batches
 from data.progress import progress_bar
+from data.sample import ImageSettings
 from data.shards.index import list_left_out, open_index
 from data.store import open_store
-from data.stream import Source
-from launch.command import run
-from t2i.config import RunConfig, TextConfig, TrainConfig
-from t2i.config_base import ConfigError, PathText
-from t2i.config_data import DataConfig, SourceConfig
-from t2i.config_loading import load_config, stage_config, validate_section
+from launch.cli import run
+from t2i.config.base import ConfigError, PathText
+from t2i.config.data import DataConfig, SourceConfig
+from t2i.config.loading import load_config, stage_config, validate_section
+from t2i.config.run import RunConfig, TextConfig, TrainConfig
 from t2i.engine.checkpoint import Checkpoint
-from t2i.train.stage_data import image_settings
+from t2i.train.data import image_settings
 
 _OF_SOURCE = ("name", "endpoint", "region", "profile", "anonymous", "requester_pays")
 _OF_ORDER = ("batch_size", "lanes", "shuffle_block")

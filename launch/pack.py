@@ -29,11 +29,10 @@ import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
 from data.listing import is_parquet, told, why_not_parquet
-from data.packing.contents import Contents
-from data.packing.recipe import Recipe
+from data.packing.contents import Contents, Recipe
 from data.store import Store, StoreOptions, open_store
-from launch.command import run
-from t2i.config_base import PathText
+from launch.cli import run
+from t2i.config.base import PathText
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def folder(source: PathText, /, target: Target, recipe: Recipe, options: StoreOp
     Args:
         source: A folder or s3://bucket/prefix.
     """
-    from data.packing.tars import samples_of_folder
+    from data.packing.output import samples_of_folder
 
     target.pack(samples_of_folder(open_store(source, options), recipe), options)
 
@@ -84,7 +83,7 @@ def tars(
         source: A folder or s3://bucket/prefix with .tar shards, at any depth.
         manifest: Path or s3:// URL of their index.json (launch/index.py), if that is not at the source's root.
     """
-    from data.packing.tars import samples_of_tars
+    from data.packing.output import samples_of_tars
     from data.shards.index import index_source, open_index
     from data.shards.manifest import MANIFEST
 

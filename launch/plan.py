@@ -19,15 +19,15 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 import argparse
 import json
 
-from launch.arguments import parse, values_of
-from launch.parser import read_word
+from launch.cli import parse_config as parse
+from launch.cli import read_word, values_of
 from launch.process import main
 from launch.train import DEFAULT_CONFIG
-from t2i.config_base import ConfigError
-from t2i.gpus import GPUS
-from t2i.plan import plan as plan_run
-from t2i.plan_choice import Assumptions
-from t2i.plan_tables import tables
+from t2i.config.base import ConfigError
+from t2i.plan.choice import Assumptions
+from t2i.plan.command import plan as plan_run
+from t2i.plan.command import tables
+from t2i.plan.memory import GPUS
 
 
 def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -1,17 +1,26 @@
 """From the launcher's environment to a `World`, and from an exception to one sentence and an exit code.
 
 Works alike under `deepspeed`, `torchrun` and plain `python` (one process).
+
+How a job ends: what an exception becomes on stderr, and which exit code follows.
+
+Whether a job works on the CPU though a GPU seems to be there: days are lost before that is noticed.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import os
+import re
+import shutil
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -20,13 +29,130 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jsonargparse import ArgumentError
 
-from launch.ending import run_to_end
-from launch.launcher import launchers
-from launch.overlooked import gpu_signs, warn_of_overlooked_gpu
+from data.errors import BAD_INPUT, DONE, FAILED, StoreError, UserError
+from launch.preemption import launchers
 from launch.rendezvous import Place, meet
-from t2i.train.outcome import code_of
-from t2i.train.processes import World
+from t2i.distributed import World, run_exit_code
+
+RANK_0_FIRST_S = 3.0
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|Cannot allocate memory|bad_alloc|size calculation overflow", re.IGNORECASE
+)
+_ASKED_FOR = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", re.IGNORECASE)
+_OF_SAFETENSORS = re.compile(r"\(os error \d+\)")
+"""Its errors of a disk, which are no OSError."""
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""No mistake of the user's, also where a job says which option's file met it."""
+
+
+def job_exit_code(error: Exception) -> int:
+    """The exit code of a user's mistake, and of a fault that outlasted its retries."""
+    return BAD_INPUT if isinstance(error, UserError | ArgumentError) else FAILED
+
+
+def run_to_end(
+    job: Callable[[], None], advice: str = "", rank: int = 0, exit_code: Callable[[Exception], int] = job_exit_code
+) -> int:
+    """Run a job and return the exit code, with one sentence on stderr unless it is 0.
+
+    A fault of the machine (disk, memory, a file that cannot be opened) is 1, an interruption 130, and a reader of the
+    output that has gone 141. What nobody foresaw is raised.
+
+    Args:
+        job: what is to be done.
+        advice: what to do after a fault or an interruption; ends the sentence.
+        rank: of this process. Rank 0 speaks, and its launcher ends the others; what it does not know of, another rank
+            says later.
+        exit_code: the exit code of a UserError, ArgumentError or StoreError, unless it tells of a machine's fault.
+    """
+    try:
+        job()
+        sys.stdout.flush()
+        return DONE
+    except (UserError, ArgumentError, StoreError) as error:
+        cause = error.__cause__
+        code = FAILED if isinstance(cause, OSError) and cause.errno in _EXHAUSTED else exit_code(error)
+        words = str(error) + (advice if code != BAD_INPUT else "")
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"interrupted{advice}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # a pager or `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it at its end
+        return 141
+    except Exception as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        code, words = FAILED, fault + advice
+    if rank > 0:
+        time.sleep(RANK_0_FIRST_S)
+    print(f"error{f' on rank {rank}' if rank else ''}: {' '.join(words.split())}", file=sys.stderr)
+    return code
+
+
+def machine_fault(error: Exception) -> str | None:
+    """What to say of an error that is the machine's: of its disks, files, memory or processes; None: it is not."""
+    words = str(error)
+    if isinstance(error, BrokenProcessPool):
+        return "a process was killed, perhaps for its memory"
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(words):
+        asked = _ASKED_FOR.search(words)
+        if asked is None:
+            return "the memory is not enough"
+        many = f"{int(asked[1]) / 2**30:,.1f} GiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+        return f"the memory is not enough: {many} were asked for at once"
+    if isinstance(error, OSError):
+        if error.strerror is None:
+            return words or type(error).__name__
+        return f"{error.filename or 'a file cannot be read or written'}: {error.strerror}"
+    return words.partition("\n")[0] if _OF_SAFETENSORS.search(words) else None
+
+
+_SIGNS = (
+    "proc/driver/nvidia/version",
+    "dev/nvidiactl",
+    "dev/nvidia[0-9]*",
+    "dev/dxg",  # GPUs under Windows' Linux
+    "dev/kfd",  # AMD's
+)
+_NVIDIA = "0x10de"
+
+
+def gpu_signs(root: Path = Path("/")) -> list[str]:
+    """What says that this machine has a GPU or the driver of one."""
+    found = [f"/{path.relative_to(root)}" for sign in _SIGNS for path in sorted(root.glob(sign))]
+    for vendor in sorted(root.glob("sys/bus/pci/devices/*/vendor")):
+        kind = vendor.with_name("class")
+        if vendor.read_text().strip() == _NVIDIA and kind.exists() and kind.read_text().startswith("0x03"):
+            found.append(f"the PCI device {vendor.parent.name}")
+    if (tool := shutil.which("nvidia-smi")) is not None:
+        found.append(tool)
+    return found
+
+
+def why_no_gpu() -> str:
+    """Why PyTorch finds none, and what to do, as far as it can be told."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"PyTorch {torch.__version__} is built for CPUs alone: install a build for this machine's GPUs"
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and not torch.cuda.device_count():
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r}, which may hide it: unset it, or ask the scheduler for GPUs"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"PyTorch {torch.__version__} says: {' '.join(str(error).split())}"
+    return f"PyTorch {torch.__version__} does not say why"
+
+
+def warn_of_overlooked_gpu(signs: list[str]) -> None:
+    """Say it loudly on stderr, in a job that is about to work on the CPU; nothing where nothing speaks of a GPU."""
+    if not signs:
+        return
+    shown = ", ".join(signs[:3]) + (f" and {len(signs) - 3} more signs" if len(signs) > 3 else "")
+    bar = "!" * 80
+    print(f"{bar}\nON THE CPU, though a GPU seems to be there ({shown}).\n{why_no_gpu()}.\n{bar}", file=sys.stderr)
 
 
 @contextmanager
@@ -46,7 +172,7 @@ def joined_world(
     with redirect_stdout(io.StringIO()):
         import deepspeed
 
-        from launch.agreement import agreed_values  # imports the networks, which not every job needs
+        from launch.rendezvous import agreed_values  # imports the networks, which not every job needs
 
     rank = int(os.environ.setdefault("RANK", "0"))
     size = int(os.environ.setdefault("WORLD_SIZE", "1"))
@@ -117,5 +243,5 @@ def main(job: Callable[[], None]) -> None:
     fault of the machine with 1."""
     rank = int(os.environ.get("RANK", "0"))
     quiet(rank)
-    if code := run_to_end(job, rank=rank, code_of=code_of):
+    if code := run_to_end(job, rank=rank, exit_code=run_exit_code):
         sys.exit(code)

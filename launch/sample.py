@@ -19,11 +19,18 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 
 from data.files import read_lines
-from evaluation.drawing import count_cut, draw_together, made_of, unfinished_batches, write_png
-from evaluation.parts import begin_or_go_on, held
-from launch.drawing import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
+from evaluation.sampling_job import (
+    begin_or_go_on,
+    count_cut,
+    draw_together,
+    held,
+    made_of,
+    unfinished_batches,
+    write_png,
+)
+from launch.cli import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
+from t2i.config.base import ConfigError
 from t2i.pipeline import Pipeline, pictures_of
 
 

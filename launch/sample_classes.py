@@ -16,12 +16,11 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import lock_beside
-from evaluation.adm_npz import Samples
-from evaluation.drawing import draw_together, made_of
-from evaluation.parts import held
-from launch.drawing import check_memory, drawing_parser, parsed, sampling_of
+from evaluation.npz import Samples
+from evaluation.sampling_job import draw_together, held, made_of
+from launch.cli import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
-from t2i.config_base import ConfigError
+from t2i.config.base import ConfigError
 from t2i.pipeline import Pipeline
 
 

@@ -24,16 +24,15 @@ from tempfile import TemporaryDirectory
 import torch
 
 from data.errors import UserError
-from evaluation.drawing import made_of
-from launch.command import run
-from launch.overlooked import gpu_signs, warn_of_overlooked_gpu
-from launch.process import quiet
-from t2i.config import RunConfig
-from t2i.config_base import PathText
+from evaluation.sampling_job import made_of
+from launch.cli import run
+from launch.process import gpu_signs, quiet, warn_of_overlooked_gpu
+from t2i.config.base import PathText
+from t2i.config.run import RunConfig
 from t2i.model_folder import WhichWeights
 from t2i.pipeline import Pipeline
-from t2i.serving.kept import KeptFiles
-from t2i.serving.studio import Studio
+from t2i.serving.limits import KeptFiles
+from t2i.serving.worker import Studio
 from t2i.size_limits import USABLE, find_limits, free_bytes
 
 MOST_UPLOADS, MOST_UPLOAD_BYTES = 1000, 2**30

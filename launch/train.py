@@ -1,4 +1,7 @@
-"""What the training jobs share: command line, processes, curriculum, and how they end."""
+"""What the training jobs share: command line, processes, curriculum, and how they end.
+
+Which scorer a training job gets: `evaluation` has it, and `t2i` knows only what it does.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,32 @@ import traceback
 from contextlib import ExitStack
 from typing import Any
 
-from launch.arguments import parse
-from launch.departure import departure
+import torch
+
+from data.errors import FAILED, START_AGAIN
+from evaluation.geneval.detectors import GenEvalScorer, Name, build_detector, prompts_for
+from launch.cli import parse_config as parse
+from launch.preemption import departure
 from launch.process import joined_world
-from launch.scoring import build_scorer
-from t2i.config import STAGE_SECTIONS, RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import stage_config
-from t2i.exit_codes import FAILED, START_AGAIN
+from t2i.config.base import ConfigError
+from t2i.config.loading import stage_config
+from t2i.config.run import STAGE_SECTIONS, RunConfig
+from t2i.config.train import ScoringConfig
+from t2i.distributed import Departed
 from t2i.train.curriculum import run
-from t2i.train.failures import Failure, Failures
-from t2i.train.outcome import Departed
-from t2i.train.watch import collective_timeout
+from t2i.train.scoring import Scorer
+from t2i.train.watchdog import Failure, Failures, collective_timeout
+
+
+def build_scorer(config: ScoringConfig, device: torch.device) -> Scorer:
+    """The scorer that a stage names, its networks on this device.
+
+    Raises:
+        UserError: weights that it needs are not there, or not what they should be.
+    """
+    name: Name = "shapes" if config.scorer == "shapes" else "mask2former"
+    return GenEvalScorer(prompts_for(name), build_detector(name, config.detector_weights, config.clip, device))
+
 
 DEFAULT_CONFIG = "configs/pixelgen_xxl.yaml"
 _EXTEND = "With --extend STAGE, a stage that is done is trained on, to the train.steps that the config now says."

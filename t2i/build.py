@@ -7,16 +7,12 @@ from pathlib import Path
 
 import torch
 
-from t2i.config import ModelConfig, RunConfig
-from t2i.models.conditions import Conditioner
-from t2i.models.labels import ClassLabels
+from t2i.config.run import ModelConfig, RunConfig
 from t2i.models.layers import Projector
 from t2i.models.pixel_pathway import PixelPathway
-from t2i.models.pixeldit import PixelDiT
-from t2i.models.pixeldit_class import ClassPixelDiT
-from t2i.models.pixelgen import PixelGen
-from t2i.models.pixelgen_class import ClassPixelGen
-from t2i.models.text import TextEncoder
+from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
+from t2i.models.pixelgen import ClassPixelGen, PixelGen
+from t2i.models.text import ClassLabels, Conditioner, TextEncoder
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.files import refuse_lfs_pointer, sync
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import dump_config, load_config
+from t2i.config.base import ConfigError
+from t2i.config.loading import dump_config, load_config
+from t2i.config.run import RunConfig
 
 DENOISER = "denoiser."
 PROJECTOR = "projector."

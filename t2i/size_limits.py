@@ -27,8 +27,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from data.errors import UserError
 from t2i.build import build_denoiser
-from t2i.config import RunConfig
-from t2i.config_sampling import SamplingConfig
+from t2i.config.run import RunConfig
+from t2i.config.train import SamplingConfig
 from t2i.diffusion.sampling import guided_velocity
 from t2i.pipeline import Picture, Pipeline
 

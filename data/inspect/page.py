@@ -18,7 +18,7 @@ from string import Template
 
 import numpy as np
 
-from data.inspect.findings import ASPECT_RATIOS, Findings, Reasons, Tally, Tile
+from data.inspect.scan import ASPECT_RATIOS, Findings, Reasons, Tally, Tile
 from data.listing import listed
 from data.shards.index import SourceIndex
 

@@ -27,10 +27,7 @@ from typing import Any, NamedTuple
 
 from data.errors import DataError
 from data.listing import is_image, kind_of
-from data.packing.contents import Contents, LeftOut, Sample
-from data.packing.images import Images
-from data.packing.recipe import Recipe
-from data.packing.rows import ahead
+from data.packing.contents import Contents, Images, LeftOut, Recipe, Sample, ahead
 from data.packing.table import Columns, Files, ObjectFile, Row, beginning, look_up, once, row_sample
 from data.store import ObjectInfo, Store, changed
 

@@ -20,10 +20,7 @@ import pyarrow.parquet as pq
 
 from data.errors import DataError, UserError
 from data.listing import kind_of
-from data.packing.contents import Contents, LeftOut, Sample
-from data.packing.images import Images
-from data.packing.recipe import Recipe
-from data.packing.rows import ahead, fingerprint
+from data.packing.contents import Contents, Images, LeftOut, Recipe, Sample, ahead, fingerprint
 from data.packing.table import Columns, Files, ObjectFile, Row, beginning, look_up, once, row_sample
 from data.store import ObjectInfo, Store
 

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import BadSample, DataError, UserError
-from data.packing.contents import LeftOut, Sample, json_bytes
-from data.packing.images import Images
-from data.packing.rows import below, left_out, read_file, sample_key
+from data.packing.contents import Images, LeftOut, Sample, below, json_bytes, left_out, read_file, sample_key
 from data.store import ObjectInfo, Store
 
 

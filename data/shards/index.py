@@ -4,7 +4,7 @@
   found in its bytes. So 36 million samples in 40,000 shards open in a second and pickle to other ranks in a few MB.
 - The table comes from a manifest (`launch/index.py` writes it, and other tools of wids do); a source of up to 1,000
   shards without one is indexed at the start, with a notice.
-- A source without any .tar, but with up to 100,000 images, is read as if it were shards (`data/store/folder.py`).
+- A source without any .tar, but with up to 100,000 images, is read as if it were shards (`data/store/virtual.py`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from data.shards.manifest import MANIFEST, complete, for_each_shard, open_place,
 from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, from_bytes, list_shards, read_offsets, scan_shard
 from data.shards.tar import TarScan, scan_tar
 from data.store import ObjectInfo, OnFault, Store, StoreOptions
-from data.store.class_folder import ClassFolderStore
-from data.store.folder import FolderStore
-from data.store.virtual import SAMPLES_A_SHARD
+from data.store.virtual import SAMPLES_A_SHARD, ClassFolderStore, FolderStore
 
 _MOST_UNINDEXED = 1000
 _MOST_VIRTUAL = 100
@@ -176,7 +174,7 @@ def open_index(
         manifest: path or s3:// URL of a manifest; None takes index.json at the root of the source, if it is there.
         notice: is told before anything that takes long.
         options: how to reach the manifest where it is on S3.
-        classes: it is a folder of classes (`data/store/class_folder.py`).
+        classes: it is a folder of classes (`data/store/virtual.py`).
 
     Raises:
         DataError: there is nothing in it, or too many shards to index now, or the manifest does not fit.

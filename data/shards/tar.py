@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import BadSample
-from data.formats import IMAGE_EXTENSIONS
-from data.listing import excluded
+from data.listing import IMAGE_EXTENSIONS, excluded
 from data.store import ObjectInfo, Store
 
 BLOCK = 512

@@ -29,8 +29,7 @@ from urllib.parse import urlsplit
 from data.errors import DataError
 from data.listing import that_count
 from data.store.base import ObjectInfo, OnFault, Retries, StoreOptions, changed, shrunk, unreadable
-from data.store.s3_client import Connection, open_session
-from data.store.s3_errors import ERRORS, OUTSIDE, CutShort, Dripping, Refused, judged
+from data.store.s3_client import ERRORS, OUTSIDE, Connection, CutShort, Dripping, Refused, judged, open_session
 
 _PIECE = 64 << 10  # bytes of a body that are progress, if they come within `read_timeout_s`
 _PART = 16 << 20  # bytes of a part of a multipart upload; S3 allows at most 10,000 parts

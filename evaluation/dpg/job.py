@@ -17,15 +17,11 @@ from data.errors import UserError
 from data.files import atomic_write
 from data.progress import followed
 from evaluation.dpg import rules
-from evaluation.dpg.answers import Answers
-from evaluation.dpg.benchmark import Benchmark
-from evaluation.dpg.grids import PICTURES, Drawing, crops, examine, find
-from evaluation.dpg.judge import Judge
-from evaluation.dpg.rules import Item
-from evaluation.drawing import draw_together
-from evaluation.parts import write_json
+from evaluation.dpg.judge import PICTURES, Answers, Drawing, Judge, crops, examine, find
+from evaluation.dpg.rules import Benchmark, Item
+from evaluation.sampling_job import draw_together, write_json
+from t2i.distributed import World
 from t2i.pipeline import Pipeline
-from t2i.train.processes import World
 
 
 def draw(world: World, pipeline: Pipeline, drawing: Drawing, made_of: dict[str, Any], beside: dict[str, Any]) -> None:

@@ -9,32 +9,155 @@ In its folder it leaves
     edits.html       every image beside its edits
 
 A folder holds edits of one kind; others are refused. The regions are no part of that: they may be given later.
+
+What a job of edits hands in: results.jsonl, summary.json, edits.html and a table.
+
+The intervals are of the bootstrap over images, each with all its edits: edits of one image share its background.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data.decode import Pixels, decode_file
 from data.errors import UserError
-from evaluation.drawing import draw_together, write_png
-from evaluation.editing.background import Inside, background_scores
-from evaluation.editing.edit_list import Box, Edit, given_region, in_boxes
-from evaluation.editing.outcome import Line, finish
-from evaluation.geneval.detection import Detector
-from evaluation.parts import begin_or_go_on, held
-from t2i.editing import EditSettings, edit_image, patch_window
-from t2i.pipeline import Pipeline
+from data.files import atomic_write
+from data.pages import cards, figure, number, table, write_page
+from data.randomness import key
+from evaluation.editing.edit_list import METRICS, Box, Edit, Inside, background_scores, given_region, in_boxes
+from evaluation.geneval.rules import Detector
+from evaluation.geneval.summary import RESAMPLES, bootstrap, interval
+from evaluation.sampling_job import begin_or_go_on, draw_together, held, read_speed, write_json, write_png
+from t2i.distributed import World
+from t2i.pipeline import EditSettings, Pipeline, edit_image, patch_window
 from t2i.size_limits import check_fits
-from t2i.train.processes import World
+
+Line = dict[str, Any]
+"""Of results.jsonl; `EditJob` makes it."""
+
+_TITLES = {"mse": "MSE", "ssim": "SSIM", "ssim_replaced": "SSIM, inside replaced"}
+_SIDE = 320
+"""Pixels of a picture on the page, at most."""
+
+
+def summarise(lines: Sequence[Line], seed: int = 0) -> dict[str, Any]:
+    """The means over all edits that were measured.
+
+    Returns:
+        "edits", "images", "measured": how many; "not_measured": how many by reason; "background": of each metric "mean"
+        and "interval", empty if none was measured; "bootstrap": how the intervals were made. In JSON's types.
+    """
+    by_image: dict[int, list[dict[str, float]]] = defaultdict(list)
+    for line in lines:
+        if line["background"] is not None:
+            by_image[line["entry"]].append(line["background"])
+    measured = [scores for of_image in by_image.values() for scores in of_image]
+    background = {}
+    for metric in METRICS if measured else ():
+        drawn = bootstrap(
+            [[scores[metric] for scores in of_image] for of_image in by_image.values()],
+            key(seed, "editing", "bootstrap"),
+        )
+        mean = float(np.mean([scores[metric] for scores in measured]))
+        background[metric] = {"mean": mean, "interval": interval(drawn)}
+    return {
+        "edits": len(lines),
+        "images": len({line["entry"] for line in lines}),
+        "measured": len(measured),
+        "not_measured": dict(Counter(line["not_measured"] for line in lines if line["not_measured"])),
+        "background": background,
+        "bootstrap": {"resamples": RESAMPLES, "seed": seed, "unit": "images with their edits"},
+    }
+
+
+def finish(
+    out: Path,
+    lines: Sequence[Line],
+    made_of: Mapping[str, Any],
+    settings: EditSettings,
+    detector: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Write everything, and return the summary.
+
+    Args:
+        out: the job's folder.
+        lines: of all edits.
+        made_of: what the edits were made with.
+        settings: how.
+        detector: who found the regions that are not given.
+    """
+    summary = {
+        **summarise(lines),
+        "settings": settings.model_dump(),
+        "made_of": {**made_of, "speed": read_speed(out)},
+        "detector": detector,
+    }
+    atomic_write(out / "results.jsonl", ((json.dumps(line) + "\n").encode() for line in lines))
+    _write_page(out, lines, summary)
+    write_json(out / "summary.json", summary)  # the last: where it is, the others are
+    return summary
+
+
+def as_text(summary: Mapping[str, Any]) -> str:
+    """The means as lines for a terminal."""
+    lines = [f"{summary['edits']} edits of {summary['images']} images, {summary['measured']} with a region"]
+    for metric, it in summary["background"].items():
+        low, high = it["interval"]
+        lines.append(f"background {_TITLES[metric]:22} {it['mean']:.6f}   95 %: {low:.6f} to {high:.6f}")
+    return "\n".join([*lines, *(f"{count} not measured: {why}" for why, count in summary["not_measured"].items())])
+
+
+def _write_page(out: Path, lines: Sequence[Line], summary: Mapping[str, Any]) -> None:
+    background = summary["background"]
+    rows = [("edits", str(summary["edits"]), f"of {summary['images']} images")]
+    for metric, it in background.items():
+        low, high = it["interval"]
+        rows.append((f"background {_TITLES[metric]}", number(it["mean"]), f"95 %: {number(low)} to {number(high)}"))
+    told = {**summary["settings"], **summary["made_of"], "detector": summary["detector"]}
+    settings = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in told.items()]
+    write_page(
+        out / "edits.html",
+        title="Edits",
+        kind="editing",
+        subtitle=f"{summary['made_of']['model']}, {summary['made_of']['which']} weights",
+        cards=cards(rows),
+        notes=[f"<span>{count} not measured: {escape(why)}.</span>" for why, count in summary["not_measured"].items()],
+        sections={
+            "Images": f'<div class="charts">{"".join(_pair(out, line) for line in lines)}</div>',
+            "Made with": table(["", ""], settings, text_columns=2),
+        },
+    )
+
+
+def _pair(out: Path, line: Line) -> str:
+    """An image beside its edit."""
+    scores = line["background"]
+    about = (
+        " · ".join(f"{_TITLES[name]} {number(scores[name])}" for name in METRICS) if scores else line["not_measured"]
+    )
+    before, after = (_shown(out / line[name]) for name in ("source_file", "file"))
+    figures = figure(before, _SIDE, line["source_prompt"]) + figure(after, _SIDE, line["target_prompt"])
+    name = " ".join([Path(line["file"]).stem, line["target_code"]]).strip()
+    return f'<div><h3>{escape(name)}</h3><div class="beside">{figures}</div><small>{escape(about)}</small></div>'
+
+
+def _shown(path: Path) -> Image.Image:
+    """A picture for the page: small ones by their pixels."""
+    image = Image.fromarray(decode_file(path).transpose(1, 2, 0))
+    times = max(1, _SIDE // max(image.size))
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
 
 SCALE_DOWN = "scale the image down"
 """What to do with one that is too large to be edited."""

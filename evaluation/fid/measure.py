@@ -24,10 +24,9 @@ from evaluation.fid.estimators import (
     frechet_distance,
     precision_recall,
 )
-from evaluation.fid.images import Images
+from evaluation.fid.images import KEPT, Images, Reference, kept_numbers
 from evaluation.fid.networks import Features, Network
-from evaluation.fid.reference import KEPT, Reference, kept_numbers
-from t2i.train.processes import World
+from t2i.distributed import World
 
 USUAL_SAMPLES = 50_000
 """Published FIDs are of so many."""

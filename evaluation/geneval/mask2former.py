@@ -11,11 +11,28 @@
 Source: Cheng et al. 2022; mmdet 2.28 (configs/mask2former, maskformer_fusion_head.py).
 
 Q = queries, C = classes and "no object", h x w = a quarter of the padded image.
+
+The frozen networks of a detector: where their weights lie, whether they are the published ones, how they run.
+
+- Nothing is downloaded: a model is a folder or file, or what the Hugging Face cache holds under its name.
+- A file whose name tells its own SHA-256, as those of OpenMMLab and of the Hugging Face cache do, is held to it: a
+  download that was cut off never scores anything. Whether a hash is the published one goes into the identity.
+
+The colour of an object, by CLIP ViT-L/14, as GenEval asks for it.
+
+- A colour's embedding is the mean of three sentences', each normalised, normalised again (clip_benchmark's zero-shot
+  classifier); the object's colour is that which its picture is most alike to.
+- An object's picture is the image with #999999 wherever it is not, cut to its box, and prepared as OpenAI's CLIP does:
+  short side to 224 pixels by Pillow's antialiased bicubic filter, the centre 224 x 224 of that.
+- fp32; GenEval ran both sides in half precision, by autocast.
+
+Source: Ghosh et al. 2023, evaluation/evaluate_images.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,16 +43,172 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from PIL.Image import fromarray
 from torch import Tensor
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, pil_to_tensor, resize
+from transformers import AutoTokenizer, CLIPModel, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.utils import logging
 
 from data.errors import UserError
+from data.files import refuse_lfs_pointers
 from evaluation.geneval import openmmlab
-from evaluation.geneval.clip_colors import CLIP, ClipColors
-from evaluation.geneval.detection import Detection, Image, Thresholds
-from evaluation.geneval.networks import cached, exact, identify, weight_file
-from evaluation.geneval.prompts import CLASSES
+from evaluation.geneval.prompts import CLASSES, COLORS
+from evaluation.geneval.rules import Detection, Image, Thresholds
+from t2i.engine.checkpoint.format import sha256
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""File names of weights in a folder, those that transformers prefers first."""
+_IN_NAME = re.compile(r"-([0-9a-f]{8})\.pth")  # OpenMMLab's
+_BLOB = re.compile(r"[0-9a-f]{64}")  # what a large file of the Hugging Face cache is a link to
+
+
+def cached(name: str) -> Path | None:
+    """The folder in the Hugging Face cache that holds a model's configuration; None: there is none."""
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name of a model
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def weight_file(folder: Path) -> Path:
+    """The one file with the weights in a folder of transformers'.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} holds no weights: {' or '.join(_WEIGHTS)} should be there")
+
+
+def identify(path: Path, published: Collection[str]) -> dict[str, Any]:
+    """Tell which weights a file holds.
+
+    Args:
+        published: SHA-256 of the published files, or how they begin.
+
+    Returns:
+        "file", "sha256", and "pinned": whether it is a published one.
+
+    Raises:
+        UserError: its name says another hash than it has, or it is a Git LFS pointer.
+    """
+    refuse_lfs_pointers(path, "weights")
+    digest = sha256(path)
+    named = _IN_NAME.search(path.name)
+    blob = _BLOB.fullmatch(path.resolve().name)
+    claimed = named[1] if named else blob[0] if blob else ""
+    if not digest.startswith(claimed):
+        raise UserError(f"{path} is damaged: its SHA-256 is {digest}, its name says {claimed}; download it again")
+    return {"file": path.name, "sha256": digest, "pinned": digest.startswith(tuple(published))}
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Run networks in fp32 without TF32 or autocast, whatever a training run around this has chosen."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+CLIP = "openai/clip-vit-large-patch14"
+TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+_PUBLISHED_CLIP = (
+    "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",  # model.safetensors
+    "f1a17cdbe0f36fec524f5cafb1c261ea3bbbc13e346e0f74fc9eb0460dedd0d3",  # pytorch_model.bin
+)
+_BACKGROUND = 0x99
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_BATCH = 16
+
+
+def cut_out(image: Image, found: Detection) -> Image:
+    """The object's picture: its box of the image, grey around its mask."""
+    x0, y0, x1, y1 = (round(edge) for edge in found.box)
+    alone = np.where(found.mask[..., None], image, np.uint8(_BACKGROUND))
+    return alone[y0:y1, x0:x1]
+
+
+def prepare_for_clip(image: Image, size: int = 224) -> Tensor:
+    """(3, size, size) as CLIP takes it."""
+    small = resize(fromarray(image), [size], InterpolationMode.BICUBIC)
+    return normalize(pil_to_tensor(center_crop(small, [size, size])).float() / 255, list(_CLIP_MEAN), list(_CLIP_STD))
+
+
+class ClipColors:
+    """Names the colours of objects.
+
+    Args:
+        name: a folder with weights and tokeniser as transformers saves them, or a name in the Hugging Face cache.
+        device: where it runs.
+
+    Raises:
+        UserError: the weights are not there, damaged, or not of an OpenAI CLIP.
+    """
+
+    def __init__(self, name: str = CLIP, device: torch.device | str = "cpu") -> None:
+        folder = Path(name) if Path(name).is_dir() else cached(name)
+        if folder is None:
+            raise UserError(
+                f"clip {name!r} is neither a folder nor in the Hugging Face cache: run 'hf download {CLIP}', or give "
+                "the folder of a copy"
+            )
+        file = weight_file(folder)
+        self.identity: dict[str, Any] = {"name": "CLIP", "model": name, **identify(file, _PUBLISHED_CLIP)}
+        """Which weights they are."""
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            network: Any = CLIPModel.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, use_safetensors=file.suffix == ".safetensors"
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"clip {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        activations = {network.config.text_config.hidden_act, network.config.vision_config.hidden_act}
+        if activations != {"quick_gelu"}:
+            raise UserError(f"clip {name!r} is no CLIP of OpenAI's: its activation should be quick_gelu")
+        self._network = network.eval().requires_grad_(False).to(device)
+        self._device = torch.device(device)
+        self._size = int(network.config.vision_config.image_size)
+        self._embeddings: dict[str, Tensor] = {}  # by class: (10, width)
+
+    def colors(self, image: Image, objects: Sequence[Detection]) -> list[str]:
+        """The colour of each object, one of `COLORS`."""
+        with exact():
+            return [
+                COLORS[index]
+                for start in range(0, len(objects), _BATCH)
+                for index in self._most_alike(image, objects[start : start + _BATCH])
+            ]
+
+    def _most_alike(self, image: Image, objects: Sequence[Detection]) -> list[int]:
+        pictures = torch.stack([prepare_for_clip(cut_out(image, found), self._size) for found in objects]).to(
+            self._device
+        )
+        seen = self._network.visual_projection(self._network.vision_model(pictures).pooler_output)
+        named = torch.stack([self._classifier(found.label) for found in objects])
+        indices: list[int] = torch.einsum("nd,ncd->nc", F.normalize(seen, dim=-1), named).argmax(-1).tolist()
+        return indices
+
+    def _classifier(self, label: str) -> Tensor:
+        """The colours' embeddings for objects of a class, (10, width)."""
+        if label not in self._embeddings:
+            sentences = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
+            tokens = self._tokenizer(sentences, padding=True, return_tensors="pt").to(self._device)
+            states = self._network.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+            each = F.normalize(self._network.text_projection(states), dim=-1)
+            self._embeddings[label] = F.normalize(each.unflatten(0, (len(COLORS), -1)).mean(1), dim=-1)
+        return self._embeddings[label]
+
 
 OPENMMLAB = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 OPENMMLAB_URL = (

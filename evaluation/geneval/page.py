@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from data.files import atomic_write
 from evaluation.geneval.prompts import Metadata
-from evaluation.geneval.verdicts import Judged
+from evaluation.geneval.summary import Judged
 
 _UNIT = 1000
 _COLOURS = 3

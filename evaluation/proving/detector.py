@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from data.errors import UserError
 from data.packing.shapes import BACKGROUND, COLORS, PALETTE, SHAPES, Object, cover
-from evaluation.geneval.detection import Detection, Image, Thresholds
+from evaluation.geneval.rules import Detection, Image, Thresholds
 
 ACCEPTED = 0.86
 """An object is of a shape above this agreement. Drawn scenes, blurred by half a pixel of 32 and with noise, are above

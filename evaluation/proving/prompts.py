@@ -3,6 +3,8 @@
 Captions are those of held-out scenes (data/packing/shapes.py), each once: the grammar is the training set's, and a
 share of the captions themselves may have been held out of it. Where a caption names colours the rules ask for them,
 in "counting" and "position", too: that is more than GenEval asks there.
+
+What scores of drawn shapes are to be read against: the best that can be had, and chance.
 """
 
 from __future__ import annotations
@@ -10,11 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import islice, zip_longest
+from typing import Any
+
+import numpy as np
 
 from data.packing.contents import check
-from data.packing.shapes import HELDOUT_START, Scene, caption_is_held_out, scene
+from data.packing.shapes import HELDOUT_START, Scene, caption_is_held_out, draw, scene
 from data.randomness import key, permutation
 from evaluation.geneval.prompts import TASKS, Metadata
+from evaluation.geneval.rules import Detection, Detector, Image, judge
+from evaluation.geneval.summary import Prompted, Result, counted, read_image, summarise
 
 _MOST = 3000
 _LOOKED_AT = 24
@@ -85,3 +92,63 @@ def shuffled(prompts: Sequence[Metadata], seed: int = 0) -> list[Metadata]:
     order = permutation(key(seed, "proving", "shuffled"), len(prompts)).tolist()
     others = dict(zip(order, order[1:] + order[:1], strict=True))
     return [prompts[others[n]] for n in range(len(prompts))]
+
+
+_SHUFFLES = 10
+
+
+class _Seen:
+    """A detector's answers on one image, so that many prompts can be judged by it for the price of one."""
+
+    def __init__(self, detector: Detector, image: Image) -> None:
+        self.thresholds, self.classes, self.identity = detector.thresholds, detector.classes, detector.identity
+        self._objects = detector.detect(image)
+        colors = detector.colors(image, self._objects)
+        self._color_of = {id(it): color for it, color in zip(self._objects, colors, strict=True)}
+
+    def detect(self, image: Image) -> list[Detection]:
+        return self._objects
+
+    def colors(self, image: Image, objects: Sequence[Detection]) -> list[str]:
+        return [self._color_of[id(it)] for it in objects]
+
+
+def bounds(prompted: Sequence[Prompted], detector: Detector) -> dict[str, Any]:
+    """Overall scores beside that of a folder of images.
+
+    Returns:
+        "drawn_scenes": of the prompts' own scenes, drawn at the images' size: what a perfect model would have; None
+        where a prompt is none of the proving ground's.
+        "shuffled_prompts": of the same images judged by other prompts: chance, the mean over ten shuffles; None where
+        there is one prompt alone.
+    """
+    return {"drawn_scenes": _of_scenes(prompted, detector), "shuffled_prompts": _by_chance(prompted, detector)}
+
+
+def _of_scenes(prompted: Sequence[Prompted], detector: Detector) -> float | None:
+    scenes = {it.caption: it for it in proving_scenes()}
+    results = []
+    for it in prompted:
+        if it.metadata["prompt"] not in scenes:
+            return None
+        image = draw(scenes[it.metadata["prompt"]], len(read_image(it.images[0])))
+        results.append(counted(it.metadata, judge(it.metadata, image, detector).correct))
+    return _overall(results)
+
+
+def _by_chance(prompted: Sequence[Prompted], detector: Detector) -> float | None:
+    if len(prompted) == 1:
+        return None
+    shuffles = [shuffled([it.metadata for it in prompted], seed) for seed in range(_SHUFFLES)]
+    results: list[list[Result]] = [[] for _ in shuffles]
+    for number, it in enumerate(prompted):
+        for image in map(read_image, it.images):
+            seen = _Seen(detector, image)
+            for of_shuffle, asked in zip(results, shuffles, strict=True):
+                of_shuffle.append(counted(asked[number], judge(asked[number], image, seen).correct))
+    return float(np.mean([_overall(of_shuffle) for of_shuffle in results]))
+
+
+def _overall(results: Sequence[Result]) -> float:
+    overall: float = summarise(results)["overall"]
+    return overall

@@ -10,6 +10,14 @@
 - No term of a gated sample reaches its gradient. Gating selects samples; it never changes a collective.
 - Where the gradients of L_FM and of the perceptual terms are wanted apart, for b (gradient balancing), they are formed
   at the network's output and their sum goes on from there: still one backward through each network.
+
+How strongly two losses pull at the head, the last linear layer, without a backward pass for each. Pure functions.
+
+The head makes image patches y (B, N, P) of tokens h (B, N, D): y = h W' + b. The gradient of a loss at W (P, D) is
+then the sum over tokens of dL/dy h', so h and the loss's gradient at the predicted image are all it takes; the rest of
+the network, and its one backward pass, never hear of it.
+
+Gradients add up over the micro-batches and ranks of a global batch. Their norms do not: sums come first.
 """
 
 from __future__ import annotations
@@ -26,7 +34,38 @@ from torch import Tensor
 
 from t2i.diffusion.flow import Array, PredictionKind, flow_matching_loss, image_from_velocity, interpolate
 from t2i.diffusion.perceptual import ImageDistance, PatchFeatures, cosine_distance
-from t2i.upload import upload
+from t2i.models.layers import upload
+
+EPSILON = 1e-4
+"""Added to the norm that divides."""
+
+
+def head_gradients(tokens_BND: Tensor, *patches_BNP: Tensor) -> Tensor:
+    """Gradients (k, P, D) of k losses at the head's weight, fp32.
+
+    Args:
+        tokens_BND: what went into the head.
+        patches_BNP: each loss's gradient at what came out of it. The order of the P values does not matter to norms.
+    """
+    at_patches = torch.cat([patches.float() for patches in patches_BNP], dim=-1).flatten(0, 1)
+    return (at_patches.T @ tokens_BND.float().flatten(0, 1)).unflatten(0, (len(patches_BNP), -1))
+
+
+def norm_ratio(numerator: Tensor, denominator: Tensor, most: float) -> float | None:
+    """Ratio of the norms of two gradients, at most `most`; None where the second is zero: there is nothing to balance.
+
+    Not finite where a gradient is not.
+    """
+    if not denominator.any():
+        return None
+    ratio = numerator.double().norm() / (denominator.double().norm() + EPSILON)
+    return float(ratio.clamp(max=most))
+
+
+def smoothed(weight: float, ratio: float, smoothing: float) -> float:
+    """Exponential moving average: `smoothing` of the old weight and the rest of the new ratio."""
+    return smoothing * weight + (1.0 - smoothing) * ratio
+
 
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 TERMS = ("loss", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t2i.engine.mapped import ZerosLike
-from t2i.engine.shards import Shards
+from t2i.engine.engine import Shards
+from t2i.engine.optimizer import ZerosLike
 
 
 class Ema:

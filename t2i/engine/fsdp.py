@@ -22,10 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from t2i.engine.blocks import HasBlocks
-from t2i.engine.interface import MicroSteps, StepResult, not_finite
+from t2i.engine.engine import HasBlocks, MicroSteps, Shards, StepResult, all_reduce_sum, not_finite
 from t2i.engine.optimizer import Optimizer, Piece
-from t2i.engine.shards import Shards, all_reduce_sum
 
 
 def _mesh(device: torch.device, replicas: int) -> DeviceMesh:

@@ -7,6 +7,21 @@ Shape suffixes: B batch, N image tokens, L text tokens, M keys, H heads, K head 
   is three plain operations, as the fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py). On the
   meta device, where the planner counts, it is what it would be on CUDA.
 - Norms and the rotation are computed in fp32 and cast back.
+
+Dropout whose masks are a function of the sample: the same for any micro-batch, rank, recomputation or compiler.
+
+A mask is a hash of (key of the sample, layer, place in the layer, token, channel), on whatever device the activations
+are. The key is 62 random bits that belong to a slot of the run. Nothing is drawn and nothing is kept, so activation
+checkpointing computes the same mask again.
+
+The hash works on 31 bits held in int64: products of two such numbers do not overflow, so that every device and
+compiler agrees to the bit. It is not cryptographic; its rounds are those of an xor-shift-multiply mixer.
+
+The transformer blocks that the families share, and what every denoiser returns.
+
+Shape suffixes: B batch, C channels, N tokens, M keys, D width.
+
+Arrays from the host to a device, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -16,9 +31,11 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
@@ -228,3 +245,146 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+KEY_BITS = 62
+_BITS = 31
+_LOW = (1 << _BITS) - 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of the numbers below 2**31 that spreads every bit over all."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _LOW
+    x = (x ^ (x >> 15)) * 0x5BD1E995 & _LOW
+    return x ^ (x >> 16)
+
+
+def derive(key_B: Tensor, number: int) -> Tensor:
+    """Another key for each key (B,), int64 below 2**62: that of a layer, say."""
+    low = _mix(_mix(key_B & _LOW) ^ number)
+    high = _mix((key_B >> _BITS) ^ low)
+    return (high << _BITS) | low
+
+
+def keep_mask(key_B: Tensor, tokens: int, channels: int, rate: float) -> Tensor:
+    """Which of (B, tokens, channels) are kept: each with probability 1 - `rate`, to within 2**-31.
+
+    Args:
+        key_B: random or derived; plain numbers in a row would share rows of their masks.
+    """
+    token = torch.arange(tokens, device=key_B.device)
+    channel = torch.arange(channels, device=key_B.device)
+    # Two numbers a row: of one alone, some of a step's millions of rows would be equal.
+    first = _mix((key_B & _LOW)[:, None] ^ token)
+    second = _mix((key_B >> _BITS)[:, None] ^ first)
+    return _mix(_mix(first[..., None] ^ channel) ^ second[..., None]) >= round(rate * 2**_BITS)
+
+
+def dropout(x_BND: Tensor, key_B: Tensor, rate: float) -> Tensor:
+    """Set a share `rate` of the values to zero and scale the others so that the mean stays."""
+    keep = keep_mask(key_B, x_BND.shape[1], x_BND.shape[2], rate)
+    return torch.where(keep, x_BND * (1.0 / (1.0 - rate)), 0.0).to(x_BND.dtype)
+
+
+class Prediction(NamedTuple):
+    """What a denoiser returns, in the order of its fields."""
+
+    output: Tensor
+    """(B, C, H, W), fp32: the clean image, in [-1, 1] once trained, or the velocity; the config's model.prediction says
+    which, the network does not know."""
+    features: Tensor
+    """(B, N, D): of the block that representation alignment taps."""
+
+
+class Attention(nn.Module):
+    """Self-attention with QK-RMSNorm; with `cross`, its keys and values are joined by those of a context."""
+
+    def __init__(self, width: int, heads: int, cross: bool, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.context_kv = nn.Linear(width, 2 * width, bias=False) if cross else None
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, N, parts D) -> parts tensors (B, H, N, K)."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and turned, and values, (B, H, N, K) each, of (B, N, D)."""
+        q, k, v = self._heads(self.qkv(x), 3)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if rope is None else (rotate(q, *rope), rotate(k, *rope), v)
+
+    def merge(self, attended: Tensor) -> Tensor:
+        """The result (B, N, D) of what attention gave the heads (B, H, N, K)."""
+        return self.out(attended.transpose(1, 2).flatten(-2))
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """`mask` (B, M), bool: keys that take part, the context's last; None: all."""
+        q, k, v = self.project(x, rope)
+        if self.context_kv is not None:
+            assert context is not None
+            context_k, context_v = self._heads(self.context_kv(context), 2)
+            k = torch.cat([k, self.k_norm(context_k)], dim=2)
+            v = torch.cat([v, context_v], dim=2)
+        return self.merge(attention(q, k, v, mask))
+
+
+class Block(nn.Module):
+    """A transformer block modulated by time, or what else is given once a sample; `cross` makes it an image block that
+    also reads the text. `hidden`: width inside the MLP."""
+
+    def __init__(self, width: int, heads: int, cross: bool, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads, cross)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, hidden)
+        self.adaln = nn.Linear(width, 6 * width)
+
+    def signals(self, given_B1D: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the attention, then of the MLP, (B, 1, D) each."""
+        return self.adaln(given_B1D).chunk(6, dim=-1)
+
+    def enter(self, x_BND: Tensor, signals: tuple[Tensor, ...]) -> Tensor:
+        """What attention is given."""
+        return modulate(self.norm1(x_BND), signals[0], signals[1])
+
+    def leave(self, x_BND: Tensor, attended_BND: Tensor, signals: tuple[Tensor, ...]) -> Tensor:
+        """The block's result, after attention."""
+        _, _, gate1, shift2, scale2, gate2 = signals
+        x_BND = x_BND + gate1 * attended_BND
+        return x_BND + gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        given_B1D: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        signals = self.signals(given_B1D)
+        return self.leave(x_BND, self.attn(self.enter(x_BND, signals), rope, context, mask), signals)
+
+
+def muon_takes(name: str) -> bool:
+    """Whether Muon is to update a parameter: the matrices of attention and MLP, not adaLN, embeddings or head."""
+    return ".attn." in name or (".mlp." in name and ".time." not in name)
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on a device, in its own type; on a CPU it shares the array's memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory waits for all work before it
+    return tensor.to(device, non_blocking=True)

@@ -23,8 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from t2i.models.layers import Fp32Linear, RMSNorm, modulate, rope_table, sincos_grid
-from t2i.models.transformer import Attention
+from t2i.models.layers import Attention, Fp32Linear, RMSNorm, modulate, rope_table, sincos_grid
 
 ROPE_EXTENT = 16.0
 """Rotary positions of an axis lie between 0 and it, whatever the resolution."""

@@ -12,6 +12,20 @@ Design, as measured in the public model (and counted in tests):
 - The head runs in fp32: a bf16 image would be off by up to 0.04 in velocity near t = 1.
 
 Shape suffixes: B batch, C channels, N image tokens, L text tokens, D width, E width of the text states.
+
+PixelGen, the class-conditional denoiser: a noisy image and a class label in, the clean image out.
+
+Design, as measured in the public model (and counted in tests); it is JiT's (Li and He, 2025):
+- Patches enter through a bottleneck (768 -> 128 -> D) or, in XL, through one matrix, plus a fixed sin-cos position
+  table.
+- Class and time embeddings are added up and drive adaLN in every block and in the head.
+- After some blocks, 32 copies of the class's embedding, each with a learned position, are put before the image's
+  tokens; they take part in attention, are not rotated, and are left out before the head.
+- Dropout in the middle half of the blocks, on the attention's result and inside the MLP (`dropout.py`).
+- QK-RMSNorm; SwiGLU of hidden width 8/3 D; 2-D rotary embedding, one half of a head's channels for either axis.
+- adaLN and the head start at zero, so the network's first output is exactly zero. The head runs in fp32.
+
+Shape suffixes: B batch, C channels, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -23,15 +37,147 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.models.layers import (
+    Attention,
+    Block,
     Fp32Linear,
+    Prediction,
     RMSNorm,
+    SwiGLU,
     TimeEmbedding,
+    axial_rope_table,
+    derive,
+    dropout,
+    modulate,
     patchify,
     rope_table,
     sincos_table,
     unpatchify,
 )
-from t2i.models.transformer import Block, Prediction
+
+
+class ClassBlock(nn.Module):
+    """A transformer block modulated by class and time. `rate` is the share that its dropout sets to zero."""
+
+    def __init__(self, width: int, heads: int, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads, cross=False, bias=True)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, 8 * width // 3, bias=True)
+        self.adaln = nn.Linear(width, 6 * width)
+
+    def forward(
+        self, x_BND: Tensor, given_B1D: Tensor, rope: tuple[Tensor, Tensor], dropout_B: Tensor | None = None
+    ) -> Tensor:
+        """`dropout_B`: keys of the samples in this block; None drops nothing."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(given_B1D).chunk(6, dim=-1)
+
+        def drop(values: Tensor, place: int) -> Tensor:
+            return values if dropout_B is None else dropout(values, derive(dropout_B, place), self.rate)
+
+        attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), rope)
+        x_BND = x_BND + gate1 * drop(attended, 0)
+        made = self.mlp(modulate(self.norm2(x_BND), shift2, scale2), lambda hidden: drop(hidden, 1))
+        return x_BND + gate2 * made
+
+
+class ClassPixelGen(nn.Module):
+    """The denoiser of PixelGen for class to image (paper section 4.2, configuration of Table 7).
+
+    Any image whose sides are multiples of `patch_size`; the position tables are computed for its grid.
+
+    Args:
+        bottleneck: width between the two matrices of the patch embedding; 0: one matrix.
+        context_start: blocks before the class's tokens join.
+        dropout: share of values that the middle half of the blocks drops while training.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        classes: int,
+        patch_size: int,
+        bottleneck: int,
+        context_tokens: int,
+        context_start: int,
+        dropout: float,
+        repa_layer: int,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.head_width = width // heads
+        self.context_start = context_start
+        self.repa_layer = repa_layer
+        patch_values = 3 * patch_size**2
+        self.patch_down = nn.Linear(patch_values, bottleneck, bias=False) if bottleneck else None
+        self.patch_up = nn.Linear(bottleneck or patch_values, width)
+        self.time = TimeEmbedding(width, max_period=10000.0)
+        self.label = nn.Embedding(classes + 1, width)
+        self.context_position = nn.Parameter(torch.empty(1, context_tokens, width))
+        self.dropping = range(depth // 4, depth // 4 * 3) if dropout > 0 else range(0)
+        self.blocks = nn.ModuleList(ClassBlock(width, heads, dropout) for _ in range(depth))
+        self.head_norm = RMSNorm(width)
+        self.head_adaln = nn.Linear(width, 2 * width)
+        self.head = Fp32Linear(width, patch_values)
+        self.reset_parameters()
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        return [*self.blocks]
+
+    def reset_parameters(self) -> None:
+        """Xavier for matrices, zero for biases, adaLN and the head; 0.02 for labels, time and context positions."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter in (*self.time.mlp.parameters(), *self.label.parameters(), self.context_position):
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+        for name, parameter in self.named_parameters():
+            if "adaln." in name or name.startswith("head."):
+                nn.init.zeros_(parameter)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, label_B: Tensor, dropout_B: Tensor | None = None) -> Prediction:
+        """Predict the clean image.
+
+        Args:
+            x_BCHW: the noisy image `t x + (1 - t) noise`.
+            t_B: times in [0, 1]; 0 is noise, 1 the image.
+            label_B: classes, int64; the number of classes is the null class.
+            dropout_B: keys of the samples' dropout masks, int64 below 2**62; None, as in evaluation, drops nothing.
+        """
+        # Each parameter is read by the module that owns it: elsewhere it may be a shard (ZeRO-3, FSDP2).
+        dtype = self.context_position.dtype
+        height, width = x_BCHW.shape[-2:]
+        grid = (height // self.patch_size, width // self.patch_size)
+        label_B1D = self.label(label_B)[:, None]
+        given_B1D = F.silu(self.time(t_B, dtype)[:, None] + label_B1D)
+
+        patches = patchify(x_BCHW, self.patch_size).to(dtype)
+        x = self.patch_up(self.patch_down(patches) if self.patch_down is not None else patches)
+        x = x + sincos_table(*grid, x.shape[-1], x.device).to(dtype)
+        rope, context = axial_rope_table(*grid, self.head_width, 0, x.device), 0
+        features = x
+        for index, block in enumerate(self.blocks):
+            if index == self.context_start:
+                tokens = label_B1D + self.context_position
+                x, context = torch.cat([tokens, x], dim=1), tokens.shape[1]
+                rope = axial_rope_table(*grid, self.head_width, context, x.device)
+            keys = derive(dropout_B, index) if dropout_B is not None and index in self.dropping else None
+            x = block(x, given_B1D, rope, keys)
+            if index + 1 == self.repa_layer:
+                features = x[:, context:]
+
+        shift, scale = self.head_adaln(given_B1D).chunk(2, dim=-1)
+        x = modulate(self.head_norm(x[:, context:].float()), shift.float(), scale.float())
+        return Prediction(unpatchify(self.head(x), self.patch_size, height, width), features)
 
 
 class PixelGen(nn.Module):

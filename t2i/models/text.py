@@ -10,6 +10,12 @@
   token of it, a pad is its token, under attend all pads are: what a fully masked row gives is a library's choice.
 - Captions are encoded in batches of one fixed size, so that a caption's states do not depend on its neighbours, and may
   be cached: a small data set repeats its captions.
+
+What a denoiser is told of a sample: states of its caption, or its class.
+
+Class labels as a condition: what takes the text encoder's place where a network draws classes.
+
+A sample's caption is its label in digits, "207"; the empty caption stands for no class, as it does for text.
 """
 
 from __future__ import annotations
@@ -20,15 +26,92 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from data.errors import UserError
 from data.files import refuse_lfs_pointers
-from t2i.upload import upload
+from t2i.models.layers import upload
+
+
+class Conditioner(Protocol):
+    """Turns captions into what a denoiser is told of them: `TextEncoder` or `ClassLabels`."""
+
+    width: int
+    """Width E of a caption's states; 0 where a caption is a number."""
+    dtype: torch.dtype
+    """Of what it returns."""
+
+    def __call__(self, captions: list[str], plain: bool = False) -> list[Tensor]:
+        """Each caption's states (L, E), whose lengths may differ, or class (), on its device; not to be written to.
+
+        Args:
+            plain: without the instruction that captions have before them otherwise (text.instruction): negative prompts
+                are read like this, and the empty caption always is.
+        """
+
+    def cut(self, captions: Sequence[str], plain: bool = False) -> int:
+        """How many captions are longer than what is read of them."""
+
+    def null_caption(self) -> Tensor:
+        """What stands for no caption: states or a class."""
+
+
+def stack_conditions(conditions: Sequence[Tensor], length: int = 0) -> Tensor:
+    """Captions' states as one tensor (B, L, E), or their classes (B,).
+
+    Args:
+        conditions: as a conditioner gives them.
+        length: the least L; it is that of the longest states. Shorter ones are filled up with zeros.
+    """
+    if conditions[0].ndim == 0:
+        return torch.stack(list(conditions))
+    states = pad_sequence(list(conditions), batch_first=True)
+    return F.pad(states, (0, 0, 0, max(0, length - states.shape[1])))
+
+
+class ClassLabels:
+    """Labels 0 ... `classes` - 1; the number `classes` is the null class."""
+
+    width = 0
+    dtype = torch.long
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.classes = classes
+        self._device = device
+
+    def _number(self, caption: str) -> int:
+        if not caption:
+            return self.classes
+        label = int(caption) if caption.isascii() and caption.isdigit() else self.classes
+        if label >= self.classes:
+            raise UserError(
+                f"the caption {caption[:80]!r} is no class: model.condition is class and model.classes "
+                f"{self.classes}, so a caption is a number from 0 to {self.classes - 1}"
+            )
+        return label
+
+    def __call__(self, captions: list[str], plain: bool = False) -> list[Tensor]:
+        """Labels (), int64; plain or not, a label is the same.
+
+        Raises:
+            UserError: a caption is no label.
+        """
+        return list(upload(np.array([self._number(caption) for caption in captions], np.int64), self._device))
+
+    def cut(self, captions: Sequence[str], plain: bool = False) -> int:
+        """None is."""
+        return 0
+
+    def null_caption(self) -> Tensor:
+        """The null class (), int64."""
+        return self([""])[0]
+
 
 ENCODE_BATCH = 16
 ENCODERS_ALONE = ("t5", "mt5", "umt5")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.files import refuse_lfs_pointer
-from t2i.config_base import ConfigError
+from t2i.config.base import ConfigError
 
 AVERAGE = "state_dict_ema"
 """Where a checkpoint without Lightning keeps the average of its state_dict, if it does."""

@@ -2,39 +2,121 @@
 
 A released checkpoint holds the denoiser as trained, perhaps its average, and the projector, which has no average in
 Lightning's: where there is but one of two, both of our files get it.
+
+The position table in PixelGen's checkpoints, which our networks compute: it is compared, not taken over.
+
+The null caption of the released models, which their checkpoints do not hold.
+
+PixelGen was trained on what Qwen3 makes of an empty caption: 128 pads, all of them masked. What attention then returns
+was a library's choice, and one of two: the mean of the values, as without a mask, or zero. No record says which.
+PixelDiT's is what Gemma-2 makes of one, which has a first token to attend to.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import chain
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from t2i.build import build_denoiser, build_projector
-from t2i.config import ModelConfig, RunConfig
-from t2i.config_base import ConfigError
+from t2i.config.base import ConfigError
+from t2i.config.run import ModelConfig, RunConfig
 from t2i.model_folder import DENOISER, PROJECTOR, UNREAD, check_finite
 from t2i.models.layers import sincos_table
+from t2i.models.text import TextEncoder
 from t2i.released.checkpoint import AVERAGE, Checkpoint, StoredTensor, kind_name
-from t2i.released.layout import from_released, released_sizes, to_released
 from t2i.released.names import (
+    LIGHTNING,
     PLAIN,
     POSITIONS,
     PROJECTOR_TABLE,
     TITLES,
     Table,
+    check_released,
     denoiser_table,
+    from_released,
+    network_name,
     prefixes,
     released_shares,
+    released_sizes,
+    to_released,
     unread,
 )
-from t2i.released.network import check_released, network_name
-from t2i.released.positions import compare_positions
+
+# The average of a constant drifts by rounding, up to half a unit in the last place / (1 - decay), which is 3e-4 near 1,
+# and bf16 is off by 2e-3. Another table would differ by about 1.
+_TOLERANCE = 5e-3
+
+
+def trained_resolution(checkpoint: Checkpoint, patch_size: int) -> int | None:
+    """Side in pixels of the images that a checkpoint was trained on, by its position table; None without one, as of
+    PixelDiT."""
+    for prefix in LIGHTNING.denoiser.values():
+        stored = checkpoint.weights.get(prefix + POSITIONS)
+        if stored is not None and len(stored.size) == 3:
+            return math.isqrt(stored.size[1]) * patch_size
+    return None
+
+
+def compare_positions(checkpoint: Checkpoint, name: str, width: int) -> str:
+    """See that the table stored under `name` is the one that our network computes, and say so.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    size = list(checkpoint.weights[name].size)
+    side = math.isqrt(size[1]) if len(size) == 3 else 0
+    if size != [1, side * side, width]:
+        raise ConfigError(f"{checkpoint.path}: {name} is {size}: it should be [1, a square number, {width}]")
+    computed = sincos_table(side, side, width, torch.device("cpu"))
+    difference = (checkpoint.tensor(name)[0].float() - computed).abs().max().item()
+    if not difference <= _TOLERANCE:
+        raise ConfigError(
+            f"{checkpoint.path}: {name} is not the table of sines and cosines that this network adds: it differs by "
+            f"{difference:.2g}"
+        )
+    return f"a table for {side} x {side} patches; computed for any grid, it differs by {difference}"
+
+
+NullAttention = Literal["mean", "zero"]
+
+
+def null_caption(encoder: TextEncoder, attention: NullAttention) -> Tensor:
+    """States (L, E) of the empty caption.
+
+    Args:
+        attention: what it returns where every token is masked.
+
+    Raises:
+        ConfigError: zero is asked of an encoder to which it does not apply.
+    """
+    if attention == "mean":
+        # All pads are one token, and their values alike: any weights over them give the mean.
+        return encoder.null_caption()
+    with encoder.loaded() as net:
+        outputs = [module for name, module in net.named_modules() if name.endswith("self_attn.o_proj")]
+        if not outputs or encoder.tokenizer("")["input_ids"]:
+            raise ConfigError(
+                "null_attention zero: it should be mean for this text.model, which is no decoder of Qwen's kind or "
+                "makes tokens of an empty caption"
+            )
+        hooks = [module.register_forward_pre_hook(_nothing) for module in outputs]
+        try:
+            return encoder.null_caption()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _nothing(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (torch.zeros_like(arguments[0]),)
+
 
 _OTHER = {"raw": "ema", "ema": "raw"}
 _LIGHTNING = "2.4.0"

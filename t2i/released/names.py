@@ -10,16 +10,33 @@ The last block of PixelDiT for text to image has all of a block for its text, wh
 rest, `unread`, has no effect on the picture.
 
 Names and shapes are those that the public code gives; they were not checked against a released file.
+
+Which network a released checkpoint is of, by the names and shapes in it.
+
+Tensors that the public code shapes, orders or means in another way than our networks.
+
+- PixelGen for class to image makes its patch embedding of convolutions: (O, 3, p, p) for pixels, (O, I, 1, 1) between
+  bottleneck and width. Flattened they are our matrices, since our patches are channel-major. Its head's outputs are the
+  values of a patch pixel by pixel (row, column, channel), ours channel by channel.
+- PixelDiT for text to image predicts noise - image, so its head is ours negated. (Its time, 1000 where all is noise, is
+  our network's own affair.)
+
+The other two take their patches apart and put them together as we do.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from t2i.config import ModelConfig
-from t2i.released.checkpoint import AVERAGE
+import torch
+from torch import Tensor
+
+from t2i.config.base import ConfigError
+from t2i.config.model import PixelConfig
+from t2i.config.run import ModelConfig
+from t2i.released.checkpoint import AVERAGE, Checkpoint
 
 TITLES: dict[str, str] = {"pixelgen": "PixelGen", "pixeldit": "PixelDiT"}
 PREDICTIONS: dict[str, str] = {"pixelgen": "image", "pixeldit": "velocity"}
@@ -243,3 +260,172 @@ def released_shares(table: Table, name: str) -> tuple[Share, ...]:
     return tuple(
         share._replace(name=share.name.replace("*", number.group() if number else "*") + end) for share in shares
     )
+
+
+class Network(NamedTuple):
+    """What tells released networks apart; `family` and `condition` are the config's."""
+
+    family: str
+    condition: str
+    width: int
+    depth: int
+
+
+class _Sign(NamedTuple):
+    """The tensor that shows a kind of network, the axis of it that is the width, and what its blocks are called."""
+
+    prefixes: Prefixes
+    name: str
+    axis: int
+    blocks: str
+
+
+_SIGNS = {  # in this order: PixelDiT for classes has that embedding, too
+    ("pixeldit", "text"): _Sign(PLAIN, "s_embedder.proj.weight", 0, "patch_blocks"),
+    ("pixeldit", "class"): _Sign(LIGHTNING, "s_embedder.proj.weight", 0, "patch_blocks"),
+    ("pixelgen", "text"): _Sign(LIGHTNING, "y_embedder.proj.weight", 0, "blocks"),
+    ("pixelgen", "class"): _Sign(LIGHTNING, "y_embedder.embedding_table.weight", 1, "blocks"),
+}
+_SHIPPED = {
+    Network("pixelgen", "text", 1536, 16): "PixelGen-XXL/16 for text to image, as in configs/pixelgen_xxl.yaml",
+    Network("pixelgen", "class", 1152, 28): "PixelGen-XL/16 for class to image, as in configs/pixelgen_xl.yaml",
+    Network("pixelgen", "class", 1024, 24): "PixelGen-L/16 for class to image, as in configs/pixelgen_l.yaml",
+    Network("pixeldit", "text", 1536, 14): "PixelDiT-T2I for text to image, as in configs/pixeldit_t2i.yaml",
+    Network("pixeldit", "class", 1152, 26): "PixelDiT-XL/16 for class to image, as in configs/pixeldit_xl.yaml",
+    Network("pixeldit", "class", 1024, 22): "PixelDiT-L/16 for class to image, as in configs/pixeldit_l.yaml",
+    Network("pixeldit", "class", 768, 12): "PixelDiT-B/16 for class to image, as in configs/pixeldit_b.yaml",
+}
+
+
+def network_of(checkpoint: Checkpoint) -> Network | None:
+    """None where the weights are not those of a PixelGen or PixelDiT."""
+    for (family, condition), sign in _SIGNS.items():
+        for prefix in sign.prefixes.denoiser.values():
+            stored = checkpoint.weights.get(prefix + sign.name)
+            if stored is not None and len(stored.size) == 2:
+                numbers = [re.match(rf"{re.escape(prefix)}{sign.blocks}\.(\d+)\.", name) for name in checkpoint.weights]
+                depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
+                return Network(family, condition, stored.size[sign.axis], depth)
+    return None
+
+
+def network_name(checkpoint: Checkpoint) -> str:
+    """The network in words, with the config that it goes with where there is one."""
+    network = network_of(checkpoint)
+    if network is None:
+        return "an unknown network"
+    family, condition, width, depth = network
+    return _SHIPPED.get(network, f"{TITLES[family]} for {condition} to image, {depth} blocks of width {width}")
+
+
+def check_released(model: ModelConfig) -> None:
+    """See that networks of a config's kind are ones that were released.
+
+    Raises:
+        ConfigError: they were not.
+    """
+    prediction = PREDICTIONS[model.family]
+    if model.prediction != prediction:
+        raise ConfigError(
+            f"model.prediction {model.prediction}: it should be {prediction} for the released layout of "
+            f"{TITLES[model.family]}"
+        )
+    for name in ("attention", "tokens_per_patch", "modulation"):
+        value, default = getattr(model.pixel, name), PixelConfig.model_fields[name].default
+        if value != default:
+            raise ConfigError(f"model.pixel.{name} {value}: it should be {default} for the released layout of PixelDiT")
+
+
+def check_kind(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """See that a checkpoint is of the config's family and draws from what its model draws from, and that such networks
+    were released.
+
+    Raises:
+        ConfigError: it is another, or they were not.
+    """
+    if (network := network_of(checkpoint)) is not None:
+        # All that is to be changed is said at once.
+        expected = {"family": network.family, "condition": network.condition, "prediction": PREDICTIONS[network.family]}
+        wrong = [
+            f"model.{field} should be {value}, not {getattr(model, field)}"
+            for field, value in expected.items()
+            if getattr(model, field) != value
+        ]
+        if wrong:
+            raise ConfigError(f"{checkpoint.path} is {network_name(checkpoint)}: the config's {' and '.join(wrong)}")
+    check_released(model)
+
+
+_CHANNELS = 3
+
+
+def _is_convolution(name: str, model: ModelConfig) -> bool:
+    of_classes = (model.family, model.condition) == ("pixelgen", "class")
+    return of_classes and name in ("patch_down.weight", "patch_up.weight")
+
+
+def _is_pixelwise(name: str, model: ModelConfig) -> bool:
+    return (model.family, model.condition) == ("pixelgen", "class") and name in ("head.weight", "head.bias")
+
+
+def _is_negated(name: str, model: ModelConfig) -> bool:
+    return (model.family, model.condition) == ("pixeldit", "text") and name.startswith("pixels.head.")
+
+
+def released_sizes(name: str, size: Sequence[int], shares: Sequence[Share], model: ModelConfig) -> list[list[int]]:
+    """Shapes that the tensors have in a checkpoint of which one of our denoiser's is made.
+
+    Args:
+        name: ours.
+        size: its shape here.
+        shares: what it is made of.
+    """
+    rest = [*size[1:]]
+    if _is_convolution(name, model):
+        of_pixels = name == "patch_down.weight" or not model.bottleneck
+        kernel = model.patch_size if of_pixels else 1
+        rest = [size[1] // kernel**2, kernel, kernel]
+    rows = size[0] // sum(share.last - share.first for share in shares)
+    return [[rows * share.of, *rest] for share in shares]
+
+
+def from_released(name: str, tensors: Sequence[Tensor], shares: Sequence[Share], model: ModelConfig) -> Tensor:
+    """Tensors of a checkpoint, of `released_sizes`, as our denoiser has them. `name` is ours."""
+    tensor = tensors[0]
+    if len(shares) > 1 or not shares[0].whole:
+        tensor = torch.cat([_rows(tensor, share) for tensor, share in zip(tensors, shares, strict=True)])
+    if _is_convolution(name, model):
+        return tensor.flatten(1)
+    if _is_pixelwise(name, model):
+        pixelwise = tensor.unflatten(0, (model.patch_size, model.patch_size, _CHANNELS))
+        return pixelwise.movedim(2, 0).flatten(0, 2)
+    return -tensor if _is_negated(name, model) else tensor
+
+
+def to_released(
+    name: str, tensor: Tensor, shares: Sequence[Share], model: ModelConfig, kept: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """The reverse of `from_released`. Where our network has nothing, it is what was `kept` of the checkpoint by names
+    there, else zero."""
+    sizes = released_sizes(name, tensor.shape, shares, model)
+    if _is_pixelwise(name, model):
+        channelwise = tensor.unflatten(0, (_CHANNELS, model.patch_size, model.patch_size))
+        tensor = channelwise.movedim(0, 2).flatten(0, 2)
+    elif _is_negated(name, model):
+        tensor = -tensor
+    if len(shares) == 1 and shares[0].whole:
+        return [tensor.reshape(sizes[0])]
+    made = [
+        kept[share.name].clone() if share.name in kept else tensor.new_zeros(size)
+        for share, size in zip(shares, sizes, strict=True)
+    ]
+    wanted = [_rows(whole, share) for whole, share in zip(made, shares, strict=True)]
+    for rows, ours in zip(wanted, tensor.split([len(rows) for rows in wanted]), strict=True):
+        rows.copy_(ours)
+    return made
+
+
+def _rows(tensor: Tensor, share: Share) -> Tensor:
+    """A share of a whole, as a view."""
+    part = len(tensor) // share.of
+    return tensor[share.first * part : share.last * part]

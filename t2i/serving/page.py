@@ -2,7 +2,7 @@
 
 - What is wrong with a request is said in the words of the check that refused it.
 - Requests wait in one queue for the one model; what only fills in fields does not.
-- What comes from outside passes t2i/serving/gate.py first.
+- What comes from outside passes t2i/serving/limits.py first.
 - Nothing is loaded from anywhere else, and nothing is told to anyone: no analytics, no fonts, no share link.
 """
 
@@ -19,15 +19,13 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from data.errors import UserError
-from t2i.config_sampling import SamplingConfig
-from t2i.editing import edit_settings
-from t2i.serving import look
-from t2i.serving.edits import EditForm
-from t2i.serving.gate import MOST_UPLOAD, Gate
-from t2i.serving.history import AskTab, History, history_tab, thumbnails
-from t2i.serving.kept import KeptFiles
-from t2i.serving.session import Form, Request, first_request, sizes_like
-from t2i.serving.studio import KEPT, Frame, Studio
+from t2i.config.train import SamplingConfig
+from t2i.pipeline import edit_settings
+from t2i.serving import html
+from t2i.serving.html import AskTab, History, history_tab, thumbnails
+from t2i.serving.limits import MOST_UPLOAD, Gate, KeptFiles
+from t2i.serving.requests import EditForm, Form, Request, first_request, sizes_like
+from t2i.serving.worker import KEPT, Frame, Studio
 
 SOLVERS = get_args(SamplingConfig.model_fields["solver"].annotation)
 
@@ -41,10 +39,10 @@ def build_page(studio: Studio, uploads: KeptFiles, name: str, facts: str) -> gr.
         name: its title.
         facts: a line about it.
     """
-    small = min(studio.pipeline.config.data.size) < look.SMALL
+    small = min(studio.pipeline.config.data.size) < html.SMALL
     gr.set_static_paths([studio.folder, uploads.folder])  # taken as they are: of others Gradio makes copies
     with gr.Blocks(title=name, analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(look.head(name, facts))
+        gr.HTML(html.head(name, facts))
         history = gr.State([])
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"):
@@ -157,7 +155,7 @@ def _on_new_seed(button: Any, seed: Any) -> None:
 
 def _results(words: str, small: bool) -> tuple[Any, Any]:
     with gr.Column(scale=7, min_width=320):
-        progress = gr.HTML(look.hint(words), elem_classes="told")
+        progress = gr.HTML(html.hint(words), elem_classes="told")
         gallery = gr.Gallery(
             show_label=False, columns=2, height="auto", object_fit="contain", visible=False, interactive=False,
             buttons=["download", "fullscreen"], elem_classes=["pictures", *(["small"] if small else [])],
@@ -186,7 +184,7 @@ def _connect(
             count = request.pictures if isinstance(request, Request) else 1
             began, done = time.monotonic(), -1
             for frame in draw(request):
-                told = look.progress(frame, count, time.monotonic() - began, length)
+                told = html.progress(frame, count, time.monotonic() - began, length)
                 if len(frame.drawn) == done:
                     yield [told, gr.skip(), gr.skip(), gr.skip()]
                     continue
@@ -204,7 +202,7 @@ def _connect(
     )  # fmt: skip
     # Said when it has stopped: a click on the first button does nothing before.
     tab.stop.click(None, cancels=[asked]).then(
-        lambda: look.hint("Stopped."), None, tab.progress,
+        lambda: html.hint("Stopped."), None, tab.progress,
         queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
 
@@ -246,7 +244,7 @@ def serve(page: gr.Blocks, uploads: KeptFiles, pictures: KeptFiles, host: str, p
             server_name=host, server_port=port, share=False, show_error=False, quiet=True, ssr_mode=False, pwa=False,
             mcp_server=False, run_history=False, enable_monitoring=False, footer_links=[],
             max_file_size=MOST_UPLOAD, app_kwargs={"middleware": [gate]}, prevent_thread_lock=True,
-            css=look.CSS, theme=_theme(),
+            css=html.CSS, theme=_theme(),
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {port}: cannot be listened on at --host {host}: give others") from error

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.files import refuse_lfs_pointers
 from data.randomness import key
 from t2i.build import Denoiser, build_denoiser, build_projector
-from t2i.config import EngineConfig, RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_objective import STAND_IN, ObjectiveConfig
+from t2i.config.base import ConfigError
+from t2i.config.run import EngineConfig, RunConfig
+from t2i.config.train import STAND_IN, ObjectiveConfig
 from t2i.diffusion.flow import PredictionKind
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import (
@@ -28,18 +28,14 @@ from t2i.diffusion.perceptual import (
     compile_for_any_batch,
     load_lpips,
 )
-from t2i.engine.blocks import prepare_blocks
+from t2i.distributed import World
 from t2i.engine.deepspeed import DeepSpeedEngine
 from t2i.engine.ema import Ema
+from t2i.engine.engine import Engine, prepare_blocks
 from t2i.engine.fsdp import FsdpEngine
-from t2i.engine.interface import Engine
-from t2i.engine.mapped import StateFolder, ZerosLike
-from t2i.engine.optimizer import build_optimizer
-from t2i.models.layers import Projector
-from t2i.models.pixeldit import PixelDiT
-from t2i.models.pixeldit_class import ClassPixelDiT
-from t2i.models.transformer import Prediction, muon_takes
-from t2i.train.processes import World
+from t2i.engine.optimizer import StateFolder, ZerosLike, build_optimizer
+from t2i.models.layers import Prediction, Projector, muon_takes
+from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 
 NOISE_SHARE = 0.05
 """Of an average: more of the random first weights is worth a notice."""

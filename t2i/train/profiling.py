@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
-from t2i.config_profiling import ProfilingConfig
+from t2i.config.train import ProfilingConfig
 
 _UNSEEN = nullcontext()
 _MOST_ALLOCATIONS = 1_000_000

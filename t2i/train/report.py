@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from t2i.train.report_charts import Chart, Line, draw
-from t2i.train.report_parts import absent, cards, duration, figure, number, smooth_pieces, table, write_page
-from t2i.train.run_folder import NO_SCORES, Run, read_grid, read_run
+from data.pages import Chart, Line, absent, cards, draw, duration, figure, number, smooth_pieces, table, write_page
+from t2i.train.run_dir import NO_SCORES, Run, read_grid, read_run
 
 _STRIP_GRIDS = 16  # thumbnails a stage shows, evenly spread, the first and the last among them
 _TILE_SIDE, _THUMBNAIL_SIDE = 640, 480  # pixels

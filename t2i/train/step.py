@@ -2,33 +2,168 @@
 
 Everything random in it is a function of (seed, stage, slot), so its mathematics knows neither the number of ranks nor
 the micro-batch.
+
+Means of the loss's terms over the samples of all ranks.
+
+What depends on the step or the slot alone: learning rates and times. Pure functions.
+
+Gradient balancing: the perceptual terms pull at the head as hard as flow matching does (PixelGen, appendix A.2).
+
+Every so many steps the norms of both gradients at the head's weight are measured, over the global batch, and their
+ratio enters a moving average that multiplies the perceptual terms from the next step on. A measurement costs two small
+matrix products: see `t2i/diffusion/objective.py`.
+
+It differs from the public code where that is at odds with itself: the ratio is of the global batch, not of each rank's
+last micro-batch, so that all ranks share one weight; the weight is in the checkpoint; a vetoed update leaves it alone.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.loader import Batch
 from data.randomness import hash_u64, key, uniform
-from t2i.config import RunConfig
-from t2i.diffusion.flow import interpolate, to_unit_range
-from t2i.diffusion.noise import slot_noise
-from t2i.diffusion.objective import TERMS, Objective, Terms, band_names
-from t2i.engine.interface import Engine, StepResult
-from t2i.models.conditions import Conditioner, stack_conditions
-from t2i.models.dropout import KEY_BITS
-from t2i.train.balance import GradientBalance
-from t2i.train.means import GlobalMeans
-from t2i.train.processes import World
-from t2i.train.schedule import learning_rate, training_times
-from t2i.upload import upload
+from t2i.build import Denoiser
+from t2i.config.run import RunConfig
+from t2i.config.train import ObjectiveConfig, OptimizerConfig
+from t2i.diffusion.flow import Array, interpolate, logit_normal, shift_time, slot_noise, to_unit_range
+from t2i.diffusion.objective import TERMS, Objective, Terms, Watch, band_names, head_gradients, norm_ratio, smoothed
+from t2i.distributed import World
+from t2i.engine.engine import Engine, StepResult, all_reduce_sum
+from t2i.models.layers import KEY_BITS, patchify, upload
+from t2i.models.pixelgen import ClassPixelGen, PixelGen
+from t2i.models.text import Conditioner, stack_conditions
+
+
+class GlobalMeans:
+    """Means of the named terms, by one sum over ranks; terms without a sample are left out. All ranks make it.
+
+    They are on their way to the host once this is made, and waited for when they are read: a step waits for its device
+    once, where it needs the gradient norm, which is later.
+
+    Args:
+        terms: this rank's.
+        names: given, since a rank whose samples are all gated has no perceptual term.
+        device: where the sums are.
+    """
+
+    def __init__(self, terms: Terms, names: Sequence[str], device: torch.device) -> None:
+        self._names = names
+        nothing = torch.zeros((), device=device)
+        sums = torch.stack([terms.sums.get(name, nothing) for name in names]).double()
+        counts = np.array([terms.counts.get(name, 0) for name in names], np.float64)
+        table = all_reduce_sum(torch.stack([sums, upload(counts, device)]))
+        self._arrived: torch.cuda.Event | None = None
+        self._table: Tensor = table
+        if device.type == "cuda":
+            self._table = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+            self._table.copy_(table, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """The means by name."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        sums, counts = self._table.numpy()
+        return {name: float(s / c) for name, s, c in zip(self._names, sums, counts, strict=True) if c > 0}
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int, peak: float) -> float:
+    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, plateau, and what the schedule lowers it by."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "step":
+        return peak * warm * config.step_down_factor ** sum(step >= round(at * steps) for at in config.step_down_at)
+    decay_steps = round(config.decay_fraction * steps)
+    progress = (step - (steps - decay_steps)) / decay_steps if decay_steps else 0.0
+    progress = min(max(progress, 0.0), 1.0)
+    if config.schedule == "cosine":
+        progress = (1.0 - math.cos(math.pi * progress)) / 2.0
+    return peak * warm * (1.0 - (1.0 - config.final_lr_fraction) * progress)
+
+
+def training_times(config: ObjectiveConfig, quantile: Array) -> Array:
+    """Times t of the training density at quantiles in (0, 1)."""
+    return shift_time(logit_normal(quantile, config.time_mean, config.time_std), config.timeshift)
+
+
+class GradientBalance:
+    """The multiplier of the perceptual terms in one stage. All ranks take part.
+
+    A step is `begin`, the micro-steps, then `finish`.
+
+    Args:
+        config: of the stage, with `objective.balance_from_step`.
+        head: the denoiser's last layer, a linear one from tokens (B, N, D) to the values of their patches. Copies of
+            the network are to be made before: they would report here too.
+    """
+
+    def __init__(self, config: RunConfig, head: nn.Module) -> None:
+        self._objective, self._patch_size = config.objective, config.model.patch_size
+        self._micro_batches = config.train.batch_size // config.train.micro_batch_size
+        self.weight = 1.0
+        self._measuring = False
+        self._tokens: Tensor | None = None  # what went into the head last
+        self._sum: Tensor | None = None  # both gradients at the head's weight (2, P, D)
+        head.register_forward_pre_hook(self._see)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """A copy of everything that outlives a step."""
+        return {"weight": self.weight}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` was at a checkpoint."""
+        self.weight = state["weight"]
+
+    def _see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._measuring:
+            self._tokens = inputs[0].detach()
+
+    def begin(self, step: int) -> Watch | None:
+        """What the objective is to show the step's gradients to, if they are measured.
+
+        Args:
+            step: steps before this one.
+        """
+        start = self._objective.balance_from_step
+        assert start is not None
+        self._measuring = step >= start and step % self._objective.balance_every == 0
+        return self._add if self._measuring else None
+
+    def _add(self, flow: Tensor, perceptual: Tensor) -> None:
+        assert self._tokens is not None, "the head has not run"
+        found = head_gradients(self._tokens, patchify(flow, self._patch_size), patchify(perceptual, self._patch_size))
+        self._sum = found if self._sum is None else self._sum + found
+        self._tokens = None
+
+    def finish(self, applied: bool) -> None:
+        """End the step; a measurement counts unless its update was vetoed."""
+        if not self._measuring:
+            return
+        assert self._sum is not None
+        flow, perceptual = all_reduce_sum(self._sum) / self._micro_batches
+        self._measuring, self._sum = False, None
+        ratio = norm_ratio(flow, perceptual, self._objective.balance_max)
+        if applied and ratio is not None:
+            self.weight = smoothed(self.weight, ratio, self._objective.balance_smoothing)
+
+
+def build_balance(config: RunConfig, denoiser: Denoiser) -> GradientBalance | None:
+    """The stage's balancing, where its config asks for it."""
+    if config.objective.balance_from_step is None:
+        return None
+    assert isinstance(denoiser, PixelGen | ClassPixelGen)  # the config says so
+    return GradientBalance(config, denoiser.head)
+
 
 PURPOSES = ("time", "noise", "caption", "dropout")
 """What a step draws for each slot."""

@@ -17,32 +17,29 @@ import torch
 
 from data.loader import Batch, merge_states
 from t2i.build import build_conditioner, choose_dtype
-from t2i.config import RunConfig
+from t2i.config.run import RunConfig
+from t2i.distributed import Departed, World
 from t2i.engine.checkpoint import CheckpointError, Mirror
 from t2i.pipeline import Pipeline
-from t2i.train.balance import build_balance
 from t2i.train.build import build_ema, build_engine, build_network, build_objective, denoiser_training_flops
-from t2i.train.dry_run import dry_run
-from t2i.train.events import EventLog
-from t2i.train.failures import is_lost_contact
-from t2i.train.first_update import explain, is_finite, never
-from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, ids_of
-from t2i.train.intake import Intake
-from t2i.train.null_caption import find_null_caption, store_null_caption
-from t2i.train.observe import Observer, memory_gib, peak_flops
-from t2i.train.outcome import Departed
-from t2i.train.places import StagePlace
-from t2i.train.processes import World
+from t2i.train.checkpointing import (
+    Saver,
+    build_mirror,
+    find_null_caption,
+    gather_model,
+    load_average,
+    restore,
+    store_null_caption,
+)
+from t2i.train.data import Intake, StageData
+from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, explain, ids_of, is_finite, never
+from t2i.train.metrics import EventLog, Observer, memory_gib, peak_flops
+from t2i.train.preflight import dry_run
 from t2i.train.profiling import Profiler
-from t2i.train.saving import Saver, build_mirror
-from t2i.train.scorers import Scorer
-from t2i.train.scoring import Scoring
-from t2i.train.stage_data import StageData
-from t2i.train.start import restore
-from t2i.train.step import Trained, TrainingStep
-from t2i.train.validate import Evaluator
-from t2i.train.watch import Watch, slowest
-from t2i.train.weights import gather_model, load_average
+from t2i.train.run_dir import StagePlace
+from t2i.train.scoring import Evaluator, Scorer, Scoring
+from t2i.train.step import Trained, TrainingStep, build_balance
+from t2i.train.watchdog import Watch, is_lost_contact, slowest
 
 
 class Back(NamedTuple):

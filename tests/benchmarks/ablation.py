@@ -47,16 +47,16 @@ from picture_distances import Comparison
 from tiny import ROOT, free_port, write_config
 
 from data.errors import UserError
-from data.fixed import FixedSamples, fixed_samples
 from data.packing import pack, shapes
+from data.preview import FixedSamples, fixed_samples
 from launch.process import main
-from t2i.config import RunConfig
-from t2i.config_loading import load_config, merge, stage_config
+from t2i.config.loading import load_config, merge, stage_config
+from t2i.config.run import RunConfig
 from t2i.pipeline import Picture, Pipeline
-from t2i.train.observe import JsonLines
-from t2i.train.places import stage_places
-from t2i.train.stage_data import image_settings, open_data
-from t2i.train.validate import tile
+from t2i.train.data import image_settings, open_data
+from t2i.train.metrics import JsonLines
+from t2i.train.run_dir import stage_places
+from t2i.train.scoring import tile
 
 
 @dataclass(frozen=True)

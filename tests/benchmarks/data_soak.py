@@ -31,12 +31,12 @@ import boto3
 import numpy as np
 import simplejpeg
 
-from data.example import ImageSettings
+from data.lane import Source
 from data.loader import Loader, merge_states
+from data.sample import ImageSettings
 from data.shards.index import open_index
 from data.shards.manifest import build_manifest
 from data.store import StoreOptions, open_store
-from data.stream import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES, SHARDS, LANES, BLOCK, BAD_EVERY = 20_000, 200, 20, 16, 1000

@@ -35,12 +35,12 @@ import torch
 from photographs import crops, describe
 
 from data.decode import decode
-from data.example import ImageSettings
+from data.lane import Source
 from data.loader import Loader, merge_states
+from data.sample import ImageSettings
 from data.shards.index import open_index
 from data.shards.tar import parse_sample
 from data.store import StoreOptions, open_store
-from data.stream import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "throughput"

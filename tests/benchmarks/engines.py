@@ -27,7 +27,7 @@ from steps.applied import applied
 from torch.func import functional_call
 
 from launch.process import joined_world, quiet
-from t2i.config import EngineConfig, RunConfig
+from t2i.config.run import EngineConfig, RunConfig
 from t2i.engine.ema import Ema
 from t2i.models.pixelgen import PixelGen
 from t2i.train.build import TrainingNetwork, build_engine

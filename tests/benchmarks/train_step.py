@@ -50,10 +50,10 @@ from steps.setting import CONFIG, MIDDLE, ROOT, XXL, Built, about, batch_of_scen
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.process import joined_world, quiet
-from t2i.config import RunConfig
-from t2i.config_loading import merge, validate_config
+from t2i.config.loading import merge, validate_config
+from t2i.config.run import RunConfig
+from t2i.distributed import World
 from t2i.models import text
-from t2i.train.processes import World
 from t2i.train.step import TrainingStep
 
 Step = Callable[..., float]

@@ -31,13 +31,12 @@ from steps.memory import MemoryPeaks
 from steps.setting import ROOT, XXL, Built, about, batch_of_scenes, first_stage
 
 from launch.process import joined_world, quiet
-from t2i.config import RunConfig
+from t2i.config.run import RunConfig
+from t2i.distributed import World
 from t2i.engine.ema import Ema
-from t2i.engine.interface import Engine
+from t2i.engine.engine import Engine
 from t2i.train.guard import Guard
-from t2i.train.processes import World
-from t2i.train.schedule import learning_rate
-from t2i.train.step import TrainingStep
+from t2i.train.step import TrainingStep, learning_rate
 
 WATCHED = (
     "denoiser.patch_up.weight",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data.buckets import Buckets, Size, pixeldit_sizes, sdxl_sizes
 from data.errors import DataError
+from data.filters import Buckets, Size, pixeldit_sizes, sdxl_sizes
 
 # Of the tables that PixArt and Sana ship: height / width to 2 decimals.
 KEYS = """0.25 0.26 0.27 0.28 0.32 0.33 0.35 0.4 0.42 0.48 0.5 0.52 0.57 0.6 0.68 0.72 0.78 0.82 0.88 0.94

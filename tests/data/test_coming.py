@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 from tar_samples import jpeg, write_source
 
-from data.buckets import Buckets
-from data.coming import coming_batches
 from data.errors import DataError
-from data.example import ImageSettings
 from data.fetch import MOST_AT_ONCE
+from data.filters import Buckets, Rules
+from data.lane import Source
 from data.loader import Loader, merge_states
-from data.select import Rules
-from data.stream import Source
-from data.window import request_bytes
+from data.prefetch import request_bytes
+from data.preview import coming_batches
+from data.sample import ImageSettings
 
 ORDER: dict[str, Any] = {
     "batch_size": 12, "lanes": 6, "seed": 5, "stage": "low", "shuffle_block": 4, "buffer_bytes": 1 << 30,

@@ -227,7 +227,7 @@ def test_limits_and_filters_are_checked_before_decoding(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", never)
     monkeypatch.setattr(decode_module, "flatten", never)
-    monkeypatch.setattr("data.png._checked", never)
+    monkeypatch.setattr("data.image_files._checked", never)
     for kind in FORMATS:
         data = encode(photo(100, 100), kind)
         assert reason(BadSample, data, 32, max_pixels=9_999) == "too_many_pixels"

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tar_samples import jpeg, write_source
 
-from data.example import ImageSettings
+from data.filters import Rules
+from data.lane import SetAside, Source
 from data.loader import Loader, merge_states
-from data.select import Rules
+from data.sample import ImageSettings
 from data.shards.index import SourceIndex
-from data.stream import SetAside, Source
 
 LANES = [1, 2, 3, 4, 6, 12]
 

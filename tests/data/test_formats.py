@@ -11,10 +11,9 @@ from PIL import Image
 import data.decode
 from data.decode import decode, image_size
 from data.errors import BadSample
-from data.formats import FORMATS, IMAGE_EXTENSIONS, UNDECODED_EXTENSIONS, format_of
-from data.listing import is_image, why_not_decoded
-from data.select import Rules
-from t2i.config_data import SourceConfig
+from data.filters import Rules
+from data.listing import FORMATS, IMAGE_EXTENSIONS, UNDECODED_EXTENSIONS, format_of, is_image, why_not_decoded
+from t2i.config.data import SourceConfig
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 

@@ -12,15 +12,15 @@ import pytest
 from grouped import LANES, RULES, SHAPES, SIZES, Case, bucket, came_and_waits, number_of
 from tar_samples import jpeg, write_source
 
-from data.buckets import Buckets
 from data.errors import DataError
-from data.example import ImageSettings
 from data.fetch import MOST_AT_ONCE
-from data.fixed import fixed_samples
+from data.filters import Buckets
+from data.lane import Source
+from data.prefetch import request_bytes
+from data.preview import fixed_samples
+from data.sample import ImageSettings
 from data.shards.index import SourceIndex, open_index
 from data.store import StoreOptions, open_store
-from data.stream import Source
-from data.window import request_bytes
 
 # States
 
@@ -43,7 +43,7 @@ def test_states_of_other_buckets_are_refused(case: Case, indices: list[SourceInd
     assert not without["order"].keys() & {"buckets", "group_size"}
     other = ImageSettings(8, buckets=Buckets(((8, 8), (8, 16)), 3))
     for images, saved in ((other, state), (plain, state), (other, without)):
-        with pytest.raises(DataError, match="data.buckets has other sizes than when the data state was saved"):
+        with pytest.raises(DataError, match="data.filters has other sizes than when the data state was saved"):
             case.loader(indices, images=images, state=saved)
     grouped = ImageSettings(8, buckets=Buckets(SIZES, 1))
     with pytest.raises(DataError, match="data.group_size is 1, but the data state was saved with 3"):

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tar_samples import jpeg, write_source
 
-from data.buckets import Buckets, Size
 from data.errors import DataError
-from data.example import ImageSettings
+from data.filters import Buckets, Size
 from data.order import mix
+from data.sample import ImageSettings
 
 
 @st.composite

@@ -17,13 +17,13 @@ from tar_samples import jpeg, tar_bytes, write_source
 
 from data.decode import decode
 from data.errors import DataError
-from data.example import ImageSettings, example
-from data.fixed import FixedSamples, fixed_samples
+from data.filters import Rules
+from data.lane import Source, Visit
 from data.loader import PREFETCH, Batch, Loader, merge_states
-from data.select import Rules
+from data.preview import FixedSamples, fixed_samples
+from data.sample import ImageSettings, example
 from data.shards.index import SourceIndex, open_index
 from data.store import StoreOptions, open_store
-from data.stream import Source, Visit
 
 BATCH, LANES = 16, 8
 Global = list[tuple[int, str, str, bytes]]  # (slot, id, caption, pixels) of one global batch
@@ -262,7 +262,7 @@ def test_a_fault_nobody_thought_of_is_a_bad_sample_not_an_end(tmp_path: Path, mo
             raise KeyError(6)
         return whole(data, *args, **kwargs)
 
-    monkeypatch.setattr("data.example.decode", odd)
+    monkeypatch.setattr("data.sample.decode", odd)
     with loader([index], lanes=1, batch_size=19) as source:
         batch = next(source)
     assert [(it.key, it.reason, it.detail) for it in batch.set_aside] == [
@@ -309,7 +309,7 @@ def test_taking_gives_up_waiting_and_says_what_was_read_so_far(tmp_path: Path, m
 def test_the_start_does_not_read_a_whole_source_to_find_a_wrong_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.fixed._MOST_MISSES", 50)
+    monkeypatch.setattr("data.preview._MOST_MISSES", 50)
     index = write_source(tmp_path, [100])
     with pytest.raises(
         DataError, match=r"none of 50 samples in a row is usable \(missing_caption: 50; the last: source/00000"
@@ -318,7 +318,7 @@ def test_the_start_does_not_read_a_whole_source_to_find_a_wrong_name(
 
 
 def test_samples_in_pieces_are_what_is_said_to_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.fixed._MOST_MISSES", 50)
+    monkeypatch.setattr("data.preview._MOST_MISSES", 50)
     members = [(f"{n}.{end}", jpeg(n) if end == "jpg" else b"words") for end in ("jpg", "txt") for n in range(100)]
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
     index = open_index(open_store(str(tmp_path)), "source", notice=lambda _: None)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.errors import BadSample, DataError, Filtered
-from data.select import PREFIXES, UNIFORMS, Rules, Selected, select
+from data.filters import PREFIXES, UNIFORMS, Rules, Selected, select
 
 MIDDLE = (0.5,) * UNIFORMS
 

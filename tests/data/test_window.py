@@ -15,9 +15,9 @@ from tar_samples import write_source
 from data.errors import DataError
 from data.fetch import Fetcher
 from data.order import SourceOrder
+from data.prefetch import Taken, Window, plan, read_again, request_bytes
 from data.shards.index import SourceIndex
 from data.shards.tar import parse_sample
-from data.window import Taken, Window, plan, read_again, request_bytes
 
 COUNTS = [30, 7, 1, 50, 12]
 

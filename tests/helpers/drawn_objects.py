@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.geneval.detection import Box, Detection, Image, Thresholds
+from evaluation.geneval.rules import Box, Detection, Image, Thresholds
 
 BLANK: Image = np.zeros((64, 64, 3), np.uint8)
 

@@ -10,13 +10,12 @@ from typing import Any
 
 from tar_samples import jpeg, write_source
 
-from data.buckets import Buckets, Size
-from data.example import ImageSettings
+from data.filters import Buckets, Rules, Size
+from data.lane import SetAside, Source
 from data.loader import Loader, merge_states
 from data.order import SourceOrder
-from data.select import Rules
+from data.sample import ImageSettings
 from data.shards.index import SourceIndex
-from data.stream import SetAside, Source
 
 SIZES: tuple[Size, ...] = ((8, 16), (8, 8), (16, 8))
 SHAPES: tuple[Size, ...] = ((16, 16), (16, 30), (40, 20), (18, 16), (17, 33), (29, 17))

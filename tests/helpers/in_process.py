@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from t2i.train.processes import World
+from t2i.distributed import World
 
 
 def run_in_process(module: ModuleType, *words: object) -> None:

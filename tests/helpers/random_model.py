@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from t2i.build import build_denoiser, build_text
-from t2i.config import RunConfig
-from t2i.config_loading import validate_config
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
 from t2i.model_folder import DENOISER, write_model
 
 

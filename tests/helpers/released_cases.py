@@ -12,8 +12,8 @@ from released_class_pixelgen import ClassSizes, class_denoiser_shapes, class_for
 from released_pixelgen import Sizes, denoiser_shapes, forward, lightning
 from torch import Tensor
 
-from t2i.config import RunConfig
-from t2i.config_loading import validate_config
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
 from t2i.released.checkpoint import Checkpoint
 
 XXL = Sizes(1536, 16, 24, 2048, 128, 4, 256, 16, 32, 768)

@@ -10,8 +10,8 @@ import torch
 from released_pixeldit import DiTSizes, dit_file, dit_forward
 from torch import Tensor
 
-from t2i.config import RunConfig
-from t2i.config_loading import validate_config
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
 from t2i.released.checkpoint import Checkpoint
 
 B = DiTSizes(768, 12, 12, 2, 16, 16, (768, 12), 768, 768, classes=1000)

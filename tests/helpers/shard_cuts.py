@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from t2i.engine.checkpoint import CheckpointWriter
-from t2i.engine.shards import Shard
+from t2i.engine.engine import Shard
 
 
 def cut(ranks: int, seed: int = 0) -> list[dict[str, Shard]]:

@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from launch import train as job
-from launch.departure import departure
+from launch.preemption import departure
 from launch.process import main
-from t2i.train import weights
-from t2i.train.saving import Saver
+from t2i.train import checkpointing
+from t2i.train.checkpointing import Saver
 
 FAULT = os.environ.get("FAULT")
-when_due, write_model = Saver.when_due, weights.write_model
+when_due, write_model = Saver.when_due, checkpointing.write_model
 
 
 class Brightness:
@@ -58,7 +58,7 @@ def kill_writing(folder: Path, *args: Any) -> None:
 
 
 Saver.when_due = kill_saving
-weights.write_model = kill_writing
+checkpointing.write_model = kill_writing
 job.build_scorer = lambda config, device: Brightness()
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import draw_classes, run, start, tiny_classes, write_config
 
-from evaluation.adm_npz import drawn_as
-from t2i.config_base import ConfigError
-from t2i.config_loading import stage_config, validate_config
+from evaluation.npz import drawn_as
+from t2i.config.base import ConfigError
+from t2i.config.loading import stage_config, validate_config
 from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Picture, Pipeline
-from t2i.train.stage_data import open_data
+from t2i.train.data import open_data
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
 

@@ -30,9 +30,9 @@ import launch.sample_classes
 import launch.serve
 from data.errors import DataError, StoreError, UserError
 from data.store import StoreOptions
-from launch.command import run
+from launch.cli import run
 from launch.process import main
-from t2i.config_base import PathText
+from t2i.config.base import PathText
 
 ROOT = Path(__file__).parents[2]
 SEEN: list[object] = []
@@ -155,7 +155,7 @@ def test_a_launched_job_ends_alike(rank: int, monkeypatch: Any, capsys: pytest.C
         ROOT.read_bytes()
 
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr("launch.ending.RANK_0_FIRST_S", 0.0)
+    monkeypatch.setattr("launch.process.RANK_0_FIRST_S", 0.0)
     monkeypatch.setattr("launch.process.quiet", lambda rank: None)
     with pytest.raises(SystemExit) as end:
         main(job)
@@ -290,7 +290,7 @@ def test_every_job_fills_in_its_paths(tmp_path: Path, monkeypatch: Any, capsys: 
 
 def test_a_reader_that_has_seen_enough() -> None:
     job = "def job():\n    print(0, flush=True)\n    sys.stdin.read()\n    print(1)\n"
-    program = f"import sys\nfrom launch.command import run\n{job}sys.exit(run((job,), [], ''))"
+    program = f"import sys\nfrom launch.cli import run\n{job}sys.exit(run((job,), [], ''))"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin and process.stdout and process.stderr

@@ -25,10 +25,9 @@ import launch.edit
 from data.decode import decode_file
 from data.errors import UserError
 from data.packing.shapes import Group, Object, Scene, draw
-from evaluation.drawing import write_png
-from evaluation.editing.background import background_scores
-from t2i.editing import EditSettings, edit_image
-from t2i.pipeline import Pipeline
+from evaluation.editing.edit_list import background_scores
+from evaluation.sampling_job import write_png
+from t2i.pipeline import EditSettings, Pipeline, edit_image
 
 FEW = ["--steps", "4", "--n-max", "3"]
 RNG = np.random.default_rng(0)

@@ -23,11 +23,11 @@ from tiny_geneval import save_clip, save_mask2former
 import launch.geneval
 from data.errors import UserError
 from data.packing.shapes import draw
-from evaluation.drawing import write_png
-from evaluation.geneval.folder import begin_folder, image_path
 from evaluation.geneval.prompts import TASKS, official, read, to_lines
+from evaluation.geneval.summary import begin_folder, image_path
 from evaluation.proving.detector import ACCEPTED
 from evaluation.proving.prompts import proving_prompts, proving_scenes
+from evaluation.sampling_job import write_png
 from t2i.pipeline import Picture, Pipeline
 
 Job = Callable[..., Path]

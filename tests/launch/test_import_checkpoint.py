@@ -20,8 +20,8 @@ from torch import Tensor
 
 import launch.export
 import launch.import_checkpoint
-from t2i.config import SamplingConfig
-from t2i.config_loading import dump_config
+from t2i.config.loading import dump_config
+from t2i.config.run import SamplingConfig
 from t2i.model_folder import read_model
 from t2i.pipeline import Picture, Pipeline
 

@@ -11,9 +11,9 @@ from tiny import tiny_config, write_config
 
 from data.loader import Loader, merge_states
 from launch.inspect_data import main
-from t2i.config_loading import load_config, stage_config
+from t2i.config.loading import load_config, stage_config
 from t2i.engine.checkpoint.format import manifest_text
-from t2i.train.stage_data import image_settings, open_source
+from t2i.train.data import image_settings, open_source
 
 
 @pytest.fixture

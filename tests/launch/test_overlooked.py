@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import overlooked
-from launch.overlooked import gpu_signs, warn_of_overlooked_gpu, why_no_gpu
+from launch import process
+from launch.process import gpu_signs, warn_of_overlooked_gpu, why_no_gpu
 
 
 def put(root: Path, *files: str) -> Path:
@@ -46,7 +46,7 @@ def test_the_drivers_tool_is_a_sign(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_it_is_said_loudly_where_there_are_signs_alone(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(overlooked, "why_no_gpu", lambda: "because")
+    monkeypatch.setattr(process, "why_no_gpu", lambda: "because")
     warn_of_overlooked_gpu([])
     assert capsys.readouterr().err == ""
     warn_of_overlooked_gpu(["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2", "/dev/nvidia3"])

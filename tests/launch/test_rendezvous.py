@@ -16,8 +16,7 @@ from tiny import free_port, tiny_config
 
 from data.errors import StoreError, UserError
 from launch import rendezvous
-from launch.agreement import agreed_values
-from launch.rendezvous import Place, meet
+from launch.rendezvous import Place, agreed_values, meet
 
 RUN = {"job": "stage1.py", "folder": "runs/mine", "ranks": "2"}
 HOST = socket.gethostname()
@@ -292,8 +291,8 @@ def test_files_that_settings_name_count_with_what_they_hold(tmp_path: Path) -> N
 def test_source_versions_and_variables_that_change_numbers_are_compared(monkeypatch) -> None:
     before = values_of({})
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    monkeypatch.setattr("launch.agreement.version", lambda name: "9")
-    monkeypatch.setattr("launch.agreement.source_files", lambda: {"t2i/train/step.py": "f" * 64})
+    monkeypatch.setattr("launch.rendezvous.version", lambda name: "9")
+    monkeypatch.setattr("launch.rendezvous.source_files", lambda: {"t2i/train/step.py": "f" * 64})
     after = values_of({})
     assert after["variable NVIDIA_TF32_OVERRIDE"] == "1" != before["variable NVIDIA_TF32_OVERRIDE"]
     assert after["version of numpy"] == "9" != before["version of numpy"]

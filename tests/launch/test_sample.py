@@ -18,8 +18,8 @@ from tiny import start
 import launch.sample
 from data.errors import UserError
 from data.files import FileLock
-from t2i.config_base import ConfigError
-from t2i.config_sampling import SamplingConfig
+from t2i.config.base import ConfigError
+from t2i.config.train import SamplingConfig
 
 Sample = Callable[..., Path]
 

@@ -12,9 +12,8 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from t2i.exit_codes import DONE, FAILED, START_AGAIN
-from t2i.train.outcome import OutcomeFile
-from t2i.train.processes import LOCK
+from data.errors import DONE, FAILED, START_AGAIN
+from t2i.distributed import LOCK, OutcomeFile
 
 JOB = 7
 # Prints the resolved config, as the jobs do; all other calls are the script's own.

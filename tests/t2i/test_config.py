@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from launch.arguments import parse
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError, Section
-from t2i.config_loading import check_world_size, dump_config, load_config, merge, stage_config, validate_config
+from launch.cli import parse_config as parse
+from t2i.config.base import ConfigError, Section
+from t2i.config.loading import check_world_size, dump_config, load_config, merge, stage_config, validate_config
+from t2i.config.run import RunConfig
 
 INF = float("inf")
 ROOT = Path(__file__).parents[2]
@@ -226,7 +226,7 @@ def test_none_is_none_in_a_file(tmp_path: Path, word: str) -> None:
 @pytest.mark.parametrize("word", ["none", "None", "null"])
 def test_none_is_none_on_the_command_line(file: str, word: str) -> None:
     fields = ("--checkpoint.mirror", "--model.repa_width", "--objective.lpips_path", "--model.pixel.attention_width")
-    config = parse("", file, [f"{field}={word}" for field in (*fields, "--data.buckets", "--scoring.promote_gain")])
+    config = parse("", file, [f"{field}={word}" for field in (*fields, "--data.filters", "--scoring.promote_gain")])
     assert (config.checkpoint.mirror, config.model.repa_width, config.objective.lpips_path) == (None, None, None)
     assert (config.model.pixel.attention_width, config.scoring.promote_gain) == (None, None)
     assert config.data.buckets == "none"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from t2i.config_base import ConfigError
-from t2i.config_loading import dump_config, load_config
+from t2i.config.base import ConfigError
+from t2i.config.loading import dump_config, load_config
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from t2i.config_base import ConfigError
-from t2i.config_loading import changes, check_world_size, load_config, stage_config, validate_config
+from t2i.config.base import ConfigError
+from t2i.config.loading import changes, check_world_size, load_config, stage_config, validate_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

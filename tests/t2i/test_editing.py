@@ -13,14 +13,12 @@ from torch import Tensor
 from data.errors import UserError
 from data.randomness import key
 from t2i.build import build_conditioner
-from t2i.config_base import ConfigError
-from t2i.config_loading import validate_config, validate_section
-from t2i.diffusion.flow import to_pixels, to_unit_range
-from t2i.diffusion.noise import slot_noise
-from t2i.editing import EditSettings, edit_image, patch_window
+from t2i.config.base import ConfigError
+from t2i.config.loading import validate_config, validate_section
+from t2i.diffusion.flow import slot_noise, to_pixels, to_unit_range
 from t2i.model_folder import write_model
-from t2i.models.conditions import stack_conditions
-from t2i.pipeline import Pipeline
+from t2i.models.text import stack_conditions
+from t2i.pipeline import EditSettings, Pipeline, edit_image, patch_window
 
 CPU = torch.device("cpu")
 IMAGE = torch.randint(0, 256, (3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))

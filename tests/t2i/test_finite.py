@@ -14,11 +14,10 @@ from torch import Tensor
 import launch.sample
 from launch.export import main as export
 from launch.process import main
-from t2i.config_base import ConfigError
-from t2i.config_sampling import SamplingConfig
-from t2i.editing import edit_image, edit_settings
+from t2i.config.base import ConfigError
+from t2i.config.train import SamplingConfig
 from t2i.model_folder import check_finite, read_model
-from t2i.pipeline import NotFiniteError, Picture, Pipeline
+from t2i.pipeline import NotFiniteError, Picture, Pipeline, edit_image, edit_settings
 
 CPU = torch.device("cpu")
 

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from data.errors import UserError
 from t2i.build import build_conditioner, build_denoiser
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import dump_config, validate_config
-from t2i.config_sampling import SamplingConfig
+from t2i.config.base import ConfigError
+from t2i.config.loading import dump_config, validate_config
+from t2i.config.run import RunConfig
+from t2i.config.train import SamplingConfig
 from t2i.diffusion.flow import to_pixels
 from t2i.model_folder import DENOISER, FILES, NULL_CAPTION, check_model, read_model, write_model
-from t2i.models.conditions import stack_conditions
-from t2i.models.text import TextEncoder, resolve_model
+from t2i.models.text import TextEncoder, resolve_model, stack_conditions
 from t2i.pipeline import Picture, Pipeline, pictures_of, starting_noise, states_of_batches
 
 CPU = torch.device("cpu")

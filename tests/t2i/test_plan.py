@@ -10,20 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from t2i.config import ObjectiveConfig, RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import load_config, override, stage_config, validate_config
-from t2i.gpus import find_gpu
-from t2i.plan import plan
-from t2i.plan_choice import USABLE, Assumptions
-from t2i.plan_memory import BUCKET, ENGINES, FP32, Engine, reference_static_memory, static_memory, total
-from t2i.plan_meta import META, FusedKernels, saved_bytes
-from t2i.plan_networks import open_share, text_encoder
-from t2i.plan_stage import StageMemory
-from t2i.plan_tables import tables
-from t2i.plan_trained import Trained
+from t2i.config.base import ConfigError
+from t2i.config.loading import load_config, override, stage_config, validate_config
+from t2i.config.run import ObjectiveConfig, RunConfig
+from t2i.plan.choice import USABLE, Assumptions
+from t2i.plan.command import plan, tables
+from t2i.plan.counts import Trained, open_share, text_encoder
+from t2i.plan.memory import (
+    BUCKET,
+    ENGINES,
+    FP32,
+    Engine,
+    StageMemory,
+    find_gpu,
+    reference_static_memory,
+    static_memory,
+    total,
+)
+from t2i.plan.meta import META, FusedKernels, saved_bytes
 from t2i.train.build import denoiser_training_flops
-from t2i.train.schedule import training_times
+from t2i.train.step import training_times
 
 XXL = Path("configs/pixelgen_xxl.yaml")
 NETWORK = Trained(

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i.config_loading import load_config, stage_config
-from t2i.plan import plan
-from t2i.plan_choice import Assumptions
-from t2i.plan_stage import CAPTION_CACHE, StageMemory
-from t2i.plan_tables import tables
-from t2i.train.memory import estimate
+from t2i.config.loading import load_config, stage_config
+from t2i.plan.choice import Assumptions
+from t2i.plan.command import plan, tables
+from t2i.plan.memory import CAPTION_CACHE, StageMemory
+from t2i.train.preflight import estimate
 
 
 def test_the_papers_xl() -> None:

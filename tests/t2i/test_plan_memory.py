@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from t2i.config import RunConfig
-from t2i.plan import plan
-from t2i.plan_choice import Assumptions
-from t2i.plan_memory import total
-from t2i.plan_stage import StageMemory
-from t2i.train.memory import estimate
+from t2i.config.run import RunConfig
+from t2i.plan.choice import Assumptions
+from t2i.plan.command import plan
+from t2i.plan.memory import StageMemory, total
+from t2i.train.preflight import estimate
 
 
 def small(**engine: Any) -> RunConfig:

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from t2i.config import RunConfig
-from t2i.config_loading import stage_config, validate_config
-from t2i.plan import plan
-from t2i.plan_choice import Assumptions, PlannedStage, recommend
-from t2i.plan_stage import StageMemory
-from t2i.plan_tables import tables
-from t2i.train.memory import estimate, remedy
+from t2i.config.loading import stage_config, validate_config
+from t2i.config.run import RunConfig
+from t2i.plan.choice import Assumptions, PlannedStage, recommend
+from t2i.plan.command import plan, tables
+from t2i.plan.memory import StageMemory
+from t2i.train.preflight import estimate, remedy
 
 MIB = 2**20
 GIVEN = Assumptions.of(8, "h100", 0.22, 100_000, False)

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import t2i.models.layers as transformer
 import t2i.models.pixeldit as pixeldit
-import t2i.models.transformer as transformer
 from t2i.build import build_denoiser, build_projector
-from t2i.config import RunConfig
+from t2i.config.run import RunConfig
 from t2i.diffusion.perceptual import cosine_distance
-from t2i.plan_meta import Kept, saved_bytes
-from t2i.plan_trained import ImageCost, image_cost, on_meta
+from t2i.plan.counts import ImageCost, image_cost, on_meta
+from t2i.plan.meta import Kept, saved_bytes
 from t2i.train.build import TrainingNetwork, denoiser_training_flops
 
 TEXT_WIDTH, LENGTH, FEATURES, SIDE = 64, 24, 40, 64

@@ -12,7 +12,7 @@ import torch
 from random_model import config, write_random_model
 
 from data.errors import UserError
-from t2i.config_loading import validate_config
+from t2i.config.loading import validate_config
 from t2i.pipeline import Pipeline
 from t2i.size_limits import (
     Limits,

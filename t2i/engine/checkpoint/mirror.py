@@ -27,6 +27,7 @@ from t2i.engine.checkpoint.format import (
     MANIFEST,
     Checkpoint,
     CheckpointError,
+    Retention,
     commit,
     folder_name,
     is_step,
@@ -34,7 +35,6 @@ from t2i.engine.checkpoint.format import (
     parse_manifest,
     step_of,
 )
-from t2i.engine.checkpoint.retention import Retention
 
 _FAULTS = (DataError, StoreError, OSError)
 _RANGE = 16 << 20

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2i.engine.mapped import StateFolder
-from t2i.engine.shards import Shards
+from t2i.engine.engine import Shards
+from t2i.engine.optimizer import StateFolder
 
 _PIECE_BYTES = 8 << 20
 

@@ -31,6 +31,7 @@ from data.files import atomic_write, sync
 from t2i.engine.checkpoint.format import (
     EPHEMERAL,
     MANIFEST,
+    Retention,
     checkpoints,
     commit,
     folder_name,
@@ -39,10 +40,9 @@ from t2i.engine.checkpoint.format import (
     step_of,
 )
 from t2i.engine.checkpoint.mirror import Mirror
-from t2i.engine.checkpoint.retention import Retention
 from t2i.engine.checkpoint.snapshot import Snapshot
-from t2i.engine.mapped import StateFolder
-from t2i.engine.shards import Shards
+from t2i.engine.engine import Shards
+from t2i.engine.optimizer import StateFolder
 
 COMMIT_TIMEOUT_S = 300.0
 GIVE_UP_S = 10.0

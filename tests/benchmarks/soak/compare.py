@@ -13,10 +13,10 @@ from tiny import metrics
 
 from data.loader import Batch
 from soak.runs import LAST, STEPS, Run
-from t2i.config_loading import stage_config
+from t2i.config.loading import stage_config
+from t2i.distributed import World
 from t2i.engine.checkpoint import Checkpoint
-from t2i.train.processes import World
-from t2i.train.stage_data import Opened, open_data
+from t2i.train.data import Opened, open_data
 
 TOLERANCE = 1e-5
 

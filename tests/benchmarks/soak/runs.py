@@ -12,10 +12,10 @@ from typing import Any
 
 from tiny import tiny_config, write_config
 
-from t2i.config_loading import load_config
+from t2i.config.loading import load_config
 from t2i.engine.checkpoint import Checkpoint, newest
-from t2i.train.observe import JsonLines
-from t2i.train.places import StagePlace, stage_places
+from t2i.train.metrics import JsonLines
+from t2i.train.run_dir import StagePlace, stage_places
 
 STEPS = 20
 """Of each stage."""

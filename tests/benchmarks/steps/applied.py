@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from t2i.engine.interface import StepResult
+from t2i.engine.engine import StepResult
 
 
 def applied(result: StepResult) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from t2i.diffusion.objective import Objective
 from t2i.engine.ema import Ema
-from t2i.engine.interface import Engine
+from t2i.engine.engine import Engine
 from t2i.models.text import TextEncoder
 
 OTHER = "other"

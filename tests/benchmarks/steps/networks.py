@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, Dinov2Config, PreTrainedTokenizerFast, Qwen3Config
 
 from data.packing import shapes
-from t2i.plan_networks import KNOWN_FEATURES, KNOWN_TEXT
+from t2i.plan.counts import KNOWN_FEATURES, KNOWN_TEXT
 
 QWEN3_1B7 = {name: value for name, value in KNOWN_TEXT["Qwen/Qwen3-1.7B"].items() if name != "model_type"} | {
     "max_position_embeddings": 40960,

@@ -17,11 +17,10 @@ from PIL import Image
 from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 
 from data.errors import DataError, StoreError
-from data.example import ImageSettings
-from data.inspect.findings import Findings, Tally
+from data.filters import Rules
 from data.inspect.page import Report, printable, share, size_of
-from data.inspect.scan import ANY_SIZE, header_size, image_format, inspect
-from data.select import Rules
+from data.inspect.scan import ANY_SIZE, Findings, Tally, header_size, image_format, inspect
+from data.sample import ImageSettings
 from data.shards.index import SourceIndex, open_index
 from data.store import open_store
 

@@ -24,13 +24,11 @@ from PIL import Image
 from tar_samples import MemoryStore, jpeg, tar_bytes
 
 from data.packing import pack
+from data.packing.contents import Images, Part, Recipe, below, parts, sample_key
 from data.packing.csv_table import csv_table
-from data.packing.images import Images
+from data.packing.output import samples_of_tars
 from data.packing.parquet_table import parquet_table
-from data.packing.recipe import Recipe
-from data.packing.rows import Part, below, parts, sample_key
 from data.packing.table import Columns, Files
-from data.packing.tars import samples_of_tars
 from data.shards.index import index_source, open_index
 from data.shards.tar import RawSample, parse_sample
 from data.store import StoreOptions, open_store

@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from tar_samples import jpeg
 
-from data.packing.contents import LeftOut, Sample
+from data.packing.contents import LeftOut, Recipe, Sample
 from data.packing.csv_table import csv_table
 from data.packing.parquet_table import parquet_table
-from data.packing.recipe import Recipe
 from data.packing.table import Columns, Files
 from data.store import open_store
 from launch.pack import main

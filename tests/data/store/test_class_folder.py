@@ -15,8 +15,7 @@ from data.errors import DataError
 from data.shards.index import open_index
 from data.shards.tar import parse_sample, scan_tar
 from data.store import open_store
-from data.store.class_folder import ClassFolderStore
-from data.store.virtual import SAMPLES_A_SHARD
+from data.store.virtual import SAMPLES_A_SHARD, ClassFolderStore
 
 CLASSES = {"n02": 3, "n01": 700, "n10": 600}
 

@@ -17,7 +17,7 @@ from tar_samples import MemoryStore
 from data.errors import DataError
 from data.shards.tar import parse_sample, scan_tar
 from data.store import ObjectInfo, open_store
-from data.store.folder import FolderStore
+from data.store.virtual import FolderStore
 
 
 def memory(files: dict[str, bytes]) -> MemoryStore:

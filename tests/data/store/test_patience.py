@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import data.store.s3_errors
 import pytest
 
 import data.store.base
 import data.store.s3_client
-import data.store.s3_errors
 from data.errors import DataError, StoreError
 from data.store import StoreOptions, open_store
 from data.store.base import Fault, Retries
@@ -136,8 +136,8 @@ def test_threads_ask_a_metadata_service_once(
 def test_a_metadata_service_that_goes_on_failing(
     bare: str, serving: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert data.store.s3_errors._CREDENTIALS_MINUTES == 1
-    monkeypatch.setattr(data.store.s3_errors, "_CREDENTIALS_MINUTES", 0.01)
+    assert data.store.s3_client._CREDENTIALS_MINUTES == 1
+    monkeypatch.setattr(data.store.s3_client, "_CREDENTIALS_MINUTES", 0.01)
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", serving(Metadata(failing=float("inf"))))
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"listing s3://bucket/p at .*credentials; configure boto3's"):
@@ -179,7 +179,7 @@ def test_a_metadata_service_without_a_role_is_not_waited_for(
         request.send_header("Content-Length", "0")
         request.end_headers()
 
-    monkeypatch.setattr(data.store.s3_errors, "_CREDENTIALS_MINUTES", 0.001)
+    monkeypatch.setattr(data.store.s3_client, "_CREDENTIALS_MINUTES", 0.001)
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", serving(answer))
     kinds: list[str] = []
     with pytest.raises(DataError, match="configure boto3's"):

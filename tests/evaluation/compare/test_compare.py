@@ -10,11 +10,9 @@ import pytest
 from made_runs import results, score, train, validation, write_run, write_scores
 
 from data.errors import UserError
-from evaluation.compare.cells import Table
-from evaluation.compare.read import Column, read_columns
-from evaluation.compare.settings import differing, flatten
-from evaluation.compare.tables import all_tables, settings_table, stage_tables
-from evaluation.compare.text import as_text
+from evaluation.compare.page import as_text
+from evaluation.compare.read import Column, differing, flatten, read_columns
+from evaluation.compare.tables import Table, all_tables, settings_table, stage_tables
 
 
 def rows(table: Table) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_runs import results
 
-from evaluation.compare.paired import CannotSay, over_seeds, paired_bootstrap
+from evaluation.stats import CannotSay, over_seeds, paired_bootstrap
 
 
 def right(rate: np.ndarray, rng: np.random.Generator) -> list[list[bool]]:

@@ -10,8 +10,8 @@ import pytest
 from dpg_copy import write_copy
 
 from data.errors import UserError
-from evaluation.dpg.answers import read_answers, write_questions
-from evaluation.dpg.benchmark import Benchmark, read
+from evaluation.dpg.judge import read_answers, write_questions
+from evaluation.dpg.rules import Benchmark, read
 
 HASHES = {"table_sha256": "t", "grids_sha256": "g"}
 

@@ -8,8 +8,7 @@ import pytest
 from dpg_copy import CAT, DOG, HEADER, ROWS, write_copy
 
 from data.errors import UserError
-from evaluation.dpg.benchmark import read
-from evaluation.dpg.rules import Question, zeroing_order
+from evaluation.dpg.rules import Question, read, zeroing_order
 
 Row = tuple[str, ...]
 

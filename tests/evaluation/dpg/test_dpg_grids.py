@@ -14,9 +14,9 @@ from PIL import Image
 from random_model import write_random_model
 
 from data.errors import UserError
-from evaluation.dpg.grids import Drawing, boxes, crops, examine, find
+from evaluation.dpg.judge import Drawing, boxes, crops, examine, find
 from evaluation.dpg.rules import Item
-from t2i.config_sampling import SamplingConfig
+from t2i.config.train import SamplingConfig
 from t2i.pipeline import Picture, Pipeline
 
 ITEMS = [Item("cat1", "a red circle", ()), Item("dog2", "a blue star", ())]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evaluation.editing.background import METRICS, background_scores, ssim_map
+from evaluation.editing.edit_list import METRICS, background_scores, ssim_map
 
 RNG = np.random.default_rng(0)
 FIRST = RNG.integers(0, 256, (23, 31, 3), dtype=np.uint8)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.editing.outcome import as_text, summarise
+from evaluation.editing.job import as_text, summarise
 
 
 def line(entry: int, mse: float | None, why: str = "") -> dict[str, Any]:

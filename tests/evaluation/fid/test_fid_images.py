@@ -12,7 +12,7 @@ import torch
 from pictures import BOMB, foreign
 from PIL import Image
 
-from data.adm import adm_crop
+from data.decode import adm_crop
 from data.errors import UserError
 from evaluation.fid.images import open_images
 

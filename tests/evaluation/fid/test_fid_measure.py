@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
+from evaluation.fid import images as references
 from evaluation.fid import measure as measuring
-from evaluation.fid import reference as references
 from evaluation.fid.estimators import Gaussian, InceptionScore, frechet_distance, precision_recall
-from evaluation.fid.images import open_images
+from evaluation.fid.images import kept_numbers, open_images, open_reference, write_reference
 from evaluation.fid.measure import compare, for_features, groups_of, measure
 from evaluation.fid.networks import Features, Network, load
-from evaluation.fid.reference import kept_numbers, open_reference, write_reference
-from t2i.train.processes import World
+from t2i.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 

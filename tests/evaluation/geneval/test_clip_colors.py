@@ -12,9 +12,10 @@ from tiny_geneval import save_clip
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from data.errors import UserError
-from evaluation.geneval.clip_colors import ClipColors, cut_out, prepare
-from evaluation.geneval.detection import Detection, Image
+from evaluation.geneval.mask2former import ClipColors, cut_out
+from evaluation.geneval.mask2former import prepare_for_clip as prepare
 from evaluation.geneval.prompts import COLORS
+from evaluation.geneval.rules import Detection, Image
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image:

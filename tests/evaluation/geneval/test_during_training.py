@@ -9,12 +9,12 @@ import torch
 from tiny_geneval import save_clip, save_mask2former
 
 from data.packing.shapes import draw
-from evaluation.geneval.during_training import GenEvalScorer
+from evaluation.geneval.detectors import GenEvalScorer
 from evaluation.geneval.prompts import TASKS, official
 from evaluation.proving.detector import ShapeDetector
 from evaluation.proving.prompts import proving_prompts, proving_scenes
-from launch.scoring import build_scorer
-from t2i.config_scoring import ScoringConfig
+from launch.train import build_scorer
+from t2i.config.train import ScoringConfig
 
 COUNT, SIDE = 36, 64
 

@@ -13,8 +13,8 @@ from pictures import BOMB, foreign
 from PIL import Image
 
 from data.errors import UserError
-from evaluation.drawing import write_png
-from evaluation.geneval.folder import begin_folder, image_path, read_folder, read_image, write_grid
+from evaluation.geneval.summary import begin_folder, image_path, read_folder, read_image, write_grid
+from evaluation.sampling_job import write_png
 
 CIRCLE = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}
 STARS = {

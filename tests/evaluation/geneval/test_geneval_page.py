@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from evaluation.geneval.outcome import kind_of, name_of, notes_on
+from evaluation.geneval.job import kind_of, name_of, notes_on
 from evaluation.geneval.page import write_page
 from evaluation.geneval.prompts import Metadata, official
-from evaluation.geneval.summary import summarise
-from evaluation.geneval.verdicts import Judged
+from evaluation.geneval.summary import Judged, summarise
 
 CAT = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a <b>cat</b>"}
 LEFT: Metadata = {

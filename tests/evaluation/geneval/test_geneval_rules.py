@@ -11,9 +11,8 @@ from drawn_objects import BLANK, FakeDetector, thing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.geneval.detection import Box, Detection, Thresholds
 from evaluation.geneval.prompts import RELATIONS, Metadata
-from evaluation.geneval.rules import Verdict, counting, judge, of_class, relative_position
+from evaluation.geneval.rules import Box, Detection, Thresholds, Verdict, counting, judge, of_class, relative_position
 
 
 def asking(*include: dict[str, Any], exclude: tuple[str, int] | None = None, tag: str = "two_object") -> Metadata:

@@ -15,9 +15,9 @@ from tiny_geneval import save_clip, save_mask2former
 from torch import Tensor
 
 from data.errors import UserError
-from evaluation.geneval.detection import Detection, Image
 from evaluation.geneval.mask2former import HUGGING_FACE, OPENMMLAB, Mask2FormerDetector, build, prepare, to_detections
 from evaluation.geneval.prompts import CLASSES
+from evaluation.geneval.rules import Detection, Image
 
 URL = "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)

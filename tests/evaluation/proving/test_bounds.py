@@ -3,12 +3,11 @@
 import pytest
 
 from data.packing.shapes import draw
-from evaluation.drawing import write_png
-from evaluation.geneval.folder import begin_folder, image_path, read_folder
-from evaluation.proving import bounds as bounds_module
-from evaluation.proving.bounds import bounds
+from evaluation.geneval.summary import begin_folder, image_path, read_folder
+from evaluation.proving import prompts as bounds_module
 from evaluation.proving.detector import ShapeDetector
-from evaluation.proving.prompts import proving_prompts, proving_scenes
+from evaluation.proving.prompts import bounds, proving_prompts, proving_scenes
+from evaluation.sampling_job import write_png
 
 
 @pytest.fixture(scope="module")

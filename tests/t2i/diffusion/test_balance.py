@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from t2i.diffusion.balance import head_gradients, norm_ratio, smoothed
+from t2i.diffusion.objective import head_gradients, norm_ratio, smoothed
 
 
 def test_head_gradients_are_those_of_autograd() -> None:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2i.diffusion.editing import flow_edit
 from t2i.diffusion.flow import interpolate
-from t2i.diffusion.sampling import Velocity, euler, time_grid
+from t2i.diffusion.sampling import Velocity, euler, flow_edit, time_grid
 
 SHAPE = (2, 3, 4, 5)
 IMAGE = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from t2i.diffusion.noise import slot_noise
+from t2i.diffusion.flow import slot_noise
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ import vgg16_weights
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from data.buckets import sdxl_sizes
+from data.filters import sdxl_sizes
 from t2i.diffusion.perceptual import Dinov2, EfficientNetLite, Lpips, compile_for_any_batch, cosine_distance, load_lpips
 
 

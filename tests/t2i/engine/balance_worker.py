@@ -7,9 +7,9 @@ import torch.distributed as dist
 from cases import BATCH, GATE, LR, PATCH, TEMPLATE, Case, StubDistance, StubFeatures, build, loss_of, share
 
 from launch.process import joined_world, quiet
-from t2i.config import RunConfig
+from t2i.config.run import RunConfig
 from t2i.diffusion.objective import LossWeights, Objective
-from t2i.train.balance import GradientBalance
+from t2i.train.step import GradientBalance
 
 CASES = [
     Case("zero0", torch.bfloat16, 2),

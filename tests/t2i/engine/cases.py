@@ -21,13 +21,10 @@ from torch.func import functional_call
 
 from t2i.diffusion.objective import LossWeights, Objective, Watch
 from t2i.engine import deepspeed
-from t2i.engine.blocks import prepare_blocks
 from t2i.engine.ema import Ema
+from t2i.engine.engine import Engine, gather_full, prepare_blocks
 from t2i.engine.fsdp import FsdpEngine
-from t2i.engine.interface import Engine
-from t2i.engine.mapped import StateFolder, ZerosLike
-from t2i.engine.optimizer import build_optimizer, orthogonalise
-from t2i.engine.shards import gather_full
+from t2i.engine.optimizer import StateFolder, ZerosLike, build_optimizer, orthogonalise
 from t2i.models.layers import Projector, patchify
 from t2i.models.pixelgen import PixelGen
 from t2i.train.build import TrainingNetwork

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from t2i.distributed import World
 from t2i.engine.checkpoint import CheckpointWriter, checkpoints
-from t2i.engine.shards import Shard
-from t2i.train.processes import World
+from t2i.engine.engine import Shard
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from cases import (
 from launch.process import joined_world, quiet
 from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, checkpoints, moments_of, values_of
 from t2i.engine.ema import Ema
-from t2i.engine.interface import Engine
+from t2i.engine.engine import Engine
 
 cached_reference = cache(reference)
 HALF = STEPS // 2

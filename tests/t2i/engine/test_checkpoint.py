@@ -12,7 +12,7 @@ from shard_cuts import average, cut, write
 
 from t2i.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, checkpoints, moments_of, newest
 from t2i.engine.checkpoint.format import manifest_text
-from t2i.engine.shards import Shard
+from t2i.engine.engine import Shard
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 5])

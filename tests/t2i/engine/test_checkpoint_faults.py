@@ -20,7 +20,7 @@ from shard_cuts import average, cut
 
 from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, checkpoints, newest, writer
 from t2i.engine.checkpoint.snapshot import Snapshot
-from t2i.engine.shards import Shard
+from t2i.engine.engine import Shard
 
 Ranks = list[CheckpointWriter]
 

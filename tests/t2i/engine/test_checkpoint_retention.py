@@ -8,10 +8,9 @@ import pytest
 from pydantic import ValidationError
 from shard_cuts import average, cut
 
-from t2i.config_checkpoint import CheckpointConfig
+from t2i.config.train import CheckpointConfig
 from t2i.engine.checkpoint import CheckpointWriter, checkpoints, newest
-from t2i.engine.checkpoint.format import EPHEMERAL
-from t2i.engine.checkpoint.retention import Retention
+from t2i.engine.checkpoint.format import EPHEMERAL, Retention
 
 
 def written(

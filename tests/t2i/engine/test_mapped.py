@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data.errors import UserError
-from t2i.engine.mapped import StateFolder
+from t2i.engine.optimizer import StateFolder
 
 
 def file_bytes(device: int) -> int:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from data.buckets import sdxl_sizes
+from data.filters import sdxl_sizes
 from t2i.build import build_denoiser
-from t2i.config import ModelConfig
+from t2i.config.run import ModelConfig
 
 
 def outcome(network: torch.nn.Module, side: int) -> list[torch.Tensor]:

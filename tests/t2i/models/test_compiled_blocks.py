@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t2i.models.layers import axial_rope_table, line_rope_table, rope_table
+from t2i.models.layers import Block, axial_rope_table, line_rope_table, rope_table
 from t2i.models.pixel_pathway import ROPE_EXTENT, PixelBlock, parts_rope_table
 from t2i.models.pixeldit import JointBlock, LastJointBlock
-from t2i.models.pixelgen_class import ClassBlock
-from t2i.models.transformer import Block
+from t2i.models.pixelgen import ClassBlock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEXT, BATCH, CONTEXT = 128, 2, 32

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2i.models.dropout import derive, dropout, keep_mask
+from t2i.models.layers import derive, dropout, keep_mask
 
 
 def keys(n: int, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.errors import UserError
-from t2i.models.labels import ClassLabels
+from t2i.models.text import ClassLabels
 
 LABELS = ClassLabels(10, torch.device("cpu"))
 

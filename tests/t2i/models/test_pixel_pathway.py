@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from random_weights import randomise
 
-from t2i.config_model import PixelConfig
+from t2i.config.model import PixelConfig
 from t2i.models.layers import rope_table
 from t2i.models.pixel_pathway import (
     ROPE_EXTENT,

@@ -14,9 +14,8 @@ from random_weights import randomise
 from torch import Tensor
 
 from t2i.build import build_denoiser, build_projector
-from t2i.config import ModelConfig
-from t2i.models.pixeldit import PixelDiT
-from t2i.models.pixeldit_class import ClassPixelDiT
+from t2i.config.run import ModelConfig
+from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 
 WIDTH, HEADS, PATCH, CLASSES, TEXT, TOKENS = 32, 2, 4, 5, 20, 6
 T2I_PIXEL = {"depth": 2, "attention_width": 1152, "attention_heads": 16}

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.build import build_denoiser
-from t2i.config import ModelConfig
+from t2i.config.run import ModelConfig
 
 XL = {"width": 1152, "depth": 26, "heads": 16}
 T2I = {"width": 1536, "depth": 14, "heads": 24}

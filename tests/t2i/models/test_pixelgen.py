@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from random_weights import randomise
 from torch import Tensor
 
-from t2i.config import ModelConfig
+from t2i.config.run import ModelConfig
 from t2i.models.layers import RMSNorm, attention, patchify, rope_table, rotate, sincos_table, unpatchify
 from t2i.models.pixelgen import PixelGen
 from t2i.train.build import build_denoiser

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from t2i.build import build_denoiser
-from t2i.config import ModelConfig
-from t2i.models.dropout import derive, keep_mask
-from t2i.models.layers import axial_rope_table
-from t2i.models.pixelgen_class import ClassPixelGen
+from t2i.config.run import ModelConfig
+from t2i.models.layers import axial_rope_table, derive, keep_mask
+from t2i.models.pixelgen import ClassPixelGen
 
 WIDTH, HEADS, PATCH, CLASSES, CONTEXT, RATE = 32, 2, 4, 5, 3, 0.25
 MIDDLE = {4: (1, 2), 6: (1, 2)}

@@ -13,8 +13,7 @@ from tiny_qwen import save_qwen
 from transformers import AutoModel, AutoTokenizer, Qwen3Model
 
 from data.errors import UserError
-from t2i.models.conditions import stack_conditions
-from t2i.models.text import ENCODE_BATCH, TextEncoder
+from t2i.models.text import ENCODE_BATCH, TextEncoder, stack_conditions
 
 CAPTIONS = ["a photo of a red circle", "green apple", "", "a", "two blue squares left of three yellow stars", "dog"]
 LENGTH = 10

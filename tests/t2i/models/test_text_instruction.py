@@ -15,8 +15,7 @@ from tiny_qwen import save_qwen
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, Gemma2Model, GemmaTokenizer
 
-from t2i.models.labels import ClassLabels
-from t2i.models.text import ENCODE_BATCH, TextEncoder
+from t2i.models.text import ENCODE_BATCH, ClassLabels, TextEncoder
 
 LENGTH = 40
 CAPTIONS = [

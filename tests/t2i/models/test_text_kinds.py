@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from word_tokenizer import save_tokenizer
 
 from data.errors import UserError
-from t2i.config import RunConfig
+from t2i.config.run import RunConfig
 from t2i.models.text import TextEncoder
-from t2i.plan_networks import text_encoder
+from t2i.plan.counts import text_encoder
 
 POSITIONS, WIDTH = 20, 16
 _TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}

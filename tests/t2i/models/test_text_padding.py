@@ -9,9 +9,8 @@ import torch
 from tiny_qwen import save_qwen
 from torch import Tensor
 
-from t2i.models.conditions import stack_conditions
 from t2i.models.pixelgen import PixelGen
-from t2i.models.text import ENCODE_BATCH, TextEncoder
+from t2i.models.text import ENCODE_BATCH, TextEncoder, stack_conditions
 
 LENGTH = 72
 COUNTS = [1, 3, 31, 32, 33, 64, 65, 71, 72, 100]

@@ -13,12 +13,11 @@ from released_pixelgen import denoiser_shapes, every_shape, position_table, proj
 from torch import Tensor
 
 from t2i.build import build_denoiser
-from t2i.config_base import ConfigError
-from t2i.config_loading import load_config, stage_config
+from t2i.config.base import ConfigError
+from t2i.config.loading import load_config, stage_config
 from t2i.models.layers import Projector
 from t2i.released.checkpoint import Checkpoint
-from t2i.released.convert import Imported, export_weights, import_weights
-from t2i.released.positions import trained_resolution
+from t2i.released.convert import Imported, export_weights, import_weights, trained_resolution
 
 ROOT = Path(__file__).parents[3]
 PROJECTOR = "diffusion_trainer.proj.0."

@@ -15,12 +15,10 @@ from released_pixeldit_cases import dit_velocity as reference
 from torch import Tensor
 
 from t2i.build import build_denoiser, build_projector
-from t2i.config_base import ConfigError
+from t2i.config.base import ConfigError
 from t2i.released.checkpoint import Checkpoint
 from t2i.released.convert import Imported, export_weights, import_weights
-from t2i.released.layout import released_sizes
-from t2i.released.names import denoiser_table, released_shares, unread
-from t2i.released.network import check_kind
+from t2i.released.names import check_kind, denoiser_table, released_shares, released_sizes, unread
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from released_class_pixelgen import class_denoiser_shapes
 from released_pixeldit import dit_shapes
 from released_pixelgen import denoiser_shapes, random_weights
 
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import load_config, validate_config
+from t2i.config.base import ConfigError
+from t2i.config.loading import load_config, validate_config
+from t2i.config.run import RunConfig
 from t2i.released.checkpoint import Checkpoint
 from t2i.released.convert import import_weights
-from t2i.released.network import check_kind, network_of
+from t2i.released.names import check_kind, network_of
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = {"pixelgen_xxl": denoiser_shapes(XXL), "pixelgen_xl": class_denoiser_shapes(XL)}

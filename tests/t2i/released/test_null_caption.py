@@ -9,9 +9,9 @@ import torch
 from tiny_qwen import save_qwen
 from transformers import AutoModel
 
-from t2i.config_base import ConfigError
+from t2i.config.base import ConfigError
 from t2i.models.text import TextEncoder
-from t2i.released.null_caption import NullAttention, null_caption
+from t2i.released.convert import NullAttention, null_caption
 
 
 @pytest.mark.parametrize(("attention", "kernel"), [("mean", "eager"), ("zero", "sdpa")])

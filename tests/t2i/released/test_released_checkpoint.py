@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from data.errors import UserError
-from t2i.config_base import ConfigError
+from t2i.config.base import ConfigError
 from t2i.released.checkpoint import _KNOWN, Checkpoint, Inert
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}

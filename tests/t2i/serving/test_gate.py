@@ -27,8 +27,8 @@ import httpx
 from starlette.responses import PlainTextResponse
 from starlette.types import Message
 
-from t2i.serving import gate
-from t2i.serving.kept import KeptFiles
+from t2i.serving import limits
+from t2i.serving.limits import KeptFiles
 
 META = {"meta": {"_type": "gradio.FileData"}}
 API = "/gradio_api"
@@ -302,10 +302,10 @@ def test_one_who_leaves_in_the_middle_of_an_upload_takes_no_place(visitor: Visit
 
 
 def test_an_upload_that_stalls_gives_its_place_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MOST_SECONDS", 0.1)
-    monkeypatch.setattr(gate, "MOST_ARRIVING", 1000)
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "MOST_ARRIVING", 1000)
     uploads = KeptFiles(tmp_path / "uploads", 9, 2**20)
-    entrance = gate.Gate(PlainTextResponse("never asked"), tmp_path, uploads, uploads)
+    entrance = limits.Gate(PlainTextResponse("never asked"), tmp_path, uploads, uploads)
     begun = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(700)
 
     async def upload(*pieces: bytes) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from t2i.serving.kept import KeptFiles
+from t2i.serving.limits import KeptFiles
 
 
 @pytest.fixture

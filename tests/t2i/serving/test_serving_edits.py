@@ -17,11 +17,10 @@ from PIL import Image, ImageFile
 from random_model import write_random_model
 
 from data.errors import UserError
-from t2i.config_loading import validate_config
-from t2i.editing import EditSettings, edit_image, edit_settings
-from t2i.pipeline import Pipeline
-from t2i.serving.edits import EditForm, fit_image
-from t2i.serving.studio import Studio
+from t2i.config.loading import validate_config
+from t2i.pipeline import EditSettings, Pipeline, edit_image, edit_settings
+from t2i.serving.requests import EditForm, fit_image
+from t2i.serving.worker import Studio
 from t2i.size_limits import Limits
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data.errors import UserError
-from t2i.config import RunConfig
-from t2i.config_loading import validate_config
-from t2i.models.labels import ClassLabels
-from t2i.serving.session import Form, check_form, first_request, sizes_like, stem_of
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
+from t2i.models.text import ClassLabels
+from t2i.serving.requests import Form, check_form, first_request, sizes_like, stem_of
 from t2i.size_limits import Limits
 
 LIMITS = Limits(patch=4, max_pixels=32 * 32, reason="the memory here")

@@ -17,8 +17,8 @@ from random_model import write_random_model
 
 from data.errors import UserError
 from t2i.pipeline import Picture, Pipeline
-from t2i.serving.session import MOST_STEPS, Form, first_request
-from t2i.serving.studio import BEAT_S, Drawn, Studio
+from t2i.serving.requests import MOST_STEPS, Form, first_request
+from t2i.serving.worker import BEAT_S, Drawn, Studio
 from t2i.size_limits import Limits
 
 CPU = torch.device("cpu")

@@ -18,13 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from launch.process import joined_world, quiet
 from t2i.build import build_text
-from t2i.config import RunConfig
-from t2i.config_loading import validate_config
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
+from t2i.distributed import World
 from t2i.engine.ema import Ema
 from t2i.train.build import build_engine, build_network, build_objective
-from t2i.train.dry_run import dry_run, made_up_batch, no_update
-from t2i.train.memory import estimate
-from t2i.train.processes import World
+from t2i.train.preflight import dry_run, estimate, made_up_batch, no_update
 from t2i.train.step import TrainingStep
 
 CPU, STAGE = torch.device("cpu"), "stage"

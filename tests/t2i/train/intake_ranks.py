@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.example import ImageSettings
+from data.lane import Source
 from data.loader import Loader
+from data.sample import ImageSettings
 from data.shards.index import open_index
 from data.store import open_store
-from data.stream import Source
-from t2i.config import RunConfig
-from t2i.train import intake as intake_module
-from t2i.train.intake import Intake
-from t2i.train.processes import World
+from t2i.config.run import RunConfig
+from t2i.distributed import World
+from t2i.train import data as intake_module
+from t2i.train.data import Intake
 
 
 def main(folder: Path, case: str) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from t2i.build import build_denoiser, build_projector
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import load_config, stage_config
-from t2i.config_objective import ObjectiveConfig
+from t2i.config.base import ConfigError
+from t2i.config.loading import load_config, stage_config
+from t2i.config.run import RunConfig
+from t2i.config.train import ObjectiveConfig
 from t2i.diffusion.objective import Objective
 from t2i.engine.optimizer import build_optimizer
-from t2i.models.transformer import muon_takes
+from t2i.models.layers import muon_takes
 from t2i.train.build import TrainingNetwork, build_objective, noisy_ema
 
 CONFIGS = Path(__file__).parents[3] / "configs"

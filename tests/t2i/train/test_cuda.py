@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from t2i.config_loading import validate_config
+from t2i.config.loading import validate_config
 from t2i.diffusion.objective import LossWeights, Objective, Terms
-from t2i.engine.interface import StepResult
-from t2i.models.layers import attention
+from t2i.distributed import World
+from t2i.engine.engine import StepResult
+from t2i.models.layers import attention, upload
 from t2i.models.pixelgen import PixelGen
-from t2i.train.means import GlobalMeans
-from t2i.train.processes import World
-from t2i.train.step import TrainingStep
-from t2i.upload import upload
+from t2i.train.step import GlobalMeans, TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

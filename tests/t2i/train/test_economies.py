@@ -11,12 +11,12 @@ from steps.economies import CaptionsByMicroBatch, SpendthriftObjective
 from torch import Tensor
 
 from data.loader import Batch
-from t2i.config import RunConfig
-from t2i.config_loading import validate_config
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
 from t2i.diffusion.objective import LossWeights, Objective
-from t2i.engine.interface import StepResult
-from t2i.models.labels import ClassLabels
-from t2i.train.processes import World
+from t2i.distributed import World
+from t2i.engine.engine import StepResult
+from t2i.models.text import ClassLabels
 from t2i.train.step import TrainingStep
 
 CPU, GRID, WIDTH, CLASSES = torch.device("cpu"), (2, 3), 5, 10

@@ -15,14 +15,13 @@ import torch
 from safetensors import SafetensorError
 
 from data.files import atomic_write
-from t2i.config import RunConfig
+from t2i.config.run import RunConfig
+from t2i.distributed import World
 from t2i.model_folder import write_model
 from t2i.pipeline import Picture
-from t2i.train.events import EventLog, Terminal, append_line
 from t2i.train.guard import SkippedFile
-from t2i.train.observe import JsonLines, Observer
-from t2i.train.processes import World
-from t2i.train.validate import Evaluator
+from t2i.train.metrics import EventLog, JsonLines, Observer, Terminal, append_line
+from t2i.train.scoring import Evaluator
 
 ALONE = World(0, 1, torch.device("cpu"))
 FAULTS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES]

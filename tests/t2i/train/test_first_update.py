@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t2i.engine.blocks import prepare_blocks
-from t2i.engine.interface import StepResult, not_finite
-from t2i.train.first_update import explain, is_finite
-from t2i.train.processes import World
+from t2i.distributed import World
+from t2i.engine.engine import StepResult, not_finite, prepare_blocks
+from t2i.train.guard import explain, is_finite
 from t2i.train.step import Trained
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from t2i.build import build_denoiser
-from t2i.config import ModelConfig, RunConfig
+from t2i.config.run import ModelConfig, RunConfig
 from t2i.diffusion.flow import flow_matching_loss
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import cosine_distance
 from t2i.models.layers import patchify, unpatchify
-from t2i.train.balance import GradientBalance, build_balance
+from t2i.train.step import GradientBalance, build_balance
 
 BATCH, SIDE, PATCH = 8, 8, 4
 TIMES = np.array([0.05, 0.31, 0.1, 0.9, 0.299, 0.2, 0.5, 0.97])

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i.config_guard import GuardConfig
+from t2i.config.train import GuardConfig
 from t2i.train.guard import Guard, Rollback, SkippedFile, Stop, ids_of, log_norm, robust_z, why_not
-from t2i.train.observe import JsonLines
+from t2i.train.metrics import JsonLines
 
 NAN, INF = math.nan, math.inf
 SMALL = GuardConfig(window=12, min_history=8, max_skips=3, skip_window=12, rollback_margin=6, max_rollbacks=2)

@@ -11,13 +11,13 @@ import torch
 from tar_samples import write_source
 
 from data.errors import DataError
-from data.example import ImageSettings
+from data.lane import SetAside, Source
 from data.loader import Loader
-from data.stream import SetAside, Source
-from t2i.config import RunConfig
-from t2i.train.intake import Intake
-from t2i.train.observe import JsonLines
-from t2i.train.processes import World
+from data.sample import ImageSettings
+from t2i.config.run import RunConfig
+from t2i.distributed import World
+from t2i.train.data import Intake
+from t2i.train.metrics import JsonLines
 
 RANKS = Path(__file__).with_name("intake_ranks.py")
 DAMAGE = SetAside("source", "00009.tar", None, 512, "damaged_tar", "cut off")

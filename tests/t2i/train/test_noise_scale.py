@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.fixed import FixedSamples
 from data.loader import Batch
-from t2i.config import RunConfig
+from data.preview import FixedSamples
+from t2i.config.run import RunConfig
 from t2i.diffusion.objective import LossWeights, Objective
-from t2i.engine.interface import StepResult
+from t2i.distributed import World
+from t2i.engine.engine import StepResult
 from t2i.models.pixelgen import Prediction
 from t2i.pipeline import Picture, Pipeline
-from t2i.train.events import EventLog
-from t2i.train.processes import World
+from t2i.train.metrics import EventLog
+from t2i.train.scoring import Evaluator
 from t2i.train.step import TrainingStep
-from t2i.train.validate import Evaluator
 
 CPU = torch.device("cpu")
 PIXELS = torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i.config import RunConfig
-from t2i.train.observe import JsonLines, Observer, peak_flops
+from t2i.config.run import RunConfig
+from t2i.train.metrics import JsonLines, Observer, peak_flops
 
 
 def lines(metrics: JsonLines) -> list[tuple[str, int]]:

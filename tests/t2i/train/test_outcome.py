@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import StoreError, UserError
-from t2i.train.outcome import Departed, OutcomeFile, code_of, is_done
-from t2i.train.processes import LOCK, RunInUseError, RunLock
+from t2i.distributed import LOCK, Departed, OutcomeFile, RunInUseError, RunLock, is_done
+from t2i.distributed import run_exit_code as code_of
 
 
 def said(directory: Path) -> dict[str, object]:

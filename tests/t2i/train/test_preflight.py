@@ -19,29 +19,33 @@ from tiny import tiny_config
 from data.errors import DataError, StoreError, UserError
 from data.loader import Batch
 from data.randomness import key, uniform
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import load_config, stage_config, validate_config
+from t2i.config.base import ConfigError
+from t2i.config.loading import load_config, stage_config, validate_config
+from t2i.config.run import RunConfig
+from t2i.distributed import World
 from t2i.engine.checkpoint.format import MANIFEST, folder_name
-from t2i.plan_memory import CONTEXT_BYTES, total
-from t2i.plan_networks import open_share
-from t2i.plan_stage import StageMemory, open_samples
+from t2i.plan.counts import open_share
+from t2i.plan.memory import CONTEXT_BYTES, StageMemory, open_samples, total
 from t2i.train import preflight
-from t2i.train.dry_run import dry_run, made_up_batch
-from t2i.train.memory import Estimate, check_memory, device_bytes, estimate, remedy
-from t2i.train.places import stage_places
+from t2i.train.data import open_data
 from t2i.train.preflight import (
+    Estimate,
+    check_memory,
     check_mirror,
     check_reach,
     check_room,
     check_start,
     check_writable,
+    device_bytes,
+    dry_run,
+    estimate,
     free_bytes,
     leftover_bytes,
+    made_up_batch,
+    remedy,
 )
-from t2i.train.processes import World
-from t2i.train.schedule import training_times
-from t2i.train.stage_data import open_data
+from t2i.train.run_dir import stage_places
+from t2i.train.step import training_times
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

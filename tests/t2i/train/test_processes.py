@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.errors import UserError
-from t2i.train.processes import RunInUseError, RunLock, World
+from t2i.distributed import RunInUseError, RunLock, World
 
 HOLD = """
 import sys, time

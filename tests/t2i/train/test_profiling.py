@@ -11,7 +11,7 @@ from unittest.mock import Mock, create_autospec
 import pytest
 import torch
 
-from t2i.config_profiling import ProfilingConfig
+from t2i.config.train import ProfilingConfig
 from t2i.train.profiling import Profiler
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.pages import smooth
 from t2i.train.report import write_report
-from t2i.train.report_parts import smooth
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "path", "use", "rect"}
 

@@ -13,13 +13,13 @@ import torch
 from shard_cuts import average, cut
 
 from data.errors import StoreError
-from t2i.config import RunConfig
+from t2i.config.run import RunConfig
+from t2i.distributed import World
 from t2i.engine.checkpoint import Mirror, checkpoints, step_of
-from t2i.train import saving
+from t2i.train import checkpointing
+from t2i.train.checkpointing import Saver
 from t2i.train.guard import Guard, Rollback, Stop
-from t2i.train.places import StagePlace
-from t2i.train.processes import World
-from t2i.train.saving import Saver
+from t2i.train.run_dir import StagePlace
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -129,7 +129,7 @@ def test_a_mirror_that_does_not_answer_leaves_nothing_to_go_back_to(tmp_path: Pa
         raise StoreError("no answer")
 
     it = saver(tmp_path, every=4)
-    monkeypatch.setattr(saving, "newest_anywhere", silent)
+    monkeypatch.setattr(checkpointing, "newest_anywhere", silent)
     assert isinstance(it.leads_back(Rollback(6, 9, "why")), Stop)
 
 
@@ -152,8 +152,8 @@ class Busy:
 def test_the_mirror_is_waited_for_within_bounds_and_not_by_who_is_asked_to_leave(
     tmp_path: Path, monkeypatch, leaves: bool
 ) -> None:
-    monkeypatch.setattr(saving, "MIRROR_PATIENCE_S", 3600.0 if leaves else 0.2)
-    monkeypatch.setattr(saving, "MIRROR_ROUND_S", 0.05)
+    monkeypatch.setattr(checkpointing, "MIRROR_PATIENCE_S", 3600.0 if leaves else 0.2)
+    monkeypatch.setattr(checkpointing, "MIRROR_ROUND_S", 0.05)
     it, asked = saver(tmp_path, mirror=Busy()), []
 
     def leave() -> str | None:

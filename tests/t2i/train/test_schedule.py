@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from t2i.config_optimizer import OptimizerConfig
-from t2i.train.schedule import learning_rate
+from t2i.config.train import OptimizerConfig
+from t2i.train.step import learning_rate
 
 STEPS, PEAK = 100, 3e-4
 

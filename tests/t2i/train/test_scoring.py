@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import validate_config
+from t2i.config.base import ConfigError
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
+from t2i.distributed import Departed, World
 from t2i.pipeline import Picture
 from t2i.train import scoring
-from t2i.train.outcome import Departed
-from t2i.train.places import StagePlace
-from t2i.train.processes import World
-from t2i.train.scorers import build_scorers
-from t2i.train.scoring import Score, Scores, Scoring, promotes, read_best, spread
+from t2i.train.run_dir import StagePlace
+from t2i.train.scoring import Score, Scores, Scoring, build_scorers, promotes, read_best, spread
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from data.loader import Batch
 from data.randomness import key, uniform
-from t2i.config import RunConfig
-from t2i.config_loading import validate_config
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
 from t2i.diffusion.objective import LossWeights, Objective
-from t2i.engine.interface import StepResult
-from t2i.models.dropout import keep_mask
-from t2i.models.labels import ClassLabels
+from t2i.distributed import World
+from t2i.engine.engine import StepResult
+from t2i.models.layers import keep_mask
 from t2i.models.pixelgen import PixelGen
-from t2i.train.means import GlobalMeans
-from t2i.train.processes import World
-from t2i.train.step import TrainingStep
+from t2i.models.text import ClassLabels
+from t2i.train.step import GlobalMeans, TrainingStep
 
 CPU, SIZE, CLASSES, FIRST = torch.device("cpu"), 64, 10, 128
 SEEN = tuple[Tensor, ...]

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from data.errors import UserError
 from t2i.build import build_text, condition_identity
-from t2i.config import RunConfig
-from t2i.config_base import ConfigError
-from t2i.config_loading import validate_config
+from t2i.config.base import ConfigError
+from t2i.config.loading import validate_config
+from t2i.config.run import RunConfig
 from t2i.model_folder import write_model
-from t2i.train.null_caption import find_null_caption, store_null_caption
-from t2i.train.places import StagePlace, stage_places
+from t2i.train.checkpointing import find_null_caption, store_null_caption
+from t2i.train.run_dir import StagePlace, stage_places
 
 CPU = torch.device("cpu")
 

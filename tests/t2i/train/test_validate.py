@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from t2i.diffusion.objective import Terms
-from t2i.train.means import GlobalMeans
-from t2i.train.validate import tile
+from t2i.train.scoring import tile
+from t2i.train.step import GlobalMeans
 
 
 def test_tiles_are_row_by_row_and_the_rest_is_white() -> None:

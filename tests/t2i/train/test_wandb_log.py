@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from t2i.config import RunConfig
-from t2i.train import wandb_log
-from t2i.train.observe import JsonLines, Observer
-from t2i.train.wandb_log import STEP
+from t2i.config.run import RunConfig
+from t2i.train import metrics
+from t2i.train.metrics import STEP, JsonLines, Observer
 
 
 class Service:
@@ -75,7 +74,7 @@ def hang() -> Iterator[Callable[[], None]]:
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BEGIN_S", "FINISH_S", "CALL_S"):
-        monkeypatch.setattr(wandb_log, name, 0.3)
+        monkeypatch.setattr(metrics, name, 0.3)
 
 
 def observed(
@@ -167,8 +166,8 @@ def test_what_hangs_is_left_behind(where: str, hang: Callable[[], None], tmp_pat
 
 
 def test_what_waits_is_bounded(hang: Callable[[], None], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(wandb_log, "MOST_WAITING", 3)
-    monkeypatch.setattr(wandb_log, "BEGIN_S", 30.0)
+    monkeypatch.setattr(metrics, "MOST_WAITING", 3)
+    monkeypatch.setattr(metrics, "BEGIN_S", 30.0)
     events = observed(tmp_path, Service(**{"init offline": hang}), monkeypatch, range(9), mode="offline")
     assert events.count("does not keep up") == 1 and "left behind" in events
     assert len(JsonLines(tmp_path / "metrics.jsonl").lines()) == 9

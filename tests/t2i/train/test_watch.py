@@ -18,10 +18,9 @@ import torch.distributed as dist
 import watch_ranks
 
 from data.errors import UserError
-from t2i.config_limits import LimitsConfig
-from t2i.train.failures import Failure, Failures, is_lost_contact
-from t2i.train.processes import World
-from t2i.train.watch import straggler
+from t2i.config.train import LimitsConfig
+from t2i.distributed import World
+from t2i.train.watchdog import Failure, Failures, is_lost_contact, straggler
 
 RANKS = Path(__file__).with_name("watch_ranks.py")
 KILLED = -9

@@ -22,12 +22,11 @@ import torch
 import torch.distributed as dist
 
 from data.errors import UserError
-from t2i.config_limits import LimitsConfig
-from t2i.train import failures as failures_module
-from t2i.train import watch as watch_module
-from t2i.train.failures import Failures
-from t2i.train.processes import World
-from t2i.train.watch import Watch, set_collective_timeouts, slowest
+from t2i.config.train import LimitsConfig
+from t2i.distributed import World
+from t2i.train import watchdog as failures_module
+from t2i.train import watchdog as watch_module
+from t2i.train.watchdog import Failures, Watch, set_collective_timeouts, slowest
 
 STEP_S = 3.0
 FOR_EVER_S = 3600.0

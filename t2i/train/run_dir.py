@@ -1,0 +1,254 @@
+"""What a run has left in its folder, read back for reports and comparisons; it may still go on, or have been killed.
+
+Where a stage keeps what.
+
+environment.json of a run: versions, machine, source, and what was trained on, stand-ins named.
+
+What a run's ranks compute on, in words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.files import atomic_write
+from data.pages import Array, Piece
+from t2i.build import choose_dtype
+from t2i.config.run import RunConfig
+from t2i.distributed import World
+from t2i.engine.checkpoint import checkpoints
+from t2i.source import describe_source
+from t2i.train.build import stand_ins
+from t2i.train.data import StageData
+from t2i.train.metrics import JsonLines
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """A stage's name, its folder, and the stage before it."""
+
+    name: str
+    folder: Path
+    previous: StagePlace | None
+
+    @property
+    def model(self) -> Path:
+        """The finished model; it exists once the stage is done."""
+        return self.folder / "model"
+
+    @property
+    def best(self) -> Path:
+        """The model with the stage's best score."""
+        return self.folder / "best"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The stage's checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def null_caption(self) -> Path:
+        """The null caption's states, one file for all stages of the run."""
+        return self.folder.parent / "null_caption.safetensors"
+
+    @property
+    def samples(self) -> Path:
+        """The stage's sample grids."""
+        return self.folder / "samples"
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage's model is there."""
+        return self.model.exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything of the stage to go on from, or its model."""
+        return self.done or bool(checkpoints(self.checkpoints))
+
+
+def stage_places(config: RunConfig) -> list[StagePlace]:
+    """The places of every stage of a run, in order."""
+    places: list[StagePlace] = []
+    for stage in config.stages:
+        name = str(stage["name"])
+        places.append(StagePlace(name, config.directory / name, places[-1] if places else None))
+    return places
+
+
+PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
+
+
+def write_environment(
+    config: RunConfig, stage: RunConfig, data: StageData, parameters: int, world_size: int, devices: str
+) -> None:
+    """Write it, with stand-ins and the data's licences of all stages so far."""
+    path = config.directory / "environment.json"
+    before: dict[str, Any] = {"stand_ins": [], "data": []}
+    if path.exists():
+        with suppress(ValueError):  # torn by a disk that was full
+            before = json.loads(path.read_text())
+    known = {entry["name"]: entry for entry in before["data"]}
+    for source, opened in zip(stage.data.sources, data.sources, strict=True):
+        known[source.name] = {
+            "name": source.name,
+            "url": source.url,
+            "licence": source.licence,
+            "credit": source.credit,
+            "samples": int(opened.index.counts.sum()),
+        }
+    environment = {
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+        "device": devices,
+        "world_size": world_size,
+        "parameters": parameters,
+        "stand_ins": list(dict.fromkeys([*before["stand_ins"], *stand_ins(stage.objective)])),
+        "data": list(known.values()),
+        **describe_source(),
+    }
+    atomic_write(path, json.dumps(environment, indent=1).encode())
+
+
+def describe_devices(world: World) -> str:
+    """Such as "8 x NVIDIA H100 80GB HBM3", or "CPU: 2 cores, fast bf16". A collective."""
+    if world.device.type == "cuda":
+        mine = torch.cuda.get_device_name(world.device)
+    else:
+        fast = choose_dtype("auto", world.device) == torch.bfloat16
+        mine = f"CPU: {len(os.sched_getaffinity(0))} cores, {'fast' if fast else 'no fast'} bf16"
+    counts = Counter(world.gather(mine))
+    if counts == {mine: 1} and world.device.type == "cpu":
+        return mine
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+NO_SCORES = ("kind", "stage", "step", "time", "prompts", "images", "complete", "held_s")
+"""What a line of scores holds besides scores."""
+_PAUSE_S = 3600.0  # a longer silence in metrics.jsonl is a run that was down, not a slow step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the run that has trained a step."""
+
+    name: str
+    start: int  # steps of all stages before it
+    start_s: float  # and their seconds
+    lines: list[dict[str, Any]]  # its metrics
+    grids: list[tuple[int, Path]]  # step and picture
+    done: bool  # whether its model is there
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line of training."""
+        return self.of("train")[-1]
+
+    @property
+    def end(self) -> int:
+        """Steps it has come to."""
+        return int(self.lines[-1]["step"])
+
+    @property
+    def progress(self) -> float:
+        return 1.0 if self.done else float(self.last["step"] / self.last["total_steps"])
+
+    @property
+    def images(self) -> int:
+        return int(self.last["step"] * self.last["batch_size"])
+
+    @cached_property
+    def _clock(self) -> Array:
+        """Seconds from the stage's start to each line: an estimate for the first, then the time between lines."""
+        first = self.lines[0]
+        gaps = np.diff([line["time"] for line in self.lines])
+        estimate = first["step"] * first.get("step_s", 0.0)
+        return np.cumsum([estimate, *np.where(gaps <= _PAUSE_S, gaps, 0.0)])
+
+    @property
+    def seconds(self) -> float:
+        """What it took so far, without pauses."""
+        return float(self._clock[-1])
+
+    def series(self, kind: str, metric: str, over: Literal["steps", "hours"] = "steps") -> Piece | None:
+        """A metric over the steps or hours since the run's start, where it was finite and complete; None if it never
+        was."""
+        found = [
+            (self.start + line["step"] if over == "steps" else (self.start_s + second) / 3600, line[metric])
+            for line, second in zip(self.lines, self._clock, strict=True)
+            if line["kind"] == kind and line.get(metric) is not None and line.get("complete", True)
+        ]
+        if not found:
+            return None
+        x, y = zip(*found, strict=True)
+        return np.array(x, float), np.array(y, float)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says. Stages are in the order in which they began."""
+
+    environment: dict[str, Any]
+    stages: list[Stage]
+    end: int  # steps of all stages
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        FileNotFoundError: it has no environment.json or no config.yaml.
+    """
+    for name in ("environment.json", "config.yaml"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}: a report needs the folder of a run that has begun")
+    stages = read_stages(directory)
+    end = stages[-1].start + stages[-1].end if stages else 0
+    return Run(json.loads((directory / "environment.json").read_text(encoding="utf-8")), stages, end)
+
+
+def read_stages(directory: Path) -> list[Stage]:
+    """The stages in a run's metrics.jsonl, in the order in which they began; none if it is not there."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in JsonLines(directory / "metrics.jsonl").lines():
+        lines.setdefault(line["stage"], []).append(line)
+    stages: list[Stage] = []
+    start, start_s = 0, 0.0
+    for name, own in lines.items():
+        if any(line["kind"] == "train" for line in own):
+            folder = directory / name
+            stages.append(Stage(name, start, start_s, own, _grids(folder / "samples"), (folder / "model").exists()))
+            start, start_s = start + stages[-1].end, start_s + stages[-1].seconds
+    return stages
+
+
+def _grids(folder: Path) -> list[tuple[int, Path]]:
+    """Step and picture of each grid that is whole: its description is written after it."""
+    described = [path.with_suffix(".png") for path in folder.glob("step_*.json")]
+    return sorted((int(path.stem.removeprefix("step_")), path) for path in described)
+
+
+def read_grid(path: Path) -> tuple[dict[str, Any], list[Image.Image]]:
+    """A grid's description and its pictures, as many as the description has prompts."""
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    grid = Image.open(path)
+    width, height = grid.width // about["columns"], grid.height // about["rows"]
+    places = [divmod(i, about["columns"]) for i in range(len(about["prompts"]))]
+    return about, [
+        grid.crop((column * width, row * height, (column + 1) * width, (row + 1) * height)) for row, column in places
+    ]
