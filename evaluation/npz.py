@@ -100,11 +100,11 @@ class Samples:
 
         return [self.indices(part) for part in self.parts if not whole(part)]
 
-    def begin(self, made_of: dict[str, Any]) -> None:
+    def begin(self, fingerprint: dict[str, Any]) -> None:
         """Make the folder, or see that the parts that are there are of the same samples. `out` is held.
 
         Args:
-            made_of: what else the images depend on, in JSON's types.
+            fingerprint: what else the images depend on, in JSON's types.
 
         Raises:
             UserError: they are not, `out` is there already, or the folder cannot be made.
@@ -114,7 +114,7 @@ class Samples:
             raise UserError(f"--out {self.out} is there already: remove it or give another name")
         remove_partials(self.folder)
         settings = self.sampling.model_dump(mode="json")
-        asked = {**made_of, "count": self.count, "size": self.size, "sampling": settings}
+        asked = {**fingerprint, "count": self.count, "size": self.size, "sampling": settings}
         begin_or_go_on(self.folder / _NOTE, asked, what="parts of other samples", advice="remove it")
 
     def draw(self, pipeline: Pipeline, mine: Sequence[int], drawn: Callable[[int], object]) -> None:

@@ -61,7 +61,7 @@ def held(world: World, out: Path, lock: Path | None = None) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written to: {error.strerror}") from error
 
-    world.from_main(take)
+    world.broadcast_from_rank0(take)
     try:
         yield
     finally:
@@ -71,7 +71,7 @@ def held(world: World, out: Path, lock: Path | None = None) -> Iterator[None]:
 
 def begin_or_go_on(
     manifest: Path,
-    made_of: dict[str, Any],
+    fingerprint: dict[str, Any],
     beside: Mapping[str, Any] = MappingProxyType({}),
     what: str = "pictures drawn otherwise",
     advice: str = "give another name",
@@ -80,7 +80,7 @@ def begin_or_go_on(
 
     Args:
         manifest: the file; its folder, which is held, is made if need be.
-        made_of, beside: see `check_or_write_manifest`.
+        fingerprint, beside: see `check_or_write_manifest`.
         what: it holds if it is another's, in words.
         advice: what to do where it is another's.
 
@@ -95,7 +95,7 @@ def begin_or_go_on(
             if (other := next(files, None)) is not None:
                 other = other.relative_to(folder)
                 raise UserError(f"--out {folder}: holds {other} that this job has not begun: {advice}")
-        differ = check_or_write_manifest(manifest, made_of, beside)
+        differ = check_or_write_manifest(manifest, fingerprint, beside)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written to: {error.strerror}") from error
     if differ:
@@ -118,13 +118,13 @@ def begin_scores(out: Path, job: str, images: Path, **more: int) -> None:
 
 
 def check_or_write_manifest(
-    manifest: Path, made_of: dict[str, Any], beside: Mapping[str, Any] = MappingProxyType({})
+    manifest: Path, fingerprint: dict[str, Any], beside: Mapping[str, Any] = MappingProxyType({})
 ) -> list[str]:
     """Write down what a folder's files are made from; if that is known already, compare.
 
     Args:
         manifest: the file; its folder is there.
-        made_of: everything that the files depend on, in JSON's types.
+        fingerprint: everything that the files depend on, in JSON's types.
         beside: what else is worth knowing of them, which is not compared.
 
     Returns:
@@ -134,13 +134,13 @@ def check_or_write_manifest(
         UserError: what is there is no manifest.
     """
     if not manifest.exists():
-        write_json(manifest, {**beside, **made_of})
+        write_json(manifest, {**beside, **fingerprint})
         return []
     try:
         begun = {name: value for name, value in json.loads(manifest.read_bytes()).items() if name not in beside}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{manifest}: is not what this job writes: give another name") from error
-    return changes(begun, json.loads(json.dumps(made_of)))
+    return changes(begun, json.loads(json.dumps(fingerprint)))
 
 
 T = TypeVar("T")
@@ -148,7 +148,7 @@ T = TypeVar("T")
 _SPEED = "speed.json"
 
 
-def made_of(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, Any]:
+def fingerprint(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, Any]:
     """What every picture of a model folder depends on besides sampling, size and prompt, in JSON's types."""
     with (model / FILES[which]).open("rb") as file:
         weights = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -157,14 +157,14 @@ def made_of(pipeline: Pipeline, model: Path, which: WhichWeights) -> dict[str, A
         "weights": weights,
         "dtype": str(next(pipeline.denoiser.parameters()).dtype),
         "noise_scale": objective.noise_scale,
-        "min_noise": objective.min_noise,
+        "t_eps": objective.t_eps,
     }
 
 
 def count_cut(world: World, pipeline: Pipeline, prompts: Sequence[str]) -> dict[str, int]:
     """How many prompts are longer than what the model reads of them, which rank 0 says; for a job's manifest."""
     cut = pipeline.conditioner.cut(prompts)
-    if cut and world.is_main:
+    if cut and world.is_rank0:
         percent = 100 * cut / len(prompts)
         share = f"{percent:.0f} % of prompts" if percent >= 1 else f"{percent:.1g} % of prompts"
         most = f"text.length {pipeline.config.text.length} tokens"
@@ -194,12 +194,12 @@ def draw_together(
         batches: of pictures, the same on every rank; neighbours, since they share prompts, are drawn by one.
         draw: draws the pictures of some of them, and calls what it is given with how many it has just drawn.
     """
-    mine = [picture for batch in world.share(batches) for picture in batch]
+    mine = [picture for batch in world.split_for_rank(batches) for picture in batch]
     began = time.perf_counter()
-    with progress_bar(len(mine), "image", "drawing", shown=world.is_main) as bar:
-        world.together(lambda: draw(mine, bar.update))
+    with progress_bar(len(mine), "image", "drawing", shown=world.is_rank0) as bar:
+        world.raise_on_all_ranks(lambda: draw(mine, bar.update))
     seconds = time.perf_counter() - began
-    world.from_main(lambda: _note_speed(out / _SPEED, sum(map(len, batches)), seconds, world))
+    world.broadcast_from_rank0(lambda: _note_speed(out / _SPEED, sum(map(len, batches)), seconds, world))
 
 
 def _note_speed(path: Path, images: int, seconds: float, world: World) -> None:

@@ -24,7 +24,7 @@ _FEWEST_PROMPTS = 10
 """Below that a task's resampled mean varies over a tenth less than the mean does."""
 
 
-class CannotSay(Exception):
+class Incomparable(Exception):
     """Why two scores cannot be held against each other, in half a sentence."""
 
 
@@ -58,13 +58,13 @@ def paired_bootstrap(first: Sequence[Result], second: Sequence[Result], resample
     mean over its images, the overall score the mean over the tasks.
 
     Raises:
-        CannotSay: a line lacks a field, the prompts are not the same, or a task has fewer than 10.
+        Incomparable: a line lacks a field, the prompts are not the same, or a task has fewer than 10.
     """
     a, b = _counts(first), _counts(second)
     if alone := len(a.keys() ^ b.keys()):
-        raise CannotSay(f"{alone} of {len(a.keys() | b.keys())} prompts are in one of them alone")
+        raise Incomparable(f"{alone} of {len(a.keys() | b.keys())} prompts are in one of them alone")
     if not a:
-        raise CannotSay("there are no results")
+        raise Incomparable("there are no results")
     tasks: dict[str, Difference] = {}
     random = np.random.default_rng(0)
     total = np.zeros(resamples)
@@ -72,7 +72,7 @@ def paired_bootstrap(first: Sequence[Result], second: Sequence[Result], resample
         # In one order, so that what is drawn does not hang on that of the file.
         prompts = sorted(key for key in a if key[0] == task)
         if len(prompts) < _FEWEST_PROMPTS:
-            raise CannotSay(f"{task} has {len(prompts)} different prompts, which is too few")
+            raise Incomparable(f"{task} has {len(prompts)} different prompts, which is too few")
         counts = np.stack([[a[key], b[key]] for key in prompts])  # (prompts, model, correct or all)
         draws = random.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), resamples)
         difference = _gain(np.tensordot(draws, counts, 1))
@@ -87,7 +87,7 @@ def _counts(results: Sequence[Result]) -> _Counts:
     for line in results:
         missing = [name for name in ("tag", "prompt", "correct") if name not in line]
         if missing:
-            raise CannotSay(f"a line of results.jsonl has no {missing[0]!r}")
+            raise Incomparable(f"a line of results.jsonl has no {missing[0]!r}")
         of = counts.setdefault((line["tag"], line["prompt"]), np.zeros(2, np.int64))
         of += [bool(line["correct"]), 1]
     return counts
@@ -108,12 +108,12 @@ def over_seeds(first: Sequence[float], second: Sequence[float]) -> Difference:
     """The difference of two recipes' mean scores, one score a training run, with Welch's 95 % interval.
 
     Raises:
-        CannotSay: a recipe has a single run, or neither has any spread.
+        Incomparable: a recipe has a single run, or neither has any spread.
     """
     if min(len(first), len(second)) < 2:
-        raise CannotSay("a recipe has a single run")
+        raise Incomparable("a recipe has a single run")
     if np.ptp(first) == np.ptp(second) == 0:
-        raise CannotSay("the seeds have no spread")
+        raise Incomparable("the seeds have no spread")
     # Not scipy's t-test, which warns of seeds that came to the same score.
     value = float(np.mean(second) - np.mean(first))
     a, b = (np.var(it, ddof=1) / len(it) for it in (first, second))

@@ -2,10 +2,10 @@
 
 import os
 
-from launch.preemption import departure, watch_launcher
+from launch.preemption import preemption, watch_launcher
 
 if "LOCAL_RANK" in os.environ:
-    watch_launcher(departure.launcher_died)
+    watch_launcher(preemption.launcher_died)
 
 import torch
 

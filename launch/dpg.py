@@ -23,7 +23,7 @@ from typing import Any
 from data.errors import UserError
 from evaluation.dpg import job, judge, rules
 from evaluation.dpg.judge import PICTURES, Drawing, read_answers, write_questions
-from evaluation.sampling_job import begin_scores, count_cut, held, made_of, read_speed
+from evaluation.sampling_job import begin_scores, count_cut, fingerprint, held, read_speed
 from launch.cli import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config.base import PathText
@@ -89,7 +89,7 @@ def _draw(world: World, options: Namespace, asked: rules.Benchmark) -> None:
     check_memory(world, pipeline, (resolution, resolution), sampling, "--resolution")
     drawing = Drawing(options.out, asked.items, resolution, sampling)
     drawn_from = {"which": options.weights, "prompts_sha256": asked.prompts_sha256}
-    drawn_from |= made_of(pipeline, options.model, options.weights)
+    drawn_from |= fingerprint(pipeline, options.model, options.weights)
     beside = {"model": str(options.model), **count_cut(world, pipeline, [item.prompt for item in asked.items])}
     job.draw(world, pipeline, drawing, drawn_from, beside)
 
@@ -104,31 +104,33 @@ def _read_note(out: Path) -> dict[str, Any]:
 
 
 def _score(world: World, options: Namespace, asked: rules.Benchmark) -> None:
-    drawn_with = None if options.images else world.from_main(lambda: _read_note(options.out))
+    drawn_with = None if options.images else world.broadcast_from_rank0(lambda: _read_note(options.out))
     resolution = drawn_with["resolution"] if drawn_with else options.resolution
     pictures, folder = options.pic_num or PICTURES, options.images or options.out / "grids"
     examined = job.look_over(world, asked, folder, resolution, pictures, options.parity)
     hashes, items = examined.hashes(asked), examined.items
     if options.images:
-        world.from_main(lambda: begin_scores(options.out, "dpg", options.images, resolution=resolution))
+        world.broadcast_from_rank0(lambda: begin_scores(options.out, "dpg", options.images, resolution=resolution))
     if to := options.write_questions:
-        count = world.from_main(lambda: write_questions(to, hashes, items, examined.grids, resolution, pictures))
-        if world.is_main:
+        count = world.broadcast_from_rank0(
+            lambda: write_questions(to, hashes, items, examined.grids, resolution, pictures)
+        )
+        if world.is_rank0:
             print(f"{count} questions in {to}")
         return
-    if world.is_main:
+    if world.is_rank0:
         (options.out / "summary.json").unlink(missing_ok=True)  # of other answers, and this job may be killed
     if options.judge:
         model = judge.load(options.judge, world.device)
         answers = job.ask(world, model, examined, options.out)
         about = {"name": model.name, "weights_blake2b": model.weights_blake2b}
     else:
-        name, answers = world.from_main(lambda: read_answers(options.answers, hashes, items, pictures))
+        name, answers = world.broadcast_from_rank0(lambda: read_answers(options.answers, hashes, items, pictures))
         about = {"name": name, "answers_sha256": sha256(options.answers)}
-    summary = world.from_main(
+    summary = world.broadcast_from_rank0(
         lambda: job.sum_up(options.out, asked, examined, about, answers, options.parity, drawn_with)
     )
-    if world.is_main:
+    if world.is_rank0:
         print(job.table(summary))
 
 
@@ -136,7 +138,7 @@ def dpg() -> None:
     """Parse the command line, draw and score."""
     options = _parse()
     with joined_world(vars(options)) as world:
-        asked = world.from_main(lambda: rules.read(options.benchmark, options.parity))
+        asked = world.broadcast_from_rank0(lambda: rules.read(options.benchmark, options.parity))
         with held(world, options.out):
             if options.model:
                 _draw(world, options, asked)

@@ -30,7 +30,7 @@ from data.progress import progress_bar
 from evaluation.editing.edit_list import read_edits
 from evaluation.editing.job import SCALE_DOWN, EditJob, as_text
 from evaluation.geneval.detectors import Name, build_detector
-from evaluation.sampling_job import count_cut, made_of, write_png
+from evaluation.sampling_job import count_cut, fingerprint, write_png
 from launch.cli import Parser, add_text_model, job_parser, parsed
 from launch.process import joined_world, main
 from t2i.config.base import ConfigError, PathText
@@ -53,7 +53,7 @@ def _parser() -> Parser:
     parser.add_argument("--target", help="what it is to show")
     parser.add_argument("--edits", type=Path, help="YAML file of many edits, in place of these three")
     for name, field in EditSettings.model_fields.items():
-        default = "the model's sampling.timeshift" if field.is_required() else field.default
+        default = "the model's sampling.shift" if field.is_required() else field.default
         parser.add_argument(_option(name), type=field.annotation, help=f"{field.description} (default: {default})")
     names = "finds what entries of --edits name under detect: mask2former, or shapes in drawn shapes"
     parser.add_argument("--detector", type=Name, help=names)
@@ -106,7 +106,7 @@ def edit() -> None:
         settings = edit_settings(pipeline.config, given, "command line")
         if options.edits is not None:
             _edit_many(world, pipeline, options, settings)
-        elif world.is_main:
+        elif world.is_rank0:
             _edit_one(world, pipeline, options, settings)
 
 
@@ -135,15 +135,15 @@ def _edit_many(world: World, pipeline: Pipeline, options: Namespace, settings: E
     detector = None
     if options.detector is not None:
         detector = build_detector(options.detector, options.detector_weights, options.clip, world.device)
-    edits = world.from_main(lambda: read_edits(options.edits))
+    edits = world.broadcast_from_rank0(lambda: read_edits(options.edits))
     patch, sampling = pipeline.denoiser.patch_size, pipeline.config.sampling
     job = EditJob(options.out, options.edits.parent, edits, patch, settings, detector)
-    made = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+    made = {"which": options.weights, **fingerprint(pipeline, options.model, options.weights)}
     made |= {"clamp": sampling.clamp, "guidance_rescale": sampling.guidance_rescale}
     beside: dict[str, Any] = {"model": str(options.model), "file": str(options.edits)}
     beside |= count_cut(world, pipeline, [words for it in edits for words in (it.source, it.target)])
     summary = job.run(world, pipeline, made, beside)
-    if world.is_main:
+    if world.is_rank0:
         print(as_text(summary))
         print(f"{options.out / 'edits.html'} shows every edit", file=sys.stderr)
 

@@ -78,10 +78,10 @@ def fid() -> None:
         torch.backends.cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
         target = options.make_reference or options.out
-        if target is not None and world.from_main(lambda: not target.parent.is_dir()):
+        if target is not None and world.broadcast_from_rank0(lambda: not target.parent.is_dir()):
             raise ConfigError(f"{target}: there is no folder {target.parent}")
         with nullcontext() if target is None else held(world, target, lock_beside(target)):
-            if target is not None and world.from_main(target.exists):
+            if target is not None and world.broadcast_from_rank0(target.exists):
                 raise ConfigError(f"{target} is there already: remove it or give another name")
             network = load(options.features, options.weights, world.device)
             if options.make_reference is not None:
@@ -99,7 +99,7 @@ def score(world: World, network: Network, options: Namespace) -> None:
     if (drawn := drawn_as(options.images, found["samples"]["sha256"])) is not None:
         found["samples"]["drawn"] = drawn
     found["settings"] |= {"crop": options.size, "device": world.device.type}
-    if not world.is_main:
+    if not world.is_rank0:
         return
     print(table(found, network))
     for warning in found["warnings"]:
@@ -139,7 +139,7 @@ def make_reference(world: World, network: Network, options: Namespace) -> None:
         count = f"{len(images)} images{told(images.left_out)}"
         print(f"statistics of {count}, in {options.make_reference}", file=sys.stderr)
 
-    world.from_main(write)
+    world.broadcast_from_rank0(write)
 
 
 if __name__ == "__main__":

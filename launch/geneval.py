@@ -29,7 +29,7 @@ from evaluation.geneval.prompts import TASKS, digest, official, read, to_lines
 from evaluation.geneval.rules import Detector
 from evaluation.geneval.summary import Prompted, Verdicts, read_folder
 from evaluation.proving.prompts import bounds
-from evaluation.sampling_job import begin_scores, count_cut, draw_together, held, made_of
+from evaluation.sampling_job import begin_scores, count_cut, draw_together, fingerprint, held
 from launch.cli import Parser, add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config.base import ConfigError, PathText
@@ -148,11 +148,11 @@ def _draw(world: World, options: Namespace, detector: Detector | None) -> None:
     size, each = size_of(pipeline.config, options.size), options.images_per_prompt or EACH
     check_memory(world, pipeline, size, settings)
     samples = Samples(options.out, chosen, each, size, settings)
-    about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+    about = {"which": options.weights, **fingerprint(pipeline, options.model, options.weights)}
     beside |= count_cut(world, pipeline, [it["prompt"] for it in chosen])
-    batches = world.from_main(lambda: samples.begin(about, beside))
+    batches = world.broadcast_from_rank0(lambda: samples.begin(about, beside))
     draw_together(world, options.out, batches, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
-    complete_grids(world.from_main(samples.prompted)[world.rank :: world.size])
+    complete_grids(world.broadcast_from_rank0(samples.prompted)[world.rank :: world.size])
     world.barrier()
 
 
@@ -173,21 +173,21 @@ def _to_score(options: Namespace) -> tuple[list[Prompted], dict[str, Any]]:
 
 
 def _score(world: World, options: Namespace, detector: Detector) -> None:
-    prompted, about = world.from_main(lambda: _to_score(options))
+    prompted, about = world.broadcast_from_rank0(lambda: _to_score(options))
     check_prompts([it.metadata for it in prompted], detector)
     if options.images is not None:
-        world.from_main(lambda: begin_scores(options.out, "geneval", options.images))
+        world.broadcast_from_rank0(lambda: begin_scores(options.out, "geneval", options.images))
     verdicts = Verdicts(options.out, prompted, detector)
-    missing = world.from_main(verdicts.begin)
-    if world.is_main:
+    missing = world.broadcast_from_rank0(verdicts.begin)
+    if world.is_rank0:
         (options.out / "summary.json").unlink(missing_ok=True)  # of what was there before, and this job may be killed
     mine = missing[world.rank :: world.size]
-    with progress_bar(len(mine), "prompt", "judging", shown=world.is_main) as bar:
-        world.together(lambda: verdicts.judge(mine, bar.update))
+    with progress_bar(len(mine), "prompt", "judging", shown=world.is_rank0) as bar:
+        world.raise_on_all_ranks(lambda: verdicts.judge(mine, bar.update))
     if options.detector == "shapes":
-        about["bounds"] = world.from_main(lambda: bounds(prompted, detector))
-    summary = world.from_main(lambda: finish(options.out, verdicts.read(), detector, about))
-    if world.is_main:
+        about["bounds"] = world.broadcast_from_rank0(lambda: bounds(prompted, detector))
+    summary = world.broadcast_from_rank0(lambda: finish(options.out, verdicts.read(), detector, about))
+    if world.is_rank0:
         print(table(summary))
         print(f"{options.out / 'report.html'} shows every image", file=sys.stderr)
 

@@ -58,7 +58,7 @@ def plan() -> None:
     """Parse the command line and print the plan."""
     options, rest = _options(sys.argv[1:])
     config = parse((__doc__ or "").splitlines()[0], DEFAULT_CONFIG, rest)
-    given = Assumptions.of(options.gpus, options.gpu, options.mfu, 1000 * options.sample_kb, options.reference)
+    given = Assumptions.from_config(options.gpus, options.gpu, options.mfu, 1000 * options.sample_kb, options.reference)
     found = plan_run(config, given)
     print(json.dumps(found, indent=1) if options.json else tables(found))
 

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from data.errors import START_AGAIN
+from data.errors import EXIT_RESUMABLE
 
 NODE_LAUNCHER = "deepspeed.launcher.launch"
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")
@@ -97,7 +97,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _BEGAN = time.monotonic()
 
 
-class Departure:
+class Preemption:
     """This process's wish to leave. Use `listen` on the main thread."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Departure:
     def reason(self) -> str | None:
         """Why to leave at the next step's end; None: go on."""
         if self._reason is None and self._deadline is not None and time.monotonic() > self._deadline:
-            self._reason = f"limits.wall_clock_minutes {self._minutes:g} are over"
+            self._reason = f"timeouts.wall_clock_minutes {self._minutes:g} are over"
         return self._reason
 
     def limit(self, minutes: float) -> None:
@@ -149,12 +149,12 @@ class Departure:
         if self._asked is None:
             self._asked, self._reason = now, self.reason or reason
         elif now - self._asked > SAME_REQUEST_S and not self._settled:
-            os._exit(START_AGAIN)
+            os._exit(EXIT_RESUMABLE)
 
     def settle(self) -> None:
         """Everything is saved: nothing that comes now can hurry it."""
         self._settled = True
 
 
-departure = Departure()
+preemption = Preemption()
 """This process's."""

@@ -205,9 +205,9 @@ def joined_world(
         # Its collective over shared memory serves inference alone, and would be compiled for minutes first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
-    hosts: Any = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
+    cpu_group: Any = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
     try:
-        yield World(rank, size, device, hosts)
+        yield World(rank, size, device, cpu_group)
     finally:
         gc.collect()  # engines hold process groups in cycles; one that dies with the interpreter may abort it
         try:

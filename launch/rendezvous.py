@@ -62,7 +62,7 @@ def agreed_values(settings: Mapping[str, Any], device: torch.device) -> dict[str
     """
     values: dict[str, str] = {}
     for name, value in fields_of(dict(settings)).items():
-        if name.endswith("engine.state_folder"):  # of each node
+        if name.endswith("engine.offload_dir"):  # of each node
             continue
         values[name] = value if isinstance(value, str) else json.dumps(value, default=str)
         if isinstance(value, Path) or (isinstance(value, str) and "/" in value):

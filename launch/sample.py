@@ -23,8 +23,8 @@ from evaluation.sampling_job import (
     begin_or_go_on,
     count_cut,
     draw_together,
+    fingerprint,
     held,
-    made_of,
     unfinished_batches,
     write_png,
 )
@@ -62,11 +62,11 @@ def sample() -> None:
         check_memory(world, pipeline, size, settings)
         pictures = pictures_of(prompts, options.pictures, options.negative)
         paths = [options.out / f"{i // options.pictures:05d}_{i % options.pictures}.png" for i in range(len(pictures))]
-        about = {"which": options.weights, **made_of(pipeline, options.model, options.weights)}
+        about = {"which": options.weights, **fingerprint(pipeline, options.model, options.weights)}
         about |= {"prompts": prompts, "pictures": options.pictures, "negative": options.negative}
         about |= {"size": size, "sampling": settings.model_dump(mode="json")}
         beside = {"model": str(options.model), **count_cut(world, pipeline, prompts)}
-        if world.is_main and pipeline.conditioner.cut([options.negative], plain=True):
+        if world.is_rank0 and pipeline.conditioner.cut([options.negative], plain=True):
             print(
                 f"--negative is longer than text.length {pipeline.config.text.length} tokens and is cut",
                 file=sys.stderr,
@@ -84,8 +84,8 @@ def sample() -> None:
                 drawn(1)
 
         with held(world, options.out):
-            draw_together(world, options.out, world.from_main(begin), draw)
-        if world.is_main:
+            draw_together(world, options.out, world.broadcast_from_rank0(begin), draw)
+        if world.is_rank0:
             print(f"{len(pictures)} pictures in {options.out}", file=sys.stderr)
 
 

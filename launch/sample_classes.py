@@ -17,7 +17,7 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 
 from data.files import lock_beside
 from evaluation.npz import Samples
-from evaluation.sampling_job import draw_together, held, made_of
+from evaluation.sampling_job import draw_together, fingerprint, held
 from launch.cli import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config.base import ConfigError
@@ -44,14 +44,14 @@ def sample_classes() -> None:
         samples = Samples(options.out, options.samples, config.model.classes, config.data.size, settings)
 
         def begin() -> list[range]:
-            samples.begin(made_of(pipeline, options.model, options.weights))
+            samples.begin(fingerprint(pipeline, options.model, options.weights))
             return samples.missing()
 
         with held(world, options.out, lock_beside(options.out)):
-            missing = world.from_main(begin)
+            missing = world.broadcast_from_rank0(begin)
             draw_together(world, samples.folder, missing, lambda mine, drawn: samples.draw(pipeline, mine, drawn))
-            world.from_main(samples.assemble)
-        if world.is_main:
+            world.broadcast_from_rank0(samples.assemble)
+        if world.is_rank0:
             print(f"{options.samples} images in {options.out}", file=sys.stderr)
 
 

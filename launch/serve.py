@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from data.errors import UserError
-from evaluation.sampling_job import made_of
+from evaluation.sampling_job import fingerprint
 from launch.cli import run
 from launch.process import gpu_signs, quiet, warn_of_overlooked_gpu
 from t2i.config.base import PathText
@@ -86,7 +86,7 @@ def serve(
 
         place = Path(folder).resolve()
         uploads = KeptFiles(place / "uploads", MOST_UPLOADS, MOST_UPLOAD_BYTES)
-        made = {"model": pipeline.config.name, "which": which, **made_of(pipeline, Path(model), which)}
+        made = {"model": pipeline.config.name, "which": which, **fingerprint(pipeline, Path(model), which)}
         with closing(Studio(pipeline, made, limits, place / "pictures")) as studio:
             page = build_page(studio, uploads, pipeline.config.name, _facts(pipeline.config, which))
             if not _is_loopback(host):

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from data.errors import FAILED, START_AGAIN
+from data.errors import EXIT_RESUMABLE, FAILED
 from evaluation.geneval.detectors import GenEvalScorer, Name, build_detector, prompts_for
 from launch.cli import parse_config as parse
-from launch.preemption import departure
+from launch.preemption import preemption
 from launch.process import joined_world
 from t2i.config.base import ConfigError
 from t2i.config.loading import stage_config
 from t2i.config.run import STAGE_SECTIONS, RunConfig
 from t2i.config.train import ScoringConfig
-from t2i.distributed import Departed
+from t2i.distributed import Preempted
 from t2i.train.curriculum import run
 from t2i.train.scoring import Scorer
 from t2i.train.watchdog import Failure, Failures, collective_timeout
@@ -46,13 +46,13 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
     """Parse the command line, join the ranks, and train one stage (`only`, from 0) or all."""
     extend, words = _extension(sys.argv[1:])
     config = parse(f"{description.splitlines()[0]} {_EXTEND}", default_config, words, only)
-    departure.limit(config.limits.wall_clock_minutes)
+    preemption.limit(config.timeouts.wall_clock_minutes)
 
     def leave() -> str | None:
-        departure.listen()  # once there is something to save
-        return departure.reason
+        preemption.listen()  # once there is something to save
+        return preemption.reason
 
-    patience = collective_timeout(config.limits.start_minutes)
+    patience = collective_timeout(config.timeouts.start_minutes)
     settings = {**_resolved(config), "extend": extend}
     with (
         ExitStack() as at_exit,
@@ -70,7 +70,7 @@ def train(description: str, only: int | None, default_config: str = DEFAULT_CONF
                 print(_words(failure, error), file=sys.stderr)
             sys.exit(failure.code)
         finally:
-            departure.settle()
+            preemption.settle()
 
 
 def _extension(words: list[str]) -> tuple[str | None, list[str]]:
@@ -96,6 +96,6 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
 
 def _words(failure: Failure, error: Exception) -> str:
     """What to say of the end; an error that all ranks met is no single rank's."""
-    kind = "left" if isinstance(error, Departed) else "error"
+    kind = "left" if isinstance(error, Preempted) else "error"
     said = f"{kind}: {failure.message}" if str(error) == failure.message else str(failure)
-    return f"{said}; the same command goes on from what is saved" if failure.code == START_AGAIN else said
+    return f"{said}; the same command goes on from what is saved" if failure.code == EXIT_RESUMABLE else said

@@ -121,7 +121,7 @@ def build_text(config: RunConfig, device: torch.device, dtype: torch.dtype, comp
         dtype,
         text.cache,
         padding=padding,
-        release=text.release,
+        reload_every_step=text.reload_every_step,
         compiled=compiled,
         instruction=text.instruction,
     ).to(device)

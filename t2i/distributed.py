@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from data.errors import BAD_INPUT, DONE, FAILED, START_AGAIN, StoreError, UserError
+from data.errors import BAD_INPUT, DONE, EXIT_RESUMABLE, FAILED, StoreError, UserError
 from data.files import FileLock, InUseError
 
 T = TypeVar("T")
@@ -39,29 +39,29 @@ class World:
     rank: int
     size: int
     device: torch.device
-    hosts: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
     """The group for what concerns hosts alone, over gloo; none: the default group."""
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the rank that speaks and writes."""
         return self.rank == 0
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank; an exception there is raised on every rank."""
         message: list[Any] = [None, None]
-        if self.is_main:
+        if self.is_rank0:
             try:
                 message[0] = make()
             except Exception as error:
                 message[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(message, src=0, group=self.hosts)
+            dist.broadcast_object_list(message, src=0, group=self.cpu_group)
         if message[1] is not None:
             raise message[1]
         return message[0]
 
-    def together(self, make: Callable[[], T]) -> T:
+    def raise_on_all_ranks(self, make: Callable[[], T]) -> T:
         """What this rank makes; an error of any rank ends all: its own, where it has one, else the first rank's.
 
         Of errors, a user's, and those of memory, disks and networks; after others the ranks' launcher ends them.
@@ -79,7 +79,7 @@ class World:
             raise fault or first
         return made[0]
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def split_for_rank(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of what all share out: neighbours, in order, and one more than another rank's at most."""
         first, end = (rank * len(items) // self.size for rank in (self.rank, self.rank + 1))
         return items[first:end]
@@ -89,7 +89,7 @@ class World:
         items: list[Any] = [item]
         if self.size > 1:
             items = [None] * self.size
-            dist.all_gather_object(items, item, group=self.hosts)
+            dist.all_gather_object(items, item, group=self.cpu_group)
         return items
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
@@ -97,13 +97,13 @@ class World:
         if self.size == 1:
             return [int(number) for number in numbers]
         total = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(total, group=self.hosts)
+        dist.all_reduce(total, group=self.cpu_group)
         return [int(number) for number in total]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier(group=self.hosts)
+            dist.barrier(group=self.cpu_group)
 
 
 class RunInUseError(InUseError):
@@ -140,17 +140,17 @@ class RunLock(FileLock):
 
 
 Outcome = Literal["done", "resumable", "failed"]
-_OUTCOMES: dict[int, Outcome] = {DONE: "done", START_AGAIN: "resumable"}
+_OUTCOMES: dict[int, Outcome] = {DONE: "done", EXIT_RESUMABLE: "resumable"}
 
 
-class Departed(Exception):
+class Preempted(Exception):
     """The run leaves because it was asked to, saved, to be started again. Alike on every rank."""
 
 
 def run_exit_code(error: Exception) -> int:
     """The exit code of a run that an error ends. Faults of disks and devices may pass, or be left behind."""
-    if isinstance(error, Departed | StoreError | RunInUseError | OSError | torch.AcceleratorError):
-        return START_AGAIN
+    if isinstance(error, Preempted | StoreError | RunInUseError | OSError | torch.AcceleratorError):
+        return EXIT_RESUMABLE
     return BAD_INPUT if isinstance(error, UserError) else FAILED
 
 

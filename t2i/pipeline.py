@@ -187,7 +187,7 @@ class Pipeline:
             stack_conditions([negatives[it.negative] for it in pictures], self.config.text.length),
             sampling.guidance_scale,
             self.config.model.prediction,
-            self.config.objective.min_noise if sampling.clamp else 0.0,
+            self.config.objective.t_eps if sampling.clamp else 0.0,
             sampling.guidance_rescale,
         )
 
@@ -212,7 +212,7 @@ class Pipeline:
         """
         height, width = size or self.config.data.size
         assert height % self.denoiser.patch_size == 0 and width % self.denoiser.patch_size == 0
-        times = time_grid(sampling.steps, sampling.timeshift, sampling.solver)
+        times = time_grid(sampling.steps, sampling.shift, sampling.solver)
         guided = guided_steps(times, sampling.cfg_interval, sampling.solver)
         solve = choose_solver(sampling.solver, sampling.order, sampling.coefficients)
         batches = batches_of(pictures, sampling.batch_size)
@@ -272,7 +272,7 @@ class EditSettings(Section):
     """Classifier-free guidance of what the image shows; 1 is none."""
     target_guidance: float = Field(13.5, ge=0)
     """The same of what it is to show."""
-    timeshift: float = Field(gt=0)
+    shift: float = Field(gt=0)
     """Shift of the time grid; above 1 spends more steps at high noise."""
     seed: int = 0
     """Seed of the noise."""
@@ -292,7 +292,7 @@ def edit_settings(config: RunConfig, given: Mapping[str, Any], where: str) -> Ed
     Raises:
         ConfigError: a setting that is wrong, said to be `where`.
     """
-    return validate_section(EditSettings, {"timeshift": config.sampling.timeshift, **given}, where)
+    return validate_section(EditSettings, {"shift": config.sampling.shift, **given}, where)
 
 
 def patch_window(height: int, width: int, patch: int, name: str = "the image") -> tuple[slice, slice]:
@@ -350,7 +350,7 @@ def edit_image(
         of_step = key(settings.seed, "edit", source, target, step)
         return slot_noise(of_step, [average], image.shape, pipeline.device, config.objective.noise_scale)
 
-    times = time_grid(settings.steps, settings.timeshift)
+    times = time_grid(settings.steps, settings.shift)
     edited = flow_edit(
         of_source,
         of_target,

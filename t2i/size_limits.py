@@ -127,7 +127,7 @@ def traced_bytes(config: RunConfig, text_width: int, together: int = 1) -> Calla
         x = torch.zeros(together, 3, patch, patches * patch, device=META)
         velocity = guided_velocity(
             lambda x, t, condition: denoiser(x, t, condition).output,
-            condition, condition, 2.0, config.model.prediction, config.objective.min_noise,
+            condition, condition, 2.0, config.model.prediction, config.objective.t_eps,
         )  # fmt: skip
         with _LiveBytes() as counted:
             velocity(x, 0.5, True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.compare.read import SHARED, Column, Flat, Member, Scores, differing, flatten
-from evaluation.stats import CannotSay, Difference, over_seeds, paired_bootstrap
+from evaluation.stats import Difference, Incomparable, over_seeds, paired_bootstrap
 from t2i.train.run_dir import NO_SCORES, Stage
 
 ABSENT = "-"
@@ -282,12 +282,12 @@ def _judge(first: Column, other: Column, pick: Pick) -> tuple[dict[str, Differen
     try:
         _same_judge([*sides[0], *sides[1]])
         paired = paired_bootstrap(_results(sides[0]), _results(sides[1]))
-    except CannotSay as reason:
+    except Incomparable as reason:
         return {}, [f"{name}: whether the difference is more than chance cannot be said: {reason}"]
     said = [f"{name}: {_words(paired.overall)} (paired bootstrap over {paired.prompts} prompts)"]
     over_runs = {}
     for row in (_OVERALL, *paired.tasks):
-        with suppress(CannotSay):
+        with suppress(Incomparable):
             over_runs[row] = over_seeds(*(_values(side, row) for side in sides))
     if _OVERALL not in over_runs:
         return {_OVERALL: paired.overall} | paired.tasks, [*said, _SEEDS_NOTE]
@@ -304,12 +304,12 @@ def _values(side: Sequence[Scores], row: str) -> list[float]:
 def _same_judge(scores: Sequence[Scores]) -> None:
     judges = [flatten({key: it.summary.get(key) for key in _JUDGE}) for it in scores]
     if names := [name for name in differing(judges) if name.rpartition(".")[2] not in _PLACES]:
-        raise CannotSay(f"they were not judged alike ({', '.join(names)})")
+        raise Incomparable(f"they were not judged alike ({', '.join(names)})")
 
 
 def _results(side: Sequence[Scores]) -> list[dict[str, Any]]:
     if missing := [it.folder for it in side if it.results is None]:
-        raise CannotSay(f"{missing[0]} has no results.jsonl")
+        raise Incomparable(f"{missing[0]} has no results.jsonl")
     return [line for it in side for line in it.results or []]
 
 

@@ -24,18 +24,20 @@ from t2i.distributed import World
 from t2i.pipeline import Pipeline
 
 
-def draw(world: World, pipeline: Pipeline, drawing: Drawing, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
+def draw(
+    world: World, pipeline: Pipeline, drawing: Drawing, fingerprint: dict[str, Any], beside: dict[str, Any]
+) -> None:
     """Draw what is missing, and put it together."""
 
     def begin() -> tuple[list[Sequence[tuple[Item, int]]], list[Item]]:
-        drawing.begin(made_of, beside)
+        drawing.begin(fingerprint, beside)
         return drawing.missing(), drawing.unfinished()
 
-    missing, unfinished = world.from_main(begin)
+    missing, unfinished = world.broadcast_from_rank0(begin)
     draw_together(world, drawing.out, missing, lambda mine, drawn: drawing.draw(pipeline, mine, drawn))
     drawing.assemble(unfinished[world.rank :: world.size])
     world.barrier()
-    if world.is_main:
+    if world.is_rank0:
         drawing.end()
 
 
@@ -76,7 +78,7 @@ def look_over(
     Raises:
         UserError: one has not, or there are images of no prompt; in parity that falls out, unless nothing is left.
     """
-    grids, items, dropped = world.from_main(lambda: _match(benchmark, folder, parity))
+    grids, items, dropped = world.broadcast_from_rank0(lambda: _match(benchmark, folder, parity))
     mine: list[tuple[str, str, str]] = []
     for item in items[world.rank :: world.size]:
         try:
@@ -125,7 +127,7 @@ def ask(world: World, judge: Judge, examined: Examined, out: Path) -> Answers:
     folder = out / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     mine = examined.items[world.rank :: world.size]
-    for item in followed(mine, len(mine), "prompt", "asking", shown=world.is_main):
+    for item in followed(mine, len(mine), "prompt", "asking", shown=world.is_rank0):
         asked = _asked(judge, examined, item)
         path = folder / f"{item.id}.json"
         if path.exists() and json.loads(path.read_text())["asked"] == asked:

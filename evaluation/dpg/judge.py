@@ -119,17 +119,17 @@ class Drawing:
         """Where one of its pictures is until then."""
         return self.out / "tiles" / f"{item.id}_{number}.png"
 
-    def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> None:
+    def begin(self, fingerprint: dict[str, Any], beside: dict[str, Any]) -> None:
         """Begin in the folder, which is held, or see that the pictures that are there are of the same drawing.
 
         Args:
-            made_of: what else the pictures depend on, in JSON's types.
+            fingerprint: what else the pictures depend on, in JSON's types.
             beside: what else is worth knowing of them.
 
         Raises:
             UserError: they are not, it holds anything else, or cannot be written to.
         """
-        settings = {**made_of, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")}
+        settings = {**fingerprint, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")}
         begin_or_go_on(self.out / "grids.json", settings, beside, "grids drawn otherwise")
         for name in ("grids", "tiles"):
             (self.out / name).mkdir(exist_ok=True)

@@ -84,7 +84,7 @@ def summarise(lines: Sequence[Line], seed: int = 0) -> dict[str, Any]:
 def finish(
     out: Path,
     lines: Sequence[Line],
-    made_of: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     settings: EditSettings,
     detector: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -93,14 +93,14 @@ def finish(
     Args:
         out: the job's folder.
         lines: of all edits.
-        made_of: what the edits were made with.
+        fingerprint: what the edits were made with.
         settings: how.
         detector: who found the regions that are not given.
     """
     summary = {
         **summarise(lines),
         "settings": settings.model_dump(),
-        "made_of": {**made_of, "speed": read_speed(out)},
+        "fingerprint": {**fingerprint, "speed": read_speed(out)},
         "detector": detector,
     }
     atomic_write(out / "results.jsonl", ((json.dumps(line) + "\n").encode() for line in lines))
@@ -124,13 +124,13 @@ def _write_page(out: Path, lines: Sequence[Line], summary: Mapping[str, Any]) ->
     for metric, it in background.items():
         low, high = it["interval"]
         rows.append((f"background {_TITLES[metric]}", number(it["mean"]), f"95 %: {number(low)} to {number(high)}"))
-    told = {**summary["settings"], **summary["made_of"], "detector": summary["detector"]}
+    told = {**summary["settings"], **summary["fingerprint"], "detector": summary["detector"]}
     settings = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in told.items()]
     write_page(
         out / "edits.html",
         title="Edits",
         kind="editing",
-        subtitle=f"{summary['made_of']['model']}, {summary['made_of']['which']} weights",
+        subtitle=f"{summary['fingerprint']['model']}, {summary['fingerprint']['which']} weights",
         cards=cards(rows),
         notes=[f"<span>{count} not measured: {escape(why)}.</span>" for why, count in summary["not_measured"].items()],
         sections={
@@ -183,27 +183,33 @@ class EditJob:
     settings: EditSettings
     detector: Detector | None
 
-    def run(self, world: World, pipeline: Pipeline, made_of: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+    def run(
+        self, world: World, pipeline: Pipeline, fingerprint: dict[str, Any], beside: dict[str, Any]
+    ) -> dict[str, Any]:
         """Edit what is missing, measure everything, and write what comes of it; return the summary. A collective.
 
         Args:
-            made_of: what else the edits depend on, in JSON's types.
+            fingerprint: what else the edits depend on, in JSON's types.
             beside: what else is worth knowing of them.
 
         Raises:
             UserError: an image, box or mask is wrong, or the folder holds other edits.
         """
         with held(world, self.out):
-            missing = world.from_main(lambda: self._begin(pipeline, made_of, beside))
+            missing = world.broadcast_from_rank0(lambda: self._begin(pipeline, fingerprint, beside))
             draw_together(
                 world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
             )
-            measured = world.together(lambda: [self._measure(edit) for edit in world.share(self.edits)])
+            measured = world.raise_on_all_ranks(
+                lambda: [self._measure(edit) for edit in world.split_for_rank(self.edits)]
+            )
             lines = [line for part in world.gather(measured) for line in part]
             detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
-            return world.from_main(lambda: finish(self.out, lines, {**beside, **made_of}, self.settings, detector))
+            return world.broadcast_from_rank0(
+                lambda: finish(self.out, lines, {**beside, **fingerprint}, self.settings, detector)
+            )
 
-    def _begin(self, pipeline: Pipeline, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
+    def _begin(self, pipeline: Pipeline, fingerprint: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
         """Look at all that is given, make the folder or see that it is of the same edits; those that are missing."""
         if self.detector is not None:
             _check_classes(self.edits, self.detector)
@@ -217,7 +223,7 @@ class EditJob:
         check_fits(pipeline, largest, 1, f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels", SCALE_DOWN)
         contents = [[digests[it.entry], it.source, it.target] for it in self.edits]
         settings = {
-            **made_of,
+            **fingerprint,
             "edits": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
             "settings": self.settings.model_dump(),
         }

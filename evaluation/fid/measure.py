@@ -55,7 +55,7 @@ def for_features(world: World, network: Network, images: Images, batch_size: int
     """
     groups = groups_of(range(len(images)), batch_size)
     mine = images.batches(groups[world.rank :: world.size])
-    with progress_bar(len(images), "image", what, shown=world.is_main) as bar:
+    with progress_bar(len(images), "image", what, shown=world.is_rank0) as bar:
         for first in range(0, len(groups), world.size):
             found = world.gather(_next(network, mine))
             for error in found:
@@ -64,7 +64,7 @@ def for_features(world: World, network: Network, images: Images, batch_size: int
             # In the last round there may be fewer than ranks.
             features = [it for it in found if isinstance(it, Features)]
             for group, of_group in zip(groups[first : first + world.size], features, strict=True):
-                if world.is_main:
+                if world.is_rank0:
                     take(group, of_group)
                 bar.update(len(group))
 
@@ -153,7 +153,7 @@ def compare(world: World, network: Network, samples: Images, reference: Referenc
             "settings": {"batch_size": batch_size, "split": SPLIT, "neighbour": NEIGHBOUR, "torch": torch.__version__},
         }
 
-    return world.from_main(finish)
+    return world.broadcast_from_rank0(finish)
 
 
 def metrics(

@@ -231,11 +231,11 @@ class Samples:
     size: tuple[int, int]
     sampling: SamplingConfig
 
-    def begin(self, made_of: dict[str, Any], beside: dict[str, Any]) -> list[Sequence[Number]]:
+    def begin(self, fingerprint: dict[str, Any], beside: dict[str, Any]) -> list[Sequence[Number]]:
         """Begin in the folder, which is held, or see that what is there is of the same images.
 
         Args:
-            made_of: what else the images depend on, in JSON's types.
+            fingerprint: what else the images depend on, in JSON's types.
             beside: what else is worth knowing of them.
 
         Returns:
@@ -245,7 +245,7 @@ class Samples:
             UserError: it holds anything else, or cannot be written to.
         """
         settings = {
-            **made_of,
+            **fingerprint,
             "prompts": digest(self.prompts),
             "images_per_prompt": self.each,
             "size": self.size,

@@ -123,7 +123,7 @@ class DataConfig(Section):
     """Decoding threads a rank."""
     buffer_gib: float = Field(16.0, gt=0)
     """Most GiB of encoded samples that a rank holds ahead; from S3, lanes / ranks x sources x shuffle_block of them."""
-    max_set_aside: float = Field(0.01, ge=0, le=1)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of samples with bad content past which the run stops, saved, judged over all ranks after 1,000 samples."""
     connect_timeout_s: float = Field(StoreOptions.connect_timeout_s, gt=0)
     """Seconds to wait for an S3 server's connection."""

@@ -87,9 +87,9 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
             f"{where}: data.resolution {config.data.size_text} must be a multiple of "
             f"model.patch_size ({config.model.patch_size})"
         )
-    if config.engine.checkpoint_blocks == "pixel" and config.model.family != "pixeldit":
+    if config.engine.activation_checkpointing == "pixel" and config.model.family != "pixeldit":
         raise ConfigError(
-            f"{where}: engine.checkpoint_blocks pixel is for model.family pixeldit, not {config.model.family}"
+            f"{where}: engine.activation_checkpointing pixel is for model.family pixeldit, not {config.model.family}"
         )
     if config.objective.balance_from_step is not None and config.model.family != "pixelgen":
         raise ConfigError(

@@ -20,13 +20,13 @@ from t2i.config.data import DataConfig
 from t2i.config.model import ModelConfig
 from t2i.config.train import (
     CheckpointConfig,
-    GuardConfig,
-    LimitsConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ProfilingConfig,
     SamplingConfig,
     ScoringConfig,
+    SpikeGuardConfig,
+    TimeoutsConfig,
 )
 
 
@@ -45,7 +45,7 @@ class TextConfig(Section):
     instruction are reproduced under that model's own alone, to the letter."""
     cache: int = Field(0, ge=0)
     """Captions whose states stay in memory on each rank; for data sets with few captions."""
-    release: bool = False
+    reload_every_step: bool = False
     """Load the language model for the captions of each step and let it go after: for machines whose memory does not
     hold it beside the denoiser; costs its loading time a step."""
 
@@ -77,27 +77,27 @@ class EngineConfig(Section):
     offload: bool = False
     """Of deepspeed at zero_stage 3, with AdamW: keep gradients, masters, moments and average in host memory, and update
     there: slow, for GPUs that are too small."""
-    state_folder: ExpandedPath | None = None
+    offload_dir: ExpandedPath | None = None
     """Folder for files in which the optimizer's moments, the average and what a checkpoint copies live, mapped into
     memory: for machines whose memory does not hold them. The state must lie in host memory (a CPU run, or offload), the
     folder on a local disk: a tmpfs such as /dev/shm is memory, too."""
     reshard_after_forward: bool = True
     """Of fsdp: drop a block's gathered weights after its forward pass, and gather them again for the backward pass;
     false keeps them in between: less traffic, more memory."""
-    replicas: int = Field(1, gt=0)
+    dp_replicate: int = Field(1, gt=0)
     """Of fsdp: groups of ranks that each hold the whole state (HSDP), as one group per node; divides the ranks."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of weights and arithmetic, VGG16's and DINOv2's too; masters are fp32. auto: bf16 where it is fast."""
     compile: bool = False
     """Compile transformer blocks, text encoder and perceptual networks; costs minutes at the start of a stage.
     Under zero_stage 3 every gather breaks a block into pieces: more minutes, and little gain."""
-    checkpoint_blocks: bool | Literal["pixel"] = False
+    activation_checkpointing: bool | Literal["pixel"] = False
     """Keep only the input of each transformer block for the backward pass, which computes the rest again; pixel: of the
     blocks of PixelDiT's pixel pathway alone, which keep the most."""
 
     @model_validator(mode="after")
     def _fits_engine(self) -> EngineConfig:
-        fields = {"deepspeed": ("reshard_after_forward", "replicas"), "fsdp": ("zero_stage", "offload")}[self.name]
+        fields = {"deepspeed": ("reshard_after_forward", "dp_replicate"), "fsdp": ("zero_stage", "offload")}[self.name]
         for field in fields:
             value, default = getattr(self, field), type(self).model_fields[field].default
             if value != default:
@@ -164,7 +164,7 @@ STAGE_SECTIONS = (
     "scoring",
     "logging",
     "checkpoint",
-    "guard",
+    "spike_guard",
     "profiling",
 )
 """What a stage may override. Not the model and the text encoder: they are the run's."""
@@ -193,9 +193,9 @@ class RunConfig(Section):
     scoring: ScoringConfig = ScoringConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    guard: GuardConfig = GuardConfig()
+    spike_guard: SpikeGuardConfig = SpikeGuardConfig()
     profiling: ProfilingConfig = ProfilingConfig()
-    limits: LimitsConfig = LimitsConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
     stages: list[dict[str, Any]] = Field([])
     """The curriculum, in order. Each stage has a name and, under a section's name, only what differs from it."""
 

@@ -113,7 +113,7 @@ class CheckpointConfig(Section):
         return self
 
 
-class GuardConfig(Section):
+class SpikeGuardConfig(Section):
     """Which updates are vetoed: those that are not finite, always, and spikes of the loss or of the gradient norm."""
 
     threshold: float = Field(8.0, ge=0)
@@ -135,7 +135,7 @@ class GuardConfig(Section):
     """Rollbacks in a stage; where one more would be needed the run stops, saved."""
 
     @model_validator(mode="after")
-    def _counts(self) -> GuardConfig:
+    def _counts(self) -> SpikeGuardConfig:
         if self.min_history > self.window:
             raise ValueError(f"min_history {self.min_history} must be at most window ({self.window})")
         if self.max_skips >= self.skip_window:
@@ -143,7 +143,7 @@ class GuardConfig(Section):
         return self
 
 
-class LimitsConfig(Section):
+class TimeoutsConfig(Section):
     """How long a run may stand still before it ends with every rank's stacks, and how long it may go on."""
 
     start_minutes: float = Field(30.0, gt=0)
@@ -191,9 +191,9 @@ class SamplingConfig(Section):
     """Share of the guided velocity that is scaled to the standard deviation of the prompt's own (Lin et al. 2023,
     section 3.4, who take 0.7): against the glare of high scales; 0 is none."""
     clamp: bool = True
-    """Hold 1 - t at objective.min_noise or above where it divides, as in training and in the public code; false divides
+    """Hold 1 - t at objective.t_eps or above where it divides, as in training and in the public code; false divides
     by 1 - t itself, so that the last step ends at the image predicted there."""
-    timeshift: float = Field(3.0, gt=0)
+    shift: float = Field(3.0, gt=0)
     """Shift of the time grid; above 1 spends more steps at high noise."""
     batch_size: int = Field(16, gt=0)
     """Pictures drawn at once; every batch is filled up to it."""
@@ -216,7 +216,7 @@ class SamplingConfig(Section):
 
 
 _WEIGHTS = ("detector_weights", "clip")
-_RULE = ("promote_gain", "promote_steps")
+_RULE = ("min_delta", "patience")
 
 
 class ScoringConfig(Section):
@@ -242,12 +242,12 @@ class ScoringConfig(Section):
     keep_best: bool = True
     """Keep the model with the stage's highest score in best/: a model folder, with the score in best.json. Each time
     the score rises, all ranks wait while it is written, and until then the disk needs room for two."""
-    promote_gain: float | None = Field(None, gt=0)
+    min_delta: float | None = Field(None, gt=0)
     """The stage ends, as if at its last step, at a score that leaves the best score so far less than this above what it
-    was promote_steps before. None: it has all its steps. Learning rates follow the steps planned: where the stage ends
+    was patience before. None: it has all its steps. Learning rates follow the steps planned: where the stage ends
     sooner, a decay at its end does not come."""
-    promote_steps: int | None = Field(None, gt=0)
-    """Steps over which the score must rise by promote_gain; a multiple of every. Longer than scores stay at 0 when
+    patience: int | None = Field(None, gt=0)
+    """Steps over which the score must rise by min_delta; a multiple of every. Longer than scores stay at 0 when
     training begins, or the stage ends there."""
 
     @model_validator(mode="after")
@@ -261,13 +261,12 @@ class ScoringConfig(Section):
 
     @model_validator(mode="after")
     def _rule(self) -> ScoringConfig:
-        if (self.promote_gain is None) != (self.promote_steps is None):
+        if (self.min_delta is None) != (self.patience is None):
             raise ValueError(
-                f"promote_gain {self.promote_gain} and promote_steps {self.promote_steps} make a rule together: "
-                "give both or neither"
+                f"min_delta {self.min_delta} and patience {self.patience} make a rule together: give both or neither"
             )
-        if self.promote_steps is not None and self.promote_steps % self.every:
-            raise ValueError(f"promote_steps {self.promote_steps} must be a multiple of every ({self.every})")
+        if self.patience is not None and self.patience % self.every:
+            raise ValueError(f"patience {self.patience} must be a multiple of every ({self.every})")
         return self
 
 
@@ -277,18 +276,18 @@ STAND_IN = "efficientnet-lite0"
 class ObjectiveConfig(Section):
     """The loss (PixelGen eq. 6) and the distribution of t and of the noise. The defaults are what the paper adopts."""
 
-    time_mean: float = -0.8
+    logit_mean: float = -0.8
     """Mean of logit(t)."""
-    time_std: float = Field(0.8, gt=0)
+    logit_std: float = Field(0.8, gt=0)
     """Standard deviation of logit(t)."""
-    timeshift: float = Field(1.0, gt=0)
-    """t becomes t / (t + (1 - t) timeshift); above 1 trains at more noise. PixelGen has 1 in all stages."""
+    shift: float = Field(1.0, gt=0)
+    """t becomes t / (t + (1 - t) shift); above 1 trains at more noise. PixelGen has 1 in all stages."""
     noise_scale: float = Field(1.0, gt=0)
     """Standard deviation of the noise at t = 0, in training and sampling. PixelGen has 1 at 256 and 512 px; JiT
     doubles it with the resolution, to 2 at 512 px."""
-    min_noise: float = Field(0.05, gt=0, lt=1)
+    t_eps: float = Field(0.05, gt=0, lt=1)
     """Lower bound of 1 - t where it divides (JiT, Li and He 2025), in training and sampling."""
-    gate: float = Field(0.3, ge=0, le=1)
+    perceptual_t_min: float = Field(0.3, ge=0, le=1)
     """Perceptual terms apply to samples with t at or above it (PixelGen Table 6d)."""
     lpips_weight: float = Field(0.1, ge=0)
     """Weight of LPIPS (Table 6a)."""
@@ -307,7 +306,7 @@ class ObjectiveConfig(Section):
     repa_weight: float = Field(0.5, ge=0)
     """Weight of representation alignment, at every t: 0.5 as in the released code; eq. 6 shows none, so 1. PixelDiT has
     0.5, and none after its first stage from text."""
-    repa_side: int | None = Field(None, gt=0)
+    repa_grid: int | None = Field(None, gt=0)
     """Side of the grid of patches on which alignment compares: the image is resized to as many of the feature network's
     patches, and the model's features, bilinearly, to the same grid. PixelDiT from text has 16. None: the model's own
     grid."""
@@ -336,6 +335,6 @@ class ObjectiveConfig(Section):
             raise ValueError(f"pdino_layers {self.pdino_layers} must be empty under {STAND_IN}, which has one layer")
         if self.balance_from_step is not None and self.lpips_weight == self.pdino_weight == 0:
             raise ValueError("balance_from_step needs a perceptual term: lpips_weight or pdino_weight above 0")
-        if self.repa_side is not None and self.repa_weight == 0:
-            raise ValueError(f"repa_side {self.repa_side} does nothing at repa_weight 0: leave it at null")
+        if self.repa_grid is not None and self.repa_weight == 0:
+            raise ValueError(f"repa_grid {self.repa_grid} does nothing at repa_weight 0: leave it at null")
         return self

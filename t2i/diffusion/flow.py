@@ -55,9 +55,9 @@ def interpolate(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return t * image + (1.0 - t) * noise
 
 
-def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor, min_noise: float) -> Tensor:
-    """The velocity that a predicted image implies (PixelGen eq. 3), with 1 - t held at `min_noise` or above."""
-    return (image - x_t) / (1.0 - _per_sample(t, x_t)).clamp(min=min_noise)
+def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor, t_eps: float) -> Tensor:
+    """The velocity that a predicted image implies (PixelGen eq. 3), with 1 - t held at `t_eps` or above."""
+    return (image - x_t) / (1.0 - _per_sample(t, x_t)).clamp(min=t_eps)
 
 
 def image_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -65,23 +65,23 @@ def image_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return x_t + velocity * (1.0 - _per_sample(t, x_t))
 
 
-def predicted_velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: PredictionKind, min_noise: float) -> Tensor:
-    """The velocity that a network's output means; `min_noise` is heeded where it follows from an image."""
-    return velocity_from_image(output, x_t, t, min_noise) if prediction == "image" else output
+def predicted_velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: PredictionKind, t_eps: float) -> Tensor:
+    """The velocity that a network's output means; `t_eps` is heeded where it follows from an image."""
+    return velocity_from_image(output, x_t, t, t_eps) if prediction == "image" else output
 
 
 def flow_matching_loss(
-    output: Tensor, image: Tensor, noise: Tensor, t: Tensor, prediction: PredictionKind, min_noise: float
+    output: Tensor, image: Tensor, noise: Tensor, t: Tensor, prediction: PredictionKind, t_eps: float
 ) -> Tensor:
     """Squared error of the velocities (PixelGen eq. 5, PixelDiT eq. 8), the mean over each sample's pixels: (B,).
 
     Of predicted velocities, the true one is image - noise, and nothing divides. Of predicted images, both velocities
-    share x_t and the clamp, so their difference is that of the images over max(1 - t, min_noise).
+    share x_t and the clamp, so their difference is that of the images over max(1 - t, t_eps).
     """
     if prediction == "velocity":
         return (output.float() - (image.float() - noise.float())).square().flatten(1).mean(1)
     error = (output.float() - image.float()).square().flatten(1).mean(1)
-    return error / (1.0 - t.float()).clamp(min=min_noise).square()
+    return error / (1.0 - t.float()).clamp(min=t_eps).square()
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

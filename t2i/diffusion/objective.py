@@ -83,12 +83,12 @@ class LossWeights:
     pdino: float
     repa: float
     gate: float
-    min_noise: float
+    t_eps: float
     pdino_gated: bool = True
     """Whether P-DINO heeds the gate; the mean is over all samples where it does not."""
     pdino_layers: tuple[int, ...] = ()
     """Layers of the feature network, from 1, that P-DINO is the mean over; none: the last. REPA has the last always."""
-    repa_side: int | None = None
+    repa_grid: int | None = None
     """Side of the grid of patches on which REPA compares; none: the model's own grid."""
 
 
@@ -253,7 +253,7 @@ class Objective:
         return loss + alignment, part.terms
 
     def _flow(self, part: _Part, output: Tensor, image: Tensor, noise: Tensor, t: Array, times: Tensor) -> Tensor:
-        flow = flow_matching_loss(output, image, noise, times, self.prediction, self.weights.min_noise)
+        flow = flow_matching_loss(output, image, noise, times, self.prediction, self.weights.t_eps)
         part.terms.add("loss_fm", flow.sum(), len(t))
         add_bands(part.terms, "loss_fm", flow, t)
         return flow.sum() * part.per_sample
@@ -269,7 +269,7 @@ class Objective:
 
     def _aligned_here(self, grid: tuple[int, int]) -> bool:
         """Whether alignment compares on the model's own grid, and so shares P-DINO's clean features."""
-        side = self.weights.repa_side
+        side = self.weights.repa_grid
         return self.weights.repa > 0 and (side is None or (side, side) == grid)
 
     def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
@@ -310,8 +310,8 @@ class Objective:
             return 0.0
         assert projected is not None
         if not self._aligned_here(grid):
-            assert self.patch_features is not None and self.weights.repa_side is not None
-            square = (self.weights.repa_side, self.weights.repa_side)
+            assert self.patch_features is not None and self.weights.repa_grid is not None
+            square = (self.weights.repa_grid, self.weights.repa_grid)
             with torch.no_grad():
                 clean = {self._last: self.patch_features.tokens(image, square, [self._last])[0]}
             features_BDHW = projected.float().transpose(1, 2).unflatten(-1, grid)

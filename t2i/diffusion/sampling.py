@@ -63,7 +63,7 @@ def guided_velocity(
     null_condition: Tensor,
     guidance_scale: float,
     prediction: PredictionKind,
-    min_noise: float,
+    t_eps: float,
     rescale: float = 0.0,
 ) -> Velocity:
     """Classifier-free guidance on velocities, `v_null + scale (v - v_null)`, then `rescale_guidance`.
@@ -77,7 +77,7 @@ def guided_velocity(
         null_condition: those of what guidance leads away from, the empty caption or negative prompts.
         guidance_scale: 1 is none.
         prediction: what the denoiser returns.
-        min_noise: lower bound of 1 - t where a predicted image becomes a velocity. The public code has 0.05 for every
+        t_eps: lower bound of 1 - t where a predicted image becomes a velocity. The public code has 0.05 for every
             call of the network, before guidance: a step that starts at t above 0.95 goes too short a way, so that
             Euler's 50 even steps leave 36 % of what is missing at t = 0.96. 0 is none.
         rescale: share of the guided velocity that is rescaled.
@@ -86,7 +86,7 @@ def guided_velocity(
     def velocity(x_t: Tensor, t: float, guided: bool) -> Tensor:
         def of(x: Tensor, states: Tensor) -> Tensor:
             times = torch.full((len(x),), t, device=x.device)
-            return predicted_velocity(denoiser(x, times, states), x, times, prediction, min_noise)
+            return predicted_velocity(denoiser(x, times, states), x, times, prediction, t_eps)
 
         if not guided or guidance_scale == 1.0:
             return of(x_t, condition)

@@ -269,19 +269,19 @@ class DeepSpeedEngine:
         self.refresh()
 
     @property
-    def updates(self) -> int:
+    def optimizer_steps(self) -> int:
         """Updates applied to the moments."""
-        return self._optimizer.updates
+        return self._optimizer.optimizer_steps
 
-    @updates.setter
-    def updates(self, count: int) -> None:
-        self._optimizer.updates = count
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None:
+        self._optimizer.optimizer_steps = count
 
     def refresh(self) -> None:
         """Bring the network's weights up to date after the masters (`shards`) were written to."""
         self._state.refresh()
 
-    def micro_step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; the last of an optimizer step also sums gradients over ranks."""
         self._micro_steps.begin_backward()
         self._engine.backward(loss)

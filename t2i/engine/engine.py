@@ -140,10 +140,10 @@ class Engine(Protocol):
     """Called for the forward pass of a micro-step."""
     shards: Shards
     """What this rank holds of each parameter: fp32 masters and moments, as views of the engine's memory."""
-    updates: int
+    optimizer_steps: int
     """Updates applied to the moments: AdamW's bias correction counts with it. May be set."""
 
-    def micro_step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """The one backward of a micro-step: `loss` is the scalar sum of everything that is minimised.
 
         Gradients are averaged over micro-steps and ranks.

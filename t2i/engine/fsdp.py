@@ -4,7 +4,7 @@
   gathered in the compute dtype and their gradients reduced in fp32, after every micro-step, into fp32 shards.
 - A parameter is cut along its first axis, so a rank's shard is a contiguous slice of the flattened tensor. The
   optimizer works on the local shards as plain tensors.
-- With `replicas` above 1 the shards are repeated (HSDP): gathers stay inside a group of ranks / replicas ranks, and
+- With `dp_replicate` above 1 the shards are repeated (HSDP): gathers stay inside a group of ranks / dp_replicate ranks, and
   the first group speaks for the state.
 - Norm, clipping and veto are ours: FSDP2 has none of them.
 """
@@ -26,12 +26,12 @@ from t2i.engine.engine import HasBlocks, MicroSteps, Shards, StepResult, all_red
 from t2i.engine.optimizer import Optimizer, Piece
 
 
-def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
+def _mesh(device: torch.device, dp_replicate: int) -> DeviceMesh:
     ranks = dist.get_world_size()
-    if replicas == 1:
+    if dp_replicate == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    assert ranks % replicas == 0, "the config is checked against the number of ranks"
-    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replica", "shard"))
+    assert ranks % dp_replicate == 0, "the config is checked against the number of ranks"
+    return init_device_mesh(device.type, (dp_replicate, ranks // dp_replicate), mesh_dim_names=("replica", "shard"))
 
 
 class FsdpEngine:
@@ -46,7 +46,7 @@ class FsdpEngine:
         clip_grad_norm: largest global gradient norm; 0 is none.
         reshard_after_forward: whether a block's weights are dropped after its forward pass and gathered again for
             its backward pass (as ZeRO-3 does), or stay until then (as under ZeRO-2).
-        replicas: groups of ranks that each hold the whole state; divides the number of ranks.
+        dp_replicate: groups of ranks that each hold the whole state; divides the number of ranks.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class FsdpEngine:
         accumulation: int,
         clip_grad_norm: float,
         reshard_after_forward: bool,
-        replicas: int,
+        dp_replicate: int,
     ) -> None:
         self._optimizer = optimizer
         self._accumulation = accumulation
         self._clip_grad_norm = clip_grad_norm
-        mesh = _mesh(device, replicas)
+        mesh = _mesh(device, dp_replicate)
         settings: dict[str, Any] = {
             "mesh": mesh,
             # Inputs keep their types: times and tables are fp32 on purpose.
@@ -94,13 +94,13 @@ class FsdpEngine:
         return Piece(name, parameter.shape, start, local, 0, local.numel(), primary)
 
     @property
-    def updates(self) -> int:
+    def optimizer_steps(self) -> int:
         """Updates applied to the moments."""
-        return self._optimizer.updates
+        return self._optimizer.optimizer_steps
 
-    @updates.setter
-    def updates(self, count: int) -> None:
-        self._optimizer.updates = count
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None:
+        self._optimizer.optimizer_steps = count
 
     def refresh(self) -> None:
         """Drop gathered weights: the next forward pass gathers them from the masters."""
@@ -108,7 +108,7 @@ class FsdpEngine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def micro_step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; its gradients are averaged over ranks at once."""
         self._micro_steps.begin_backward()
         (loss / self._accumulation).backward()

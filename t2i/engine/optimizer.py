@@ -51,14 +51,14 @@ class StateFolder:
         if tensor.device.type != "cpu":
             raise UserError(
                 f"{self._field}: the optimizer's state is on the device {tensor.device.type}, and only what lies in "
-                "host memory can be mapped: set engine.offload, or leave engine.state_folder out"
+                "host memory can be mapped: set engine.offload, or leave engine.offload_dir out"
             )
         assert tensor.dtype == torch.float32
         return self.zeros(tensor.numel()).view(tensor.shape)
 
     @property
     def _field(self) -> str:
-        return f"engine.state_folder {self.folder}"
+        return f"engine.offload_dir {self.folder}"
 
     def zeros(self, numel: int) -> Tensor:
         """fp32 zeros (numel,) over a file that lives as long as they do.
@@ -163,12 +163,12 @@ class Optimizer(torch.optim.AdamW):
         return shards
 
     @property
-    def updates(self) -> int:
+    def optimizer_steps(self) -> int:
         """Updates applied to the moments: AdamW's bias correction counts with it."""
         return next(int(state["step"].item()) for state in self.state.values() if "step" in state)
 
-    @updates.setter
-    def updates(self, count: int) -> None:
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None:
         for state in self.state.values():
             if "step" in state:
                 state["step"].fill_(count)

@@ -253,7 +253,7 @@ class TextEncoder(nn.Module):
         dtype: of the weights and of the states.
         cache: captions whose states are kept in memory (the latest used); 0 keeps none.
         padding: whether pads are encoded, too.
-        release: hold the weights only while there are captions to encode.
+        reload_every_step: hold the weights only while there are captions to encode.
         compiled: compile the model; eager, transformers waits for the device at each batch to look at its mask.
         instruction: what comes before captions, up to and with a space; "" is nothing.
 
@@ -268,7 +268,7 @@ class TextEncoder(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         cache: int = 0,
         padding: Literal["attend", "mask"] = "attend",
-        release: bool = False,
+        reload_every_step: bool = False,
         compiled: bool = False,
         instruction: str = "",
     ) -> None:
@@ -303,7 +303,7 @@ class TextEncoder(nn.Module):
         check_length(name, net, length, self._skipped)
         self.width = self._measured_width(net)
         """Of a state."""
-        self.net: nn.Module | None = None if release else net
+        self.net: nn.Module | None = None if reload_every_step else net
 
     @torch.no_grad()
     def _measured_width(self, net: Any) -> int:
@@ -325,7 +325,7 @@ class TextEncoder(nn.Module):
 
     @contextmanager
     def loaded(self) -> Iterator[nn.Module]:
-        """The language model: under `release` loaded now, unless it is, and let go at the end."""
+        """The language model: under `reload_every_step` loaded now, unless it is, and let go at the end."""
         if self.net is not None:
             yield self.net
             return

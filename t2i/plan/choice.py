@@ -32,7 +32,7 @@ class Assumptions:
     reference: bool = False
 
     @classmethod
-    def of(cls, gpus: int, gpu: str, mfu: float, sample_bytes: float, reference: bool) -> Assumptions:
+    def from_config(cls, gpus: int, gpu: str, mfu: float, sample_bytes: float, reference: bool) -> Assumptions:
         """From the command line's words.
 
         Raises:
@@ -122,7 +122,7 @@ class PlannedStage:
 
     @property
     def checkpointings(self) -> dict[str, Checkpointing]:
-        """What engine.checkpoint_blocks may be, by name."""
+        """What engine.activation_checkpointing may be, by name."""
         if self.config.model.family == "pixeldit":
             return {"plain": False, "pixel checkpointed": "pixel", "checkpointed": True}
         return {"plain": False, "checkpointed": True}

@@ -19,7 +19,7 @@ from data.loader import PREFETCH
 from t2i.config.base import ConfigError
 from t2i.config.run import RunConfig
 from t2i.plan.choice import USABLE, Assumptions, Option, PlannedStage, recommend
-from t2i.plan.counts import Checkpointing, open_share
+from t2i.plan.counts import Checkpointing, ungated_fraction
 from t2i.plan.memory import (
     CONTEXT_BYTES,
     ENGINES,
@@ -259,7 +259,7 @@ def _advice(stage: PlannedStage, options: list[Option], chosen: Option | None) -
             f"train.micro_batch_size {micro} with zero1 and no checkpointing takes {need / gib:.1f} GiB: it {verdict} "
             f"into {USABLE:.0%} of {stage.given.gpu.memory_gib:g} GiB"
         )
-    if (folder := stage.config.engine.state_folder) is not None:
+    if (folder := stage.config.engine.offload_dir) is not None:
         mapped = total(stage.memory.mapped("zero1"))
         said.append(f"moments and average, {mapped / gib:.1f} GiB a rank at zero1, are files in {folder}, not memory")
     flops = stage.flops()
@@ -323,7 +323,7 @@ def _stage_plan(stage: PlannedStage) -> dict[str, Any]:
             "trained": memory.network.total,
             "frozen": {net.name: net.parameters for net in (memory.text, memory.distance, memory.features) if net},
         },
-        "over_gate": open_share(config.objective),
+        "over_gate": ungated_fraction(config.objective),
         "flops_per_image": {**flops, "total": sum(flops.values())},
         # Of the denoiser alone: a training image takes its forward pass three times, and what is recomputed.
         "forward_flops": {**stage.square.cost.flops, "total": stage.square.cost.denoiser_flops},

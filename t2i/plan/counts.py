@@ -34,7 +34,7 @@ from t2i.plan.meta import META, FusedKernels, Kept, count_flops, numel, saved_by
 from t2i.train.build import TrainingNetwork
 
 Checkpointing = bool | Literal["pixel"]
-"""As engine.checkpoint_blocks."""
+"""As engine.activation_checkpointing."""
 Part = Literal["image blocks", "text blocks", "pixel blocks"]
 PARTS: tuple[Part, ...] = ("image blocks", "text blocks", "pixel blocks")
 
@@ -221,7 +221,7 @@ def _forward(
     samples: int,
 ) -> None:
     """The forward pass of a training step, up to alignment."""
-    model, side = config.model, config.objective.repa_side
+    model, side = config.model, config.objective.repa_grid
     with META:
         condition = [torch.empty(samples, config.text.length, text_width, dtype=dtype)]
         if model.condition == "class":
@@ -359,10 +359,10 @@ def _images(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return torch.empty(1, 3, *size), torch.empty(1, 3, *size, requires_grad=True)
 
 
-def open_share(objective: ObjectiveConfig) -> float:
+def ungated_fraction(objective: ObjectiveConfig) -> float:
     """Share of the samples with t at or above the gate, exactly, from the time density."""
-    if objective.gate in (0.0, 1.0):
-        return 1.0 - objective.gate
+    if objective.perceptual_t_min in (0.0, 1.0):
+        return 1.0 - objective.perceptual_t_min
     # The gate before the shift of times, which is undone by the inverse shift.
-    shifted = math.log(objective.gate / (1.0 - objective.gate)) + math.log(objective.timeshift)
-    return 0.5 * math.erfc((shifted - objective.time_mean) / objective.time_std / math.sqrt(2.0))
+    shifted = math.log(objective.perceptual_t_min / (1.0 - objective.perceptual_t_min)) + math.log(objective.shift)
+    return 0.5 * math.erfc((shifted - objective.logit_mean) / objective.logit_std / math.sqrt(2.0))

@@ -42,10 +42,10 @@ from t2i.plan.counts import (
     image_cost,
     image_distance,
     on_meta,
-    open_share,
     patch_features,
     text_encoder,
     trained,
+    ungated_fraction,
 )
 
 Engine = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
@@ -205,7 +205,7 @@ class StageMemory:
         text: the text encoder; none where classes are drawn.
         distance: LPIPS; none where it has no weight.
         features: the network of P-DINO and alignment; none where neither has weight.
-        aligned: the same on the grid of objective.repa_side; none where that is the model's.
+        aligned: the same on the grid of objective.repa_grid; none where that is the model's.
         network: what is trained.
         cost: what an image takes in it.
         seen: share of the samples that LPIPS sees.
@@ -234,7 +234,7 @@ class StageMemory:
             UserError: what a network consists of is not known here.
         """
         dtype = torch.float32 if dtype_bytes == FP32 else torch.bfloat16
-        size, side = size or config.data.largest, config.objective.repa_side
+        size, side = size or config.data.largest, config.objective.repa_grid
         grid = size[0] // config.model.patch_size, size[1] // config.model.patch_size
         text, features = text_encoder(config), patch_features(config, size, grid, dtype)
         aligned = None
@@ -253,7 +253,7 @@ class StageMemory:
             aligned=aligned,
             network=trained(config, network),
             cost=image_cost(config, size, network, text_width, dtype),
-            seen=open_share(config.objective) if seen is None else seen,
+            seen=ungated_fraction(config.objective) if seen is None else seen,
         )
 
     @property
@@ -277,7 +277,7 @@ class StageMemory:
     @property
     def released_bytes(self) -> int:
         """Bytes of the text encoder where it is let go before the first micro-step, else none."""
-        return self.text_bytes if self.config.text.release else 0
+        return self.text_bytes if self.config.text.reload_every_step else 0
 
     def frozen(self, perceptual_bytes: int | None = None) -> Bytes:
         """Bytes of the frozen networks, one stand-in may be both perceptual ones; and of captions kept, at most.
@@ -305,8 +305,8 @@ class StageMemory:
         return parts | dict.fromkeys(self.mapped(engine), 0)
 
     def mapped(self, engine: Engine) -> Bytes:
-        """Bytes that lie in files of engine.state_folder, by component."""
-        if self.config.engine.state_folder is None:
+        """Bytes that lie in files of engine.offload_dir, by component."""
+        if self.config.engine.offload_dir is None:
             return {}
         parts = static_memory(engine, self.sharing, self.network, {}, self.dtype_bytes)
         return {name: parts[name] for name in ("moments", "average")}

@@ -77,14 +77,14 @@ class Studio:
 
     Args:
         pipeline: the model.
-        made_of: which model and weights, for the pictures' texts.
+        fingerprint: which model and weights, for the pictures' texts.
         limits: sizes that may be asked for.
         folder: where pictures are written, and nothing else is.
     """
 
-    def __init__(self, pipeline: Pipeline, made_of: dict[str, Any], limits: Limits, folder: Path) -> None:
+    def __init__(self, pipeline: Pipeline, fingerprint: dict[str, Any], limits: Limits, folder: Path) -> None:
         self.pipeline, self.limits, self.folder = pipeline, limits, folder
-        self._made_of = made_of
+        self._made_of = fingerprint
         self.pictures = KeptFiles(folder, KEPT, MOST_KEPT_BYTES)
         self._device = ThreadPoolExecutor(1, "studio")
         self._closing = Event()

@@ -128,11 +128,11 @@ def build_objective(
         lpips=config.lpips_weight,
         pdino=config.pdino_weight,
         repa=config.repa_weight,
-        gate=config.gate,
-        min_noise=config.min_noise,
+        gate=config.perceptual_t_min,
+        t_eps=config.t_eps,
         pdino_gated=config.pdino_gate == "masked",
         pdino_layers=tuple(config.pdino_layers),
-        repa_side=config.repa_side,
+        repa_grid=config.repa_grid,
     )
     return Objective(weights, distance, features, prediction)
 
@@ -166,13 +166,13 @@ def _load_dino(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype
 
 
 def _zeros_like(config: EngineConfig) -> ZerosLike:
-    return torch.zeros_like if config.state_folder is None else StateFolder(config.state_folder).zeros_like
+    return torch.zeros_like if config.offload_dir is None else StateFolder(config.offload_dir).zeros_like
 
 
 def _checkpointed(config: RunConfig, network: TrainingNetwork) -> list[nn.Module]:
     """The blocks whose insides are computed again in the backward pass."""
-    if config.engine.checkpoint_blocks != "pixel":
-        return network.blocks if config.engine.checkpoint_blocks else []
+    if config.engine.activation_checkpointing != "pixel":
+        return network.blocks if config.engine.activation_checkpointing else []
     assert isinstance(network.denoiser, PixelDiT | ClassPixelDiT)
     return [*network.denoiser.pixels.blocks]
 
@@ -182,11 +182,11 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
 
     Raises:
         ConfigError: it does not go with the number of ranks.
-        UserError: engine.state_folder cannot hold its moments.
+        UserError: engine.offload_dir cannot hold its moments.
     """
     engine, train = config.engine, config.train
-    if world.size % engine.replicas:
-        raise ConfigError(f"engine.replicas {engine.replicas} must divide the number of ranks, {world.size}")
+    if world.size % engine.dp_replicate:
+        raise ConfigError(f"engine.dp_replicate {engine.dp_replicate} must divide the number of ranks, {world.size}")
     if engine.offload and config.optimizer.name == "muon":
         raise ConfigError("engine.offload goes with optimizer.name adamw: Muon's matrices meet on the GPUs")
     prepare_blocks(network, compiled=engine.compile, checkpointed=_checkpointed(config, network))
@@ -211,7 +211,7 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
             accumulation=accumulation,
             clip_grad_norm=clip_grad_norm,
             reshard_after_forward=engine.reshard_after_forward,
-            replicas=engine.replicas,
+            dp_replicate=engine.dp_replicate,
         )
     return DeepSpeedEngine(
         network,
@@ -251,7 +251,7 @@ def build_ema(config: RunConfig, engine: Engine) -> Ema:
     """The average of an engine's weights, as they are now.
 
     Raises:
-        UserError: engine.state_folder cannot hold it.
+        UserError: engine.offload_dir cannot hold it.
     """
     return Ema(engine.shards, config.ema.decay, _zeros_like(config.engine))
 

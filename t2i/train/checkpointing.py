@@ -34,10 +34,10 @@ from t2i.engine.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     Mirror,
+    latest_checkpoint,
     moments_of,
-    newest_anywhere,
     open_mirror,
-    values_of,
+    params_of,
 )
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, Shards, gather_full
@@ -46,7 +46,7 @@ from t2i.model_folder import DENOISER, NULL_CAPTION, PROJECTOR, UNREAD, check_fi
 from t2i.models.text import Conditioner, check_same_text
 from t2i.train.guard import Guard, Rollback, Stop
 from t2i.train.metrics import Observer
-from t2i.train.run_dir import StagePlace
+from t2i.train.run_dir import StageDir
 from t2i.train.watchdog import Watch
 
 
@@ -75,7 +75,7 @@ _SCORED_BY = ("sampling", "data.resolution") + tuple(
 """Sections and fields whose changes make earlier scores no measure of later ones."""
 
 
-def mirror_of(config: RunConfig, place: StagePlace) -> WritableStore | None:
+def mirror_of(config: RunConfig, place: StageDir) -> WritableStore | None:
     """Where a stage's checkpoints are copied to, if anywhere.
 
     Raises:
@@ -88,7 +88,7 @@ def mirror_of(config: RunConfig, place: StagePlace) -> WritableStore | None:
 
 
 def restore(
-    config: RunConfig, place: StagePlace, world: World, engine: Engine, ema: Ema, before: int | None = None
+    config: RunConfig, place: StageDir, world: World, engine: Engine, ema: Ema, before: int | None = None
 ) -> Start:
     """Load the stage's newest checkpoint, or what the config starts it from, into the engine and the average.
 
@@ -98,7 +98,9 @@ def restore(
     Raises:
         UserError: there is nothing usable to start from, or it is of another model.
     """
-    path, faults = world.from_main(lambda: newest_anywhere(place.checkpoints, mirror_of(config, place), before))
+    path, faults = world.broadcast_from_rank0(
+        lambda: latest_checkpoint(place.checkpoints, mirror_of(config, place), before)
+    )
     if path is not None:
         state = _load_checkpoint(path, engine, ema)
         changed = changes(state["config"], config.model_dump(mode="json"))
@@ -120,7 +122,9 @@ def restore(
         return Start("starting from scratch")
     if init.source == "previous":
         assert previous is not None
-        path, faults = world.from_main(lambda: newest_anywhere(previous.checkpoints, mirror_of(config, previous)))
+        path, faults = world.broadcast_from_rank0(
+            lambda: latest_checkpoint(previous.checkpoints, mirror_of(config, previous))
+        )
         if path is None:
             reasons = "; ".join(faults) or "it is empty"
             raise ConfigError(f"{previous.checkpoints} holds nothing to start {place.name} from: {reasons}")
@@ -134,9 +138,9 @@ def restore(
 def _load_checkpoint(path: Path, engine: Engine, ema: Ema) -> dict[str, Any]:
     """Take up the stage's own state; the trainer's part of it."""
     checkpoint, shards = Checkpoint(path), engine.shards
-    checkpoint.read(shards, {"value": values_of(shards), "ema": ema.values, **moments_of(shards)})
+    checkpoint.read(shards, {"param": params_of(shards), "ema": ema.values, **moments_of(shards)})
     engine.refresh()
-    engine.updates = checkpoint.state["updates"]
+    engine.optimizer_steps = checkpoint.state["optimizer_steps"]
     return checkpoint.state
 
 
@@ -147,19 +151,19 @@ def _hand_over(path: Path, init: InitConfig, engine: Engine, ema: Ema) -> None:
     first updates are larger than at a fresh start.
     """
     checkpoint, shards = Checkpoint(path), engine.shards
-    checkpoint.read(shards, {"value" if init.weights == "raw" else "ema": values_of(shards)}, PROJECTOR)
+    checkpoint.read(shards, {"param" if init.weights == "raw" else "ema": params_of(shards)}, PROJECTOR)
     engine.refresh()
     ema.reset()
     if init.ema == "continue":
         checkpoint.read(shards, {"ema": ema.values}, PROJECTOR)
     if init.optimizer == "continue":
         checkpoint.read(shards, moments_of(shards), PROJECTOR)
-        engine.updates = checkpoint.state["updates"]
+        engine.optimizer_steps = checkpoint.state["optimizer_steps"]
 
 
 def _load_model(folder: Path, init: InitConfig, engine: Engine, ema: Ema) -> None:
     """Start from a model folder."""
-    _fill(engine.shards, values_of(engine.shards), read_model(folder, init.weights).tensors, folder)
+    _fill(engine.shards, params_of(engine.shards), read_model(folder, init.weights).tensors, folder)
     engine.refresh()
     ema.reset()
     if init.ema == "continue":
@@ -196,13 +200,13 @@ def gather_model(
 ) -> Callable[[Path], None]:
     """Gather the raw and the averaged weights on rank 0's host, and return what writes a model's folder there."""
     raw, ema = (
-        {name: whole.cpu() for name, whole in gather_full(shards, slices) if world.is_main}
-        for slices in (values_of(shards), average)
+        {name: whole.cpu() for name, whole in gather_full(shards, slices) if world.is_rank0}
+        for slices in (params_of(shards), average)
     )
     return lambda folder: write_model(folder, config, raw, ema, null_caption)
 
 
-def find_null_caption(config: RunConfig, place: StagePlace, conditioner: Conditioner) -> Tensor:
+def find_null_caption(config: RunConfig, place: StageDir, conditioner: Conditioner) -> Tensor:
     """The states (L, E) or class () of the run, else of the model that the stage starts from, else computed.
 
     Raises:
@@ -234,7 +238,7 @@ def find_null_caption(config: RunConfig, place: StagePlace, conditioner: Conditi
     return fresh
 
 
-def store_null_caption(config: RunConfig, place: StagePlace, states: Tensor) -> None:
+def store_null_caption(config: RunConfig, place: StageDir, states: Tensor) -> None:
     """Keep it with the run, unless it is there. On rank 0."""
     if place.null_caption.exists():
         return
@@ -251,10 +255,10 @@ State = Callable[[], dict[str, Any]]
 """Makes the trainer's part of a checkpoint, in JSON's terms. A collective."""
 
 
-def build_mirror(config: RunConfig, place: StagePlace, world: World) -> Mirror | None:
+def build_mirror(config: RunConfig, place: StageDir, world: World) -> Mirror | None:
     """What copies a stage's checkpoints to `checkpoint.mirror`; rank 0 alone has one."""
     saving = config.checkpoint
-    store = mirror_of(config, place) if world.is_main else None
+    store = mirror_of(config, place) if world.is_rank0 else None
     return Mirror(store, keep=saving.keep, keep_every=saving.keep_every) if store is not None else None
 
 
@@ -277,7 +281,7 @@ class Saver:
     def __init__(
         self,
         config: RunConfig,
-        place: StagePlace,
+        place: StageDir,
         world: World,
         watch: Watch,
         attempt: str,
@@ -302,7 +306,7 @@ class Saver:
             keep_every=self._saving.keep_every,
             mirror=mirror,
             gather=world.gather,
-            state_folder=StateFolder(folder) if (folder := config.engine.state_folder) else None,
+            offload_dir=StateFolder(folder) if (folder := config.engine.offload_dir) else None,
         )
         self._writer.reserve(shards, average)
 
@@ -368,8 +372,8 @@ class Saver:
         if rollback.first <= (self._saving.ephemeral_every or self._saving.every):
             return rollback
         try:
-            found, _ = self._world.from_main(
-                lambda: newest_anywhere(self._place.checkpoints, self._open_mirror(), rollback.first)
+            found, _ = self._world.broadcast_from_rank0(
+                lambda: latest_checkpoint(self._place.checkpoints, self._open_mirror(), rollback.first)
             )
         except (CheckpointError, StoreError):
             found = None

@@ -27,7 +27,7 @@ from t2i.config.base import ConfigError
 from t2i.config.loading import changes, check_world_size, dump_config, fields_of, load_config, stage_config
 from t2i.config.run import OptimizerConfig, RunConfig
 from t2i.distributed import LOCK, OutcomeFile, RunLock, World, is_done
-from t2i.engine.checkpoint import newest_anywhere, step_of
+from t2i.engine.checkpoint import latest_checkpoint, step_of
 from t2i.model_folder import check_model
 from t2i.train.build import noisy_ema, stand_ins
 from t2i.train.checkpointing import mirror_of
@@ -35,7 +35,7 @@ from t2i.train.data import Opened, StageData, open_data
 from t2i.train.metrics import EventLog, Observer
 from t2i.train.preflight import check_start
 from t2i.train.report import write_report
-from t2i.train.run_dir import StagePlace, describe_devices, stage_places, write_environment
+from t2i.train.run_dir import StageDir, describe_devices, stage_places, write_environment
 from t2i.train.scoring import BuildScorer, Scorer, build_scorers
 from t2i.train.step import learning_rate
 from t2i.train.trainer import Back, StageTrainer
@@ -56,9 +56,9 @@ _ACCESS = {
 }
 _BESIDE = {
     # Whether another text encoder is the same one, moved, is seen in the null caption, once a stage is trained.
-    "text": {"model", "cache", "release"},
+    "text": {"model", "cache", "reload_every_step"},
     "train": {"micro_batch_size"},
-    "data": {"workers", "buffer_gib", "max_set_aside", "connect_timeout_s", "read_timeout_s", "retry_minutes"},
+    "data": {"workers", "buffer_gib", "max_bad_fraction", "connect_timeout_s", "read_timeout_s", "retry_minutes"},
 }
 """Fields of those sections that do not decide weights."""
 _SHOWN = 4
@@ -67,7 +67,7 @@ _EXTENDABLE = ("train.steps", "optimizer.")
 
 
 def check_finished(
-    config: RunConfig, places: Sequence[StagePlace], chosen: Collection[int], extend: int | None
+    config: RunConfig, places: Sequence[StageDir], chosen: Collection[int], extend: int | None
 ) -> str | None:
     """Refuse a config that says of finished stages what did not run, or would train a stage out of order. On rank 0.
 
@@ -114,16 +114,16 @@ def _stages_before(config: RunConfig) -> dict[str, str | None]:
     return dict(zip(names, [None, *names], strict=False))
 
 
-def _trained_with(place: StagePlace) -> RunConfig:
+def _trained_with(place: StageDir) -> RunConfig:
     """The settings that a finished stage ended with."""
     return load_config(place.model / "config.yaml")
 
 
-def _is_longer(stage: RunConfig, place: StagePlace) -> bool:
+def _is_longer(stage: RunConfig, place: StageDir) -> bool:
     return stage.train.steps > _trained_with(place).train.steps
 
 
-def _check_stage(now: RunConfig, place: StagePlace, any_pending: bool, chosen: bool, extend: bool) -> None:
+def _check_stage(now: RunConfig, place: StageDir, any_pending: bool, chosen: bool, extend: bool) -> None:
     """Compare a finished stage's settings with the config's."""
     old, new = (_deciding(settings, any_pending) for settings in (_trained_with(place), now))
     changed = [name for name in changes(old, new) if not (extend and name.startswith(_EXTENDABLE))]
@@ -162,9 +162,9 @@ def _deciding(config: RunConfig, any_pending: bool) -> dict[str, Any]:
     return tree
 
 
-def _extension(now: RunConfig, place: StagePlace) -> str:
+def _extension(now: RunConfig, place: StageDir) -> str:
     """See that a finished stage has a checkpoint to go on from, and say what becomes of its learning rate."""
-    path, faults = newest_anywhere(place.checkpoints, mirror_of(now, place))
+    path, faults = latest_checkpoint(place.checkpoints, mirror_of(now, place))
     if path is None:
         reasons = "; ".join(faults) or "it is empty"
         raise ConfigError(f"--extend {place.name}: {place.checkpoints} holds no checkpoint to go on from: {reasons}")
@@ -183,7 +183,7 @@ def _share(config: OptimizerConfig, step: int, steps: int) -> float:
     return learning_rate(config, step, steps, peak=1.0)
 
 
-def reopen(place: StagePlace, step: int) -> None:
+def reopen(place: StageDir, step: int) -> None:
     """Make a finished stage one to be trained: its model stays beside, under the step it is of. On rank 0."""
     names = chain([f"{place.model}_step_{step}"], (f"{place.model}_step_{step}_{n}" for n in count(2)))
     place.model.rename(next(path for path in map(Path, names) if not path.exists()))
@@ -217,7 +217,7 @@ def run(
 
     Raises:
         UserError: a mistake, before anything is written, or another process that holds the run.
-        Departed: some process was asked to leave; the run is saved.
+        Preempted: some process was asked to leave; the run is saved.
     """
     if not config.stages:
         raise ConfigError("stages: the config names no stage")
@@ -234,11 +234,11 @@ def run(
             check_world_size(settings[index], world.size, f"stage {places[index].name}")
         return extension, pending
 
-    if world.from_main(lambda: not look()[1] and is_done(config.directory)):
+    if world.broadcast_from_rank0(lambda: not look()[1] and is_done(config.directory)):
         _say_done(config, [places[i] for i in chosen], world)
         return
     lock: RunLock | None = None
-    attempt = world.from_main(lambda: uuid.uuid4().hex[:8])
+    attempt = world.broadcast_from_rank0(lambda: uuid.uuid4().hex[:8])
     outcome = OutcomeFile(config.directory, attempt)
 
     def claim() -> tuple[str | None, list[int]]:
@@ -248,7 +248,7 @@ def run(
         outcome.clear()
         return found
 
-    extension, pending = world.from_main(claim)
+    extension, pending = world.broadcast_from_rank0(claim)
 
     def last_words(failure: Failure) -> None:
         outcome.write(failure.code, failure.message, failure.rank)
@@ -261,13 +261,13 @@ def run(
             outcome.write(failure.code, failure.message, failure.rank)
 
     try:
-        watch = Watch(failures, config.limits, config.directory / "stacks", attempt, last_words)
+        watch = Watch(failures, config.timeouts, config.directory / "stacks", attempt, last_words)
         at_exit.callback(watch.close)
         _check_shared(config.directory, attempt, world)
-        opened = world.from_main(lambda: _open_stages(settings, places, pending))
+        opened = world.broadcast_from_rank0(lambda: _open_stages(settings, places, pending))
         notices = check_start([(settings[i], places[i], opened[i]) for i in pending], world) if pending else []
         devices = describe_devices(world)
-        if world.is_main:
+        if world.is_rank0:
             for notice in [f"on {devices}", *notices]:
                 print(notice)
         scorers = build_scorers({i: settings[i] for i in pending}, build_scorer, world)
@@ -275,7 +275,7 @@ def run(
             scorer, longer = scorers.get(index), extension if index == extend_index else None
             stage, place, data = settings[index], places[index], opened.pop(index)
             _train_stage(config, stage, place, data, world, attempt, leave, watch, end, scorer, longer)
-        if world.is_main:
+        if world.is_rank0:
             outcome.write(DONE, f"trained {', '.join(places[i].name for i in chosen)}", rank=0)
             if pending:
                 last = places[pending[-1]]
@@ -292,7 +292,7 @@ def run(
         _say_done(config, [places[i] for i in chosen], world)
 
 
-def _index_of(extend: str | None, places: list[StagePlace], chosen: list[int]) -> int | None:
+def _index_of(extend: str | None, places: list[StageDir], chosen: list[int]) -> int | None:
     """The stage that is to be trained for longer.
 
     Raises:
@@ -304,8 +304,8 @@ def _index_of(extend: str | None, places: list[StagePlace], chosen: list[int]) -
     return None if extend is None else chosen[names.index(extend)]
 
 
-def _say_done(config: RunConfig, places: list[StagePlace], world: World) -> None:
-    if world.is_main:
+def _say_done(config: RunConfig, places: list[StageDir], world: World) -> None:
+    if world.is_rank0:
         names = ", ".join(place.name for place in places)
         report = config.directory / "report.html"
         if not report.exists():  # the last start was ended between the model and the report, or its disk was full
@@ -314,7 +314,7 @@ def _say_done(config: RunConfig, places: list[StagePlace], world: World) -> None
         print(f"{config.directory}: done already: {names}; the report is {report}")
 
 
-def _check_starts(settings: dict[int, RunConfig], places: list[StagePlace]) -> None:
+def _check_starts(settings: dict[int, RunConfig], places: list[StageDir]) -> None:
     """Refuse stages that cannot follow each other.
 
     Raises:
@@ -354,7 +354,7 @@ def _check_shared(directory: Path, attempt: str, world: World) -> None:
         raise ConfigError(f"root {directory.parent} is not shared: rank {sees.index(False)} does not see {directory}")
 
 
-def _open_stages(settings: dict[int, RunConfig], places: list[StagePlace], pending: list[int]) -> dict[int, StageData]:
+def _open_stages(settings: dict[int, RunConfig], places: list[StageDir], pending: list[int]) -> dict[int, StageData]:
     """Rank 0: see that every pending stage has something to start from, and open its data."""
     for index in pending:
         source, place = settings[index].init.source, places[index]
@@ -373,7 +373,7 @@ def _open_stages(settings: dict[int, RunConfig], places: list[StagePlace], pendi
 def _train_stage(
     config: RunConfig,
     stage: RunConfig,
-    place: StagePlace,
+    place: StageDir,
     data: StageData,
     world: World,
     attempt: str,
@@ -392,14 +392,14 @@ def _train_stage(
         trainer = StageTrainer(stage, place, data, world, f"{attempt}-{starts}", watch, scorer, back)
         try:
             watch.start("the first step")
-            if world.is_main and extension is not None and back is None:
+            if world.is_rank0 and extension is not None and back is None:
                 reopen(place, trainer.step)
             told = [extension] if extension is not None and back is None else []
             notices = [f"source {it.source!r}: {it.shard}: {it.detail}" for it in data.damage] if back is None else []
             if (noise := noisy_ema(stage, first=place.previous is None)) is not None:
                 notices.append(noise)
-            with closing(Observer(stage, place.name, trainer.step, active=world.is_main)) as observer:
-                if world.is_main:
+            with closing(Observer(stage, place.name, trainer.step, active=world.is_rank0)) as observer:
+                if world.is_rank0:
                     with observer.events.beside("config.yaml and environment.json"):
                         atomic_write(config.directory / "config.yaml", dump_config(config).encode())
                         write_environment(config, stage, data, trainer.parameters, world.size, devices)
@@ -417,6 +417,6 @@ def _train_stage(
         del trainer
         gc.collect()  # an engine is full of cycles, and holds the stage's memory
     gc.collect()
-    if world.is_main:
+    if world.is_rank0:
         with EventLog(config.directory, place.name).beside("report.html"):
             write_report(config.directory)

@@ -26,7 +26,7 @@ from data.store.virtual import ClassFolderStore
 from t2i.config.base import ConfigError
 from t2i.config.data import DataConfig, SourceConfig
 from t2i.config.run import RunConfig
-from t2i.distributed import Departed, World
+from t2i.distributed import Preempted, World
 from t2i.train.metrics import EventLog, JsonLines
 
 _ROUND_S = 5.0
@@ -51,10 +51,10 @@ class Intake:
         self, loader: Loader, world: World, config: RunConfig, stage: str, step: int, damage: Sequence[SetAside]
     ) -> None:
         self._loader, self._world, self._stage = loader, world, stage
-        self._max_set_aside = config.data.max_set_aside
+        self._max_set_aside = config.data.max_bad_fraction
         self._quarantine = JsonLines(config.directory / "quarantine.jsonl")
-        self._events = EventLog(config.directory, stage, world.is_main)
-        if world.is_main:
+        self._events = EventLog(config.directory, stage, world.is_rank0)
+        if world.is_rank0:
             with self._events.beside("quarantine.jsonl"):
                 self._quarantine.rewind(stage, step)
             self._write([{"stage": stage, "step": 0, **asdict(shard)} for shard in (damage if step == 0 else ())])
@@ -74,7 +74,7 @@ class Intake:
             leave: why this rank is asked to leave; None: it is not.
 
         Raises:
-            Departed: on every rank: one was asked to leave.
+            Preempted: on every rank: one was asked to leave.
             Exception: on every rank alike: what any rank met, or DataError past the share of bad samples.
         """
         batch: Batch | None = None
@@ -90,7 +90,7 @@ class Intake:
             )
             too_bad = read >= _JUDGED_AFTER and set_aside > self._max_set_aside * read
             if leaving and not failed:
-                raise Departed(next(told for told in self._world.gather(reason) if told is not None))
+                raise Preempted(next(told for told in self._world.gather(reason) if told is not None))
             if not (failed or too_bad or missing):
                 assert batch is not None
                 self._note(step, batch.set_aside)
@@ -102,7 +102,7 @@ class Intake:
         self.flush()
         if failed:
             self._raise_one(fault)
-        raise DataError(self._world.from_main(lambda: self._too_bad(set_aside, read)))
+        raise DataError(self._world.broadcast_from_rank0(lambda: self._too_bad(set_aside, read)))
 
     def _counts(self, batch: Batch | None) -> tuple[int, int]:
         """Samples read and set aside: up to this batch or, while it is looked for, so far."""
@@ -130,7 +130,7 @@ class Intake:
         ):
             counters.update(counted)
             retries.update(retried)
-            if self._world.is_main:
+            if self._world.is_rank0:
                 self._write(pending)
         self._pending = []
         if self._damaged:
@@ -150,8 +150,8 @@ class Intake:
         )
         worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(_WORST_NAMED))
         return (
-            f"{set_aside} of {read} samples have bad content, over data.max_set_aside {self._max_set_aside:g}; "
-            f"the worst shards: {worst}; {self._quarantine.path} lists them: mend them, or raise data.max_set_aside"
+            f"{set_aside} of {read} samples have bad content, over data.max_bad_fraction {self._max_set_aside:g}; "
+            f"the worst shards: {worst}; {self._quarantine.path} lists them: mend them, or raise data.max_bad_fraction"
         )
 
 

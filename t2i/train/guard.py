@@ -28,7 +28,7 @@ import torch
 
 from data.errors import UserError
 from data.loader import Batch
-from t2i.config.train import GuardConfig
+from t2i.config.train import SpikeGuardConfig
 from t2i.distributed import World
 from t2i.engine.engine import StepResult
 from t2i.train.metrics import EventLog, JsonLines
@@ -131,7 +131,7 @@ def log_norm(grad_norm: float) -> float:
 
 
 def why_not(
-    loss: float, grad_norm: float, losses: Sequence[float], log_norms: Sequence[float], config: GuardConfig
+    loss: float, grad_norm: float, losses: Sequence[float], log_norms: Sequence[float], config: SpikeGuardConfig
 ) -> str | None:
     """Why an update is not to be applied, after those with `losses` and `log_norms`; None: it is."""
     for name, value in (("loss", loss), ("gradient norm", grad_norm)):
@@ -162,7 +162,7 @@ class Guard:
         state: what `state` was at the checkpoint that the stage goes on from; None at the stage's start.
     """
 
-    def __init__(self, config: GuardConfig, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: SpikeGuardConfig, state: dict[str, Any] | None = None) -> None:
         self.config = config
         self.events: int = state["events"] if state else 0
         """How many events there have been."""
@@ -239,10 +239,10 @@ class Guard:
             if begin <= last and first <= end + config.skip_window:
                 return Stop(
                     f"{reason}, and to leave out the batches of steps {begin} to {end} did not help: see "
-                    "skipped.jsonl; lower optimizer.lr, or raise guard.threshold if the data is like that"
+                    "skipped.jsonl; lower optimizer.lr, or raise spike_guard.threshold if the data is like that"
                 )
         if len(self._skipped) >= config.max_rollbacks:
-            return Stop(f"{reason}, and guard.max_rollbacks is {config.max_rollbacks}: see skipped.jsonl")
+            return Stop(f"{reason}, and spike_guard.max_rollbacks is {config.max_rollbacks}: see skipped.jsonl")
         begin = max(1, first - config.rollback_margin)
         return Rollback(begin, last, f"{reason}: going back, to leave out the batches of steps {begin} to {last}")
 

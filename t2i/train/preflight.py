@@ -40,11 +40,11 @@ from t2i.config.base import ConfigError
 from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.checkpoint import checkpoints, step_of
-from t2i.plan.counts import PARTS, open_share
+from t2i.plan.counts import PARTS, ungated_fraction
 from t2i.plan.memory import CAPTION_CACHE, StageMemory, checkpoint_bytes, engine_of, open_samples, total
 from t2i.train.data import StageData
 from t2i.train.metrics import memory_gib
-from t2i.train.run_dir import StagePlace
+from t2i.train.run_dir import StageDir
 from t2i.train.step import TrainingStep, training_times
 
 TIGHT = 0.9
@@ -76,18 +76,18 @@ def estimate(config: RunConfig, ranks: int, dtype: torch.dtype) -> Estimate:
         UserError: what a network consists of is not known here.
     """
     engine, micro = config.engine, config.train.micro_batch_size
-    memory = StageMemory.of(config, max(1, ranks // engine.replicas), dtype.itemsize)
+    memory = StageMemory.of(config, max(1, ranks // engine.dp_replicate), dtype.itemsize)
     name = engine_of(engine)
     static = memory.static(name)
     away = sum(static.pop(part) for part in ("masters", "moments", "average")) if engine.offload else 0
     # A compiled block may keep less than an eager one.
-    kept = memory.activations(micro, True if engine.compile else engine.checkpoint_blocks)
+    kept = memory.activations(micro, True if engine.compile else engine.activation_checkpointing)
     # Activations go as gradients come, and a text encoder that is released is gone before either.
     passing = max(static.pop("gradients"), sum(kept[part] for part in PARTS), memory.released_bytes)
     static.pop(CAPTION_CACHE, None)  # there may not be as many captions
     return Estimate(
         least=total(static) + passing,
-        expected=memory.device_bytes(name, micro, engine.checkpoint_blocks) - away,
+        expected=memory.device_bytes(name, micro, engine.activation_checkpointing) - away,
         checkpoint=checkpoint_bytes(memory.network),
     )
 
@@ -100,14 +100,14 @@ def remedy(config: RunConfig) -> str:
         ways.append(f"raise engine.zero_stage ({engine.zero_stage}) or set engine.name to fsdp")
     if engine.name == "deepspeed" and engine.zero_stage == 3 and not engine.offload:
         ways.append("set engine.offload")
-    if engine.replicas > 1:
-        ways.append(f"lower engine.replicas ({engine.replicas})")
+    if engine.dp_replicate > 1:
+        ways.append(f"lower engine.dp_replicate ({engine.dp_replicate})")
     if train.micro_batch_size > 1:
         ways.append(f"lower train.micro_batch_size ({train.micro_batch_size})")
-    if config.model.family == "pixeldit" and not engine.checkpoint_blocks:
-        ways.append("set engine.checkpoint_blocks to pixel or, which takes still less, to true")
-    elif engine.checkpoint_blocks is not True:
-        ways.append("set engine.checkpoint_blocks to true")
+    if config.model.family == "pixeldit" and not engine.activation_checkpointing:
+        ways.append("set engine.activation_checkpointing to pixel or, which takes still less, to true")
+    elif engine.activation_checkpointing is not True:
+        ways.append("set engine.activation_checkpointing to true")
     return ", or ".join([*ways, "take more ranks or larger devices"])
 
 
@@ -166,8 +166,11 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
     train, (height, width) = config.train, config.data.largest
     share = train.batch_size // world.size
     slots = np.arange(step * train.batch_size, (step + 1) * train.batch_size)
-    over = training_times(config.objective, uniform(key(config.seed, stage, "time"), slots)) >= config.objective.gate
-    wanted = open_samples(train.micro_batch_size, open_share(config.objective))
+    over = (
+        training_times(config.objective, uniform(key(config.seed, stage, "time"), slots))
+        >= config.objective.perceptual_t_min
+    )
+    wanted = open_samples(train.micro_batch_size, ungated_fraction(config.objective))
     seen, unseen = (slots[chosen] if chosen.any() else slots for chosen in (over, ~over))
     dealt = np.concatenate([np.resize(seen, wanted), np.resize(unseen, train.micro_batch_size - wanted)])
     pixels = np.random.default_rng(world.rank).integers(0, 256, (share, 3, height, width), np.uint8)
@@ -244,7 +247,7 @@ def check_writable(directory: Path) -> None:
         raise UserError(f"root {directory.parent}: what is written to {directory} does not come back: mend the disk")
 
 
-def check_room(config: RunConfig, place: StagePlace, checkpoint: int, free: float) -> None:
+def check_room(config: RunConfig, place: StageDir, checkpoint: int, free: float) -> None:
     """See that a stage's checkpoints have room, besides those that are there.
 
     Args:
@@ -274,7 +277,7 @@ def free_bytes(directory: Path) -> float:
     return usage.free if usage.total else math.inf
 
 
-def leftover_bytes(place: StagePlace) -> int:
+def leftover_bytes(place: StageDir) -> int:
     """Bytes that the first save will free: of checkpoints that were never finished, or given up."""
     files = (file for folder in place.checkpoints.glob(".step_*") for file in folder.rglob("*"))
     return sum(file.stat().st_size for file in files if file.is_file())
@@ -345,7 +348,7 @@ def check_reach(indices: Sequence[SourceIndex], world: World) -> None:
 # All of it
 
 
-def check_start(stages: Sequence[tuple[RunConfig, StagePlace, StageData]], world: World) -> list[str]:
+def check_start(stages: Sequence[tuple[RunConfig, StageDir, StageData]], world: World) -> list[str]:
     """Check the stages that are to be trained before anything long begins. A collective.
 
     Args:
@@ -361,12 +364,10 @@ def check_start(stages: Sequence[tuple[RunConfig, StagePlace, StageData]], world
     sources = [source for _, _, data in stages for source in (*data.sources, *data.heldout)]
     check_reach(list({(it.index.name, it.index.store.url): it.index for it in sources}.values()), world)
     available = device_bytes(world)
-    return world.from_main(lambda: _check_on_main(stages, world, available))
+    return world.broadcast_from_rank0(lambda: _check_on_main(stages, world, available))
 
 
-def _check_on_main(
-    stages: Sequence[tuple[RunConfig, StagePlace, StageData]], world: World, available: int
-) -> list[str]:
+def _check_on_main(stages: Sequence[tuple[RunConfig, StageDir, StageData]], world: World, available: int) -> list[str]:
     config = stages[0][0]
     check_writable(config.directory)
     mirrors = {(it.checkpoint.mirror, it.checkpoint.mirror_options): it for it, _, _ in stages}

@@ -37,12 +37,12 @@ from t2i.train.metrics import JsonLines
 
 
 @dataclass(frozen=True)
-class StagePlace:
+class StageDir:
     """A stage's name, its folder, and the stage before it."""
 
     name: str
     folder: Path
-    previous: StagePlace | None
+    previous: StageDir | None
 
     @property
     def model(self) -> Path:
@@ -80,12 +80,12 @@ class StagePlace:
         return self.done or bool(checkpoints(self.checkpoints))
 
 
-def stage_places(config: RunConfig) -> list[StagePlace]:
+def stage_places(config: RunConfig) -> list[StageDir]:
     """The places of every stage of a run, in order."""
-    places: list[StagePlace] = []
+    places: list[StageDir] = []
     for stage in config.stages:
         name = str(stage["name"])
-        places.append(StagePlace(name, config.directory / name, places[-1] if places else None))
+        places.append(StageDir(name, config.directory / name, places[-1] if places else None))
     return places
 
 

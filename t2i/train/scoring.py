@@ -6,7 +6,7 @@
   and whether a rank is asked to leave; one without a batch in the last round takes part in that, too.
 - The prompts are in an order of which every beginning is spread over the tasks, so that a score that was cut short says
   something; it does not say enough to decide by.
-- What the stage has scored is in its checkpoints: started again, it decides alike. A score that a departure
+- What the stage has scored is in its checkpoints: started again, it decides alike. A score that a preemption
   interrupts is taken anew from the checkpoint that the stage left.
 - The best model is that of the highest complete score among those in the stage's past. A file in its folder says which
   one that is: of a future that was given up, by a kill or a rollback, it counts as none, and the next complete
@@ -46,12 +46,12 @@ from t2i.config.run import RunConfig
 from t2i.config.train import ScoringConfig
 from t2i.diffusion.flow import flow_matching_loss, interpolate, slot_noise, to_unit_range
 from t2i.diffusion.objective import Terms, add_bands, band_names
-from t2i.distributed import Departed, World
+from t2i.distributed import Preempted, World
 from t2i.engine.checkpoint.format import commit
 from t2i.models.text import stack_conditions
 from t2i.pipeline import Picture, Pipeline, batches_of
 from t2i.train.metrics import EventLog
-from t2i.train.run_dir import StagePlace
+from t2i.train.run_dir import StageDir
 from t2i.train.step import GlobalMeans, training_times
 
 OVERALL = "overall"
@@ -104,7 +104,9 @@ def build_scorers(settings: dict[int, RunConfig], build: BuildScorer, world: Wor
             raise UserError(f"scoring.scorer {asked.scorer}: {error}") from error
         return made[kind]
 
-    return world.together(lambda: {i: scorer_of(it.scoring) for i, it in settings.items() if it.scoring.every})
+    return world.raise_on_all_ranks(
+        lambda: {i: scorer_of(it.scoring) for i, it in settings.items() if it.scoring.every}
+    )
 
 
 @dataclass
@@ -143,9 +145,7 @@ class Evaluator:
             x_t = interpolate(image, noise, times)
             condition = stack_conditions(conditions[start : start + len(index)])
             output = self.pipeline.denoiser(x_t, times, condition).output
-            losses = flow_matching_loss(
-                output, image, noise, times, config.model.prediction, config.objective.min_noise
-            )
+            losses = flow_matching_loss(output, image, noise, times, config.model.prediction, config.objective.t_eps)
             terms.add("loss", losses.sum(), len(index))
             add_bands(terms, "loss", losses, t[index])
         return GlobalMeans(terms, ["loss", *band_names("loss")], device).read()
@@ -154,7 +154,7 @@ class Evaluator:
         """Draw the config's prompts, each rank its share, and write the grid with its description."""
         validation, sampling = self.pipeline.config.validation, self.pipeline.config.sampling
         pictures = [Picture(prompt) for prompt in validation.prompts]
-        batches = self.world.share(batches_of(pictures, sampling.batch_size))
+        batches = self.world.split_for_rank(batches_of(pictures, sampling.batch_size))
         own = [picture for batch in batches for picture in batch]
         drawn = [self.pipeline.draw([], sampling)]
         self.alive("drawing the sample grid")
@@ -163,7 +163,7 @@ class Evaluator:
             self.alive("drawing the sample grid")
         mine = torch.cat(drawn)
         shares = self.world.gather(mine.numpy())
-        if not self.world.is_main:
+        if not self.world.is_rank0:
             return
         description = {
             "prompts": validation.prompts,
@@ -283,7 +283,7 @@ class Scoring:
         scorer: Scorer,
         pipeline: Pipeline,
         world: World,
-        place: StagePlace,
+        place: StageDir,
         alive: Callable[[str], None],
         past: Iterable[tuple[int, float | None]] = (),
     ) -> None:
@@ -293,7 +293,7 @@ class Scoring:
         self._settings, self._folder = pipeline.config.scoring, place.best
         chosen = spread(scorer.tasks, self._settings.prompts)
         self._pictures = [(index, number) for index in chosen for number in range(self._settings.images)]
-        self._best = world.from_main(lambda: read_best(self._folder, self.scores))
+        self._best = world.broadcast_from_rank0(lambda: read_best(self._folder, self.scores))
 
     @property
     def state(self) -> list[tuple[int, float | None]]:
@@ -313,12 +313,14 @@ class Scoring:
             leave: why this rank is asked to leave; None: it is not.
 
         Raises:
-            Departed: on every rank: one was asked to leave, and nothing is noted.
+            Preempted: on every rank: one was asked to leave, and nothing is noted.
         """
         results, done = self._rounds(began, leave)
         # By a picture's place in the order, so that the summary does not depend on who drew it.
         judged = dict(pair for share in self._world.gather(results) for pair in share)
-        values = self._world.from_main(lambda: self._scorer.summary([judged[place] for place in sorted(judged)]))
+        values = self._world.broadcast_from_rank0(
+            lambda: self._scorer.summary([judged[place] for place in sorted(judged)])
+        )
         prompts, complete = -(-done // self._settings.images), done == len(self._pictures)
         score = Score(step, values, prompts, done, complete, time.monotonic() - began)
         self.scores.append((step, score.values[OVERALL] if score.complete else None))
@@ -349,18 +351,18 @@ class Scoring:
         """Whether no rank is out of time.
 
         Raises:
-            Departed: on every rank: one has a reason to leave.
+            Preempted: on every rank: one has a reason to leave.
         """
         late, leaving = self._world.sum([not in_time, reason is not None])
         if leaving:
-            raise Departed(next(told for told in self._world.gather(reason) if told is not None))
+            raise Preempted(next(told for told in self._world.gather(reason) if told is not None))
         return not late
 
     # What follows
 
     def why_go_on(self, step: int) -> str | None:
         """Why the stage ends at this step, if its score has just said so."""
-        gain, steps = self._settings.promote_gain, self._settings.promote_steps
+        gain, steps = self._settings.min_delta, self._settings.patience
         if gain is None or steps is None or self.pending(step) or not promotes(self.scores, gain, steps):
             return None
         return f"the stage ends at step {step}: over {steps} steps its best score has risen by less than {gain:g}"
@@ -378,7 +380,7 @@ class Scoring:
         Args:
             write: writes the model's folder. Rank 0 calls it.
         """
-        fault = self._world.from_main(lambda: _try_to_replace(self._folder, score, write))
+        fault = self._world.broadcast_from_rank0(lambda: _try_to_replace(self._folder, score, write))
         if fault is not None:
             return f"the model of step {score.step} is the best so far, but cannot be kept: {fault}"
         self._best = score.values[OVERALL]

@@ -92,7 +92,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int, peak: float) -
 
 def training_times(config: ObjectiveConfig, quantile: Array) -> Array:
     """Times t of the training density at quantiles in (0, 1)."""
-    return shift_time(logit_normal(quantile, config.time_mean, config.time_std), config.timeshift)
+    return shift_time(logit_normal(quantile, config.logit_mean, config.logit_std), config.shift)
 
 
 class GradientBalance:
@@ -284,7 +284,7 @@ class TrainingStep:
         config, size, device = self._config, self._config.train.batch_size, self._world.device
         first = int(batch.slots[0]) // size * size
         all_times = training_times(config.objective, uniform(self._keys["time"], range(first, first + size)))
-        ungated = int((all_times >= config.objective.gate).sum())
+        ungated = int((all_times >= config.objective.perceptual_t_min).sum())
         t = all_times[batch.slots - first]
         balance, terms = self._balance, Terms()
         watch = balance.begin(step) if balance is not None else None
@@ -312,6 +312,6 @@ class TrainingStep:
                 perceptual_weight=balance.weight if balance is not None else 1.0,
                 watch=watch,
             )
-            self._engine.micro_step(loss)
+            self._engine.backward(loss)
             terms.merge(part_terms)
         return terms

@@ -18,7 +18,7 @@ import torch
 from data.loader import Batch, merge_states
 from t2i.build import build_conditioner, choose_dtype
 from t2i.config.run import RunConfig
-from t2i.distributed import Departed, World
+from t2i.distributed import Preempted, World
 from t2i.engine.checkpoint import CheckpointError, Mirror
 from t2i.pipeline import Pipeline
 from t2i.train.build import build_ema, build_engine, build_network, build_objective, denoiser_training_flops
@@ -36,7 +36,7 @@ from t2i.train.guard import Guard, GuardError, Rollback, SkippedFile, Stop, expl
 from t2i.train.metrics import EventLog, Observer, memory_gib, peak_flops
 from t2i.train.preflight import dry_run
 from t2i.train.profiling import Profiler
-from t2i.train.run_dir import StagePlace
+from t2i.train.run_dir import StageDir
 from t2i.train.scoring import Evaluator, Scorer, Scoring
 from t2i.train.step import Trained, TrainingStep, build_balance
 from t2i.train.watchdog import Watch, is_lost_contact, slowest
@@ -71,7 +71,7 @@ class StageTrainer:
     def __init__(
         self,
         config: RunConfig,
-        place: StagePlace,
+        place: StageDir,
         data: StageData,
         world: World,
         attempt: str,
@@ -96,7 +96,7 @@ class StageTrainer:
         self.parameters = sum(p.numel() for p in network.denoiser.parameters())
         averaged = copy.deepcopy(network.denoiser).to(world.device, dtype).eval().requires_grad_(False)
         pipeline = Pipeline(config, averaged, self.conditioner, self.null_caption, world.device)
-        events, heldout = EventLog(config.directory, place.name, world.is_main), data.heldout_samples(config)
+        events, heldout = EventLog(config.directory, place.name, world.is_rank0), data.heldout_samples(config)
         self.evaluator = Evaluator(pipeline, world, heldout, place.samples, watch.alive, events)
         self.engine = build_engine(config, network, world, dtype)
         self.ema = build_ema(config, self.engine)
@@ -109,12 +109,12 @@ class StageTrainer:
         start = restore(config, place, world, self.engine, self.ema, before=back.rollback.first if back else None)
         self.step, self.skipped_updates, self._origin = start.step, start.skipped_updates, start.origin
         self.scoring = Scoring(scorer, pipeline, world, place, watch.alive, start.scores) if scorer else None
-        self.guard = back.guard if back else Guard(config.guard, start.guard)
+        self.guard = back.guard if back else Guard(config.spike_guard, start.guard)
         if back:
             self.guard.roll_back(back.rollback, start.guard)
         if self.balance is not None and start.balance is not None:
             self.balance.take_up(start.balance)
-        self._skipped = SkippedFile(config.directory, place.name, self.guard.events) if world.is_main else None
+        self._skipped = SkippedFile(config.directory, place.name, self.guard.events) if world.is_rank0 else None
         loader = data.loader(config, place.name, world, start.data)
         self.intake = Intake(loader, world, config, place.name, self.step, data.damage)
         self.saver = Saver(
@@ -140,7 +140,7 @@ class StageTrainer:
             "config": self.config.model_dump(mode="json"),
             "step": self.step,
             "skipped_updates": self.skipped_updates,
-            "updates": self.engine.updates,
+            "optimizer_steps": self.engine.optimizer_steps,
             "data": merge_states(self.world.gather(self.intake.state)),
             "guard": self.guard.state,
             "balance": self.balance.state if self.balance is not None else None,
@@ -156,16 +156,16 @@ class StageTrainer:
             leave: why this rank is asked to leave; None: it is not.
 
         Raises:
-            Departed: a rank was asked to leave; everything is saved.
+            Preempted: a rank was asked to leave; everything is saved.
             GuardError: too many updates were bad, and going back does not help; everything is saved.
         """
         observer.event(self._dry_run)
         observer.event(self._origin)
-        if self.world.is_main:
+        if self.world.is_rank0:
             with observer.events.beside("the null caption"):
                 store_null_caption(self.config, self.place, self.null_caption)
         self._end_if_scored_enough(observer)
-        if self.step == 0 or self._scores_now():  # a departure may have left out what was due here
+        if self.step == 0 or self._scores_now():  # a preemption may have left out what was due here
             observer.take_back(self.step, ("score", "validation"))
             self._evaluate(observer, leave)
         begun, folder = self.step, self.place.folder / "profile"
@@ -190,7 +190,7 @@ class StageTrainer:
             )
         self.watch.alive("writing the model")
         write = self._gather_model()
-        self.world.from_main(lambda: write(self.place.model))
+        self.world.broadcast_from_rank0(lambda: write(self.place.model))
         self.saver.await_mirror(leave)
         return None
 
@@ -332,7 +332,7 @@ class StageTrainer:
         assert self.scoring is not None
         try:
             score = self.scoring.measure(self.step, began, leave)
-        except Departed as error:
+        except Preempted as error:
             self._stop_saved(error, observer)
             raise
         observer.write("score", self.step, score.metrics)

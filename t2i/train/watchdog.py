@@ -40,9 +40,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import _get_default_store
 
-from data.errors import START_AGAIN, StoreError, UserError
-from t2i.config.train import LimitsConfig
-from t2i.distributed import Departed, World, run_exit_code
+from data.errors import EXIT_RESUMABLE, StoreError, UserError
+from t2i.config.train import TimeoutsConfig
+from t2i.distributed import Preempted, World, run_exit_code
 
 POLL_S = 0.5
 CAUSE_S = 5.0
@@ -151,7 +151,7 @@ class Failures:
         """Tell all ranks of an exception that ends this one; the main thread calls it before it cleans up.
 
         Args:
-            error: what this rank met. Lost contact with another rank is START_AGAIN.
+            error: what this rank met. Lost contact with another rank is EXIT_RESUMABLE.
 
         Returns:
             What is to be shown, and whose exit code is to be taken: the cause, where `error` is a consequence.
@@ -160,12 +160,12 @@ class Failures:
         if self._reported is not None:
             return self._reported
         self.leaving = True
-        plain = isinstance(error, UserError | StoreError | Departed)
+        plain = isinstance(error, UserError | StoreError | Preempted)
         told = str(error) if plain else f"{type(error).__name__}: {error}"
         failure = Failure(self.world.rank, run_exit_code(error), told)
         if is_lost_contact(error):
             self._known.wait(CAUSE_S)
-            failure = Failure(self.world.rank, START_AGAIN, f"lost contact with another rank: {error}")
+            failure = Failure(self.world.rank, EXIT_RESUMABLE, f"lost contact with another rank: {error}")
         self.post(failure)
         self._reported = self.conclude()
         return self._reported
@@ -191,7 +191,9 @@ class Failures:
                 self._wake.wait(POLL_S)
                 self._wake.clear()
         except dist.DistError:
-            gone = Failure(0, START_AGAIN, "the process is gone, or its launcher: nobody answers at the ranks' store")
+            gone = Failure(
+                0, EXIT_RESUMABLE, "the process is gone, or its launcher: nobody answers at the ranks' store"
+            )
             self._find(self._posted or gone)
             self._settled.set()
 
@@ -277,7 +279,7 @@ class Watch:
     def __init__(
         self,
         failures: Failures,
-        limits: LimitsConfig,
+        limits: TimeoutsConfig,
         folder: Path,
         attempt: str,
         last_words: Callable[[Failure], None] = tell,
@@ -298,13 +300,13 @@ class Watch:
         self._signs += 1
 
     def start(self, what: str) -> None:
-        """As `alive`, and allow limits.start_minutes. Again once an engine is built, for its groups' time-outs."""
+        """As `alive`, and allow timeouts.start_minutes. Again once an engine is built, for its groups' time-outs."""
         self._starting = True
         self._allow(self._limits.start_minutes)
         self.alive(what)
 
     def step_done(self) -> None:
-        """A step is done: after the first one, limits.step_minutes are allowed."""
+        """A step is done: after the first one, timeouts.step_minutes are allowed."""
         self._signs += 1
         if self._starting:
             self._starting = False
@@ -340,7 +342,9 @@ class Watch:
 
     def _hang(self, silent_s: float) -> Failure:
         told = f"stood still for {silent_s / 60:.1f} minutes in {self._what}, itself or waiting for a rank that does"
-        return Failure(self.failures.world.rank, START_AGAIN, f"{told}; all ranks' stacks are in {self._folder}", True)
+        return Failure(
+            self.failures.world.rank, EXIT_RESUMABLE, f"{told}; all ranks' stacks are in {self._folder}", True
+        )
 
     def _end(self, first: Failure, silent_s: float) -> None:
         """End the process, unless its main thread ends it, or closes the watch, in time."""

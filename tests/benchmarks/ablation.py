@@ -69,9 +69,9 @@ class Arm:
 
 ARMS = {
     "baseline": Arm("baseline", {"lpips_weight": 0.0, "pdino_weight": 0.0}),
-    "lpips": Arm("+ LPIPS", {"lpips_weight": 0.1, "pdino_weight": 0.0, "gate": 0.0}),
-    "pdino": Arm("+ P-DINO (stand-in)", {"lpips_weight": 0.1, "pdino_weight": 0.01, "gate": 0.0}),
-    "gating": Arm("+ gating at 0.3", {"lpips_weight": 0.1, "pdino_weight": 0.01, "gate": 0.3}),
+    "lpips": Arm("+ LPIPS", {"lpips_weight": 0.1, "pdino_weight": 0.0, "perceptual_t_min": 0.0}),
+    "pdino": Arm("+ P-DINO (stand-in)", {"lpips_weight": 0.1, "pdino_weight": 0.01, "perceptual_t_min": 0.0}),
+    "gating": Arm("+ gating at 0.3", {"lpips_weight": 0.1, "pdino_weight": 0.01, "perceptual_t_min": 0.3}),
 }
 RANKS, SIDE, PATCH = 2, 48, 6
 PICTURES = 512

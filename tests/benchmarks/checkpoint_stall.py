@@ -36,7 +36,7 @@ from launch.process import joined_world, quiet
 from t2i.build import choose_dtype
 from t2i.config.loading import load_config
 from t2i.distributed import World
-from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, moments_of, newest, values_of
+from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, moments_of, newest, params_of
 from t2i.engine.ema import Ema
 from t2i.train.build import build_engine, build_network
 
@@ -67,13 +67,13 @@ class Training:
     def step(self) -> None:
         t = torch.rand(len(self.image))
         predicted, _ = self.engine.network(self.image, t, self.text)
-        self.engine.micro_step((predicted.float() - self.image.float()).square().mean())
+        self.engine.backward((predicted.float() - self.image.float()).square().mean())
         applied(self.engine.step(lambda muon: 1e-4, lambda norm: None))
         self.ema.update()
 
     def tensors(self) -> dict[str, Any]:
         shards = self.engine.shards
-        return {"value": values_of(shards), "ema": self.ema.values, **moments_of(shards)}
+        return {"param": params_of(shards), "ema": self.ema.values, **moments_of(shards)}
 
 
 def slowest(world: World, seconds: float) -> float:
@@ -190,7 +190,7 @@ def measure(world: World, folder: Path, scale: int) -> dict[str, Any]:
         out[kind] = numbers | {"stall_in_steps": round(numbers["stall_s"] / step_s, 3)}
     training.engine.close()
     world.barrier()
-    if world.is_main:
+    if world.is_rank0:
         shutil.rmtree(folder)
     return out
 
@@ -199,7 +199,7 @@ def worker(folder: Path) -> None:
     with joined_world() as world:
         quiet(world.rank)
         results = {name: measure(world, folder / name, scale) for name, scale in (("demo", 1), ("twice as wide", 2))}
-        if world.is_main:
+        if world.is_rank0:
             print(json.dumps({"world_size": world.size, "device": world.device.type, **results}, indent=1))
 
 

@@ -40,7 +40,7 @@ ENGINES = {
     "zero3": EngineConfig(zero_stage=3),
     "fsdp": EngineConfig(name="fsdp"),
     "fsdp, not resharded": EngineConfig(name="fsdp", reshard_after_forward=False),
-    "fsdp, checkpointed": EngineConfig(name="fsdp", checkpoint_blocks=True),
+    "fsdp, checkpointed": EngineConfig(name="fsdp", activation_checkpointing=True),
 }
 
 
@@ -116,7 +116,7 @@ def engine(config: EngineConfig, dtype: torch.dtype, size: int, world) -> dict[s
 
     def step() -> None:
         image, _ = built.network(*inputs)
-        built.micro_step((image - inputs[0]).square().mean())
+        built.backward((image - inputs[0]).square().mean())
         applied(built.step(lambda _: 1e-4, lambda _: None))
 
     found = measure(step, ema.update)
@@ -144,7 +144,7 @@ def worker(dtype: torch.dtype) -> None:
         for name, config in ENGINES.items():
             result[name] = engine(config, dtype, size, world)
             gc.collect()
-        if world.is_main:
+        if world.is_rank0:
             print(json.dumps(result))
 
 

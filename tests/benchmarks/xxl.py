@@ -74,7 +74,7 @@ def measure(config: RunConfig, stage: str, world: World) -> dict[str, Any]:
             watch_step(clock, built.objective, built.engine, built.ema)
             engine, ema = built.engine, built.ema
             train = TrainingStep(config, stage, world, built.text, built.null_caption, built.objective, engine)
-        trained = train(batch_of_scenes(config), 0, Guard(config.guard).veto)
+        trained = train(batch_of_scenes(config), 0, Guard(config.spike_guard).veto)
         with clock.during("comparing"):
             changes = moved(engine, ema)
         applied(trained.result)
@@ -99,7 +99,7 @@ def main() -> None:
     small = parser.parse_args().small
     os.chdir(ROOT)
     quiet(rank=0)
-    size = XXL.with_({"text": {"release": True}})
+    size = XXL.with_({"text": {"reload_every_step": True}})
     size = setting.small(size) if small else size
     config, stage = first_stage(size)
     with joined_world() as world:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from launch import train as job
-from launch.preemption import departure
+from launch.preemption import preemption
 from launch.process import main
 from t2i.train import checkpointing
 from t2i.train.checkpointing import Saver
@@ -36,7 +36,7 @@ class Brightness:
     def judge(self, index: int, image: Tensor) -> dict[str, Any]:
         self.judged += 1
         if FAULT == "leaving" and self.judged == 9:
-            departure.request("the test asks to")
+            preemption.request("the test asks to")
         return {"task": self.tasks[index], "mean": image.float().mean().item()}
 
     def summary(self, results: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -50,7 +50,7 @@ def step_noted(self: TrainingStep, batch: Any, step: int, veto: Any) -> Any:
     if SPOILS and now == at("HANGS"):
         time.sleep(3600)
     if SPOILS and now == at("LATE"):
-        clock = import_module("launch.preemption")  # the package has its `departure` under this name
+        clock = import_module("launch.preemption")  # the package has its `preemption` under this name
         clock.time = SimpleNamespace(monotonic=lambda: time.monotonic() + 86_400)
     return make_step(self, batch, step, veto)
 

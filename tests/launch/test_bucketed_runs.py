@@ -40,7 +40,7 @@ def config_of(pictures: Path, root: Path) -> Path:
         checkpoint={"every": 5},
         stages=[{"name": "low"}],
     )
-    tree["data"] |= {"buckets": [[12, 24], [16, 16], [24, 12]], "group_size": 2, "max_set_aside": 0.5}
+    tree["data"] |= {"buckets": [[12, 24], [16, 16], [24, 12]], "group_size": 2, "max_bad_fraction": 0.5}
     tree["data"]["sources"] = [{"name": "flat", "url": str(pictures)}]
     return write_config(root / "config.yaml", tree)
 

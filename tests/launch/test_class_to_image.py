@@ -65,7 +65,7 @@ def test_one_process_with_other_micro_batches_drops_and_learns_the_same(
 ) -> None:
     changes = {"train": {"steps": 8, "batch_size": 8, "micro_batch_size": 4}, "validation": {"every": 0}}
     tree = tiny_classes(images, tmp_path, **changes)
-    tree["engine"] = {"dtype": "fp32", "checkpoint_blocks": True}
+    tree["engine"] = {"dtype": "fp32", "activation_checkpointing": True}
     run("forked", "class_to_image.py", "--config", str(write_config(tmp_path / "config.yaml", tree)), ranks=1)
     mine, theirs = losses(tmp_path / "tiny"), losses(trained)
     for step in range(1, 9):

@@ -68,7 +68,7 @@ def test_a_run_writes_what_it_promises(unbroken: Path) -> None:
 def test_the_second_stage_goes_on_from_the_first(unbroken: Path) -> None:
     (last,) = (unbroken / "high" / "checkpoints").glob("step_00000010")
     # Moments go on: the updates of both stages count.
-    assert json.loads((last / "manifest.json").read_text())["state"]["updates"] == 8 + 10
+    assert json.loads((last / "manifest.json").read_text())["state"]["optimizer_steps"] == 8 + 10
     lines = {(line["kind"], line["stage"], line["step"]): line for line in metrics(unbroken)}
     # The average goes on: a fresh network's picture is empty, and its loss that of the first stage at step 0.
     assert lines["validation", "high", 0]["loss"] < 0.9 * lines["validation", "low", 0]["loss"]
@@ -178,19 +178,19 @@ def test_another_text_length_is_refused(unbroken: Path, tmp_path: Path) -> None:
     ("launcher", "ranks", "engine"),
     [
         ("forked", 1, {}),
-        ("torchrun", 2, {"name": "fsdp", "state_folder": "files"}),
+        ("torchrun", 2, {"name": "fsdp", "offload_dir": "files"}),
         ("forked", 2, {"zero_stage": 3}),
-        ("forked", 4, {"name": "fsdp", "replicas": 2, "checkpoint_blocks": True}),
+        ("forked", 4, {"name": "fsdp", "dp_replicate": 2, "activation_checkpointing": True}),
     ],
 )
 def test_other_engines_and_numbers_of_processes_compute_the_same(
     unbroken: Path, scenes: Path, tmp_path: Path, launcher: str, ranks: int, engine: dict[str, Any]
 ) -> None:
-    if "state_folder" in engine:
-        engine = {**engine, "state_folder": str(tmp_path / engine["state_folder"])}
+    if "offload_dir" in engine:
+        engine = {**engine, "offload_dir": str(tmp_path / engine["offload_dir"])}
     config = write_config(tmp_path / "config.yaml", tiny_config(scenes, tmp_path, engine={"dtype": "fp32", **engine}))
     looks = ["--profiling.trace_step", "3", "--profiling.trace_steps", "2"]
-    memory = ["--text.release", "true"] if "state_folder" in engine else []
+    memory = ["--text.reload_every_step", "true"] if "offload_dir" in engine else []
     run(launcher, "stage1.py", "--config", str(config), *looks, *memory, ranks=ranks)
     traces = sorted(path.name for path in (tmp_path / "tiny" / "low" / "profile").iterdir())
     assert traces == [f"trace_00000003-00000004_rank_{rank:05d}.json.gz" for rank in range(ranks)]

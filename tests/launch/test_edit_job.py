@@ -110,7 +110,7 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def edited(pipeline: Pipeline, image: NDArray[np.uint8], source: str, target: str, **changes: Any) -> NDArray[np.uint8]:
-    given = {"steps": 4, "n_max": 3, "timeshift": pipeline.config.sampling.timeshift, **changes}
+    given = {"steps": 4, "n_max": 3, "shift": pipeline.config.sampling.shift, **changes}
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     return edit_image(pipeline, tensor, source, target, EditSettings(**given)).permute(1, 2, 0).numpy()
 
@@ -124,8 +124,8 @@ def test_one_edit_is_of_the_images_middle(job: Callable[..., Path], edits: Path,
     assert result.shape == (16, 24, 3)
     np.testing.assert_array_equal(result, edited(pipeline, MIDDLE, "noise", "a dog"))
     changed = ["--n-min", "1", "--n-avg", "2", "--source-guidance", "2", "--target-guidance", "5"]
-    changed += ["--timeshift", "1.5", "--seed", "3"]
-    settings = {"n_min": 1, "n_avg": 2, "source_guidance": 2, "target_guidance": 5, "timeshift": 1.5, "seed": 3}
+    changed += ["--shift", "1.5", "--seed", "3"]
+    settings = {"n_min": 1, "n_avg": 2, "source_guidance": 2, "target_guidance": 5, "shift": 1.5, "seed": 3}
     np.testing.assert_array_equal(
         pixels(job(*words, *changed, out="b.png")), edited(pipeline, MIDDLE, "noise", "a dog", **settings)
     )
@@ -183,10 +183,10 @@ def test_what_is_said_of_the_background(done: Path) -> None:
     assert (told["edits"], told["images"], told["measured"]) == (5, 3, 4)
     mean = np.mean([line["background"]["mse"] for line in found[:4]])
     assert told["background"]["mse"]["mean"] == pytest.approx(mean)
-    assert told["settings"]["n_max"] == 3 and told["settings"]["timeshift"] == 3.0
-    assert told["made_of"]["which"] == "ema" and len(told["made_of"]["weights"]) == 32
-    assert told["made_of"]["speed"]["images"] == 5
-    assert told["made_of"]["cut_prompts"] == 0
+    assert told["settings"]["n_max"] == 3 and told["settings"]["shift"] == 3.0
+    assert told["fingerprint"]["which"] == "ema" and len(told["fingerprint"]["weights"]) == 32
+    assert told["fingerprint"]["speed"]["images"] == 5
+    assert told["fingerprint"]["cut_prompts"] == 0
 
 
 _NAMES = ["00000_0", "00000_1", "00001_0", "00001_1", "00002_0"]

@@ -23,7 +23,7 @@ def config_of(scenes: Path, root: Path, **changes: Any) -> Path:
     settings = {
         "validation": {"every": 0},
         "train": {"steps": 14, "batch_size": 8, "micro_batch_size": 4},
-        "guard": GUARD,
+        "spike_guard": GUARD,
         "stages": [{"name": "low"}],
     }
     tree = tiny_config(scenes, root, **{**settings, **changes})
@@ -132,7 +132,7 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks_and_it_goes_on(
     scenes: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("HANGS_AT", "5")
-    options = ["--config", str(config_of(scenes, tmp_path)), "--limits.step_minutes", "0.15"]
+    options = ["--config", str(config_of(scenes, tmp_path)), "--timeouts.step_minutes", "0.15"]
     output = run("deepspeed", SPOILED, *options, code=75)
     assert "stood still for" in output
     outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())

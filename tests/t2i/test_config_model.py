@@ -88,8 +88,8 @@ def test_xl_balances_gradients_after_80_epochs() -> None:
     ("row", "differs"),
     [
         ("jit_repa", {"objective.lpips_weight": 0.0, "objective.pdino_weight": 0.0}),
-        ("lpips", {"objective.pdino_weight": 0.0, "objective.gate": 0.0}),
-        ("pdino", {"objective.gate": 0.0}),
+        ("lpips", {"objective.pdino_weight": 0.0, "objective.perceptual_t_min": 0.0}),
+        ("pdino", {"objective.perceptual_t_min": 0.0}),
     ],
 )
 def test_the_rows_of_table_5_differ_in_their_terms_alone(row: str, differs: dict[str, float]) -> None:
@@ -107,6 +107,6 @@ def test_the_last_row_of_table_5_is_pixelgen_l() -> None:
     assert len(config.stages) == 1 and config.train.steps == 200_000
     objective = config.objective
     assert (objective.lpips_weight, objective.pdino_weight, objective.repa_weight) == (0.1, 0.01, 0.5)
-    assert (objective.gate, objective.balance_from_step) == (0.3, None)
+    assert (objective.perceptual_t_min, objective.balance_from_step) == (0.3, None)
     sampling = config.sampling
-    assert (sampling.solver, sampling.steps, sampling.guidance_scale, sampling.timeshift) == ("euler", 50, 1.0, 1.0)
+    assert (sampling.solver, sampling.steps, sampling.guidance_scale, sampling.shift) == ("euler", 50, 1.0, 1.0)

@@ -22,7 +22,7 @@ from t2i.pipeline import EditSettings, Pipeline, edit_image, patch_window
 
 CPU = torch.device("cpu")
 IMAGE = torch.randint(0, 256, (3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-SETTINGS = EditSettings(steps=6, n_max=4, timeshift=2.0, source_guidance=1.5, target_guidance=2.0, seed=5)
+SETTINGS = EditSettings(steps=6, n_max=4, shift=2.0, source_guidance=1.5, target_guidance=2.0, seed=5)
 RED, BLUE = "a red circle", "a blue circle"
 SMALL = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "repa_layer": 1}
 MODELS: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def test_what_an_edit_costs(pipeline: Pipeline, changes: dict[str, Any], expecte
 @pytest.mark.parametrize(
     "change",
     [{"steps": 7}, {"n_max": 5}, {"n_min": 1}, {"n_avg": 2}, {"source_guidance": 2.5}, {"target_guidance": 3.0}]
-    + [{"timeshift": 3.0}, {"seed": 6}],
+    + [{"shift": 3.0}, {"seed": 6}],
 )
 def test_every_setting_counts(pipeline: Pipeline, change: dict[str, Any]) -> None:
     assert not torch.equal(edited(pipeline, RED, BLUE, **change), edited(pipeline, RED, BLUE))
@@ -169,7 +169,7 @@ def test_an_image_smaller_than_a_patch(height: int, width: int) -> None:
         ({"n_min": 5}, r"n_min 5 must be at most n_max \(4\)"),
         ({"n_avg": 0}, "n_avg: input should be greater than 0"),
         ({"target_guidance": -1}, "target_guidance: input should be greater than or equal to 0"),
-        ({"timeshift": 0}, "timeshift: input should be greater than 0"),
+        ({"shift": 0}, "shift: input should be greater than 0"),
     ],
 )
 def test_settings_that_cannot_be(change: dict[str, Any], said: str) -> None:

@@ -92,7 +92,7 @@ def test_a_picture_is_refused_by_its_step(model: Path, solver: str, first: int, 
     pipeline = Pipeline.load(model, "ema", CPU)
     spoiled(pipeline, 1, first, value)
     order = {"order": 2, "coefficients": "variable"} if solver == "adams" else {}
-    sampling = SamplingConfig(solver=solver, steps=4, batch_size=3, guidance_scale=1.0, timeshift=1.0, **order)
+    sampling = SamplingConfig(solver=solver, steps=4, batch_size=3, guidance_scale=1.0, shift=1.0, **order)
     pictures = [Picture("a red circle"), Picture("a blue star", 7), Picture("a dog")]
     with pytest.raises(NotFiniteError, match=rf"prompt 'a blue star', picture 7: is not finite from {place}"):
         pipeline.draw(pictures, sampling)

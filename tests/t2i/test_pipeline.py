@@ -26,7 +26,7 @@ from t2i.pipeline import Picture, Pipeline, pictures_of, starting_noise, states_
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue square", "green apple", "", "two yellow stars", "a red circle"]
-SAMPLING = SamplingConfig(steps=3, batch_size=4, guidance_scale=3.0, timeshift=2.0, seed=5)
+SAMPLING = SamplingConfig(steps=3, batch_size=4, guidance_scale=3.0, shift=2.0, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_the_null_caption_is_the_one_stored_with_the_weights(copy: Path) -> None
 
 @pytest.mark.parametrize(
     "change", [{"solver": name} for name in ("euler", "heun", "dpmpp")] + [{"order": 1}, {"order": 3}]
-    + [{"cfg_interval": (0.3, 1.0)}, {"guidance_rescale": 0.7}, {"steps": 4}, {"timeshift": 3.0}]
+    + [{"cfg_interval": (0.3, 1.0)}, {"guidance_rescale": 0.7}, {"steps": 4}, {"shift": 3.0}]
     + [{"coefficients": "fixed"}],
 )  # fmt: skip
 def test_every_setting_of_the_sampler_counts(pipeline: Pipeline, change: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ def test_a_negative_prompt_takes_the_null_captions_place(
 ) -> None:
     """One guided step from t = 1/4 on, after an unguided one, written out."""
     pipeline: Pipeline = request.getfixturevalue(of)
-    sampling = SamplingConfig(solver="euler", steps=2, timeshift=3.0, guidance_scale=3.0, batch_size=2, seed=5)
+    sampling = SamplingConfig(solver="euler", steps=2, shift=3.0, guidance_scale=3.0, batch_size=2, seed=5)
     picture = Picture(prompt, 1, negative=negative)
     states, away = (stack_conditions(pipeline.conditioner([text])) for text in (prompt, negative))
     x = starting_noise(picture, 5, (16, 16), CPU)[None]
@@ -238,7 +238,7 @@ def test_pictures_have_the_size_that_the_model_was_trained_at(copy: Path) -> Non
 def test_without_the_clamp_the_last_step_ends_at_the_image_predicted_there(pipeline: Pipeline) -> None:
     seen: list[Tensor] = []
     hook = pipeline.denoiser.register_forward_hook(lambda module, given, made: seen.append(made.output))
-    sampling = SamplingConfig(solver="euler", steps=30, timeshift=1.0, guidance_scale=1.0, batch_size=1)
+    sampling = SamplingConfig(solver="euler", steps=30, shift=1.0, guidance_scale=1.0, batch_size=1)
     ends = [
         (pipeline.draw([Picture("a dog")], sampling.model_copy(update={"clamp": clamp}))[0].int(), to_pixels(seen[-1]))
         for clamp in (False, True)
@@ -249,7 +249,7 @@ def test_without_the_clamp_the_last_step_ends_at_the_image_predicted_there(pipel
     assert (short - aimed_at[0].int()).abs().max() > 1
 
 
-@pytest.mark.parametrize("change", [{"release": True}, {"cache": 2}])
+@pytest.mark.parametrize("change", [{"reload_every_step": True}, {"cache": 2}])
 def test_how_the_text_encoder_keeps_memory_free_changes_no_picture(copy: Path, change: dict[str, Any]) -> None:
     pictures = [Picture(prompt, negative=PROMPTS[0]) for prompt in PROMPTS[1:]]
     expected = Pipeline.load(copy, "ema", CPU).draw(pictures, SAMPLING)
@@ -296,7 +296,7 @@ LONG = "two blue squares left of three yellow stars " * 5
 @pytest.mark.parametrize(("prompt", "negative"), [("a dog", ""), (LONG, ""), ("a dog", LONG), (LONG, "a dog")])
 def test_guidance_between_captions_of_different_lengths(masking: Pipeline, prompt: str, negative: str) -> None:
     """One guided step from t = 1/4 on, after an unguided one, written out; each caption is given at its own length."""
-    sampling = SamplingConfig(solver="euler", steps=2, timeshift=3.0, guidance_scale=3.0, batch_size=3, seed=5)
+    sampling = SamplingConfig(solver="euler", steps=2, shift=3.0, guidance_scale=3.0, batch_size=3, seed=5)
     picture = Picture(prompt, 1, negative=negative)
     states, away = (masking.conditioner([text])[0][None] for text in (prompt, negative))
     assert (states.shape[1], away.shape[1]) == tuple(40 if text == LONG else 32 for text in (prompt, negative))
@@ -351,7 +351,7 @@ def calls_of(pipeline: Pipeline, sampling: SamplingConfig, pictures: list[Pictur
 def test_the_unguided_half_is_computed_where_guidance_applies_alone(
     pipeline: Pipeline, change: dict[str, Any], expected: list[tuple[float, int]]
 ) -> None:
-    sampling = SamplingConfig(steps=4, timeshift=1.0, guidance_scale=3.0, batch_size=2).model_copy(update=change)
+    sampling = SamplingConfig(steps=4, shift=1.0, guidance_scale=3.0, batch_size=2).model_copy(update=change)
     assert calls_of(pipeline, sampling, [Picture("a dog", negative="a cat")]) == expected
 
 

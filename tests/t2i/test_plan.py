@@ -15,7 +15,7 @@ from t2i.config.loading import load_config, override, stage_config, validate_con
 from t2i.config.run import ObjectiveConfig, RunConfig
 from t2i.plan.choice import USABLE, Assumptions
 from t2i.plan.command import plan, tables
-from t2i.plan.counts import Trained, open_share, text_encoder
+from t2i.plan.counts import Trained, text_encoder, ungated_fraction
 from t2i.plan.memory import (
     BUCKET,
     ENGINES,
@@ -42,7 +42,7 @@ def xxl() -> RunConfig:
 
 
 def given(gpus: int = 8, gpu: str = "h800", reference: bool = False) -> Assumptions:
-    return Assumptions.of(gpus, gpu, 0.22, 100_000, reference)
+    return Assumptions.from_config(gpus, gpu, 0.22, 100_000, reference)
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +117,15 @@ def test_the_blocks_are_the_denoisers_forward_but_for_its_ends(ours) -> None:
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.1, 0.3, 0.8, 1.0])
-@pytest.mark.parametrize("timeshift", [1.0, 2.5])
-def test_share_over_the_gate_is_that_of_the_training_times(gate: float, timeshift: float) -> None:
-    objective = ObjectiveConfig(gate=gate, timeshift=timeshift)
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_share_over_the_gate_is_that_of_the_training_times(gate: float, shift: float) -> None:
+    objective = ObjectiveConfig(perceptual_t_min=gate, shift=shift)
     times = training_times(objective, (np.arange(200_000) + 0.5) / 200_000)
-    assert open_share(objective) == pytest.approx((times >= gate).mean(), abs=1e-5)
+    assert ungated_fraction(objective) == pytest.approx((times >= gate).mean(), abs=1e-5)
 
 
 def test_share_over_the_gate_of_the_public_recipe() -> None:
-    assert 1 - open_share(ObjectiveConfig()) == pytest.approx(0.476, abs=5e-4)
+    assert 1 - ungated_fraction(ObjectiveConfig()) == pytest.approx(0.476, abs=5e-4)
 
 
 def test_without_its_gate_pdino_compares_all_samples(ours) -> None:

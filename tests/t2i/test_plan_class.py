@@ -15,7 +15,9 @@ from t2i.train.preflight import estimate
 
 
 def test_the_papers_xl() -> None:
-    found = plan(load_config(Path("configs/pixelgen_xl.yaml")), Assumptions.of(8, "h800", 0.22, 100_000, False))
+    found = plan(
+        load_config(Path("configs/pixelgen_xl.yaml")), Assumptions.from_config(8, "h800", 0.22, 100_000, False)
+    )
     (stage,) = found["stages"]
     assert stage["parameters"]["denoiser"] == 676_699_200
     assert "text encoder" not in stage["flops_per_image"] and "text encoder" not in stage["static_bytes"]["zero1"]

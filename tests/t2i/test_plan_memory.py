@@ -20,12 +20,12 @@ def small(**engine: Any) -> RunConfig:
 
 
 def test_the_plan_counts_no_memory_for_what_is_in_files() -> None:
-    plain, mapped = (StageMemory.of(it, 2, 4) for it in (small(), small(state_folder="/scratch")))
+    plain, mapped = (StageMemory.of(it, 2, 4) for it in (small(), small(offload_dir="/scratch")))
     files = mapped.mapped("zero1")
     assert set(files) == {"moments", "average"} and plain.mapped("zero1") == {}
     assert total(files) == 12 * plain.network.total // 2
     assert total(plain.static("zero1")) - total(mapped.static("zero1")) == total(files)
-    given = Assumptions.of(gpus=2, gpu="h100", mfu=0.3, sample_bytes=1e5, reference=False)
+    given = Assumptions.from_config(gpus=2, gpu="h100", mfu=0.3, sample_bytes=1e5, reference=False)
     said = [" ".join(plan(it, given)["stages"][0]["advice"]) for it in (plain.config, mapped.config)]
     assert ["files in /scratch" in advice for advice in said] == [False, True]
 
@@ -33,6 +33,6 @@ def test_the_plan_counts_no_memory_for_what_is_in_files() -> None:
 def test_what_is_offloaded_and_in_files_is_taken_from_the_device_once() -> None:
     offloaded = {"zero_stage": 3, "offload": True}
     without, with_files = (
-        estimate(small(**engine), 2, torch.float32) for engine in (offloaded, {**offloaded, "state_folder": "/scratch"})
+        estimate(small(**engine), 2, torch.float32) for engine in (offloaded, {**offloaded, "offload_dir": "/scratch"})
     )
     assert without == with_files

@@ -17,7 +17,7 @@ from t2i.plan.memory import StageMemory
 from t2i.train.preflight import estimate, remedy
 
 MIB = 2**20
-GIVEN = Assumptions.of(8, "h100", 0.22, 100_000, False)
+GIVEN = Assumptions.from_config(8, "h100", 0.22, 100_000, False)
 XL: dict[str, Any] = {"family": "pixeldit", "condition": "class", "prediction": "velocity", "repa_layer": 8}
 XL |= {"patch_size": 16, "width": 1152, "depth": 26, "heads": 16, "pixel": {"depth": 4}}
 TEXT: dict[str, Any] = {"family": "pixeldit", "prediction": "velocity", "repa_layer": 6, "repa_width": 2048}
@@ -45,7 +45,7 @@ def only(found: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def megapixel() -> dict[str, Any]:
-    return plan(config(TEXT, 1024, objective={"repa_side": 16}), GIVEN)
+    return plan(config(TEXT, 1024, objective={"repa_grid": 16}), GIVEN)
 
 
 def test_the_papers_xl() -> None:
@@ -132,22 +132,26 @@ def test_alignment_on_a_grid_of_its_own_costs_the_same_at_any_size(megapixel: di
         return {name: flops for name, flops in found["flops_per_image"].items() if "dino" in name}
 
     of_256 = dino(256)["dino, clean"]
-    assert dino(512, repa_side=16)["dino, clean"] == of_256 == dino(256, repa_side=16)["dino, clean"]
+    assert dino(512, repa_grid=16)["dino, clean"] == of_256 == dino(256, repa_grid=16)["dino, clean"]
     assert only(megapixel)["flops_per_image"]["dino, clean"] == of_256 < dino(512)["dino, clean"] / 4
     # P-DINO compares on the model's grid, and the clean features there serve alignment no more.
-    own, shared = dino(512, repa_side=16, pdino_weight=0.01), dino(512, pdino_weight=0.01)
+    own, shared = dino(512, repa_grid=16, pdino_weight=0.01), dino(512, pdino_weight=0.01)
     assert own["dino, predicted"] == shared["dino, predicted"] > 0
     assert own["dino, clean"] == pytest.approx(own["dino, predicted"] / 2 + of_256)
 
 
 def test_a_stage_is_told_of_pixel_blocks() -> None:
-    def of(checkpoint_blocks: bool | str) -> RunConfig:
+    def of(activation_checkpointing: bool | str) -> RunConfig:
         model = {**SHALLOW, "depth": 3, "pixel": {"depth": 3}}
         train = {"batch_size": 768, "micro_batch_size": 32}
-        return stage_config(config(model, train=train, engine={"checkpoint_blocks": checkpoint_blocks}), 0)
+        return stage_config(
+            config(model, train=train, engine={"activation_checkpointing": activation_checkpointing}), 0
+        )
 
     plain, pixel, whole = (estimate(of(it), 8, torch.bfloat16) for it in (False, "pixel", True))
     assert whole.expected < pixel.expected < plain.expected and whole.least < pixel.least < plain.least
     said = [remedy(of(it)) for it in (False, "pixel", True)]
-    assert "engine.checkpoint_blocks to pixel" in said[0] and "engine.checkpoint_blocks to true" in said[1]
-    assert "checkpoint_blocks" not in said[2]
+    assert (
+        "engine.activation_checkpointing to pixel" in said[0] and "engine.activation_checkpointing to true" in said[1]
+    )
+    assert "activation_checkpointing" not in said[2]

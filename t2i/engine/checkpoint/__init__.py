@@ -19,10 +19,10 @@ from t2i.engine.checkpoint.format import (
     checkpoints,
     moments_of,
     newest,
+    params_of,
     step_of,
-    values_of,
 )
-from t2i.engine.checkpoint.mirror import Mirror, newest_anywhere, open_mirror
+from t2i.engine.checkpoint.mirror import Mirror, latest_checkpoint, open_mirror
 from t2i.engine.checkpoint.writer import CheckpointWriter, Saving
 
 __all__ = [
@@ -32,10 +32,10 @@ __all__ = [
     "Mirror",
     "Saving",
     "checkpoints",
+    "latest_checkpoint",
     "moments_of",
     "newest",
-    "newest_anywhere",
     "open_mirror",
+    "params_of",
     "step_of",
-    "values_of",
 ]

@@ -264,7 +264,7 @@ def newest(folder: Path, before: int | None = None) -> tuple[Path | None, list[s
     return None, faults
 
 
-def values_of(shards: Shards) -> dict[str, Tensor]:
+def params_of(shards: Shards) -> dict[str, Tensor]:
     """The master weights by name, as `Checkpoint.read` fills them."""
     return {name: shard.value for name, shard in shards.items()}
 

@@ -186,7 +186,7 @@ class Mirror:
 # The way back
 
 
-def newest_anywhere(
+def latest_checkpoint(
     folder: Path, store: WritableStore | None, before: int | None = None
 ) -> tuple[Path | None, list[str]]:
     """The newest good checkpoint of a stage, fetched from its mirror if that has a newer one than `folder`.

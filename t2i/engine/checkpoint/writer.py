@@ -107,7 +107,7 @@ class CheckpointWriter:
         keep_every: regular checkpoints at multiples of so many steps are kept for ever; 0: none.
         mirror: where regular checkpoints are copied to; rank 0's counts.
         gather: every rank's item, in rank order, on every rank.
-        state_folder: where the copy of the state lies, if not in memory.
+        offload_dir: where the copy of the state lies, if not in memory.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class CheckpointWriter:
         keep_every: int = 0,
         mirror: Mirror | None = None,
         gather: Callable[[Any], list[Any]] = gather_all,
-        state_folder: StateFolder | None = None,
+        offload_dir: StateFolder | None = None,
     ) -> None:
         self.folder = folder
         self.rank = rank
@@ -132,7 +132,7 @@ class CheckpointWriter:
         self._retention = Retention(keep, keep_every)
         self._mirror = mirror if rank == 0 else None
         self._gather = gather
-        self._snapshot = Snapshot(state_folder)
+        self._snapshot = Snapshot(offload_dir)
         self._begun = 0
         self._committed: int | None = None
         self._thread: threading.Thread | None = None

@@ -46,8 +46,8 @@ XXL = Size(
             "name": "fsdp",
             "dtype": "bf16",
             "compile": False,
-            "checkpoint_blocks": True,
-            "state_folder": str(CACHE / "state"),
+            "activation_checkpointing": True,
+            "offload_dir": str(CACHE / "state"),
         },
         "validation": {"every": 0},
     }

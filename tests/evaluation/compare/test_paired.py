@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_runs import results
 
-from evaluation.stats import CannotSay, over_seeds, paired_bootstrap
+from evaluation.stats import Incomparable, over_seeds, paired_bootstrap
 
 
 def right(rate: np.ndarray, rng: np.random.Generator) -> list[list[bool]]:
@@ -83,15 +83,15 @@ def test_images_of_one_prompt_belong_together() -> None:
 
 def test_what_cannot_be_said() -> None:
     ten = results("colors", [[True]] * 10)
-    with pytest.raises(CannotSay, match="2 of 11 prompts are in one of them alone"):
+    with pytest.raises(Incomparable, match="2 of 11 prompts are in one of them alone"):
         paired_bootstrap(ten, [*ten[1:], {**ten[0], "prompt": "another"}])
-    with pytest.raises(CannotSay, match="20 of 20 prompts"):
+    with pytest.raises(Incomparable, match="20 of 20 prompts"):
         paired_bootstrap(ten, [{**line, "tag": "counting"} for line in ten])
-    with pytest.raises(CannotSay, match="counting has 9 different prompts"):
+    with pytest.raises(Incomparable, match="counting has 9 different prompts"):
         paired_bootstrap(*[ten + results("counting", [[True]] * 9)] * 2)
-    with pytest.raises(CannotSay, match="no 'correct'"):
+    with pytest.raises(Incomparable, match="no 'correct'"):
         paired_bootstrap(ten, [{"tag": "colors", "prompt": "x"}])
-    with pytest.raises(CannotSay, match="no results"):
+    with pytest.raises(Incomparable, match="no results"):
         paired_bootstrap([], [])
 
 
@@ -110,7 +110,7 @@ def test_welch_by_tables(first: list[float], second: list[float], t: float, devi
 
 
 def test_seeds_that_say_nothing() -> None:
-    with pytest.raises(CannotSay, match="single run"):
+    with pytest.raises(Incomparable, match="single run"):
         over_seeds([0.5], [0.6, 0.7])
-    with pytest.raises(CannotSay, match="no spread"):
+    with pytest.raises(Incomparable, match="no spread"):
         over_seeds([0.5, 0.5], [0.6, 0.6])

@@ -200,8 +200,8 @@ class Ranks:
             self.ranks.barrier.wait()
             return items
 
-        def from_main(self, make: Any) -> Any:
-            return self.gather(make() if self.is_main else None)[0]
+        def broadcast_from_rank0(self, make: Any) -> Any:
+            return self.gather(make() if self.is_rank0 else None)[0]
 
     def run(self, job: Any) -> list[Any]:
         with ThreadPoolExecutor(len(self.worlds)) as pool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from t2i.diffusion.flow import flow_matching_loss, interpolate
 from t2i.diffusion.objective import BANDS, LossWeights, Objective, Terms, add_bands, band_names
 
-PAPER = LossWeights(lpips=0.1, pdino=0.01, repa=0.5, gate=0.3, min_noise=0.05)
+PAPER = LossWeights(lpips=0.1, pdino=0.01, repa=0.5, gate=0.3, t_eps=0.05)
 GRID, WIDTH = (2, 3), 5
 TIMES = np.array([0.05, 0.31, 0.1, 0.9, 0.299, 0.2, 0.3, 0.97])
 UNGATED = [1, 3, 6, 7]
@@ -258,7 +258,7 @@ def test_pdino_is_the_mean_over_its_layers_alignment_has_the_last(layers: tuple[
 
 @pytest.mark.parametrize("pdino", [0.0, 0.01])
 def test_alignment_on_a_grid_of_its_own_resizes_the_models_features(pdino: float) -> None:
-    loss, terms, _, gradient, net = whole(weights(repa_side=2, pdino=pdino, lpips=0.0))
+    loss, terms, _, gradient, net = whole(weights(repa_grid=2, pdino=pdino, lpips=0.0))
     helper, (_, projected, image) = StandIn(), batch()
     resized = F.interpolate(projected.transpose(1, 2).unflatten(-1, GRID), (2, 2), mode="bilinear")
     target = helper.tokens(image, (2, 2), [3])[0]

@@ -284,11 +284,11 @@ def test_solvers_guide_the_steps_asked_for(solver: str, expected: list[int]) -> 
     assert seen == expected
 
 
-def reached(solver: tuple[str, int], steps: int, shift: float, min_noise: float) -> tuple[Tensor, Tensor, Tensor]:
+def reached(solver: tuple[str, int], steps: int, shift: float, t_eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Where a denoiser that knows the image ends; the image; the noise."""
     torch.manual_seed(0)
     image, noise = torch.randn(2, 2, 3, 4, 6)
-    velocity = guided_velocity(lambda x, t, c: image, torch.zeros(2, 1), torch.zeros(2, 1), 1.0, "image", min_noise)
+    velocity = guided_velocity(lambda x, t, c: image, torch.zeros(2, 1), torch.zeros(2, 1), 1.0, "image", t_eps)
     times = time_grid(steps, shift, solver[0])
     return choose_solver(*solver)(velocity, noise, times, [False] * steps), image, noise
 

@@ -38,7 +38,7 @@ def measured(case: Case) -> float:
     watch = balance.begin(0)
     for part in parts:
         loss = loss_of(engine.network, STEP, part, len(parts) * dist.get_world_size(), watch=watch)
-        engine.micro_step(loss)
+        engine.backward(loss)
     result = engine.step(lambda _: LR, lambda _: None)
     balance.finish(result.vetoed is None)
     engine.close()
@@ -63,7 +63,7 @@ def main() -> None:
         expected = two_backwards()
         found = {str(case): measured(case) for case in CASES}
         weights = world.gather(found)
-    if world.is_main:
+    if world.is_rank0:
         print(json.dumps({"expected": expected, "found": weights}))
 
 

@@ -233,7 +233,7 @@ def build(case: Case) -> Engine:
     device = torch.device("cpu")
     common = {"device": device, "dtype": case.dtype, "accumulation": case.accumulation, "clip_grad_norm": case.clip}
     if case.engine == "fsdp":
-        return FsdpEngine(module, optimizer, reshard_after_forward=case.reshard, replicas=case.replicas, **common)
+        return FsdpEngine(module, optimizer, reshard_after_forward=case.reshard, dp_replicate=case.replicas, **common)
     deepspeed.PERSISTENT_NUMEL = case.persistent
     micro = BATCH // dist.get_world_size() // case.accumulation
     return deepspeed.DeepSpeedEngine(
@@ -257,7 +257,7 @@ def train_step(engine: Engine, case: Case, step: int) -> tuple[float, float, str
     micro_batches = case.accumulation * dist.get_world_size()
     for part in share(case):
         loss = loss_of(engine.network, step, part, micro_batches)
-        engine.micro_step(loss)
+        engine.backward(loss)
         total += loss.detach() / micro_batches
     result = engine.step(
         lambda muon: MUON_LR if muon else LR,

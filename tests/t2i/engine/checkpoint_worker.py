@@ -43,7 +43,7 @@ def main() -> None:
         "there": [int(path.name[5:]) for path in checkpoints(folder)],
         "events": len(writer.take_events()),
     }
-    if world.is_main:
+    if world.is_rank0:
         print(json.dumps(outcome))
     dist.destroy_process_group()
 

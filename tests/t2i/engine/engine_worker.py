@@ -32,7 +32,7 @@ from cases import (
 )
 
 from launch.process import joined_world, quiet
-from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, checkpoints, moments_of, values_of
+from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, checkpoints, moments_of, params_of
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine
 
@@ -45,7 +45,7 @@ def matrix(world_size: int) -> list[Case]:
     fp32, bf16 = torch.float32, torch.bfloat16
     if world_size == 4:
         plain = [Case(engine) for engine in ENGINES]
-        return [*plain, Case("fsdp", replicas=2), Case("fsdp", muon=True, replicas=2), Case("zero3", muon=True)]
+        return [*plain, Case("fsdp", dp_replicate=2), Case("fsdp", muon=True, dp_replicate=2), Case("zero3", muon=True)]
     cases = [Case(e, dtype, accumulation) for e in ENGINES for dtype in (fp32, bf16) for accumulation in (1, 2)]
     if world_size == 1:
         return cases
@@ -54,7 +54,7 @@ def matrix(world_size: int) -> list[Case]:
     cases += [Case(e, bf16, 2, checkpointed=True, persistent=0) for e in ("zero0", "zero3", "fsdp")]
     cases += [Case("zero3", fp32, 2, muon=True, persistent=0)]
     cases += [Case("zero3", offload=True), Case("zero3", bf16, 2, offload=True)]
-    cases += [Case("fsdp", reshard=False), Case("fsdp", bf16, 2, replicas=2)]
+    cases += [Case("fsdp", reshard=False), Case("fsdp", bf16, 2, dp_replicate=2)]
     return cases
 
 
@@ -73,20 +73,20 @@ def refusals(engine: Engine, case: Case) -> list[bool]:
     outcomes.append(refused(lambda: engine.step(lambda _: 0.0, lambda _: None)))
     for part in share(case):
         loss = loss_of(engine.network, 0, part, micro_batches)
-        engine.micro_step(loss)
-        outcomes.append(refused(lambda loss=loss: engine.micro_step(loss)))
+        engine.backward(loss)
+        outcomes.append(refused(lambda loss=loss: engine.backward(loss)))
     loss = loss_of(engine.network, 0, share(case)[0], micro_batches)
-    outcomes.append(refused(lambda: engine.micro_step(loss)))
+    outcomes.append(refused(lambda: engine.backward(loss)))
     return outcomes
 
 
 def compare(case: Case) -> dict:
     engine = build(case)
     ema = average(engine, case)
-    start = distance(whole(engine, values_of(engine.shards)), cached_reference(torch.float32, False, CLIP).start)
+    start = distance(whole(engine, params_of(engine.shards)), cached_reference(torch.float32, False, CLIP).start)
     losses, norms, vetoes = train(engine, ema, case, range(STEPS))
     expected: Trace = cached_reference(case.dtype, case.muon, case.clip)
-    values = whole(engine, values_of(engine.shards))
+    values = whole(engine, params_of(engine.shards))
     with torch.no_grad():
         found_loss = loss_of(engine.network, 0, torch.arange(8), 1).item()
         loss = plain_loss(values, case.dtype, 0).item()
@@ -99,7 +99,7 @@ def compare(case: Case) -> dict:
         "values": distance(values, expected.values),
         "ema": distance(whole(engine, ema.values), expected.average),
         "vetoes": vetoes,
-        "updates": engine.updates,
+        "optimizer_steps": engine.optimizer_steps,
         "weights_are_masters": abs(found_loss / loss - 1),
     }
     engine.close()
@@ -132,7 +132,7 @@ def mapped_differences(case: Case) -> dict:
         engine = build(kind)
         ema = average(engine, kind)
         losses, norms, _ = train(engine, ema, kind, range(STEPS))
-        traces.append(Trace(losses, norms, whole(engine, values_of(engine.shards)), whole(engine, ema.values), {}))
+        traces.append(Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {}))
         moments = [moment for shard in engine.shards.values() for moment in shard.state.values()]
         # Of slices of nothing there is no file.
         shared.append({it.is_shared() for it in (*moments, *ema.values.values()) if it.untyped_storage().nbytes()})
@@ -144,10 +144,10 @@ def restore(case: Case, folder: Path) -> tuple[Engine, Ema]:
     engine = build(case)
     ema = average(engine, case)
     checkpoint = Checkpoint(checkpoints(folder)[-1])
-    kinds = {"value": values_of(engine.shards), "ema": ema.values, **moments_of(engine.shards)}
+    kinds = {"param": params_of(engine.shards), "ema": ema.values, **moments_of(engine.shards)}
     checkpoint.read(engine.shards, kinds)
     engine.refresh()
-    engine.updates = checkpoint.state["updates"]
+    engine.optimizer_steps = checkpoint.state["optimizer_steps"]
     return engine, ema
 
 
@@ -155,7 +155,7 @@ def go_on(case: Case, folder: Path) -> Trace:
     """The second half of the steps, from a checkpoint."""
     engine, ema = restore(case, folder)
     losses, norms, _ = train(engine, ema, case, range(HALF, STEPS))
-    trace = Trace(losses, norms, whole(engine, values_of(engine.shards)), whole(engine, ema.values), {})
+    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {})
     engine.close()
     return trace
 
@@ -166,11 +166,11 @@ def save_and_go_on(case: Case, folder: Path, world) -> Trace:
     ema = average(engine, case)
     train(engine, ema, case, range(HALF))
     writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt="a", keep=1)
-    writer.save(HALF, engine.shards, ema.values, {"updates": engine.updates})
+    writer.save(HALF, engine.shards, ema.values, {"optimizer_steps": engine.optimizer_steps})
     losses, norms, _ = train(engine, ema, case, range(HALF, STEPS))
     writer.wait()
     world.barrier()
-    trace = Trace(losses, norms, whole(engine, values_of(engine.shards)), whole(engine, ema.values), {})
+    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {})
     engine.close()
     return trace
 
@@ -190,7 +190,7 @@ def resume(folder: Path, other: Path | None, world) -> list[dict]:
     cases = [Case(engine, muon=True) for engine in ENGINES]
     if world.size == 2:
         cases += [Case(engine, torch.bfloat16, 2) for engine in ENGINES]
-        cases += [Case("fsdp", muon=True, replicas=2), Case("zero3", torch.bfloat16, 2, offload=True)]
+        cases += [Case("fsdp", muon=True, dp_replicate=2), Case("zero3", torch.bfloat16, 2, offload=True)]
         cases += [Case("zero1", torch.bfloat16, 2, mapped=True), Case("fsdp", muon=True, mapped=True)]
     for case in cases:
         unbroken = save_and_go_on(case, folder / str(case), world)
@@ -224,7 +224,7 @@ def main() -> None:
         plain = [cached_reference(torch.float32, False, clip).values for clip in (CLIP, 0)]
         outcome["clipping_shows"] = distance(plain[0], plain[1])
         assert all(math.isfinite(case["values"]) for case in outcome["cases"])
-        if world.is_main:
+        if world.is_rank0:
             print(json.dumps(outcome))
 
 

@@ -22,8 +22,8 @@ from t2i.engine.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     Mirror,
+    latest_checkpoint,
     newest,
-    newest_anywhere,
     open_mirror,
 )
 
@@ -63,7 +63,7 @@ def test_a_machine_that_has_nothing_goes_on_from_the_mirror(store: Store, tmp_pa
     writer = train(tmp_path / "here", Mirror(store, keep=1, keep_every=20), [10, 20, 30, 40, 50, 55])
     assert writer.take_events() == []
     assert names(store) == files(20, 40, 50)  # not the ephemeral one of step 55
-    path, notes = newest_anywhere(tmp_path / "there", store)
+    path, notes = latest_checkpoint(tmp_path / "there", store)
     assert path == tmp_path / "there" / "step_00000050"
     assert notes == [f"step_00000050 taken from {store.url}"]
     assert newest(tmp_path / "there") == (path, [])
@@ -73,7 +73,7 @@ def test_a_machine_that_has_nothing_goes_on_from_the_mirror(store: Store, tmp_pa
     Checkpoint(path).read(shards, {"value": values})
     assert all(torch.equal(values[name], shard.value) for name, shard in shards.items())
     assert os.listdir(tmp_path / "there") == ["step_00000050"]
-    assert newest_anywhere(tmp_path / "there", store) == (path, [])  # not fetched again
+    assert latest_checkpoint(tmp_path / "there", store) == (path, [])  # not fetched again
 
 
 def test_a_server_that_leaves_out_what_it_may_is_a_mirror_too(endpoint: str, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_server_that_leaves_out_what_it_may_is_a_mirror_too(endpoint: str, tmp
         )
         writer = train(tmp_path / "here", Mirror(store, keep=1), [10, 20, 30])
         assert writer.take_events() == [] and names(store) == files(30)
-        path, _ = newest_anywhere(tmp_path / "there", store)
+        path, _ = latest_checkpoint(tmp_path / "there", store)
         assert path is not None and Checkpoint(path).state == {"step": 30}
 
 
@@ -100,7 +100,7 @@ def test_the_newer_one_wins_and_a_bad_one_is_passed_over(store: Store, tmp_path:
     folder = tmp_path / "there"
     shutil.copytree(tmp_path / "here" / "step_00000050", folder / "step_00000050")
     (folder / "step_00000050" / "rank_00000.safetensors").write_bytes(bytes(part))
-    path, notes = newest_anywhere(folder, store)
+    path, notes = latest_checkpoint(folder, store)
     assert path == folder / "step_00000030"
     assert [("step_00000050" in n, "step_00000040" in n, "checksum" in n) for n in notes[:3]] == [
         (True, False, True),
@@ -108,9 +108,9 @@ def test_the_newer_one_wins_and_a_bad_one_is_passed_over(store: Store, tmp_path:
         (False, True, True),
     ]
     write(tmp_path / "behind", 20, ranks=1)
-    assert newest_anywhere(tmp_path / "behind", store)[0] == tmp_path / "behind" / "step_00000030"
+    assert latest_checkpoint(tmp_path / "behind", store)[0] == tmp_path / "behind" / "step_00000030"
     write(folder, 35, ranks=1)
-    assert newest_anywhere(folder, store)[0] == folder / "step_00000035"
+    assert latest_checkpoint(folder, store)[0] == folder / "step_00000035"
 
 
 def test_an_upload_that_was_cut_short_does_not_count_and_goes(store: Store, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_an_upload_that_was_cut_short_does_not_count_and_goes(store: Store, tmp_
     store.write("step_00000020/rank_00000.safetensors", b"half")
     if isinstance(store, LocalStore):
         (Path(store.url) / "step_00000020" / ".rank_00001.safetensors.0a.partial").write_bytes(b"half")
-    assert newest_anywhere(tmp_path / "there", store)[0] == tmp_path / "there" / "step_00000010"
+    assert latest_checkpoint(tmp_path / "there", store)[0] == tmp_path / "there" / "step_00000010"
     train(tmp_path / "here", Mirror(store, keep=2), [30])
     assert names(store) == files(10, 30)
     if isinstance(store, LocalStore):
@@ -221,19 +221,19 @@ def test_an_unreachable_mirror_stops_only_a_run_that_has_nothing(
         shutil.rmtree(store.url)
     else:
         monkeypatch.setattr(type(store), "list", fails)
-    path, notes = newest_anywhere(tmp_path / "here", store)
+    path, notes = latest_checkpoint(tmp_path / "here", store)
     assert path == tmp_path / "here" / "step_00000010"
     assert len(notes) == 1 and notes[0].startswith("mirror: ")
     if isinstance(store, LocalStore):
         with pytest.raises(CheckpointError, match="checkpoint.mirror cannot be used: .*set it to null"):
-            newest_anywhere(tmp_path / "there", store)
+            latest_checkpoint(tmp_path / "there", store)
     else:  # it may pass
         with pytest.raises(StoreError, match="in a row failed"):
-            newest_anywhere(tmp_path / "there", store)
+            latest_checkpoint(tmp_path / "there", store)
 
 
 def test_an_empty_mirror_is_a_fresh_start(store: Store, tmp_path: Path) -> None:
-    assert newest_anywhere(tmp_path / "there", store) == (None, [])
+    assert latest_checkpoint(tmp_path / "there", store) == (None, [])
 
 
 def test_a_mirror_that_is_not_mounted_is_refused(tmp_path: Path) -> None:

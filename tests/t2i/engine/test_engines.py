@@ -51,7 +51,7 @@ def test_nothing_non_finite_or_vetoed_reaches_weights(outcomes, world_size: int)
         )
         assert not any(".head." in name for name in bad), case
         assert vetoes[6] == "vetoed by the test"
-        assert case["updates"] == len(vetoes) - 2
+        assert case["optimizer_steps"] == len(vetoes) - 2
 
 
 def test_gradients_are_clipped_only_where_configured(outcomes) -> None:

@@ -47,7 +47,7 @@ def test_a_disk_that_others_fill_is_found_before_anything_is_written(tmp_path: P
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(UserError, match=r"engine.state_folder .*: No space left on device"):
+    with pytest.raises(UserError, match=r"engine.offload_dir .*: No space left on device"):
         StateFolder(tmp_path).zeros_like(torch.empty(6))
     assert asked == [(0, 24)]
 
@@ -58,17 +58,17 @@ def test_a_slice_of_nothing_is_nothing(tmp_path: Path) -> None:
 
 def test_state_that_is_not_in_host_memory_is_refused(tmp_path: Path) -> None:
     elsewhere = torch.empty(4, device="meta")  # stands for a GPU
-    with pytest.raises(UserError, match=r"engine.state_folder .* device meta.*set engine.offload"):
+    with pytest.raises(UserError, match=r"engine.offload_dir .* device meta.*set engine.offload"):
         StateFolder(tmp_path).zeros_like(elsewhere)
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
     huge = torch.zeros(1).expand(shutil.disk_usage(tmp_path).total)
-    with pytest.raises(UserError, match=r"engine.state_folder .* GiB are free.*needs .* GiB"):
+    with pytest.raises(UserError, match=r"engine.offload_dir .* GiB are free.*needs .* GiB"):
         StateFolder(tmp_path).zeros_like(huge)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=re.escape(f"engine.state_folder {tmp_path}/file/below: ")):
+    with pytest.raises(UserError, match=re.escape(f"engine.offload_dir {tmp_path}/file/below: ")):
         StateFolder(tmp_path / "file" / "below").zeros_like(torch.empty(4))

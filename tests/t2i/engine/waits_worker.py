@@ -21,7 +21,7 @@ def waits(case: Case) -> int:
     for watched in (nullcontext(), reads):  # some things happen once
         with watched:
             for part in parts:
-                engine.micro_step(loss_of(engine.network, 0, part, len(parts)))
+                engine.backward(loss_of(engine.network, 0, part, len(parts)))
             engine.step(lambda _: LR, lambda _: None)
     engine.close()
     return len(reads.found)

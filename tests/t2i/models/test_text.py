@@ -183,7 +183,7 @@ def test_a_released_model_gives_the_same_states_and_is_gone_in_between(
     qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = TextEncoder(str(qwen), LENGTH, torch.float32)
-    encoder = TextEncoder(str(qwen), LENGTH, torch.float32, release=True)
+    encoder = TextEncoder(str(qwen), LENGTH, torch.float32, reload_every_step=True)
     loaded: list[weakref.ref[torch.nn.Module]] = []
     load = encoder._load_net
 
@@ -205,7 +205,7 @@ def test_a_released_model_gives_the_same_states_and_is_gone_in_between(
 
 def test_a_released_model_is_loaded_for_captions_that_are_not_in_the_cache_alone(qwen: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(qwen, tmp_path / "qwen3"))
-    encoder = TextEncoder(str(folder), LENGTH, torch.float32, cache=10, release=True)
+    encoder = TextEncoder(str(folder), LENGTH, torch.float32, cache=10, reload_every_step=True)
     states = encoder(CAPTIONS)
     shutil.rmtree(folder)
     assert torch.equal(stacked(encoder, CAPTIONS[::-1]), stack_conditions(states[::-1]))

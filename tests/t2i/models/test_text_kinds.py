@@ -81,7 +81,7 @@ def test_the_states_are_those_of_the_part_that_reads_text_and_no_other_is_kept(k
     torch.testing.assert_close(states, expected[0], atol=1e-5, rtol=1e-5)
     kept = sum(p.numel() for n, p in encoder.net.named_parameters() if "pooler" not in n)
     assert kept == sum(p.numel() for n, p in part.named_parameters() if "pooler" not in n)
-    released = TextEncoder(str(tmp_path), 8, torch.float32, release=True)
+    released = TextEncoder(str(tmp_path), 8, torch.float32, reload_every_step=True)
     assert released.width == encoder.width == states.shape[1] and released.net is None
     config = RunConfig.model_validate({"text": {"model": str(tmp_path), "length": 8}})
     if kind == "t5gemma":  # whose masks look at values
@@ -111,7 +111,7 @@ def test_lengths_beyond_the_models_positions_are_refused(make: Callable[[], Any]
         with pytest.raises(
             UserError, match=rf"^text.length {most + 1} .* than the {most} that text.model .* {most} or"
         ):
-            TextEncoder(folder, most + 1, torch.float32, release=release)
+            TextEncoder(folder, most + 1, torch.float32, reload_every_step=release)
     with pytest.raises(UserError, match=r"^text.length .* and the 1 of text.instruction"):
         TextEncoder(folder, most, torch.float32, instruction="a red circle ")
 

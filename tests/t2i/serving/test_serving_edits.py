@@ -61,7 +61,7 @@ def test_an_edit_is_edit_images(studio: Studio) -> None:
     (edited,) = list(studio.edit(request))[-1].drawn
     settings = EditSettings(
         steps=4, n_max=3, source_guidance=1.5, target_guidance=2.0, seed=5,
-        timeshift=studio.pipeline.config.sampling.timeshift,
+        shift=studio.pipeline.config.sampling.shift,
     )  # fmt: skip
     wanted = edit_image(studio.pipeline, given, "a red circle", "a blue star", settings)
     assert (np.asarray(Image.open(edited.path)) == wanted.permute(1, 2, 0).numpy()).all()
@@ -150,4 +150,4 @@ def test_an_image_is_upright() -> None:
 
 def test_the_page_opens_with_flowedits_defaults(studio: Studio) -> None:
     config = studio.pipeline.config
-    assert edit_settings(config, {}, "page") == EditSettings(timeshift=config.sampling.timeshift)
+    assert edit_settings(config, {}, "page") == EditSettings(shift=config.sampling.shift)

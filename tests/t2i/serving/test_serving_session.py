@@ -39,14 +39,14 @@ def test_the_page_opens_with_the_models_own_settings(own: dict[str, Any]) -> Non
 
 
 def test_a_request_fills_in_the_form_that_asks_for_it() -> None:
-    run = config(timeshift=2.0, clamp=False)
+    run = config(shift=2.0, clamp=False)
     asked = form(
         run, prompt="a star", negative="a heart", width=8.0, height=32, steps=3, guidance_scale=2.5, guided_from=0.2,
         guided_to=0.7, solver="adams", order=4, seed=2**53 - 1, pictures=16,
     )  # fmt: skip
     request = check_form(asked, run, LABELS, LIMITS)
     assert check_form(request.form, run, LABELS, LIMITS) == request
-    assert (request.sampling.timeshift, request.sampling.clamp) == (2.0, False)
+    assert (request.sampling.shift, request.sampling.clamp) == (2.0, False)
     assert request.settings["size"] == [32, 8]
 
 

@@ -71,7 +71,11 @@ class Trainer:
             "weights": weights,
             "torch's generator": [torch.get_rng_state()],
         }
-        others = {"updates": self.engine.updates, "random": random.getstate(), "numpy": np.random.get_state()}
+        others = {
+            "optimizer_steps": self.engine.optimizer_steps,
+            "random": random.getstate(),
+            "numpy": np.random.get_state(),
+        }
         return {name: digest(found) for name, found in tensors.items()} | {n: repr(it) for n, it in others.items()}
 
 
@@ -130,7 +134,7 @@ def main() -> None:
         for name, engine in ENGINES.items():
             everywhere = world.gather(outcome(validate_config({**tree, "engine": engine}, "test"), world))
             outcomes[name] = everywhere
-        if world.is_main:
+        if world.is_rank0:
             print(json.dumps(outcomes))
 
 

@@ -41,7 +41,7 @@ def main(folder: Path, case: str) -> None:
     if case == "fault":
         loader.take = take
     config = RunConfig.model_validate({"root": folder, "name": "run"})
-    if world.is_main:
+    if world.is_rank0:
         config.directory.mkdir()
     it = Intake(loader, world, config, "s", 0, [])
     met, steps = "", 0
@@ -52,7 +52,7 @@ def main(folder: Path, case: str) -> None:
     except Exception as error:
         met = f"{type(error).__name__}: {error}"
     found = world.gather({"met": met, "steps": steps, "batch": it.state["batch"]})
-    if world.is_main:
+    if world.is_rank0:
         print(json.dumps(found))
     it.close()
     dist.destroy_process_group()

@@ -38,7 +38,7 @@ def built(folder: str, **settings: Any) -> Objective:
 
 
 def test_the_objective_is_as_configured(dino_folder: str) -> None:
-    weights = built(dino_folder, pdino_gate="none", pdino_layers=[1, 3], gate=0.6, repa_weight=1).weights
+    weights = built(dino_folder, pdino_gate="none", pdino_layers=[1, 3], perceptual_t_min=0.6, repa_weight=1).weights
     assert (weights.pdino_gated, weights.pdino_layers, weights.gate, weights.repa) == (False, (1, 3), 0.6, 1)
     weights = built(dino_folder).weights
     assert (weights.pdino_gated, weights.pdino_layers, weights.gate, weights.repa) == (True, (), 0.3, 0.5)

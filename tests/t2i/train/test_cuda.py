@@ -76,7 +76,7 @@ class Engine:
     def network(self, *given: Tensor) -> tuple[Tensor, None]:
         return self.model(*given).output, None
 
-    def micro_step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, lr: object, veto: object) -> StepResult:

@@ -99,7 +99,7 @@ class Recorder:
         self.given.append(condition)
         return torch.zeros_like(x_t), None
 
-    def micro_step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         pass
 
     def step(self, *_: object) -> StepResult:

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2i.config.train import GuardConfig
+from t2i.config.train import SpikeGuardConfig
 from t2i.train.guard import Guard, Rollback, SkippedFile, Stop, ids_of, log_norm, robust_z, why_not
 from t2i.train.metrics import JsonLines
 
 NAN, INF = math.nan, math.inf
-SMALL = GuardConfig(window=12, min_history=8, max_skips=3, skip_window=12, rollback_margin=6, max_rollbacks=2)
+SMALL = SpikeGuardConfig(window=12, min_history=8, max_skips=3, skip_window=12, rollback_margin=6, max_rollbacks=2)
 finite = st.floats(-1e30, 1e30)
 
 
@@ -83,9 +83,9 @@ def test_where_there_is_hardly_any_noise_a_few_percent_are_no_spike() -> None:
     assert why_not(0.0, 1.0, [0.0] * 12, [log_norm(0.0)] * 12, SMALL) is not None  # a first gradient after none
 
 
-@pytest.mark.parametrize("config", [SMALL, GuardConfig(threshold=0)])
+@pytest.mark.parametrize("config", [SMALL, SpikeGuardConfig(threshold=0)])
 @pytest.mark.parametrize("loss, norm", [(NAN, 1.0), (INF, 1.0), (-INF, 1.0), (1.0, NAN), (1.0, INF)])
-def test_what_is_not_finite_is_vetoed_from_the_first_step(config: GuardConfig, loss: float, norm: float) -> None:
+def test_what_is_not_finite_is_vetoed_from_the_first_step(config: SpikeGuardConfig, loss: float, norm: float) -> None:
     assert Guard(config).veto(loss, norm) is not None
 
 
@@ -103,14 +103,14 @@ def test_no_spike_is_looked_for_before_there_is_a_measure() -> None:
 @pytest.mark.parametrize("noise, log_norm_noise", [(0.03, 0.3), (0.15, 0.5), (0.002, 0.03)])
 def test_no_step_of_a_healthy_start_is_vetoed(noise: float, log_norm_noise: float) -> None:
     for seed in range(4):
-        assert follow(Guard(GuardConfig()), healthy(seed, 1200, noise, log_norm_noise)) == ([], None)
+        assert follow(Guard(SpikeGuardConfig()), healthy(seed, 1200, noise, log_norm_noise)) == ([], None)
 
 
 @pytest.mark.parametrize("tails, most", [(3.0, 0.003), (2.0, 0.008)])
 def test_heavy_tailed_norms_cost_few_steps_and_no_rollback(tails: float, most: float) -> None:
     vetoed = 0
     for seed in range(5):
-        steps, decision = follow(Guard(GuardConfig()), healthy(seed, 1000, log_norm_noise=0.25, tails=tails))
+        steps, decision = follow(Guard(SpikeGuardConfig()), healthy(seed, 1000, log_norm_noise=0.25, tails=tails))
         assert decision is None
         vetoed += len(steps)
     assert vetoed <= most * 5000
@@ -121,14 +121,14 @@ def test_a_norm_that_rises_for_good_is_taken_up(factor: float, over: int) -> Non
     random = np.random.default_rng(0)
     rise = np.clip((np.arange(1200) - 500) / over, 0, 1)
     norms = 0.3 * np.exp(np.log(factor) * rise + 0.15 * random.standard_normal(1200))
-    assert follow(Guard(GuardConfig()), [(0.3, norm) for norm in norms.tolist()]) == ([], None)
+    assert follow(Guard(SpikeGuardConfig()), [(0.3, norm) for norm in norms.tolist()]) == ([], None)
 
 
 def test_a_loss_that_rises_for_good_is_taken_up_if_it_is_slow_or_small() -> None:
     noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(1200)
     for factor, over in ((1.1, 1), (1.3, 200)):
         rise = 1 + (factor - 1) * np.clip((np.arange(1200) - 500) / over, 0, 1)
-        assert follow(Guard(GuardConfig()), [(loss, 0.3) for loss in (0.3 * rise * noise).tolist()]) == ([], None)
+        assert follow(Guard(SpikeGuardConfig()), [(loss, 0.3) for loss in (0.3 * rise * noise).tolist()]) == ([], None)
 
 
 # Unhealthy training
@@ -141,7 +141,7 @@ def test_every_spike_is_vetoed_and_none_hides_the_next() -> None:
         for step, (of_loss, of_norm) in spikes.items():
             loss, norm = trace[step - 1]
             trace[step - 1] = (loss * of_loss, norm * of_norm)
-        assert follow(Guard(GuardConfig()), trace) == (sorted(spikes), None)
+        assert follow(Guard(SpikeGuardConfig()), trace) == (sorted(spikes), None)
 
 
 def test_a_nan_costs_one_step() -> None:
@@ -149,12 +149,12 @@ def test_a_nan_costs_one_step() -> None:
     bad = [1, 100, 500, 501, 502, 503, 900]
     for step in bad:
         trace[step - 1] = (NAN, 1.0) if step % 2 else (1.0, INF)
-    assert follow(Guard(GuardConfig()), trace) == (bad, None)
+    assert follow(Guard(SpikeGuardConfig()), trace) == (bad, None)
 
 
 def test_past_the_allowed_number_in_the_window_the_run_goes_back() -> None:
     trace = healthy(0, 700)
-    config = GuardConfig()
+    config = SpikeGuardConfig()
     for step in range(500, 600, 10):
         trace[step - 1] = (NAN, 1.0)
     assert follow(Guard(config), trace)[1] is None  # ten of a hundred
@@ -182,7 +182,7 @@ class Run:
     """
 
     def __init__(
-        self, config: GuardConfig, folder: Path, steps: int, faults: Mapping[int, str], shift: int = 10**9
+        self, config: SpikeGuardConfig, folder: Path, steps: int, faults: Mapping[int, str], shift: int = 10**9
     ) -> None:
         self.config, self.folder, self.steps, self.faults, self.shift = config, folder, steps, faults, shift
         self.disk: dict[int, str] = {}  # the checkpoints
@@ -276,7 +276,7 @@ def test_a_loss_that_stays_high_stops_the_run_after_one_rollback(tmp_path: Path)
     assert run.step == 63 + 4  # four vetoes, what the rollback left out, four vetoes
     assert run.ended == (
         "4 updates of steps 64 to 67 were vetoed, and to leave out the batches of steps 54 to 63 did not help: see "
-        "skipped.jsonl; lower optimizer.lr, or raise guard.threshold if the data is like that"
+        "skipped.jsonl; lower optimizer.lr, or raise spike_guard.threshold if the data is like that"
     )
     assert max(run.disk) == run.step  # saved
     # It can go on from there with another setting.
@@ -289,7 +289,9 @@ def test_a_stage_has_so_many_rollbacks(tmp_path: Path) -> None:
     run = Run(SMALL, tmp_path, 400, {60: "poison", 150: "poison", 240: "poison"})
     run.live()
     assert [type(it) for it in run.decisions] == [Rollback, Rollback, Stop]
-    assert run.ended == "4 updates of steps 243 to 246 were vetoed, and guard.max_rollbacks is 2: see skipped.jsonl"
+    assert (
+        run.ended == "4 updates of steps 243 to 246 were vetoed, and spike_guard.max_rollbacks is 2: see skipped.jsonl"
+    )
 
 
 def test_it_makes_no_difference_which_checkpoint_the_run_goes_back_to(tmp_path: Path) -> None:
@@ -376,7 +378,7 @@ def test_a_saved_state_is_not_changed_by_the_steps_after_it() -> None:
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError) as refusal:
-        GuardConfig.model_validate(settings)
+        SpikeGuardConfig.model_validate(settings)
     assert said in str(refusal.value)
 
 

@@ -23,7 +23,7 @@ RANKS = Path(__file__).with_name("intake_ranks.py")
 DAMAGE = SetAside("source", "00009.tar", None, 512, "damaged_tar", "cut off")
 
 
-def intake(folder: Path, bad: int, max_set_aside: float) -> Intake:
+def intake(folder: Path, bad: int, max_bad_fraction: float) -> Intake:
     """200 samples in shards of 50, of which the first `bad` are undecodable."""
     index = write_source(folder / "shards", [50] * 4, replaced={n: {"jpg": b"?"} for n in range(bad)})
     loader = Loader(
@@ -31,13 +31,13 @@ def intake(folder: Path, bad: int, max_set_aside: float) -> Intake:
         workers=0, shuffle_block=64, buffer_bytes=1 << 30,
     )  # fmt: skip
     config = RunConfig.model_validate(
-        {"root": folder.parent, "name": folder.name, "data": {"max_set_aside": max_set_aside}}
+        {"root": folder.parent, "name": folder.name, "data": {"max_bad_fraction": max_bad_fraction}}
     )
     return Intake(loader, World(0, 1, torch.device("cpu")), config, "s", 0, [DAMAGE])
 
 
 def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
-    it = intake(tmp_path, bad=2, max_set_aside=1.0)
+    it = intake(tmp_path, bad=2, max_bad_fraction=1.0)
     for step in range(1, 5):
         it.next(step)
     counters, retries = it.flush()
@@ -57,7 +57,7 @@ def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: 
 def test_past_the_share_the_run_stops_after_a_thousand_samples_and_names_the_shard(
     tmp_path: Path, bad: int, stops: bool
 ) -> None:
-    it = intake(tmp_path, bad, max_set_aside=0.01)
+    it = intake(tmp_path, bad, max_bad_fraction=0.01)
     other = {
         "stage": "before",
         "step": 1,
@@ -83,7 +83,7 @@ def test_past_the_share_the_run_stops_after_a_thousand_samples_and_names_the_sha
 
 
 def test_a_fault_leaves_the_state_of_the_batch_before(tmp_path: Path) -> None:
-    it = intake(tmp_path, bad=0, max_set_aside=1.0)
+    it = intake(tmp_path, bad=0, max_bad_fraction=1.0)
     it.next(1)
     state = it.state
     for shard in (tmp_path / "shards").glob("*.tar"):
@@ -108,7 +108,9 @@ def test_a_search_without_end_is_judged_over_all_ranks(tmp_path: Path, launch: A
     write_source(tmp_path / "shards", [8000], replaced={n: {"jpg": b"?"} for n in range(4, 8000)})
     found = launch(RANKS, 2, str(tmp_path), "bad")
     for it in found:
-        assert "samples have bad content, over data.max_set_aside 0.01; the worst shards: source/00000.tar" in it["met"]
+        assert (
+            "samples have bad content, over data.max_bad_fraction 0.01; the worst shards: source/00000.tar" in it["met"]
+        )
     listed = JsonLines(tmp_path / "run" / "quarantine.jsonl").lines()
     times = Counter(line["key"] for line in listed)
     assert len(times) >= 990 and max(times.values()) <= 2  # the lanes may be in their second epoch by then

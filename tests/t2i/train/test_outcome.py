@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import StoreError, UserError
-from t2i.distributed import LOCK, Departed, OutcomeFile, RunInUseError, RunLock, is_done
+from t2i.distributed import LOCK, OutcomeFile, Preempted, RunInUseError, RunLock, is_done
 from t2i.distributed import run_exit_code as code_of
 
 
@@ -46,7 +46,7 @@ def test_a_run_that_left_nothing_has_no_outcome(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (Departed("SIGTERM came"), 75),
+        (Preempted("SIGTERM came"), 75),
         (StoreError("no answer"), 75),
         (RunInUseError("another start holds it"), 75),
         (OSError(28, "No space left on device"), 75),

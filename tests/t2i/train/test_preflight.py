@@ -24,7 +24,7 @@ from t2i.config.loading import load_config, stage_config, validate_config
 from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.checkpoint.format import MANIFEST, folder_name
-from t2i.plan.counts import open_share
+from t2i.plan.counts import ungated_fraction
 from t2i.plan.memory import CONTEXT_BYTES, StageMemory, open_samples, total
 from t2i.train import preflight
 from t2i.train.data import open_data
@@ -229,16 +229,16 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_noted() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({}, {"engine.zero_stage (1)", "engine.name", "train.micro_batch_size (64)", "engine.checkpoint_blocks"}),
-        ({"engine": {"zero_stage": 3, "checkpoint_blocks": True}}, {"train.micro_batch_size (64)"}),
-        ({"engine": {"name": "fsdp", "replicas": 2}, "train": {"micro_batch_size": 1}},
-         {"engine.replicas (2)", "engine.checkpoint_blocks"}),
+        ({}, {"engine.zero_stage (1)", "engine.name", "train.micro_batch_size (64)", "engine.activation_checkpointing"}),
+        ({"engine": {"zero_stage": 3, "activation_checkpointing": True}}, {"train.micro_batch_size (64)"}),
+        ({"engine": {"name": "fsdp", "dp_replicate": 2}, "train": {"micro_batch_size": 1}},
+         {"engine.dp_replicate (2)", "engine.activation_checkpointing"}),
     ],
 )  # fmt: skip
 def test_what_would_help_names_fields_that_are_not_used_up(changes, named: set[str]) -> None:
     words = remedy(plain(**changes))
-    every = {"engine.zero_stage (1)", "engine.name", "engine.replicas (2)"}
-    every |= {"train.micro_batch_size (64)", "engine.checkpoint_blocks"}
+    every = {"engine.zero_stage (1)", "engine.name", "engine.dp_replicate (2)"}
+    every |= {"train.micro_batch_size (64)", "engine.activation_checkpointing"}
     assert {field for field in every if field in words} == named
     assert words.endswith("take more ranks or larger devices")
 
@@ -251,17 +251,17 @@ def test_sharing_and_checkpointing_take_less() -> None:
         return estimate(stage_config(changed, 0), ranks, torch.bfloat16)
 
     usual = least()
-    for other in (least(ranks=16), least(name="fsdp"), least(checkpoint_blocks=True)):
+    for other in (least(ranks=16), least(name="fsdp"), least(activation_checkpointing=True)):
         assert other.least <= usual.least and other.expected < usual.expected
         assert other.checkpoint == usual.checkpoint == 16 * 6_400_344 - 4 * 4_571_136  # Muon has one moment
-    assert least(ranks=16).least < usual.least and least(checkpoint_blocks=True).least < usual.least
-    assert least(name="fsdp", replicas=2) == least(ranks=4, name="fsdp")
+    assert least(ranks=16).least < usual.least and least(activation_checkpointing=True).least < usual.least
+    assert least(name="fsdp", dp_replicate=2) == least(ranks=4, name="fsdp")
     assert least(compile=True).least < usual.least  # what a compiler keeps is not known
 
 
 def test_a_released_text_encoder_is_not_there_beside_the_activations() -> None:
     config = load_config(Path("configs/demo.yaml"))
-    released = config.model_copy(update={"text": config.text.model_copy(update={"release": True})})
+    released = config.model_copy(update={"text": config.text.model_copy(update={"reload_every_step": True})})
     kept, let_go = (estimate(stage_config(it, 0), 1, torch.bfloat16) for it in (config, released))
     weights = 2 * 22_713_216  # all-MiniLM-L6-v2's
     assert kept.least - let_go.least == kept.expected - let_go.expected == weights
@@ -333,8 +333,8 @@ def test_a_made_up_batch_is_full_and_as_often_over_the_gate_as_ever(size: int, m
     assert len(batch.captions) == len(batch.ids) == len(batch.slots) == size // ranks
     assert set(batch.slots) <= set(range(5 * size, 6 * size))
     t = training_times(config.objective, uniform(key(3, "low", "time"), batch.slots))
-    over = (t >= config.objective.gate).reshape(-1, micro).sum(1)
-    assert set(over) == {open_samples(micro, open_share(config.objective))}
+    over = (t >= config.objective.perceptual_t_min).reshape(-1, micro).sum(1)
+    assert set(over) == {open_samples(micro, ungated_fraction(config.objective))}
     assert torch.equal(before[0], torch.get_rng_state()) and str(before[1]) == str(np.random.get_state())
 
 
@@ -347,7 +347,9 @@ def test_a_made_up_batch_is_of_the_largest_bucket() -> None:
 @pytest.mark.parametrize("gate", [0.0, 1.0])
 def test_a_gate_that_is_never_or_always_open_has_its_batch_too(gate: float) -> None:
     train = {"batch_size": 8, "micro_batch_size": 4}
-    batch = made_up_batch(plain(train=train, objective={"gate": gate}, data={"resolution": 32}), "low", 0, ALONE)
+    batch = made_up_batch(
+        plain(train=train, objective={"perceptual_t_min": gate}, data={"resolution": 32}), "low", 0, ALONE
+    )
     assert len(batch.slots) == 8 and set(batch.slots) <= set(range(8))
 
 
@@ -379,7 +381,7 @@ def test_a_dry_run_leaves_no_trace(outcomes) -> None:
     for name, ranks in outcomes.items():
         for found in ranks:
             assert found["changed"] == found["changed later"] == [], name
-            assert found["steps change"] == ["masters", "moments", "ema", "weights", "updates"], name
+            assert found["steps change"] == ["masters", "moments", "ema", "weights", "optimizer_steps"], name
 
 
 def test_a_dry_run_computes_all_terms(outcomes) -> None:

@@ -68,9 +68,9 @@ def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path) -> None:
 
 def test_what_rank_0_raises_is_raised() -> None:
     world = World(0, 1, torch.device("cpu"))
-    assert world.from_main(os.getpid) == os.getpid()
+    assert world.broadcast_from_rank0(os.getpid) == os.getpid()
     with pytest.raises(ZeroDivisionError):
-        world.from_main(lambda: 1 // 0)
+        world.broadcast_from_rank0(lambda: 1 // 0)
     assert world.gather("item") == ["item"]
 
 
@@ -84,11 +84,11 @@ def test_a_mistake_that_one_rank_meets_is_raised_on_all() -> None:
 
     two, work = Two(0, 2, torch.device("cpu")), list[str]()
     with pytest.raises(UserError, match="of the other"):
-        two.together(lambda: work.append("done"))
+        two.raise_on_all_ranks(lambda: work.append("done"))
     assert work == ["done"]
     with pytest.raises(UserError, match="its own"):
-        two.together(fail)
-    assert World(0, 1, torch.device("cpu")).together(os.getpid) == os.getpid()
+        two.raise_on_all_ranks(fail)
+    assert World(0, 1, torch.device("cpu")).raise_on_all_ranks(os.getpid) == os.getpid()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -19,7 +19,7 @@ from t2i.engine.checkpoint import Mirror, checkpoints, step_of
 from t2i.train import checkpointing
 from t2i.train.checkpointing import Saver
 from t2i.train.guard import Guard, Rollback, Stop
-from t2i.train.run_dir import StagePlace
+from t2i.train.run_dir import StageDir
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -41,12 +41,12 @@ class Quiet:
 
 
 def saver(
-    root: Path, loaded_step: int = -1, mirror: Mirror | None = None, state_folder: Path | None = None, **checkpoint: Any
+    root: Path, loaded_step: int = -1, mirror: Mirror | None = None, offload_dir: Path | None = None, **checkpoint: Any
 ) -> Saver:
-    tree = {"train": {"steps": 10}, "engine": {"state_folder": state_folder}, "checkpoint": {"keep": 9, **checkpoint}}
+    tree = {"train": {"steps": 10}, "engine": {"offload_dir": offload_dir}, "checkpoint": {"keep": 9, **checkpoint}}
     config = RunConfig.model_validate({"root": root, **tree})
-    place, (shards,) = StagePlace("low", root / "run" / "low", None), cut(1)
-    guard = Guard(config.guard)
+    place, (shards,) = StageDir("low", root / "run" / "low", None), cut(1)
+    guard = Guard(config.spike_guard)
     return Saver(config, place, ALONE, Quiet(), "x", mirror, shards, average(shards), guard, loaded_step)
 
 
@@ -75,7 +75,7 @@ def test_the_copy_of_the_state_may_lie_in_a_file(tmp_path: Path) -> None:
     written = []
     for name in ("memory", "files"):
         folder = tmp_path / "state" if name == "files" else None
-        it = saver(tmp_path / name, state_folder=folder)
+        it = saver(tmp_path / name, offload_dir=folder)
         assert it._writer._snapshot._buffer.is_shared() == (name == "files")
         assert it.now(6, state, Quiet()) == "saved"
         (step,) = checkpoints(tmp_path / name / "run" / "low" / "checkpoints")
@@ -129,7 +129,7 @@ def test_a_mirror_that_does_not_answer_leaves_nothing_to_go_back_to(tmp_path: Pa
         raise StoreError("no answer")
 
     it = saver(tmp_path, every=4)
-    monkeypatch.setattr(checkpointing, "newest_anywhere", silent)
+    monkeypatch.setattr(checkpointing, "latest_checkpoint", silent)
     assert isinstance(it.leads_back(Rollback(6, 9, "why")), Stop)
 
 

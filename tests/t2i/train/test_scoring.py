@@ -20,10 +20,10 @@ from data.errors import UserError
 from t2i.config.base import ConfigError
 from t2i.config.loading import validate_config
 from t2i.config.run import RunConfig
-from t2i.distributed import Departed, World
+from t2i.distributed import Preempted, World
 from t2i.pipeline import Picture
 from t2i.train import scoring
-from t2i.train.run_dir import StagePlace
+from t2i.train.run_dir import StageDir
 from t2i.train.scoring import Score, Scores, Scoring, build_scorers, promotes, read_best, spread
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def config_of(batch_size: int = 4, **settings: Any) -> RunConfig:
 
 
 def scoring_of(folder: Path, drawing: Drawing, past: Scores = (), world: World = ALONE) -> Scoring:
-    place = StagePlace("only", folder, None)
+    place = StageDir("only", folder, None)
     return Scoring(Words(), drawing, world, place, lambda what: None, past)
 
 
@@ -126,7 +126,7 @@ def test_a_stage_ends_when_its_best_score_has_not_risen(scores: Scores, expected
 
 def test_it_ends_at_the_step_of_the_score_alone(tmp_path: Path) -> None:
     past = [(0, 0.5), (100, 0.5)]
-    ruled = Drawing(config_of(promote_gain=0.02, promote_steps=100))
+    ruled = Drawing(config_of(min_delta=0.02, patience=100))
     assert "step 100: over 100 steps" in (scoring_of(tmp_path, ruled, past).why_go_on(100) or "")
     assert scoring_of(tmp_path, ruled, past).why_go_on(150) is None  # a rule that came later waits for a score
     assert scoring_of(tmp_path, Drawing(config_of()), past).why_go_on(100) is None
@@ -175,7 +175,7 @@ def test_the_first_round_is_drawn_however_long_it_takes(monkeypatch, tmp_path: P
 
 def test_a_departure_ends_it_and_nothing_is_noted(tmp_path: Path) -> None:
     it = scoring_of(tmp_path, drawing := Drawing(config_of()), [(200, 0.5)])
-    with pytest.raises(Departed, match="asked to"):
+    with pytest.raises(Preempted, match="asked to"):
         it.measure(300, time.monotonic(), lambda: "asked to" if len(drawing.batches) == 2 else None)
     assert drawing.batches == [4, 4]
     assert it.scores == [(200, 0.5)] and it.pending(300)
@@ -196,7 +196,7 @@ class Echo(World):
     def gather(self, item: Any) -> list[Any]:
         return [item, "asked over there"]
 
-    def from_main(self, make: Any) -> Any:
+    def broadcast_from_rank0(self, make: Any) -> Any:
         return make()
 
 
@@ -225,7 +225,7 @@ def test_what_one_rank_says_all_of_them_heed(tmp_path: Path) -> None:
     results, done = scoring_of(tmp_path, Drawing(config), (), world)._rounds(0.0, stay)
     assert [place for place, _ in results] == [0, 1, 4, 5] and done == 8
     assert world.heard == [[0, 0]] * 3  # this rank is in time
-    with pytest.raises(Departed, match="asked over there"):
+    with pytest.raises(Preempted, match="asked over there"):
         scoring_of(tmp_path, Drawing(config), (), Echo(0, 2, CPU, theirs=(0, 1)))._rounds(0.0, stay)
 
 
@@ -322,11 +322,11 @@ def test_stages_share_a_scorer_and_too_many_prompts_are_refused() -> None:
             ["detector_weights x does nothing under scorer shapes"],
         ),
         ({"every": 9, "scorer": "shapes", "clip": "x"}, ["clip x does nothing under scorer shapes"]),
-        ({"promote_gain": 0.1, "promote_steps": 9}, ["promote_gain 0.1 does nothing under every 0"]),
-        ({"every": 9, "promote_gain": 0.1}, ["promote_gain 0.1 and promote_steps None", "both or neither"]),
-        ({"every": 9, "promote_steps": 9}, ["promote_gain None and promote_steps 9", "both or neither"]),
-        ({"every": 9, "promote_gain": 0.1, "promote_steps": 12}, ["promote_steps 12", "multiple of every (9)"]),
-        ({"every": 9, "promote_gain": 0, "promote_steps": 18}, ["promote_gain", "greater than 0"]),
+        ({"min_delta": 0.1, "patience": 9}, ["min_delta 0.1 does nothing under every 0"]),
+        ({"every": 9, "min_delta": 0.1}, ["min_delta 0.1 and patience None", "both or neither"]),
+        ({"every": 9, "patience": 9}, ["min_delta None and patience 9", "both or neither"]),
+        ({"every": 9, "min_delta": 0.1, "patience": 12}, ["patience 12", "multiple of every (9)"]),
+        ({"every": 9, "min_delta": 0, "patience": 18}, ["min_delta", "greater than 0"]),
     ],
 )
 def test_settings_that_do_nothing_are_refused(settings: dict[str, Any], words: list[str]) -> None:
@@ -336,7 +336,7 @@ def test_settings_that_do_nothing_are_refused(settings: dict[str, Any], words: l
 
 
 def test_a_stage_may_score_otherwise_and_a_model_of_classes_is_not_scored_by_prompts() -> None:
-    rule = {"every": 9, "promote_gain": 0.1, "promote_steps": 18}
+    rule = {"every": 9, "min_delta": 0.1, "patience": 18}
     validate_config({"scoring": {"every": 3}, "stages": [{"name": "a", "scoring": rule}]}, "here")
     with pytest.raises(ConfigError, match="here: scoring.every 9: .* model.condition must be text, not class"):
         validate_config({"scoring": {"every": 9}, "model": {"condition": "class", "text_depth": 4}}, "here")

@@ -36,7 +36,7 @@ class Recorder:
         self.given.append(given)
         return torch.zeros_like(given[0]), None
 
-    def micro_step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         assert loss.isfinite()
 
     def step(self, *_: Any) -> StepResult:
@@ -176,7 +176,7 @@ class Gradients(Recorder):
         self.given.append(given)
         return self.denoiser(*given).output, None
 
-    def micro_step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         (loss / (SIZE // len(self.given[-1][0]))).backward()
 
 
@@ -243,7 +243,7 @@ def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest
     monkeypatch.setattr(GlobalMeans, "read", lambda self: [order.append("loss"), read(self)][1])
 
     class Engine(Recorder):
-        def micro_step(self, loss: Tensor) -> None:
+        def backward(self, loss: Tensor) -> None:
             pass
 
         def step(self, lr: Any, veto: Any) -> StepResult:

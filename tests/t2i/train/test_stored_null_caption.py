@@ -17,7 +17,7 @@ from t2i.config.loading import validate_config
 from t2i.config.run import RunConfig
 from t2i.model_folder import write_model
 from t2i.train.checkpointing import find_null_caption, store_null_caption
-from t2i.train.run_dir import StagePlace, stage_places
+from t2i.train.run_dir import StageDir, stage_places
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_qwen(tmp_path_factory.mktemp("qwen3")))
 
 
-def run_of(root: Path, qwen: str, padding: str, source: str = "previous") -> tuple[RunConfig, StagePlace]:
+def run_of(root: Path, qwen: str, padding: str, source: str = "previous") -> tuple[RunConfig, StageDir]:
     text, stages = {"model": qwen, "length": 12}, [{"name": "low"}]
     tree = {"root": str(root), "text": text, "stages": stages, "init": {"source": source}}
     config = validate_config({**tree, "model": {"text_padding": padding}}, "test")
@@ -35,7 +35,7 @@ def run_of(root: Path, qwen: str, padding: str, source: str = "previous") -> tup
     return config, stage_places(config)[0]
 
 
-def found(config: RunConfig, place: StagePlace) -> Tensor:
+def found(config: RunConfig, place: StageDir) -> Tensor:
     return find_null_caption(config, place, build_text(config, CPU, torch.float32))
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import watch_ranks
 
 from data.errors import UserError
-from t2i.config.train import LimitsConfig
+from t2i.config.train import TimeoutsConfig
 from t2i.distributed import World
 from t2i.train.watchdog import Failure, Failures, is_lost_contact, straggler
 
@@ -169,5 +169,5 @@ def test_the_straggler_is_the_rank_that_takes_longest() -> None:
 @pytest.mark.parametrize("wrong", [{"start_minutes": 0}, {"step_minutes": -1}, {"wall_clock_minutes": -1}])
 def test_limits_are_positive(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        LimitsConfig.model_validate(wrong)
-    assert LimitsConfig().wall_clock_minutes == 0
+        TimeoutsConfig.model_validate(wrong)
+    assert TimeoutsConfig().wall_clock_minutes == 0

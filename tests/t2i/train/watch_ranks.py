@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import UserError
-from t2i.config.train import LimitsConfig
+from t2i.config.train import TimeoutsConfig
 from t2i.distributed import World
 from t2i.train import watchdog as failures_module
 from t2i.train import watchdog as watch_module
@@ -189,7 +189,7 @@ def play(case: Callable[[World, Watch], None], folder: Path, rank: int, size: in
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     world = World(rank, size, torch.device("cpu"), dist.new_group(backend="gloo", timeout=patience))
     dist.barrier()
-    limits = LimitsConfig(start_minutes=2 * STEP_S / 60, step_minutes=STEP_S / 60)
+    limits = TimeoutsConfig(start_minutes=2 * STEP_S / 60, step_minutes=STEP_S / 60)
     code = 0
     with Failures(world) as failures:
         watch = Watch(failures, limits, folder / "stacks", "attempt")

@@ -19,19 +19,19 @@ HEAD = """
 import ctypes, sys, time
 sys.path.insert(0, "{root}")
 from importlib.util import module_from_spec, spec_from_file_location
-spec = spec_from_file_location("departure", "{root}/launch/departure.py")
+spec = spec_from_file_location("preemption", "{root}/launch/preemption.py")
 module = module_from_spec(spec)
 spec.loader.exec_module(module)
-departure, module.SAME_REQUEST_S = module.departure, 0.5
+preemption, module.SAME_REQUEST_S = module.preemption, 0.5
 """
 WAITS = (
     HEAD
     + """
-departure.listen()
+preemption.listen()
 print("ready", flush=True)
-while departure.reason is None:
+while preemption.reason is None:
     time.sleep(0.01)
-print(departure.reason, flush=True)
+print(preemption.reason, flush=True)
 {then}
 time.sleep(60)
 """
@@ -39,7 +39,7 @@ time.sleep(60)
 STUCK = (
     HEAD
     + """
-departure.listen()
+preemption.listen()
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
 print("ready", flush=True)
@@ -86,7 +86,7 @@ def test_a_second_request_ends_a_process_that_is_stuck() -> None:
 
 
 def test_what_is_saved_is_not_hurried() -> None:
-    with process(WAITS.format(root=ROOT, then="departure.settle()\nprint('settled', flush=True)")) as child:
+    with process(WAITS.format(root=ROOT, then="preemption.settle()\nprint('settled', flush=True)")) as child:
         child.send_signal(signal.SIGTERM)
         assert line(child) == "SIGTERM came" and line(child) == "settled"
         time.sleep(0.7)
@@ -96,10 +96,12 @@ def test_what_is_saved_is_not_hurried() -> None:
 
 
 def test_a_dead_launcher_asks_once_and_the_clock_asks_too() -> None:
-    then = "time.sleep(0.7)\ndeparture.launcher_died()\nprint('here', flush=True)"
-    code = WAITS.format(root=ROOT, then=then).replace("departure.listen()", "departure.listen()\ndeparture.limit(0.01)")
+    then = "time.sleep(0.7)\npreemption.launcher_died()\nprint('here', flush=True)"
+    code = WAITS.format(root=ROOT, then=then).replace(
+        "preemption.listen()", "preemption.listen()\npreemption.limit(0.01)"
+    )
     with process(code) as child:
-        assert line(child) == "limits.wall_clock_minutes 0.01 are over"
+        assert line(child) == "timeouts.wall_clock_minutes 0.01 are over"
         assert line(child) == "here"  # it is leaving anyway
         child.send_signal(signal.SIGTERM)  # the scheduler's first word is not a second one
         time.sleep(0.3)
@@ -107,6 +109,6 @@ def test_a_dead_launcher_asks_once_and_the_clock_asks_too() -> None:
 
 
 def test_before_it_listens_a_signal_ends_it() -> None:
-    with process(WAITS.format(root=ROOT, then="").replace("departure.listen()", "")) as child:
+    with process(WAITS.format(root=ROOT, then="").replace("preemption.listen()", "")) as child:
         child.send_signal(signal.SIGUSR1)
         assert child.wait(10) == -signal.SIGUSR1
