@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import data.store.s3_errors
 import pytest
 
 import data.store.base
