@@ -53,7 +53,7 @@ prove-pixeldit:
 	$(MAKE) prove NAME=prove_pixeldit
 
 test: setup
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The packages first: where they cannot be had, this fails, while the tests alone would skip.
 test-s3: setup

@@ -27,6 +27,11 @@ class Launcher:
         return json.loads(ended.stdout.strip().splitlines()[-1])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole runs first: last, one of them would keep a worker busy while the others have nothing left."""
+    items.sort(key=lambda item: not {"launch", "engine"} & set(item.path.parts))
+
+
 @pytest.fixture(autouse=True)
 def launchers_variables() -> Iterator[None]:
     """A job that runs inside a test sets what a launcher would have; what the test starts after it is not its child."""
