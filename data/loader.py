@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import threading
 import time
@@ -306,13 +307,10 @@ class Loader:
             # The order of `_places`: one group of each lane, then the next of each.
             first = ((lane - self._rank) // self._world_size + number * len(self._lanes)) * size
             places = slice(first, first + size)
+            memory = functools.partial(self._memory, partial, places)
+            partial.captions[places], partial.ids[places] = self._lanes[lane].next(memory)
 
-            def allocate(size: Size, places: slice = places) -> torch.Tensor:
-                return self._allocate(partial, places, size)
-
-            partial.captions[places], partial.ids[places] = self._lanes[lane].next(allocate)
-
-    def _allocate(self, partial: _PartialBatch, places: slice, size: Size) -> torch.Tensor:
+    def _memory(self, partial: _PartialBatch, places: slice, size: Size) -> torch.Tensor:
         """Memory for a group's pixels; without buckets it is a part of the whole share's."""
         if self._images.buckets is not None:
             partial.groups[places.start] = self._empty(places.stop - places.start, size)

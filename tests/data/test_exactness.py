@@ -71,9 +71,9 @@ def write(case: Case, folder: Path) -> list[SourceIndex]:
 def read(
     case: Case, indices: list[SourceIndex], batches: int, world: int = 1, workers: int = 0, state: Any = None
 ) -> tuple[list[Any], list[Quarantined], dict[str, Any]]:
-    """The global batches, what was set aside, and the state after them."""
+    """The global batches, the bad samples, and the state after them."""
     filters = Filters(min_caption_words=2)
-    per_rank, states, aside = [], [], []
+    per_rank, states, bad = [], [], []
     for rank in range(world):
         with Loader(
             [Source(index, weight, filters) for index, weight in zip(indices, case.weights, strict=True)],
@@ -93,7 +93,7 @@ def read(
             read = [next(loader) for _ in range(batches)]
         per_rank.append(read)
         states.append(read[-1].state)
-        aside += [it for batch in read for it in batch.bad]
+        bad += [one for batch in read for one in batch.bad]
     merged = [
         sorted(
             (int(slot), id_, caption, pixels.numpy().tobytes())
@@ -102,7 +102,7 @@ def read(
         )
         for shares in zip(*per_rank, strict=True)
     ]
-    return merged, sorted(aside, key=str), json.loads(json.dumps(merge_states(states)))
+    return merged, sorted(bad, key=str), json.loads(json.dumps(merge_states(states)))
 
 
 FIXTURES_ARE_FRESH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -116,15 +116,15 @@ def test_any_layout_and_any_resumption_give_the_same_batches(
     indices = write(case, tmp_path_factory.mktemp("case"))
     worlds = st.sampled_from([n for n in range(1, case.lanes + 1) if case.lanes % n == 0])
     batches = 6
-    expected, aside, end = read(case, indices, batches)
+    expected, bad, end = read(case, indices, batches)
     slots = [slot for batch in expected for slot, *_ in batch]
     assert slots == list(range(batches * case.lanes * case.per_lane))
-    assert read(case, indices, batches, data.draw(worlds), data.draw(st.integers(0, 3))) == (expected, aside, end)
+    assert read(case, indices, batches, data.draw(worlds), data.draw(st.integers(0, 3))) == (expected, bad, end)
     cut = data.draw(st.integers(1, batches - 1))
-    first, aside_1, state = read(case, indices, cut, data.draw(worlds), data.draw(st.integers(0, 2)))
-    rest, aside_2, last = read(case, indices, batches - cut, data.draw(worlds), data.draw(st.integers(0, 2)), state)
+    first, bad_1, state = read(case, indices, cut, data.draw(worlds), data.draw(st.integers(0, 2)))
+    rest, bad_2, last = read(case, indices, batches - cut, data.draw(worlds), data.draw(st.integers(0, 2)), state)
     assert (first + rest, last) == (expected, end)
-    assert sorted(aside_1 + aside_2, key=str) == aside
+    assert sorted(bad_1 + bad_2, key=str) == bad
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=FIXTURES_ARE_FRESH)

@@ -123,7 +123,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         atomic_write(path, pieces())
-    assert [(it.name, it.read_bytes()) for it in tmp_path.iterdir()] == [(path.name, b"first")]
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(path.name, b"first")]
     atomic_write(path, [b"sec", b"ond"])
     assert path.read_bytes() == b"second"
 

@@ -52,21 +52,21 @@ def test_any_layout_and_any_resumption_give_the_same_batches(
     indices = case.write(tmp_path_factory.mktemp("case"))
     worlds = st.sampled_from([n for n in range(1, case.lanes + 1) if case.lanes % n == 0])
     batches = 6
-    expected, aside, end = case.read(indices, batches)
+    expected, bad, end = case.read(indices, batches)
     size = case.lanes * case.group_size * case.groups
     assert [slot for batch in expected for slot, *_ in batch] == list(range(batches * size))
     assert case.read(indices, batches, data.draw(worlds), workers=data.draw(st.integers(0, 3))) == (
         expected,
-        aside,
+        bad,
         end,
     )
     cut = data.draw(st.integers(1, batches - 1))
-    first, aside_1, state = case.read(indices, cut, data.draw(worlds), workers=data.draw(st.integers(0, 2)))
-    rest, aside_2, last = case.read(
+    first, bad_1, state = case.read(indices, cut, data.draw(worlds), workers=data.draw(st.integers(0, 2)))
+    rest, bad_2, last = case.read(
         indices, batches - cut, data.draw(worlds), workers=data.draw(st.integers(0, 2)), state=state
     )
     assert (first + rest, last) == (expected, end)
-    assert sorted(aside_1 + aside_2, key=str) == aside
+    assert sorted(bad_1 + bad_2, key=str) == bad
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -124,14 +124,14 @@ def sorted_into_groups(ids: Iterator[str], size: int) -> Iterator[list[str]]:
 
 @settings(max_examples=30, deadline=None, suppress_health_check=FIXTURES_ARE_FRESH)
 @given(case=cases(), batches=st.integers(1, 8))
-def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_passed_over(
+def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_skipped(
     case: Case, batches: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     indices = case.write(tmp_path_factory.mktemp("case"))
-    read, aside, state = case.read(indices, batches)
+    read, bad, state = case.read(indices, batches)
     came, waits = came_and_waits(case, indices, state)
     used = Counter((id_.partition("/")[0], number_of(id_)) for batch in read for _, id_, *_ in batch)
-    passed = Counter((it.source, int(it.key or -1)) for it in aside)
+    passed = Counter((one.source, int(one.key or -1)) for one in bad)
     short = Counter({place: n for place, n in came.items() if place[1] in case.short})
     assert came == used + waits + passed + short
     bad = case.broken | case.no_image
@@ -139,8 +139,8 @@ def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_passed_over(
     counters: Counter[str] = Counter()
     for of_lane in state["lanes"].values():
         counters.update(of_lane["counters"])
-    assert counters["samples"] == used.total() and counters["bad"] == len(aside)
-    assert sum(counters.values()) - len(aside) == came.total() - waits.total()
+    assert counters["samples"] == used.total() and counters["bad"] == len(bad)
+    assert sum(counters.values()) - len(bad) == came.total() - waits.total()
 
 
 def test_sources_are_mixed_by_weight_though_one_is_half_broken(tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_sources_are_mixed_by_weight_though_one_is_half_broken(tmp_path: Path) -
     good, bad = (
         replace(case, broken=broken).write(tmp_path / str(n)) for n, broken in enumerate(((), range(0, 30, 2)))
     )
-    read, aside, state = case.read([bad[0], good[1]], 40)
-    assert len(aside) > 10 and {it.source for it in aside} == {"s0"}
+    read, listed, state = case.read([bad[0], good[1]], 40)
+    assert len(listed) > 10 and {one.source for one in listed} == {"s0"}
     lane = state["lanes"]["0"]
     came = Counter(id_.partition("/")[0] for batch in read for _, id_, *_ in batch)
     came.update(name for name, *_ in lane["waiting"])

@@ -103,7 +103,7 @@ def test_batches_hold_the_right_pixels_and_slots(reference: tuple[list[Global], 
             assert np.abs(colour - expected).max() < 8
 
 
-def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
+def test_bad_samples_are_skipped_and_counted(tmp_path: Path) -> None:
     index = write_source(tmp_path, [20, 20], replaced=BAD)
     with loader([index], lanes=1, batch_size=35, workers=2) as source:
         batch = next(source)  # one lane: its first 35 good samples are the whole epoch's
@@ -122,7 +122,7 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
         assert "small_image" not in source.counters()
 
 
-def test_samples_that_lack_a_member_are_passed_over_and_bad_ones_listed(tmp_path: Path) -> None:
+def test_samples_that_lack_a_member_are_skipped_and_bad_ones_listed(tmp_path: Path) -> None:
     parts = [
         ("a.jpg", jpeg(0)),
         ("b.txt", b"no image"),
@@ -136,7 +136,7 @@ def test_samples_that_lack_a_member_are_passed_over_and_bad_ones_listed(tmp_path
         batch = next(source)
     assert set(batch.ids) == {"s/0.tar/c"}
     assert set(source.counters()) == {"missing_caption", "missing_image", "undecodable_image", "samples", "bad"}
-    listed = {(it.shard, it.key, it.offset, it.reason) for it in batch.bad}
+    listed = {(one.shard, one.key, one.offset, one.reason) for one in batch.bad}
     before_d = sum(512 + -(-len(content) // 512) * 512 for _, content in parts[:4])
     assert listed == {("0.tar", "d", before_d, "undecodable_image")}
 
@@ -268,7 +268,7 @@ def test_a_fault_nobody_thought_of_is_a_bad_sample_not_an_end(tmp_path: Path, mo
     monkeypatch.setattr("data.sample.decode", odd)
     with loader([index], lanes=1, batch_size=19) as source:
         batch = next(source)
-    assert [(it.key, it.reason, it.detail) for it in batch.bad] == [("000007", "undecodable_image", "KeyError: 6")]
+    assert [(one.key, one.reason, one.detail) for one in batch.bad] == [("000007", "undecodable_image", "KeyError: 6")]
     assert "source/00000.tar/000007" not in batch.ids
 
 

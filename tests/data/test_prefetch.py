@@ -84,16 +84,16 @@ def test_samples_come_in_their_order_whatever_the_requests(source: SourceIndex, 
     wanted = expected(order, 1, 3)
     with closing(Fetcher()) as fetcher:
         taken = take(Prefetcher(index, order, 1, 0, 0, fetcher, buffer), len(wanted))
-        assert [(it.epoch, it.position, it.shard, it.sample) for it in taken] == wanted
-        for it in taken:
-            number = sum(COUNTS[: it.shard]) + it.sample
-            sample = parse_sample(it.content)
+        assert [(one.epoch, one.position, one.shard, one.sample) for one in taken] == wanted
+        for one in taken:
+            number = sum(COUNTS[: one.shard]) + one.sample
+            sample = parse_sample(one.content)
             assert sample.members["txt"] == f"caption {number}".encode()
-            assert it.offset == source.offsets(it.shard)[it.sample]
+            assert one.offset == source.offsets(one.shard)[one.sample]
         for start in (1, 5, 8, len(wanted) // 2):
             epoch, position, *_ = wanted[start]
             rest = take(Prefetcher(index, order, 1, epoch, position, fetcher, buffer), len(wanted) - start)
-            assert [(it.epoch, it.position, it.shard, it.sample) for it in rest] == wanted[start:]
+            assert [(one.epoch, one.position, one.shard, one.sample) for one in rest] == wanted[start:]
 
 
 def test_a_sample_is_read_again_as_it_was_or_not_at_all(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_sample_is_read_again_as_it_was_or_not_at_all(tmp_path: Path) -> None:
     with closing(Fetcher()) as fetcher:
         taken = take(Prefetcher(index, order, 1, 0, 0, fetcher, 5_000), 50)
     assert taken[-1].epoch > 0
-    assert [read_again(index, order, 1, it.epoch, it.position)(lambda kind: None) for it in taken] == taken
+    assert [read_again(index, order, 1, one.epoch, one.position)(lambda kind: None) for one in taken] == taken
     os.utime(tmp_path / index.names[taken[7].shard])
     with pytest.raises(DataError, match="changed since it was indexed"):
         read_again(index, order, 1, taken[7].epoch, taken[7].position)(lambda kind: None)

@@ -1,4 +1,4 @@
-"""The ids of coming batches are those that training reads, from any place on."""
+"""A preview holds the ids that training reads, from any state on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sources(tmp_path: Path) -> list[Source]:
 def trained(
     sources: list[Source], batches: int, world: int, images: ImageSettings = IMAGES
 ) -> tuple[list[list[str]], list[dict[str, Any]], int]:
-    """Ids by slot of the global batches that `world` ranks read, the state after each, and samples passed over."""
+    """Ids by slot of the global batches that `world` ranks read, the state after each, and skipped samples."""
     loaders = [Loader(sources, images, rank=rank, world_size=world, workers=2, **ORDER) for rank in range(world)]
     ids, states = [], []
     for _ in range(batches):
@@ -55,19 +55,19 @@ def trained(
 def test_the_batches_of_training(sources: list[Source], world: int) -> None:
     ids, _, passed = trained(sources, 9, world)
     told: list[int] = []
-    coming = preview_batches(sources, IMAGES, 9, progress=told.append, **ORDER)
-    assert (coming.first, coming.ids) == (0, ids)
-    assert sum(coming.skipped.values()) == passed > 0
-    assert set(coming.skipped) == {"undecodable_image", "caption_words"}
+    preview = preview_batches(sources, IMAGES, 9, progress=told.append, **ORDER)
+    assert (preview.first, preview.ids) == (0, ids)
+    assert sum(preview.skipped.values()) == passed > 0
+    assert set(preview.skipped) == {"undecodable_image", "caption_words"}
     assert sum(told) == 9 * 12
 
 
 def test_from_a_state_on(sources: list[Source]) -> None:
     ids, states, passed = trained(sources, 9, 2)
     before = sum(preview_batches(sources, IMAGES, 4, **ORDER).skipped.values())
-    coming = preview_batches(sources, IMAGES, 5, state=states[3], **ORDER)
-    assert (coming.first, coming.ids) == (4, ids[4:])
-    assert sum(coming.skipped.values()) == passed - before
+    preview = preview_batches(sources, IMAGES, 5, state=states[3], **ORDER)
+    assert (preview.first, preview.ids) == (4, ids[4:])
+    assert sum(preview.skipped.values()) == passed - before
 
 
 def test_with_buckets_it_tells_the_sizes_too(tmp_path: Path) -> None:
@@ -75,13 +75,13 @@ def test_with_buckets_it_tells_the_sizes_too(tmp_path: Path) -> None:
     images = ImageSettings(8, buckets=Buckets(((8, 8), (8, 16)), 2))
     sources = [Source(write_source(tmp_path, [7, 20, 13], replaced=wide))]
     ids, states, _ = trained(sources, 9, 3, images)
-    coming = preview_batches(sources, images, 9, **ORDER)
-    assert (coming.first, coming.ids, coming.skipped) == (0, ids, {})
+    preview = preview_batches(sources, images, 9, **ORDER)
+    assert (preview.first, preview.ids, preview.skipped) == (0, ids, {})
     among = [int(id_.rsplit("/", 1)[1]) % 3 == 0 for row in ids for id_ in row]
-    assert coming.sizes == {(8, 8): among.count(False), (8, 16): among.count(True)} and sum(among) > 9
-    assert coming.waiting == sum(len(lane["waiting"]) for lane in states[-1]["lanes"].values()) > 0
+    assert preview.sizes == {(8, 8): among.count(False), (8, 16): among.count(True)} and sum(among) > 9
+    assert preview.waiting == sum(len(lane["waiting"]) for lane in states[-1]["lanes"].values()) > 0
     later = preview_batches(sources, images, 4, state=states[4], **ORDER)
-    assert (later.ids, later.waiting) == (ids[5:], coming.waiting)
+    assert (later.ids, later.waiting) == (ids[5:], preview.waiting)
 
 
 def test_a_state_of_another_order_is_refused(sources: list[Source]) -> None:

@@ -80,14 +80,14 @@ class Case:
     def read(
         self, indices: list[SourceIndex], batches: int, world: int = 1, **changes: Any
     ) -> tuple[list[Any], list[Quarantined], dict[str, Any]]:
-        """The global batches by slot, what was set aside, and the state after them."""
-        per_rank, states, aside = [], [], []
+        """The global batches by slot, the bad samples, and the state after them."""
+        per_rank, states, bad = [], [], []
         for rank in range(world):
             with self.loader(indices, rank, world, **changes) as loader:
                 read = [next(loader) for _ in range(batches)]
             per_rank.append(read)
             states.append(read[-1].state)
-            aside += [it for batch in read for it in batch.bad]
+            bad += [one for batch in read for one in batch.bad]
         merged = []
         for shares in zip(*per_rank, strict=True):
             rows = []
@@ -98,7 +98,7 @@ class Case:
                     for slot, id_, caption, image in zip(share.slots, share.ids, share.captions, pixels, strict=True)
                 ]
             merged.append(sorted(rows))
-        return merged, sorted(aside, key=str), json.loads(json.dumps(merge_states(states)))
+        return merged, sorted(bad, key=str), json.loads(json.dumps(merge_states(states)))
 
 
 def number_of(id_: str) -> int:
@@ -108,7 +108,7 @@ def number_of(id_: str) -> int:
 def came_and_waits(
     case: Case, indices: list[SourceIndex], state: dict[str, Any]
 ) -> tuple[Counter[tuple[str, int]], Counter[tuple[str, int]]]:
-    """How often each sample, by source and number, was come by until a state, and how often it waits there."""
+    """How often each sample, by source and number, was read until a state, and how often it waits there."""
     came: Counter[tuple[str, int]] = Counter()
     waits: Counter[tuple[str, int]] = Counter()
     for index in indices:
@@ -118,10 +118,10 @@ def came_and_waits(
             shard, sample = order.block(lane, epoch, position // case.block)[position % case.block]
             return int(index.counts[:shard].sum() + sample)
 
-        for lane, it in ((int(lane), it) for lane, it in state["lanes"].items()):
-            epoch, position = it["sources"][index.name]
+        for lane, one in ((int(lane), one) for lane, one in state["lanes"].items()):
+            epoch, position = one["sources"][index.name]
             places = [(before, n) for before in range(epoch) for n in range(order.lane_size(lane, before))]
             places += [(epoch, n) for n in range(position)]
             came.update((index.name, number(lane, *place)) for place in places)
-            waits.update((index.name, number(lane, *place)) for name, *place in it["waiting"] if name == index.name)
+            waits.update((index.name, number(lane, *place)) for name, *place in one["waiting"] if name == index.name)
     return came, waits
