@@ -122,10 +122,7 @@ class LaneStream:
     or `reject`. `process` (filtering, decoding) raises `BadSample` or `Filtered` to have a sample skipped.
 
     Args:
-        sources: the sources, each in the order of this seed and stage.
-        lane: this lane's number, 0 <= lane < lanes.
-        lanes: number of lanes.
-        fetcher: runs the read requests.
+        lane, lanes: this lane's number, from 0, and the number of lanes.
         most_skipped: samples skipped in a row that are an error; None: a whole epoch of the lane.
     """
 
@@ -158,7 +155,7 @@ class LaneStream:
         return {"draws": self._draws, "sources": places, "counters": dict(sorted(self._counters.items()))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after a state; to be called before the first sample is taken."""
+        """Resume after a state; to be called before the first sample is taken."""
         assert not self._prefetchers
         self._draws = int(state["draws"])
         places = (state["sources"].get(name, (0, 0)) for name in self.names)

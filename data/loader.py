@@ -84,14 +84,11 @@ class Loader:
     Iterating raises DataError or StoreError where the source does, in the batch that needed it.
 
     Args:
-        sources: the sources, with different names.
-        images: what becomes of their images.
+        sources: their names must differ.
         batch_size: samples in a global batch, over all ranks; a multiple of lanes x images.group_size.
         lanes: independent orders the data is cut into; a multiple of world_size.
-        seed: the run's seed.
-        stage: the stage's name; every stage has another order.
-        rank: this process's number, 0 <= rank < world_size.
-        world_size: number of processes that share a global batch.
+        seed, stage: the run's seed and the stage's name; every stage has another order.
+        rank, world_size: this process's number, from 0, and the number of processes that share a global batch.
         workers: decoding threads; 0 decodes in the consumer's.
         shuffle_block: samples that are permuted together inside a lane.
         buffer_bytes: most encoded bytes that this rank holds prefetched.
@@ -160,7 +157,7 @@ class Loader:
         self._ready = [(batch, lane) for lane in self._lanes]  # a heap: the earliest batch first
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after a global state from `merge_states`, of any world size; before the first batch is taken.
+        """Resume after a global state from `merge_states`, of any world size; before the first batch is taken.
 
         Raises:
             DataError: it is a state of another order, other buckets or other sources.

@@ -123,11 +123,7 @@ class Prefetcher:
     """Prefetches a lane's samples of one source. To be used by one thread at a time.
 
     Args:
-        index: the source.
-        order: its order.
-        lane: the lane.
         epoch, position: where the lane stands: the first sample to take is there or after it.
-        fetcher: runs the requests.
         buffer_bytes: most bytes held and under way, apart from the sample that is needed now.
         pace: samples that the lane takes from all sources for each one of this source, on average.
     """

@@ -157,7 +157,7 @@ class Lane(Protocol):
         """The position after the last group yielded, as JSON values."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after a state; to be called before the first group is taken."""
+        """Resume after a state; to be called before the first group is taken."""
 
     def read_so_far(self) -> Counter[str]:
         """As `LaneStream.read_so_far`."""

@@ -225,7 +225,7 @@ def test_a_state_of_something_else_is_refused(sources: list[SourceIndex]) -> Non
     assert next(loader(sources, state=state)).slots[0] == 2 * BATCH
 
 
-def test_fixed_samples_are_different_readable_and_repeatable(sources: list[SourceIndex]) -> None:
+def test_the_validation_set_is_of_different_readable_samples_and_repeatable(sources: list[SourceIndex]) -> None:
     def fixed(n: int) -> ValidationSet:
         return read_validation_set([Source(index) for index in sources], n, ImageSettings(8))
 

@@ -36,7 +36,7 @@ def intake(folder: Path, bad: int, max_bad_fraction: float) -> Intake:
     return Intake(loader, World(0, 1, torch.device("cpu")), config, "s", 0, [DAMAGE])
 
 
-def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
+def test_bad_samples_are_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
     it = intake(tmp_path, bad=2, max_bad_fraction=1.0)
     for step in range(1, 5):
         it.next(step)
