@@ -137,10 +137,10 @@ def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_skipped(
     case: Case, batches: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     indices = case.write(tmp_path_factory.mktemp("case"))
-    read, bad, state = case.read(indices, batches)
+    read, listed, state = case.read(indices, batches)
     came, waits = came_and_waits(case, indices, state)
     used = Counter((id_.partition("/")[0], number_of(id_)) for batch in read for _, id_, *_ in batch)
-    passed = Counter((one.source, int(one.key or -1)) for one in bad)
+    passed = Counter((one.source, int(one.key or -1)) for one in listed)
     short = Counter({place: n for place, n in came.items() if place[1] in case.short})
     assert came == used + waits + passed + short
     bad = case.broken | case.no_image
@@ -148,8 +148,8 @@ def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_skipped(
     counters: Counter[str] = Counter()
     for of_lane in state["lanes"].values():
         counters.update(of_lane["counters"])
-    assert counters["samples"] == used.total() and counters["bad"] == len(bad)
-    assert sum(counters.values()) - len(bad) == came.total() - waits.total()
+    assert counters["samples"] == used.total() and counters["bad"] == len(listed)
+    assert sum(counters.values()) - len(listed) == came.total() - waits.total()
 
 
 def test_sources_are_mixed_by_weight_though_one_is_half_broken(tmp_path: Path) -> None:
