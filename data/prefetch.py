@@ -123,7 +123,7 @@ class Prefetcher:
     """Prefetches a lane's samples of one source. To be used by one thread at a time.
 
     Args:
-        epoch, position: where the lane stands: the first sample to take is there or after it.
+        epoch, position: where the lane stands: the first sample to take is at this place or the next with a sample.
         buffer_bytes: most bytes held and under way, apart from the sample that is needed now.
         pace: samples that the lane takes from all sources for each one of this source, on average.
     """

@@ -18,7 +18,7 @@ SHORT_S = 5.0
 
 
 class Stream(Protocol):
-    """What progress is written to."""
+    """A text stream for progress, such as stderr."""
 
     def write(self, text: str, /) -> object: ...
     def flush(self) -> object: ...
@@ -26,7 +26,7 @@ class Stream(Protocol):
 
 
 class Lines:
-    """What is used of tqdm's bar, in lines: every LINE_S seconds, and at the end of what takes SHORT_S."""
+    """The part of tqdm's interface in use, as lines: one every LINE_S seconds, and one at the end of a longer job."""
 
     def __init__(self, total: int, unit: str, what: str, initial: int, stream: Stream) -> None:
         self._total, self._unit, self._what, self._stream = total, unit, what, stream
@@ -35,17 +35,17 @@ class Lines:
         self._postfix = ""
 
     def set_postfix_str(self, text: str, refresh: bool = False) -> None:
-        """What stands at the end of the next line."""
+        """Set the end of the next line."""
         self._postfix = text
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count `count` more items as done."""
         self._done += count
         if time.monotonic() - self._last >= LINE_S:
             self._show()
 
     def close(self) -> None:
-        """Show the end."""
+        """Write the last line."""
         if self._done > self._shown and time.monotonic() - self._began >= SHORT_S:
             self._show()
 
