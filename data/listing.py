@@ -1,13 +1,11 @@
-"""Which files below a root count, and what a listing says of those that do not: one rule for disks, S3 and tars.
+"""Which files below a root count, how image formats are recognised, and what a message says of files left out.
+
+One set of rules for disks, S3 and tars, and one table of formats for the decoder, all listings and packing.
 
 - A file counts unless its path below the root has a part that is hidden (`.ipynb_checkpoints`, `.snapshot`,
   `.Trash-1000`, `._0.tar`) or a folder that a system keeps for itself (`SYSTEM_FOLDERS`).
 - Links are followed (`data/store/local.py`): each link to a file is a file, each real folder is listed once.
-- What is left out is counted by reason. A reason is a phrase that a message can show; it holds the advice, if any.
-
-Image formats that are decoded: what Pillow calls them, how their files are named, how their bytes begin.
-
-One table for the decoder, for every listing of images and for packing, so that no format is known to one of them alone.
+- Files left out are counted by reason. A reason is a phrase that a message can show, with the advice, if any.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ class Format:
 
     Attributes:
         name: as a report shows it.
-        extensions: of its files, in lower case without the dot; the first is given to members that are packed.
-        matches: whether a file's bytes begin as the format's do.
+        extensions: in lower case without the dot; packed members get the first.
+        matches: whether a file's first bytes are of this format.
     """
 
     name: str
@@ -56,19 +54,19 @@ FORMATS = {
 """By Pillow's name. Formats outside this table may start another program (EPS runs Ghostscript)."""
 
 _COMMON = ("jpg", "jpeg", "png", "webp")
-IMAGE_EXTENSIONS = tuple(dict.fromkeys((*_COMMON, *(ext for it in FORMATS.values() for ext in it.extensions))))
-"""All of the table's; where a sample has several, the first of them is its image."""
+IMAGE_EXTENSIONS = tuple(dict.fromkeys((*_COMMON, *(ext for one in FORMATS.values() for ext in one.extensions))))
+"""The extensions of all formats; where a sample has several, the first is its image."""
 
 UNDECODED_EXTENSIONS = (
     "heic", "heif", "jxl", "jp2", "j2k", "jpx", "svg", "psd", "ico", "tga", "exr", "hdr",
     "raw", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2",
 )  # fmt: skip
-"""Of images in formats that are not decoded."""
+"""Extensions of image formats that are not decoded."""
 
 
 def format_of(content: bytes) -> Format | None:
-    """The format of a file by its first bytes, whatever its name says; None for one that is not decoded."""
-    return next((it for it in FORMATS.values() if it.matches(content)), None)
+    """The format of a file by its first bytes, whatever its name; None if it is not decoded."""
+    return next((one for one in FORMATS.values() if one.matches(content)), None)
 
 
 T = TypeVar("T")
@@ -79,7 +77,7 @@ SYSTEM_FOLDERS = (
 )  # fmt: skip
 """Snapshots, recycle bins, thumbnails and metadata of file systems, network storage and archivers."""
 
-# A part that begins with a dot, "." and ".." aside, or is a system's folder.
+# A part that begins with a dot, but not "." or "..", or is a system's folder.
 _EXCLUDED = re.compile(rf"(?:\A|/)(\.(?!\.?(?:/|\Z))|(?:{'|'.join(map(re.escape, SYSTEM_FOLDERS))})(?=/|\Z))")
 HIDDEN = "hidden"
 SYSTEM = "in system folders (snapshots, recycle bins)"
@@ -98,6 +96,8 @@ _TABLES = {
     "jsonl": "write it as CSV or Parquet, and pack that",
 }  # fmt: skip
 _OTHER_SHARDS = ("mds", "tfrecord", "tfrecords", "arrow", "beton")
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that Git leaves in place of one it has not fetched."""
 _MAGIC = {
     b"\x1f\x8b": "gzip-compressed: gunzip it first",
     b"\x28\xb5\x2f\xfd": "Zstandard-compressed: unzstd it first",
@@ -110,18 +110,18 @@ _MAGIC = {
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"\x00\x05\x16\x07": "what macOS keeps beside a file (AppleDouble): remove it",
-    b"version https://git-lfs": "a Git LFS pointer, not the file: run git lfs pull",
+    LFS_POINTER: "a Git LFS pointer, not the file itself: run `git lfs pull`",
 }
 
 
 def excluded(name: str) -> str | None:
-    """Why a path below a root does not count, by its name: `HIDDEN` or `SYSTEM`; None where it counts."""
+    """Why a path below a root does not count: `HIDDEN` or `SYSTEM`; None if it counts."""
     found = _EXCLUDED.search(name)
     return None if found is None else HIDDEN if found[1] == "." else SYSTEM
 
 
-def that_count(items: Iterable[T], name: Callable[[T], str], left_out: Counter[str]) -> list[T]:
-    """The items of a flat listing whose names count; the others are counted, those of one folder as one."""
+def drop_excluded(items: Iterable[T], name: Callable[[T], str], left_out: Counter[str]) -> list[T]:
+    """The items of a flat listing whose names count; the others go into `left_out`, those of one folder as one."""
     counted, tops = [], dict[str, str]()
     for item in items:
         if (found := _EXCLUDED.search(name(item))) is None:
@@ -134,18 +134,18 @@ def that_count(items: Iterable[T], name: Callable[[T], str], left_out: Counter[s
 
 
 def extension(name: str) -> str:
-    """A path's extension in lower case, without the dot; "" where there is none."""
+    """A path's extension in lower case, without the dot; "" if it has none."""
     stem, dot, found = name.rpartition("/")[2].rpartition(".")
     return found.lower() if dot and stem else ""
 
 
 def is_image(name: str) -> bool:
-    """Whether a path is, by its extension, that of an image in a format that is decoded."""
+    """Whether a path has the extension of an image format that is decoded."""
     return extension(name) in IMAGE_EXTENSIONS
 
 
 def is_parquet(name: str) -> bool:
-    """Whether a path is, by its extension, that of a Parquet file."""
+    """Whether a path has the extension of a Parquet file."""
     return extension(name) in _PARQUET
 
 
@@ -160,7 +160,7 @@ def why_not_parquet(name: str) -> str | None:
 
 
 def why_not_a_shard(name: str) -> str | None:
-    """Why a path that does not end in .tar is left out of a source of tars; None where it has nothing to do with it."""
+    """Why a path that does not end in .tar is left out of a source of tars; None if it is unrelated to the source."""
     stem, _, suffix = name.rpartition(".")
     ending, tarred = extension(name), extension(stem) == "tar"
     if ending in _ONE_WORD or (tarred and ending in _DECOMPRESS):
@@ -173,7 +173,7 @@ def why_not_a_shard(name: str) -> str | None:
 
 
 def why_not_an_image(name: str) -> str:
-    """Why a path is no part of a folder of images, where no image has its name."""
+    """Why a path is left out of a folder of images, where no image has its name."""
     if (ending := extension(name)) in _TABLES:
         return f"tables (.{ending}: {_TABLES[ending]})"
     if ending in _OTHER_SHARDS:
@@ -182,22 +182,22 @@ def why_not_an_image(name: str) -> str:
 
 
 def why_not_decoded(name: str) -> str | None:
-    """Why the image of a path is left out, by its extension; None for what is no image or one that is decoded."""
+    """Why an image is left out, by its extension; None for other files and for images that are decoded."""
     if (ending := extension(name)) in UNDECODED_EXTENSIONS:
         return f"images of a format that is not decoded (.{ending})"
     return None
 
 
 def kind_of(content: bytes) -> str | None:
-    """What a file that is not what it should be is, by its first bytes; None where they tell nothing."""
+    """What a file that is not as expected is, by its first bytes; None if they are not known."""
     return next((words for magic, words in _MAGIC.items() if content.startswith(magic)), None)
 
 
-def told(left_out: Mapping[str, int]) -> str:
-    """The end of a sentence, "; left out: 2 hidden, 1 compressed (...)"; "" where nothing is left out."""
-    return f"; left out: {listed(left_out)}" if left_out else ""
+def format_left_out(left_out: Mapping[str, int]) -> str:
+    """The end of a sentence, "; left out: 2 hidden, 1 compressed (...)"; "" if nothing is left out."""
+    return f"; left out: {format_counts(left_out)}" if left_out else ""
 
 
-def listed(left_out: Mapping[str, int]) -> str:
+def format_counts(left_out: Mapping[str, int]) -> str:
     """Numbers and reasons: "2 hidden, 1 compressed (.tar.gz: gunzip it first)"."""
     return ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())

@@ -1,4 +1,4 @@
-"""How far a job has come: a bar on a terminal; a line now and then in a file, where a bar would be one endless line."""
+"""A progress bar on a terminal; a line now and then in a file, where a bar would be one endless line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ T = TypeVar("T")
 LINE_S = 60.0
 """Seconds between two lines."""
 SHORT_S = 5.0
-"""Of a job that ends sooner there is no line: its result is there."""
+"""A job that ends sooner writes no line."""
 
 
 class Stream(Protocol):
-    """What progress is written to."""
+    """A text stream for progress, such as stderr."""
 
     def write(self, text: str, /) -> object: ...
     def flush(self) -> object: ...
@@ -26,7 +26,7 @@ class Stream(Protocol):
 
 
 class Lines:
-    """What is used of tqdm's bar, in lines: every LINE_S seconds, and at the end of what takes SHORT_S."""
+    """The part of tqdm's interface in use, as lines: one every LINE_S seconds, and one at the end of a longer job."""
 
     def __init__(self, total: int, unit: str, what: str, initial: int, stream: Stream) -> None:
         self._total, self._unit, self._what, self._stream = total, unit, what, stream
@@ -35,17 +35,17 @@ class Lines:
         self._postfix = ""
 
     def set_postfix_str(self, text: str, refresh: bool = False) -> None:
-        """What stands at the end of the next line."""
+        """Set the end of the next line."""
         self._postfix = text
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count `count` more items as done."""
         self._done += count
         if time.monotonic() - self._last >= LINE_S:
             self._show()
 
     def close(self) -> None:
-        """Show the end."""
+        """Write the last line."""
         if self._done > self._shown and time.monotonic() - self._began >= SHORT_S:
             self._show()
 
@@ -75,15 +75,14 @@ class Lines:
 def progress_bar(
     total: int, unit: str, what: str = "", *, initial: int = 0, shown: bool = True, file: Stream | None = None
 ) -> tqdm[Any] | Lines:
-    """What shows the progress of a job: `update` it, and close it or use it as a context manager.
+    """A job's progress: `update` it, and close it or use it as a context manager.
 
     Args:
-        total: how many there are to do.
-        unit: of what.
+        total: items to do, each a `unit`.
         what: the job's name.
-        initial: how many are done already.
+        initial: items done already.
         shown: whether anything is shown, as on rank 0 alone.
-        file: where; none is stderr.
+        file: where; None is stderr.
     """
     stream: Any = sys.stderr if file is None else file
     if shown and not stream.isatty():
@@ -94,7 +93,7 @@ def progress_bar(
 
 
 def followed(items: Iterable[T], total: int, unit: str, what: str = "", *, shown: bool = True) -> Iterator[T]:
-    """The items, while `progress_bar` shows how many have been worked on."""
+    """Yield the items, while `progress_bar` shows how many are done."""
     with progress_bar(total, unit, what, shown=shown) as bar:
         for item in items:
             yield item

@@ -1,13 +1,13 @@
-"""YAML that users write, read so that nothing becomes another value than it looks like.
+"""YAML that users write, read so that no value becomes another than it looks like.
 
-Mappings, lists, strings, numbers, truth values and null; anchors, aliases and merges (`<<`) as YAML has them. Unlike
-YAML 1.1, which PyYAML reads:
+Mappings, lists, strings, numbers, booleans and null; anchors, aliases and merges (`<<`). The differences to YAML 1.1,
+which PyYAML reads:
 
 - a key given twice is an error, however it is spelled (`1` and `0x1`), also in a mapping that is merged into another;
-- yes, no, on and off are words, `1:30` and dates are text, and `010` (8 in YAML 1.1, 10 in 1.2) is an error;
-- `1e-4` is a number without a dot, too;
-- a line ends at a newline alone (data/files.py);
-- length, depth and what aliases expand to are bounded, before anything is built.
+- yes, no, on and off are strings, `1:30` and dates are strings, and `010` (8 in YAML 1.1, 10 in 1.2) is an error;
+- `1e-4` is a number;
+- a line ends only at a newline (data/files.py);
+- length, depth and the expansion of aliases are limited, before anything is built.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data.errors import UserError
 from data.files import read_text
 
 MOST_CHARACTERS = 2**20
-"""Of a text, and of what its aliases expand to."""
+"""Limit of a text, and of what its aliases expand to."""
 MOST_DEPTH = 32
 _TAG = "tag:yaml.org,2002:"
 _KEYS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
@@ -36,9 +36,9 @@ _PLAIN = (
     ("float", _FLOAT, "-+.0123456789"),
     ("float", re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"), "-+."),
 )
-"""What a word without quotes is: tag, form, first characters. Any other is a string."""
+"""Tag, form and first characters of unquoted scalars; any other is a string."""
 _ZERO_LED = re.compile(r"[-+]?0[\d_]+\Z", re.ASCII)
-# PyYAML ends lines at these characters, too: it is shown private ones in their place.
+# PyYAML ends lines at these characters, too: it gets private ones in their place.
 _HIDE = str.maketrans("\x85\u2028\u2029", "\U0010f785\U0010f828\U0010f829")
 _SHOW = {hidden: plain for plain, hidden in _HIDE.items()}
 
@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str, where: str) -> None:
         super().__init__(text.translate(_HIDE))
         self._text, self._where, self._depth = text, where, 0
-        self._extents = dict[Node, tuple[int, int]]()  # characters and depth of finished nodes, aliases expanded
+        self._extents = dict[Node, tuple[int, int]]()  # characters and depth of composed nodes, aliases expanded
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -71,7 +71,7 @@ class _Loader(yaml.SafeLoader):
             size, depth = 1 + len(node.value), 1
         else:
             pairs = isinstance(node, MappingNode)
-            parts = [self._extents[it] for part in node.value for it in (part if pairs else (part,))]
+            parts = [self._extents[child] for part in node.value for child in (part if pairs else (part,))]
             size, depth = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
         if size > MOST_CHARACTERS or depth > MOST_DEPTH:
             self._refuse(node.start_mark, "its aliases expand to more than a file may hold")
@@ -92,7 +92,7 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
     def _value(self, key: ScalarNode) -> Any:
-        """What a key is in a dict, where 1, 1.0 and true are one; NaN is itself here."""
+        """A key as a dict compares it: 1, 1.0 and true are equal, and here NaN equals itself."""
         if key.tag not in _KEYS:  # a merge, or an error later on
             return key.tag, key.value
         value = self.construct_object(key)
@@ -113,19 +113,19 @@ class _Loader(yaml.SafeLoader):
             digits = value.lower().replace("_", "")
             return int(digits, 0) if node.tag == _TAG + "int" else float(re.sub(r"\.(?=inf|nan)", "", digits))
         except ValueError:
-            self._refuse(node.start_mark, f"{value:.40} is no number that can be read")
+            self._refuse(node.start_mark, f"{value:.40} is not a number")
 
     def _refuse(self, mark: yaml.Mark, words: str) -> NoReturn:
         raise UserError(f"{self._where}{_line(mark, self._text)}: {words}")
 
 
 def _line(mark: yaml.Mark | None, text: str) -> str:
-    """Where in a text of several lines."""
+    """Where a mark is, for a message about a text of several lines."""
     return f", line {mark.line + 1}" if mark is not None and "\n" in text else ""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either this module or YAML 1.1 would read as something else than text."""
+    """Quotes strings that this module or YAML 1.1 would read as another type."""
 
 
 for _name, _form, _first in _PLAIN:
@@ -136,13 +136,10 @@ for _name in ("int", "float"):
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """What one document of YAML holds; None if it is empty.
-
-    Args:
-        where: names the text in errors.
+    """The content of one YAML document, None if it is empty; `where` names it in errors.
 
     Raises:
-        UserError: it is no YAML, or none that is read here; the sentence names the line.
+        UserError: it is not YAML, or not accepted here; the message names the line.
     """
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"{where}: has {len(text):,} characters, and may have {MOST_CHARACTERS:,}")
@@ -157,14 +154,10 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path, where: str = "") -> Any:
-    """The same of a file; `where` names it in errors, and is the path itself if empty.
-
-    Raises:
-        UserError: as `load_yaml`, or it cannot be read.
-    """
+    """The content of a YAML file; raises UserError as `load_yaml`, or if it cannot be read."""
     return load_yaml(read_text(path, where), where or str(path))
 
 
 def dump_yaml(tree: Any) -> str:
-    """YAML that `load_yaml` and other readers read back to the same tree."""
+    """YAML that `load_yaml` and other readers parse to the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=100)

@@ -30,7 +30,7 @@ import numpy as np
 
 from data.errors import BadSample, DataError, UserError
 from data.files import FileLock
-from data.listing import IMAGE_EXTENSIONS, told
+from data.listing import IMAGE_EXTENSIONS, format_left_out
 from data.packing.contents import Contents, Images, LeftOut, Recipe, Sample, ahead, fingerprint, left_out, sample_key
 from data.shards.index import SourceIndex, index_source, list_left_out
 from data.shards.tar import parse_sample
@@ -141,7 +141,7 @@ def samples_of_folder(store: Store, recipe: Recipe) -> Contents:
     folder, left_out = FolderStore(store), Counter[str]()
     if not folder.list(left_out=left_out):
         formats = ", ".join(IMAGE_EXTENSIONS)
-        raise DataError(f"source {store.url}: it should be a folder with images ({formats}){told(left_out)}")
+        raise DataError(f"source {store.url}: it should be a folder with images ({formats}){format_left_out(left_out)}")
     return samples_of_tars(index_source(folder, "source"), recipe, "folder")
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.listing import told
+from data.listing import format_left_out
 from data.progress import followed
 from data.shards.offsets import (
     OFFSETS_SUFFIX,
@@ -113,7 +113,7 @@ def build_manifest(
     for source in sources:
         infos, beside = list_shards(source, left_out)
         if not infos:
-            raise DataError(f"no {SHARD_SUFFIX} shard below {source.url}{told(left_out)}")
+            raise DataError(f"no {SHARD_SUFFIX} shard below {source.url}{format_left_out(left_out)}")
         indexer = _Indexer(source, beside, place, name)
         found = for_each_shard(infos, indexer, workers)
         if not any(len(scan.offsets) > 1 for scan, _ in found):

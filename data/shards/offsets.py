@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data.listing import kind_of, told, why_not_a_shard
+from data.listing import format_left_out, kind_of, why_not_a_shard
 from data.shards.tar import BLOCK, TarScan, scan_tar
 from data.store import ObjectInfo, Store, WritableStore
 
@@ -141,5 +141,5 @@ def scan_shard(store: Store, info: ObjectInfo) -> TarScan:
         begin = bytes(store.read(info.name, 0, min(BLOCK, info.size), version=info.version))
         words = f"not a tar but {kind}" if (kind := kind_of(begin)) else f"{words}: not a tar"
     elif scan.left_out:
-        words += told(scan.left_out)
+        words += format_left_out(scan.left_out)
     return replace(scan, damage=words)

@@ -74,7 +74,7 @@ class TarScan:
 
 
 @dataclass(frozen=True)
-class RawSample:
+class TarSample:
     """One sample: its key, with folders, and its members' contents by extension: "jpg", "txt", "seg.png"."""
 
     key: str
@@ -89,7 +89,7 @@ class TarDamage(Exception):
         self.at, self.name = at, name
 
 
-def parse_sample(content: bytes | bytearray | memoryview) -> RawSample:
+def parse_sample(content: bytes | bytearray | memoryview) -> TarSample:
     """Split one sample's bytes of a tar, headers included, into its members.
 
     Raises:
@@ -113,7 +113,7 @@ def parse_sample(content: bytes | bytearray | memoryview) -> RawSample:
         raise BadSample("malformed_tar", f"in the sample's bytes: {damage}") from damage
     if current is None:
         raise BadSample("malformed_tar", f"no member of a sample in {len(view)} bytes")
-    return RawSample(current, members)
+    return TarSample(current, members)
 
 
 def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:

@@ -81,13 +81,14 @@ def rank(endpoint: str, number: int, world: int, state: Path, out: Path) -> None
             workers=1,
             shuffle_block=BLOCK,
             buffer_bytes=2 << 30,
-            state=json.loads(state.read_text()) if state.exists() else None,
         ) as loader,
         out.open("w") as file,
     ):
+        if state.exists():
+            loader.load_state_dict(json.loads(state.read_text()))
         for batch in loader:
-            aside = [it.key for it in batch.set_aside]
-            line = {"ids": batch.ids, "state": batch.state, "set_aside": aside, "retries": loader.retries()}
+            aside = [it.key for it in batch.bad]
+            line = {"ids": batch.ids, "state": batch.state, "bad": aside, "retries": loader.retries()}
             file.write(json.dumps(line) + "\n")
             file.flush()
 
@@ -122,7 +123,7 @@ def soak(endpoint: str, folder: Path) -> dict[str, Any]:
     rng, state = random.Random(0), folder / "state.json"
     seen: Counter[str] = Counter()
     retried: Counter[str] = Counter()
-    set_aside: set[str] = set()
+    bad: set[str] = set()
     kills = 0
     while True:
         per_rank = run_until(endpoint, WORLDS[kills % len(WORLDS)], folder, rng.randint(30, 65))
@@ -139,7 +140,7 @@ def soak(endpoint: str, folder: Path) -> dict[str, Any]:
                 for id_, lane in zip(line["ids"], sorted(lanes, key=int), strict=True):
                     if lanes[lane]["sources"]["soak"][0] == 0:
                         seen[id_] += 1
-                set_aside.update(line["set_aside"])
+                bad.update(line["bad"])
         merged = merge_states([written[common - 1]["state"] for written in per_rank])
         state.write_text(json.dumps(merged))
         if all(lane["sources"]["soak"][0] > 0 for lane in merged["lanes"].values()):
@@ -150,7 +151,7 @@ def soak(endpoint: str, folder: Path) -> dict[str, Any]:
         "lost": good - len(seen),
         "duplicated": sum(count > 1 for count in seen.values()),
         "retried": dict(sorted(retried.items())),
-        "set_aside": len(set_aside),
+        "bad": len(bad),
         "undecodable_samples": SAMPLES - good,
         "kills": kills,
     }

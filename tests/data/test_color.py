@@ -146,7 +146,7 @@ def test_a_profile_in_several_parts() -> None:
 
     def holding(some: list[tuple[int, bytes]]) -> bytes:
         segments = [b"ICC_PROFILE\0" + bytes((n, 2)) + part for n, part in some]
-        return plain[:2] + b"".join(struct.pack(">HH", 0xFFE2, 2 + len(it)) + it for it in segments) + plain[2:]
+        return plain[:2] + b"".join(struct.pack(">HH", 0xFFE2, 2 + len(one)) + one for one in segments) + plain[2:]
 
     whole = encode(stripes(COLOURS), "JPEG", quality=100, subsampling=0, icc_profile=ADOBE)
     assert (seen(holding(parts)) == seen(whole)).all() and (seen(holding(parts[::-1])) == seen(whole)).all()

@@ -187,7 +187,7 @@ def test_the_size_is_that_of_the_header_upright(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Image.Image, "load", None)
     for data, size in files.items():
         assert image_size(data) == size
-    with pytest.raises(BadSample, match="it is a Git LFS pointer, not the file: run git lfs pull"):
+    with pytest.raises(BadSample, match="it is a Git LFS pointer, not the file itself: run `git lfs pull`"):
         image_size(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     for data, why in ((wide, "too_many_pixels"), (other, "undecodable_image"), (b"", "undecodable_image")):
         with pytest.raises(BadSample) as caught:
@@ -353,3 +353,49 @@ def test_headers_that_claim_other_sizes_are_refused(
     assert decode(claim(data, 200, 200), 64).shape == (3, 64, 64)
     for height, width in ((100, 200), (200, 100), (400, 200), (200, 400), (100, 100), (184, 200), (200, 184)):
         assert reason(BadSample, claim(data, height, width), 64) == "undecodable_image"
+
+
+def picture(width: int, height: int, form: str, **options: object) -> bytes:
+    rng = np.random.default_rng(width * height)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    noisy = np.asarray(coarse, np.int16) + rng.integers(-30, 31, (height, width, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def in_pillow(data: bytes, side: int) -> np.ndarray:
+    """Halve by boxes while both sides stay at or above the target, bicubic to it, cut the middle."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    while image.width >= 2 * side and image.height >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.BOX)
+    scale = side / min(image.width, image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return pixels[top : top + side, left : left + side].transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (64, 64), (127, 129), (33, 90), (128, 400)])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+        ("JPEG", {"quality": 85, "subsampling": 2}),
+    ],
+    ids=["png", "jpeg444", "jpeg420"],
+)
+def test_the_crop_is_adms_to_the_bit(width: int, height: int, form: str, options: dict[str, int]) -> None:
+    data = picture(width, height, form, **options)
+    found = decode(data, 64, small_images="upscale", as_adm=True)
+    assert found.shape == (3, 64, 64)
+    np.testing.assert_array_equal(found, in_pillow(data, 64))
+    other = decode(data, 64, small_images="upscale")
+    assert (width, height) == (64, 64) or not np.array_equal(found, other)
+
+
+def test_it_is_mirrored_after_all_else() -> None:
+    data = picture(90, 77, "PNG")
+    plain, mirrored = (decode(data, 32, as_adm=True, flip=flip) for flip in (False, True))
+    np.testing.assert_array_equal(mirrored, plain[:, :, ::-1])

@@ -114,7 +114,7 @@ def test_complete_pixels_are_used_where_one_of_their_checksums_is_right(depth: i
         assert (decode(before + chunks + chunk(b"IEND", b""), SIZE) == expected).all(), name
     unproven = [packed[:-4], packed[:-2], packed[:-4] + WRONG, more[:-4]]
     wrong = [*larger, larger[0][:-4], zlib.compress(content[:-1]), zlib.compress(content[:-1])[:-4]]
-    for chunks in (*(spoiled(b"IDAT", it) for it in unproven + wrong), *(chunk(b"IDAT", it) for it in wrong)):
+    for chunks in (*(spoiled(b"IDAT", one) for one in unproven + wrong), *(chunk(b"IDAT", one) for one in wrong)):
         assert reason(BadSample, before + chunks + chunk(b"IEND", b""), 32) == "undecodable_image"
 
 

@@ -88,7 +88,7 @@ def test_what_a_text_means(text: str, value: Any) -> None:
         ("a:\n- 1\n- -007", "here, line 3: -007 is octal"),
         ("09", "here: 09 is octal"),
         ("!!int '010'", "here: 010 is octal"),
-        ("!!int '1:30'", "here: 1:30 is no number"),
+        ("!!int '1:30'", "here: 1:30 is not a number"),
         ("9" * 5000, "here: 9999"),
         ("? [a]\n: b", "here, line 1: a key must be a single word"),
         ("a: [", "here: not YAML: while parsing a flow node"),
