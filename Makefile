@@ -3,6 +3,7 @@
 # make test-s3 the store against a real S3 server: Ceph, whose Debian packages it unpacks into .cache
 # make test-browser  the page in a real browser: Chromium, from Debian's package
 # make lint    ruff and mypy
+# make docs    the site of these documents, in .cache/site
 # make bench   what is measured rather than asserted, but for what takes long, which is:
 # make step    a training step with each of its economies off in turn, a quarter of an hour
 # make prove   trains a small model on drawn shapes and scores it: the yardstick for changes of recipe; SEEDS=3 for more
@@ -23,7 +24,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SEEDS ?= 1
 NAME ?= prove
 
-.PHONY: setup demo prove prove-pixeldit test test-s3 test-browser lint bench step soak ablation xxl clean
+.PHONY: setup demo prove prove-pixeldit test test-s3 test-browser lint docs bench step soak ablation xxl clean
 
 setup: $(VENV)/.installed
 
@@ -69,6 +70,9 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 
 bench: setup
 	@for script in $(filter-out $(LONG),$(wildcard tests/benchmarks/*.py)); do echo "$$script"; python $$script; done
