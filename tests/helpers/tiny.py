@@ -18,6 +18,7 @@ from PIL import Image
 
 from data.packing import pack, shapes
 from data.randomness import key, uniform
+from t2i.config.run import RunConfig
 
 SPOILED = str(ROOT / "tests" / "launch" / "spoiled.py")
 """A job whose ranks can be told to go wrong."""
@@ -88,6 +89,13 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
     """The tree as a file."""
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def parse(description: str, default_config: str, argv: list[str]) -> RunConfig:
+    """The config that the command line of a training job gives."""
+    from launch.cli import config_parser, read_config  # imports the networks, which most tests do without
+
+    return read_config(config_parser(description, default_config), argv)[0]
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:

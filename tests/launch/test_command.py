@@ -106,7 +106,11 @@ def full_disk(mistake: UserError) -> UserError:
     [
         (DataError("a mistake,\n told at length"), 2, "error: a mistake, told at length"),
         (StoreError("the network is down"), 1, "error: the network is down; again"),
-        (BrokenProcessPool("a long story"), 1, "error: a process was killed, perhaps for its memory; again"),
+        (
+            BrokenProcessPool("a long story"),
+            1,
+            "error: a process was killed, perhaps because it used too much memory; again",
+        ),
         (OSError(ENOSPC, "No space left on device", "/a/b"), 1, "error: /a/b: No space left on device; again"),
         (
             OSError(ENOSPC, "No space left on device"),
@@ -115,16 +119,16 @@ def full_disk(mistake: UserError) -> UserError:
         ),
         (IsADirectoryError(EISDIR, "Is a directory", "x"), 1, "error: x: Is a directory; again"),
         (OSError("image file is\ntruncated"), 1, "error: image file is truncated; again"),
-        (MemoryError(), 1, "error: the memory is not enough; again"),
+        (MemoryError(), 1, "error: out of memory; again"),
         (
             MemoryError("Unable to allocate 8.00 PiB for an array"),
             1,
-            "error: the memory is not enough: 8.00 PiB were asked for at once; again",
+            "error: out of memory: tried to allocate 8.00 PiB at once; again",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
             1,
-            "error: the memory is not enough: 20.00 GiB were asked for at once; again",
+            "error: out of memory: tried to allocate 20.00 GiB at once; again",
         ),
         (full_disk(UserError("out is x: cannot be written")), 1, "error: out is x: cannot be written; again"),
         (KeyboardInterrupt(), 130, "interrupted; again"),
@@ -146,7 +150,7 @@ def test_memory_that_is_not_there(fail: Callable[[], object], capsys: pytest.Cap
         fail()
 
     assert run((job,), [], "A test.") == 1
-    assert capsys.readouterr().err.startswith("error: the memory is not enough")
+    assert capsys.readouterr().err.startswith("error: out of memory")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -17,7 +17,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 time.sleep({before})
 from importlib.util import module_from_spec, spec_from_file_location
-spec = spec_from_file_location("launcher", {root!r} + "/launch/launcher.py")
+spec = spec_from_file_location("launcher", {root!r} + "/launch/preemption.py")
 launcher = module_from_spec(spec)
 spec.loader.exec_module(launcher)
 launcher.watch_launcher(lambda: os._exit(1))

@@ -52,7 +52,7 @@ def test_it_is_said_loudly_where_there_are_signs_alone(monkeypatch, capsys) -> N
     warn_of_overlooked_gpu(["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2", "/dev/nvidia3"])
     said = capsys.readouterr().err
     assert "!!!" in said and "because" in said
-    assert "(/dev/nvidia0, /dev/nvidia1, /dev/nvidia2 and 1 more signs)" in said
+    assert "(/dev/nvidia0, /dev/nvidia1, /dev/nvidia2 and 1 more)" in said
 
 
 def test_why(monkeypatch) -> None:

@@ -85,8 +85,8 @@ def test_a_second_request_ends_a_process_that_is_stuck() -> None:
         assert child.wait(10) == 75
 
 
-def test_what_is_saved_is_not_hurried() -> None:
-    with process(WAITS.format(root=ROOT, then="preemption.settle()\nprint('settled', flush=True)")) as child:
+def test_requests_have_no_effect_after_the_save() -> None:
+    with process(WAITS.format(root=ROOT, then="preemption.finish()\nprint('settled', flush=True)")) as child:
         child.send_signal(signal.SIGTERM)
         assert line(child) == "SIGTERM came" and line(child) == "settled"
         time.sleep(0.7)

@@ -16,7 +16,7 @@ from tiny import free_port, tiny_config
 
 from data.errors import StoreError, UserError
 from launch import rendezvous
-from launch.rendezvous import Place, agreed_values, meet
+from launch.rendezvous import RankAddress, agreed_values, meet
 
 RUN = {"job": "stage1.py", "folder": "runs/mine", "ranks": "2"}
 HOST = socket.gethostname()
@@ -31,8 +31,8 @@ def meeting(
     size: int = 2,
     seconds: float = 60.0,
 ) -> Future[dist.Store]:
-    place = Place(rank, size, 0, "127.0.0.1", port)
-    return pool.submit(meet, place, run, values or {"seed": "0"}, timedelta(seconds=seconds))
+    own = RankAddress(rank, size, 0, "127.0.0.1", port)
+    return pool.submit(meet, own, run, values or {"seed": "0"}, timedelta(seconds=seconds))
 
 
 def error_of(met: Future[dist.Store]) -> tuple[type[BaseException], str]:
@@ -50,11 +50,11 @@ def pool():
 @pytest.fixture(autouse=True)
 def soon(monkeypatch) -> None:
     """Words come sooner, and nobody waits long for another run to leave."""
-    monkeypatch.setattr(rendezvous, "FIRST_WORD_S", 0.2)
-    monkeypatch.setattr(rendezvous, "WORD_S", 0.3)
-    monkeypatch.setattr(rendezvous, "HELD_S", 0.5)
+    monkeypatch.setattr(rendezvous, "FIRST_REPORT_S", 0.2)
+    monkeypatch.setattr(rendezvous, "REPORT_S", 0.3)
+    monkeypatch.setattr(rendezvous, "PORT_TAKEN_S", 0.5)
     monkeypatch.setattr(rendezvous, "RETRY_S", 0.1)
-    monkeypatch.setattr(rendezvous, "HEARD_S", 1.0)
+    monkeypatch.setattr(rendezvous, "VERDICT_S", 1.0)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
 
 
@@ -180,7 +180,7 @@ def test_an_earlier_start_that_stays_ends_resumable_and_another_run_does_not(
 
 
 def test_an_earlier_start_that_leaves_is_waited_for(pool, monkeypatch) -> None:
-    monkeypatch.setattr(rendezvous, "HELD_S", 30.0)
+    monkeypatch.setattr(rendezvous, "PORT_TAKEN_S", 30.0)
     port = free_port()
     earlier = [meeting(pool, port, rank) for rank in range(2)]
     assert all(one.result(timeout=60) for one in earlier)
@@ -291,7 +291,7 @@ def test_files_that_settings_name_count_with_what_they_hold(tmp_path: Path) -> N
 def test_source_versions_and_variables_that_change_numbers_are_compared(monkeypatch) -> None:
     before = values_of({})
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    monkeypatch.setattr("launch.rendezvous.version", lambda name: "9")
+    monkeypatch.setattr("launch.rendezvous.installed_versions", lambda: {"numpy": "9"})
     monkeypatch.setattr("launch.rendezvous.source_files", lambda: {"t2i/train/step.py": "f" * 64})
     after = values_of({})
     assert after["variable NVIDIA_TF32_OVERRIDE"] == "1" != before["variable NVIDIA_TF32_OVERRIDE"]
