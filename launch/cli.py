@@ -46,6 +46,7 @@ _NUMBER_OF_YAML_1_1 = re.compile(r"[-+]?(?:0b[01_]+|\d[\d_]*(?::[0-5]?\d)+(?:\.\
 """What jsonargparse would take for a number, such as 90 for 1:30."""
 _NOT_FINITE = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity")
 """Words that Python takes for numbers."""
+_NOT_OF_TYPE = re.compile(r"""Parser key "(\w+)": Expected a <class '(int|float)'>\. Got value: (.*)""")
 
 
 class Parser(ArgumentParser):
@@ -114,7 +115,13 @@ def parsed(parser: Parser, args: list[str] | None = None) -> Any:
     try:
         return parser.parse_args(args)
     except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(_sentence(error)) from error
+
+
+def _sentence(error: ArgumentError) -> str:
+    message = " ".join(str(error).split())
+    found = _NOT_OF_TYPE.fullmatch(message)
+    return message if found is None else f"--{found[1]}: {found[3]!r} is not a number of type {found[2]}"
 
 
 # Jobs that are plain functions
@@ -248,8 +255,7 @@ def _check_names(parser: Parser, argv: list[str]) -> None:
 
 def _reworded(error: ArgumentError, argv: list[str]) -> str:
     """The config's own sentence on a wrong value of a field; otherwise the parser's."""
-    message = " ".join(str(error).split())
-    found = re.search(r'key "([\w.]+)"', message)
+    found = re.search(r'key "([\w.]+)"', str(error))
     raw = values_of(argv).get(found[1]) if found and _is_of_config(found[1]) else None
     if found and raw is not None:
         value: Any = load_yaml(raw, f"--{found[1]}")
@@ -259,7 +265,7 @@ def _reworded(error: ArgumentError, argv: list[str]) -> str:
             validate_config(value, where="command line")
         except ConfigError as sentence:
             return str(sentence)
-    return message
+    return _sentence(error)
 
 
 def values_of(argv: list[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@
 - A process of another run that comes to this port is turned away. A rank whose settings, source or versions differ
   from those of rank 0 ends the job on all ranks at once.
 - Ranks of an earlier start, which may still be saving, are waited for. A store may also outlive its ranks (torchrun's
-  agent restarts them, and counts restarts by node), so each rank 0 gives its start an id, and the keys have it as prefix.
+  agent restarts them, and counts restarts by node), so each rank 0 gives its start an id, the prefix of its keys.
 - torch's own wait on a store prints stacks when it times out, and connecting to a port that is not a store may block
   without end: keys are polled instead, and the connection is made on a thread.
 """
@@ -385,8 +385,8 @@ class _Rendezvous:
         if waited > self._patience_s + (0 if self.own.rank == 0 else VERDICT_S):
             turned_away = f"; it {self._turned_away}" if self._turned_away else ""
             raise StoreError(
-                f"{self.who} has waited {_span(waited)} for {what()}{turned_away}: see that all ranks are started, with "
-                "the same master's address and port, and that the network lets them through"
+                f"{self.who} has waited {_span(waited)} for {what()}{turned_away}: see that all ranks are started, "
+                "with the same master's address and port, and that the network lets them through"
             )
         if now >= self._next_report:
             self._next_report = now + REPORT_S
