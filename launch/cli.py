@@ -56,9 +56,9 @@ class Parser(ArgumentParser):
     optional value; in paths `~`, `$NAME` and `${NAME}` are expanded. Raises UserError besides ArgumentError.
     """
 
-    def __init__(self, description: str | None, **options: Any) -> None:
+    def __init__(self, description: str | None = None, exit_on_error: bool = False, **options: Any) -> None:
         first_line = (description or "").partition("\n")[0]
-        super().__init__(description=first_line, exit_on_error=False, **options)
+        super().__init__(description=first_line, exit_on_error=exit_on_error, **options)
         self.hints = dict[str, Any]()
         """Annotations by destination, for parameters of functions: jsonargparse drops what Annotated adds."""
 
