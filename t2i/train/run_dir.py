@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ from t2i.build import choose_dtype
 from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.checkpoint import checkpoints
-from t2i.source import describe_source, installed_versions
+from t2i.source import describe_source
 from t2i.train.build import stand_ins
 from t2i.train.data import StageData
 from t2i.train.metrics import JsonLines
@@ -87,6 +89,9 @@ def stage_places(config: RunConfig) -> list[StageDir]:
     return places
 
 
+PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
+
+
 def write_environment(
     config: RunConfig, stage: RunConfig, data: StageData, parameters: int, world_size: int, devices: str
 ) -> None:
@@ -106,7 +111,7 @@ def write_environment(
             "samples": int(opened.index.counts.sum()),
         }
     environment = {
-        "versions": installed_versions(),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
         "device": devices,
         "world_size": world_size,
         "parameters": parameters,

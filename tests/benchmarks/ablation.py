@@ -131,7 +131,7 @@ class Run:
             raise UserError(f"{self.path}: the run ended with code {done.returncode}, and said why above")
 
     def cost(self) -> dict[str, Any]:
-        """The cost of training, the updates that its guard skipped, and the last validation loss."""
+        """What training took, how many updates its guard vetoed, and the last validation loss."""
         lines = JsonLines(self.config.directory / "metrics.jsonl").lines()
         trained = [line for line in lines if line["kind"] == "train"]
         seconds = [line["step_s"] for line in trained]

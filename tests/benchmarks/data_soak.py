@@ -86,7 +86,7 @@ def rank(endpoint: str, number: int, world: int, state: Path, out: Path) -> None
         out.open("w") as file,
     ):
         for batch in loader:
-            aside = [sample.key for sample in batch.set_aside]
+            aside = [it.key for it in batch.set_aside]
             line = {"ids": batch.ids, "state": batch.state, "set_aside": aside, "retries": loader.retries()}
             file.write(json.dumps(line) + "\n")
             file.flush()

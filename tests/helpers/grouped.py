@@ -84,7 +84,7 @@ class Case:
                 read = [next(loader) for _ in range(batches)]
             per_rank.append(read)
             states.append(read[-1].state)
-            aside += [sample for batch in read for sample in batch.set_aside]
+            aside += [it for batch in read for it in batch.set_aside]
         merged = []
         for shares in zip(*per_rank, strict=True):
             rows = []
