@@ -5,13 +5,13 @@
 
 PixelGen-XXL/16 at 256 px from configs/pixelgen_xxl.yaml, with what it takes to fit printed as `overrides`: two
 micro-batches of one drawn scene each, FSDP2, checkpointed blocks, the language model released once the captions are
-encoded, moments and EMA in mapped files.
+encoded, moments and average in mapped files.
 
 Qwen3-1.7B, VGG16 and DINOv2-B have their full size and random weights, made once under .cache/xxl: the losses mean
 nothing, their cost does. Of the two samples one is over the gate, so that LPIPS and P-DINO see it.
 
 Prints one JSON object: what the step came to; seconds and peaks of memory by part (`steps/clock.py`,
-`steps/memory.py`); bytes in mapped files. `moved` compares the masters with the EMA before its update, which
+`steps/memory.py`); bytes in mapped files. `moved` compares the masters with the average before it takes them in, which
 is where they began: Adam's first step is the learning rate times the gradient's sign. The head and adaLN begin at zero,
 so the first image is exactly zero, and only what does not lie behind a zero has a gradient: of the image blocks those
 up to alignment's.
@@ -48,7 +48,7 @@ WATCHED = (
 
 
 def moved(engine: Engine, ema: Ema) -> dict[str, Any]:
-    """The largest difference between the master weights and the EMA, by parameter."""
+    """How far the masters are from the average: their largest change."""
     largest = {name: float((it.value - ema.values[name]).abs().max()) for name, it in engine.shards.items()}
     return {
         "tensors": len(largest),
@@ -59,7 +59,7 @@ def moved(engine: Engine, ema: Ema) -> dict[str, Any]:
 
 
 def mapped_bytes(engine: Engine, ema: Ema) -> int:
-    """Bytes of moments and EMA in mapped files."""
+    """Of moments and average in files."""
     moments = [moment for shard in engine.shards.values() for moment in shard.state.values()]
     return sum(it.nbytes for it in (*moments, *ema.values.values()) if it.is_shared())
 

@@ -32,6 +32,7 @@ from data.errors import DataError, StoreError, UserError
 from data.store import StoreOptions
 from launch.cli import run
 from launch.process import main
+from launch.train import train
 from t2i.config.base import PathText
 
 ROOT = Path(__file__).parents[2]
@@ -95,8 +96,19 @@ def test_the_help_is_what_the_docstrings_say(capsys: pytest.CaptureFixture[str])
     assert all(words in said for words in ("Do one thing.", "Where from.", "Which column.", "How wide.", "A place"))
 
 
+def test_the_help_of_training_lists_extend_and_the_fields(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["curriculum.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        train("Train it.", only=None)
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(words in said for words in ("Train it.", "--extend [STAGE]", "--train.steps", "Fields of each of data."))
+
+
 def full_disk(mistake: UserError) -> UserError:
-    """As a job raises it that says which option's file met a full disk."""
+    """The mistake as raised by a job that names the option whose file met a full disk."""
     mistake.__cause__ = OSError(ENOSPC, "No space left on device")
     return mistake
 

@@ -1,4 +1,4 @@
-"""Finished stages: what the config may no longer say of them, and how one is trained for longer."""
+"""Finished stages: which settings may no longer change, and how a stage is trained for longer."""
 
 from __future__ import annotations
 
