@@ -130,13 +130,9 @@ Job = Callable[..., None]
 
 
 def run(jobs: Sequence[Job], args: list[str] | None, description: str | None, advice: str = "") -> int:
-    """Run the one job, or the one that the command line names, and return the exit code (`process.run_to_end`).
+    """Run the only job, or the one that the command line names, and return the exit code (`process.run_to_end`).
 
-    Args:
-        jobs: what there is to choose from.
-        args: the command line; None takes the process's.
-        description: the command's docstring, whose first line is the help.
-        advice: ends the sentence on a fault or an interruption.
+    The first line of `description` is the help; `advice` ends the sentence on a fault or an interruption.
     """
     return run_to_end(lambda: _run(jobs, args, description), advice)
 
