@@ -1,4 +1,4 @@
-"""The jobs. Importing any of them prepares what has to stand before the libraries are imported."""
+"""The jobs. Importing any of them first watches the launcher and sets the variables that libraries read on import."""
 
 import os
 

@@ -1,19 +1,13 @@
-"""Commands that need no launcher: from functions to a command line, from an exception to one sentence and an exit code.
+"""The command line of every entry point, over jsonargparse. Three kinds of jobs share one `Parser`:
 
-A job is a function. What it takes before "/" are words without a name (one, one that may be left out, or a list), each
-dataclass among its parameters is taken apart into options, all others are options, and docstrings are the help.
-For jobs that train, launch/process.py and launch/cli.py do the same.
+- Jobs that are plain functions (pack, index, inspect_data, export, compare, serve, ...): `run`. Parameters before "/"
+  are positional arguments, the fields of dataclasses and all other parameters are options, docstrings are the help.
+- Jobs that take a run's config (the training jobs, plan): `config_parser`, `read_config`. `--config FILE`, then any
+  field as `--section.field VALUE`, which overrides the file, its stages included; `--print_config` prints the tree.
+- Jobs of several processes that sample and score (sample, geneval, dpg, edit, fid, ...): `job_parser` or
+  `drawing_parser`, `parsed`. The launcher's `--local_rank` is accepted and ignored, as by the training jobs.
 
-Words of a command line, before jsonargparse makes values of them.
-
-Command lines of the jobs that take a config: jsonargparse's form over the typed tree.
-
-`--config FILE`, then any field as `--section.field VALUE`, which counts more than the file and its stages, or than the
-one stage that a job is for; `--help` documents every field and `--print_config` prints the tree. The launcher's
-`--local_rank` is accepted and ignored.
-
-What the command lines of the jobs that draw and score share; of those that draw, --model, --weights, --size and
---sampling.FIELD.
+How a job ends, its exit code and its one sentence are in launch/process.py.
 """
 
 from __future__ import annotations
@@ -23,8 +17,8 @@ import difflib
 import math
 import re
 import sys
-from argparse import Action, Namespace
-from collections.abc import Callable, Sequence
+from argparse import Action
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
 from pathlib import Path
@@ -49,22 +43,24 @@ from t2i.size_limits import check_fits
 
 set_loader("yaml", lambda text: load_yaml(text, "value"), (UserError,))
 _NUMBER_OF_YAML_1_1 = re.compile(r"[-+]?(?:0b[01_]+|\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?)\Z", re.ASCII)
-"""What jsonargparse would take for a number: 90 for 1:30."""
+"""What jsonargparse would take for a number, such as 90 for 1:30."""
 _NOT_FINITE = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity")
 """Words that Python takes for numbers."""
+_NOT_OF_TYPE = re.compile(r"""Parser key "(\w+)": Expected a <class '(int|float)'>\. Got value: (.*)""")
 
 
 class Parser(ArgumentParser):
-    """A parser whose options follow the rules of the files that users write, wherever a type is given.
+    """A parser whose arguments follow the same rules as config files, wherever a type is given.
 
-    Numbers and lists are YAML as data/yaml_file.py reads it, numbers are finite; none and null mean none where an
-    option may be none; in paths `~`, `$NAME` and `${NAME}` are filled in. Raises UserError besides ArgumentError.
+    Numbers and lists are YAML as data/yaml_file.py reads it; numbers are finite; none and null mean none for an
+    optional value; in paths `~`, `$NAME` and `${NAME}` are expanded. Raises UserError besides ArgumentError.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, description: str | None = None, exit_on_error: bool = False, **options: Any) -> None:
+        first_line = (description or "").partition("\n")[0]
+        super().__init__(description=first_line, exit_on_error=exit_on_error, **options)
         self.hints = dict[str, Any]()
-        """By destination, where jsonargparse does not see the whole annotation of a function's parameter."""
+        """Annotations by destination, for parameters of functions: jsonargparse drops what Annotated adds."""
 
     def _get_values(self, action: Action, arg_strings: list[str]) -> Any:
         hint = self.hints.get(action.dest, getattr(action, "_typehint", None))
@@ -75,15 +71,10 @@ class Parser(ArgumentParser):
 
 
 def read_word(word: str, hint: Any, name: str) -> str:
-    """The word that jsonargparse is to see for what a user wrote.
-
-    Args:
-        word: on the command line.
-        hint: what type it is to be.
-        name: begins the sentences of errors.
+    """Check a word of the command line against its type `hint`, and spell it as jsonargparse reads it.
 
     Raises:
-        UserError: it breaks one of the rules.
+        UserError: the word breaks one of the parser's rules; the sentence begins with `name`.
     """
     parts = parts_of(hint)
     if (none := read_none(word, hint)) != word:
@@ -107,43 +98,104 @@ def read_word(word: str, hint: Any, name: str) -> str:
     return word
 
 
-def _leaves(tree: Any) -> list[Any]:
-    """What a tree of mappings and lists holds."""
+def _leaves(tree: Any) -> Iterator[Any]:
     if not isinstance(tree, dict | list):
-        return [tree]
-    return [leaf for it in (tree.values() if isinstance(tree, dict) else tree) for leaf in _leaves(it)]
+        yield tree
+        return
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        yield from _leaves(value)
 
 
-def parse_config(description: str, default_config: str, argv: list[str], only: int | None = None) -> RunConfig:
-    """The config that a command line asks for; fields of a stage's sections are for stage `only`, or for all.
+def parsed(parser: Parser, args: list[str] | None = None) -> Any:
+    """The namespace that a command line gives; by default the process's own.
 
     Raises:
-        ConfigError: a wrong option, value or file, in one sentence.
+        ConfigError: a wrong argument, in one sentence.
     """
-    parser = _parser(description, default_config)
-    _check_names(parser, argv)
     try:
-        given = parser.parse_args(argv, defaults=False).as_dict()
+        return parser.parse_args(args)
     except ArgumentError as error:
-        raise ConfigError(_reworded(error, argv)) from error
-    given.pop("local_rank", None)
-    printing = given.pop("print_config", False)
-    config = override(load_config(Path(str(given.pop("config", default_config)))), given, only)
-    if printing:
-        sys.stdout.write(dump_config(config))
-        raise SystemExit(0)
-    return config
+        raise ConfigError(_sentence(error)) from error
 
 
-def _parser(description: str, default_config: str) -> Parser:
+def _sentence(error: ArgumentError) -> str:
+    message = " ".join(str(error).split())
+    found = _NOT_OF_TYPE.fullmatch(message)
+    return message if found is None else f"--{found[1]}: {found[3]!r} is not a number of type {found[2]}"
+
+
+# Jobs that are plain functions
+
+Job = Callable[..., None]
+
+
+def run(jobs: Sequence[Job], args: list[str] | None, description: str | None, advice: str = "") -> int:
+    """Run the only job, or the one that the command line names, and return the exit code (`process.run_to_end`).
+
+    The first line of `description` is the help; `advice` ends the sentence on a fault or an interruption.
+    """
+    return run_to_end(lambda: _run(jobs, args, description), advice)
+
+
+def _run(jobs: Sequence[Job], args: list[str] | None, description: str | None) -> None:
+    parser = Parser(description)
+    if len(jobs) == 1:
+        _add(parser, jobs[0])
+        _call(jobs[0], parsed(parser, args).as_dict())
+        return
+    commands = parser.add_subcommands(dest="job")
+    for job in jobs:
+        command = Parser(job.__doc__)
+        _add(command, job)
+        commands.add_subcommand(job.__name__, command, help=command.description)
+    given = parsed(parser, args)
+    _call(next(job for job in jobs if job.__name__ == given.job), given[given.job].as_dict())
+
+
+def _add(parser: Parser, job: Job) -> None:
+    help_of = {parameter.arg_name: parameter.description for parameter in parse(job.__doc__ or "").params}
+    kinds, done = get_type_hints(job, include_extras=True), set[str | int]()
+    for name, parameter in signature(job).parameters.items():
+        if parameter.kind is Parameter.POSITIONAL_ONLY:
+            many = get_origin(kinds[name]) is list
+            number = "+" if many else None if parameter.default is Parameter.empty else "?"
+            kind = get_args(kinds[name])[0] if many else kinds[name]
+            # In capitals, so that an option may have the same name.
+            parser.add_argument(name.upper(), type=kind, nargs=number, help=help_of.get(name))
+            done.add(name)
+        elif is_dataclass(kinds[name]):
+            parser.add_class_arguments(kinds[name])
+            parser.hints |= get_type_hints(kinds[name], include_extras=True)
+            done.add(name)
+        else:
+            parser.hints[name] = kinds[name]
+    parser.add_function_arguments(job, skip=done)
+
+
+def _call(job: Job, given: dict[str, Any]) -> None:
+    kinds: dict[str, Any] = get_type_hints(job)
+    positional = []
+    for name, parameter in signature(job).parameters.items():
+        if parameter.kind is Parameter.POSITIONAL_ONLY:
+            positional.append(given.pop(name.upper()))
+        elif is_dataclass(kinds[name]):
+            given[name] = kinds[name](**{field.name: given.pop(field.name) for field in fields(kinds[name])})
+    job(*positional, **given)
+
+
+# Jobs that take a run's config
+
+
+def config_parser(description: str | None, default_config: str) -> Parser:
+    """A parser of `--config` and every field of the config; a job adds options of its own."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    fields = [
+    entries = [
         f"{prefix}{name}: {field.description}"
         for section, prefix in ((SourceConfig, ""), (CaptionConfig, "captions."))
         for name, field in section.model_fields.items()
     ]
-    epilog = "Fields of each of data.sources: " + " ".join(fields)
-    parser = Parser(description=description, epilog=epilog, exit_on_error=False, print_config=None)
+    epilog = "Fields of each of data.sources: " + " ".join(entries)
+    parser = Parser(description, epilog=epilog, print_config=None)
     parser.add_argument(
         "--config",
         type=Path,
@@ -152,8 +204,37 @@ def _parser(description: str, default_config: str) -> Parser:
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_class_arguments(RunConfig, fail_untyped=True)
     return parser
+
+
+def read_config(parser: Parser, argv: list[str], only: int | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """The config that a command line gives, and by name the options of the parser that are not the config's.
+
+    Fields of a stage's sections are for the stage of index `only`, or for all stages.
+
+    Raises:
+        ConfigError: a wrong option, value or file, in one sentence.
+    """
+    parser.add_class_arguments(RunConfig, fail_untyped=True)  # last, since --help would bury the job's own below them
+    _check_names(parser, argv)
+    try:
+        given = parser.parse_args(argv, defaults=False).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(_reworded(error, argv)) from error
+    own = {
+        action.dest: given.pop(action.dest, action.default)
+        for action in parser._actions
+        if not _is_of_config(action.dest)
+    }
+    config = override(load_config(own["config"]), given, only)
+    if own["print_config"]:
+        sys.stdout.write(dump_config(config))
+        raise SystemExit(0)
+    return config, own
+
+
+def _is_of_config(option: str) -> bool:
+    return option.partition(".")[0] in RunConfig.model_fields
 
 
 def _check_names(parser: Parser, argv: list[str]) -> None:
@@ -169,23 +250,22 @@ def _check_names(parser: Parser, argv: list[str]) -> None:
 
 
 def _reworded(error: ArgumentError, argv: list[str]) -> str:
-    """The config's own sentence on a wrong value; the parser's where the config has none."""
-    message = " ".join(str(error).split())
-    found = re.search(r'key "([\w.]+)"', message)
-    raw = values_of(argv).get(found.group(1)) if found else None
+    """The config's own sentence on a wrong value of a field; otherwise the parser's."""
+    found = re.search(r'key "([\w.]+)"', str(error))
+    raw = values_of(argv).get(found[1]) if found and _is_of_config(found[1]) else None
     if found and raw is not None:
-        value: Any = load_yaml(raw, f"--{found.group(1)}")
-        for part in reversed(found.group(1).split(".")):
+        value: Any = load_yaml(raw, f"--{found[1]}")
+        for part in reversed(found[1].split(".")):
             value = {part: value}
         try:
             validate_config(value, where="command line")
         except ConfigError as sentence:
             return str(sentence)
-    return message
+    return _sentence(error)
 
 
 def values_of(argv: list[str]) -> dict[str, str]:
-    """The words behind the options on a command line, by dotted name."""
+    """The words behind the options of a command line, by dotted name; "" where none follows."""
     found = {}
     for index, word in enumerate(argv):
         name, equals, value = word.partition("=")
@@ -194,58 +274,43 @@ def values_of(argv: list[str]) -> dict[str, str]:
     return found
 
 
+# Jobs of several processes that sample and score
+
+
 def job_parser(docstring: str | None) -> Parser:
-    """A parser without options; a job's first line of documentation is its help."""
-    parser = Parser(description=(docstring or "").splitlines()[0], exit_on_error=False)
+    """A parser without options; the first line of the job's docstring is its help."""
+    parser = Parser(docstring)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher; ignored")
     return parser
 
 
 def drawing_parser(docstring: str | None, model: str = "model/ folder of a run", required: bool = True) -> Parser:
-    """A parser of the options that say which weights draw, and how.
-
-    Args:
-        docstring: of the job.
-        model: help of --model.
-        required: whether there is no job without it.
-    """
+    """A parser of the options that choose the weights and the sampler; `model` is the help of --model."""
     parser = job_parser(docstring)
     parser.add_argument("--model", type=Path, required=required, help=model)
-    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights draw")
+    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which of the model's weights")
     add_text_model(parser)
     parser.add_argument("--sampling", type=dict, default={}, help="overrides of the model's sampling section")
     return parser
 
 
 def add_text_model(parser: Parser) -> None:
-    """Let the model's text encoder be elsewhere than where it was trained."""
+    """Add --text_model, for a text encoder that has moved since training."""
     parser.add_argument(
         "--text_model", type=PathText, help="where the model's text encoder is now: a folder or hub name"
     )
 
 
 def add_size(parser: Parser) -> None:
-    """Let the size be chosen."""
+    """Add --size, which `size_of` reads."""
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels; by default the model's training resolution")
 
 
-def parsed(parser: Parser) -> Namespace:
-    """What the process's command line says.
-
-    Raises:
-        ConfigError: something wrong, in one sentence.
-    """
-    try:
-        return parser.parse_args()
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-
-
 def sampling_of(config: RunConfig, overrides: dict[str, Any]) -> SamplingConfig:
-    """How a model draws: its own settings, with --sampling's entered.
+    """The model's own sampling settings, with those of --sampling entered.
 
     Raises:
-        ConfigError: a setting that is unknown or wrong.
+        ConfigError: an unknown setting or a wrong value.
     """
     return validate_section(SamplingConfig, {**config.sampling.model_dump(), **overrides}, "--sampling")
 
@@ -253,10 +318,10 @@ def sampling_of(config: RunConfig, overrides: dict[str, Any]) -> SamplingConfig:
 def check_memory(
     world: World, pipeline: Pipeline, size: tuple[int, int], sampling: SamplingConfig, option: str = "--size"
 ) -> None:
-    """See, before anything is drawn, that a batch of pictures of this height and width fits. A collective.
+    """Check that a batch of images of this height and width fits into memory. A collective.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not fit.
     """
     advice = "give a smaller size, or a lower --sampling.batch_size"
     name = f"{option} {size[0]}x{size[1]}"
@@ -264,10 +329,10 @@ def check_memory(
 
 
 def size_of(config: RunConfig, text: str | None) -> tuple[int, int]:
-    """Height and width in pixels that --size asks for; without it, those the model was trained at.
+    """Height and width in pixels that --size asks for; without it, the model's training resolution.
 
     Raises:
-        ConfigError: not a size, or not one of whole patches.
+        ConfigError: not a size, or its sides are not multiples of the patch size.
     """
     if text is None:
         return config.data.size
@@ -280,71 +345,3 @@ def size_of(config: RunConfig, text: str | None) -> tuple[int, int]:
             f"both multiples of model.patch_size ({patch})"
         )
     return sides
-
-
-Job = Callable[..., None]
-
-
-def run(jobs: Sequence[Job], args: list[str] | None, description: str | None, advice: str = "") -> int:
-    """Run the job that a command line asks for, by its name if there are several, and return the exit code.
-
-    0 when it is done; 2 for a user's mistake, in one sentence; 1 for a fault of the machine, or one that outlasted its
-    retries; 130 when it is interrupted, 141 when its output is.
-
-    Args:
-        jobs: what there is to choose from.
-        args: the command line; None takes the process's.
-        description: the command's docstring, whose first line is the help.
-        advice: what to do after a fault or an interruption.
-    """
-    return run_to_end(lambda: _run(jobs, args, description), advice)
-
-
-def _run(jobs: Sequence[Job], args: list[str] | None, description: str | None) -> None:
-    parser = Parser(exit_on_error=False, description=_first_line(description))
-    if len(jobs) == 1:
-        _add(parser, jobs[0])
-        _call(jobs[0], parser.parse_args(args).as_dict())
-        return
-    commands = parser.add_subcommands(dest="job")
-    for job in jobs:
-        command = Parser(exit_on_error=False, description=_first_line(job.__doc__))
-        _add(command, job)
-        commands.add_subcommand(job.__name__, command, help=_first_line(job.__doc__))
-    given = parser.parse_args(args)
-    _call(next(job for job in jobs if job.__name__ == given.job), given[given.job].as_dict())
-
-
-def _first_line(docstring: str | None) -> str:
-    return (docstring or "").partition("\n")[0]
-
-
-def _add(parser: Parser, job: Job) -> None:
-    help_of = {it.arg_name: it.description for it in parse(job.__doc__ or "").params}
-    kinds, elsewhere = get_type_hints(job, include_extras=True), set[str | int]()
-    for name, parameter in signature(job).parameters.items():
-        if parameter.kind is Parameter.POSITIONAL_ONLY:
-            many = get_origin(kinds[name]) is list
-            number = "+" if many else None if parameter.default is Parameter.empty else "?"
-            kind = get_args(kinds[name])[0] if many else kinds[name]
-            # In capitals, so that an option may have the name, too.
-            parser.add_argument(name.upper(), type=kind, nargs=number, help=help_of.get(name))
-        elif is_dataclass(kinds[name]):
-            parser.add_class_arguments(kinds[name])
-            parser.hints |= get_type_hints(kinds[name], include_extras=True)
-        else:
-            parser.hints[name] = kinds[name]
-            continue
-        elsewhere.add(name)
-    parser.add_function_arguments(job, skip=elsewhere)
-
-
-def _call(job: Job, given: dict[str, Any]) -> None:
-    kinds: dict[str, Any] = get_type_hints(job)
-    words = []
-    for name, parameter in signature(job).parameters.items():
-        if parameter.kind is Parameter.POSITIONAL_ONLY:
-            words.append(given.pop(name.upper()))
-        elif is_dataclass(kinds[name]):
-            given[name] = kinds[name](**{field.name: given.pop(field.name) for field in fields(kinds[name])})
-    job(*words, **given)

@@ -16,51 +16,33 @@ from pathlib import Path
 if not __package__:  # run by its path: with the code beside it, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
 import json
 
-from launch.cli import parse_config as parse
-from launch.cli import read_word, values_of
+from launch.cli import config_parser, read_config
 from launch.process import main
 from launch.train import DEFAULT_CONFIG
-from t2i.config.base import ConfigError
 from t2i.plan.choice import Assumptions
 from t2i.plan.command import plan as plan_run
 from t2i.plan.command import tables
 from t2i.plan.memory import GPUS
 
 
-def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and the rest, which is the config's."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        epilog="Besides, --config and any field of the config, as launch/stage1.py --help lists them.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all, over all machines (default: %(default)s)")
-    parser.add_argument("--gpu", default="h800", help=f"their model: {', '.join(GPUS)} (default: %(default)s)")
-    utilisation = "share of the peak that the step reaches, over all its FLOPs (default: %(default)s, the paper's)"
-    parser.add_argument("--mfu", type=float, default=0.22, help=utilisation)
-    parser.add_argument("--sample_kb", type=float, default=100.0, help="mean KB of a sample (default: %(default)s)")
-    parser.add_argument("--reference", action="store_true", help="FLOPs and memory as of the public code")
-    parser.add_argument("--json", action="store_true", help="print JSON in bytes, seconds and FLOPs")
-    given = values_of(argv)
-    for name, kind in {"gpus": int, "mfu": float, "sample_kb": float}.items():
-        read_word(given.get(name, "0"), kind, f"--{name}")
-    try:
-        return parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from error
-
-
 def plan() -> None:
     """Parse the command line and print the plan."""
-    options, rest = _options(sys.argv[1:])
-    config = parse((__doc__ or "").splitlines()[0], DEFAULT_CONFIG, rest)
-    given = Assumptions.from_config(options.gpus, options.gpu, options.mfu, 1000 * options.sample_kb, options.reference)
+    parser = config_parser(__doc__, DEFAULT_CONFIG)
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all, over all machines")
+    parser.add_argument("--gpu", default="h800", help=f"their model: {', '.join(GPUS)}")
+    utilisation = "share of the peak that the step reaches, over all its FLOPs; by default the paper's"
+    parser.add_argument("--mfu", type=float, default=0.22, help=utilisation)
+    parser.add_argument("--sample_kb", type=float, default=100.0, help="mean KB of a sample")
+    parser.add_argument("--reference", action="store_true", help="count FLOPs and memory as the public code needs them")
+    parser.add_argument("--json", action="store_true", help="print JSON in bytes, seconds and FLOPs")
+    config, options = read_config(parser, sys.argv[1:])
+    given = Assumptions.from_config(
+        options["gpus"], options["gpu"], options["mfu"], 1000 * options["sample_kb"], options["reference"]
+    )
     found = plan_run(config, given)
-    print(json.dumps(found, indent=1) if options.json else tables(found))
+    print(json.dumps(found, indent=1) if options["json"] else tables(found))
 
 
 if __name__ == "__main__":

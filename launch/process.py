@@ -1,10 +1,7 @@
 """From the launcher's environment to a `World`, and from an exception to one sentence and an exit code.
 
-Works alike under `deepspeed`, `torchrun` and plain `python` (one process).
-
-How a job ends: what an exception becomes on stderr, and which exit code follows.
-
-Whether a job works on the CPU though a GPU seems to be there: days are lost before that is noticed.
+Works alike under `deepspeed`, `torchrun` and plain `python` (one process). Also warns of a GPU that a job on the CPU
+overlooks, which otherwise costs days before anybody notices.
 """
 
 from __future__ import annotations
@@ -29,12 +26,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentError
 
-from data.errors import BAD_INPUT, DONE, FAILED, StoreError, UserError
+from data.errors import BAD_INPUT, DONE, EXIT_RESUMABLE, FAILED, StoreError, UserError, first_of
 from launch.preemption import launchers
-from launch.rendezvous import Place, meet
-from t2i.distributed import World, run_exit_code
+from launch.rendezvous import RankAddress, meet
+from t2i.distributed import World
 
 RANK_0_FIRST_S = 3.0
 _NO_MEMORY = re.compile(
@@ -42,45 +38,40 @@ _NO_MEMORY = re.compile(
 )
 _ASKED_FOR = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", re.IGNORECASE)
 _OF_SAFETENSORS = re.compile(r"\(os error \d+\)")
-"""Its errors of a disk, which are no OSError."""
+"""safetensors' errors of a disk, which are not OSErrors."""
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""No mistake of the user's, also where a job says which option's file met it."""
+"""Faults of the machine, even if a job raises a UserError from them to name the option or file."""
 
 
-def job_exit_code(error: Exception) -> int:
-    """The exit code of a user's mistake, and of a fault that outlasted its retries."""
-    return BAD_INPUT if isinstance(error, UserError | ArgumentError) else FAILED
+def run_to_end(job: Callable[[], None], advice: str = "", rank: int = 0, store_code: int = FAILED) -> int:
+    """Run a job and return its exit code, with one sentence on stderr unless that is 0.
 
-
-def run_to_end(
-    job: Callable[[], None], advice: str = "", rank: int = 0, exit_code: Callable[[Exception], int] = job_exit_code
-) -> int:
-    """Run a job and return the exit code, with one sentence on stderr unless it is 0.
-
-    A fault of the machine (disk, memory, a file that cannot be opened) is 1, an interruption 130, and a reader of the
-    output that has gone 141. What nobody foresaw is raised.
+    2 is a user's mistake, 1 a fault of the machine (disk, memory, a file that cannot be opened), 130 an interruption,
+    and 141 a closed output. Any other exception is raised.
 
     Args:
-        job: what is to be done.
-        advice: what to do after a fault or an interruption; ends the sentence.
-        rank: of this process. Rank 0 speaks, and its launcher ends the others; what it does not know of, another rank
-            says later.
-        exit_code: the exit code of a UserError, ArgumentError or StoreError, unless it tells of a machine's fault.
+        job: what to run.
+        advice: ends the sentence on a fault or an interruption: what to do then.
+        rank: of this process. Rank 0 speaks first, and its launcher ends the others; a rank whose error rank 0 does not
+            share speaks RANK_0_FIRST_S later.
+        store_code: the exit code of a StoreError.
     """
     try:
         job()
         sys.stdout.flush()
         return DONE
-    except (UserError, ArgumentError, StoreError) as error:
+    except (UserError, StoreError) as error:
         cause = error.__cause__
-        code = FAILED if isinstance(cause, OSError) and cause.errno in _EXHAUSTED else exit_code(error)
+        code = BAD_INPUT if isinstance(error, UserError) else store_code
+        if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
+            code = FAILED
         words = str(error) + (advice if code != BAD_INPUT else "")
     except KeyboardInterrupt:
         if rank == 0:
             print(f"interrupted{advice}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # a pager or `head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it at its end
+    except BrokenPipeError:  # a pager or `head` has closed the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it at exit
         return 141
     except Exception as error:
         fault = machine_fault(error)
@@ -94,16 +85,16 @@ def run_to_end(
 
 
 def machine_fault(error: Exception) -> str | None:
-    """What to say of an error that is the machine's: of its disks, files, memory or processes; None: it is not."""
+    """The sentence on an error of the machine (its disks, files, memory or processes), or None for any other error."""
     words = str(error)
     if isinstance(error, BrokenProcessPool):
-        return "a process was killed, perhaps for its memory"
+        return "a process was killed, perhaps because it used too much memory"
     if isinstance(error, MemoryError) or _NO_MEMORY.search(words):
         asked = _ASKED_FOR.search(words)
         if asked is None:
-            return "the memory is not enough"
-        many = f"{int(asked[1]) / 2**30:,.1f} GiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
-        return f"the memory is not enough: {many} were asked for at once"
+            return "out of memory"
+        amount = f"{int(asked[1]) / 2**30:,.1f} GiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+        return f"out of memory: tried to allocate {amount} at once"
     if isinstance(error, OSError):
         if error.strerror is None:
             return words or type(error).__name__
@@ -122,7 +113,7 @@ _NVIDIA = "0x10de"
 
 
 def gpu_signs(root: Path = Path("/")) -> list[str]:
-    """What says that this machine has a GPU or the driver of one."""
+    """Files, devices and programs that suggest that this machine has a GPU."""
     found = [f"/{path.relative_to(root)}" for sign in _SIGNS for path in sorted(root.glob(sign))]
     for vendor in sorted(root.glob("sys/bus/pci/devices/*/vendor")):
         kind = vendor.with_name("class")
@@ -134,7 +125,7 @@ def gpu_signs(root: Path = Path("/")) -> list[str]:
 
 
 def why_no_gpu() -> str:
-    """Why PyTorch finds none, and what to do, as far as it can be told."""
+    """Why PyTorch finds no GPU, as far as is known, and what to do."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"PyTorch {torch.__version__} is built for CPUs alone: install a build for this machine's GPUs"
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and not torch.cuda.device_count():
@@ -147,27 +138,29 @@ def why_no_gpu() -> str:
 
 
 def warn_of_overlooked_gpu(signs: list[str]) -> None:
-    """Say it loudly on stderr, in a job that is about to work on the CPU; nothing where nothing speaks of a GPU."""
+    """Warn, in a banner on stderr, that a job runs on the CPU despite these signs of a GPU, if there are any."""
     if not signs:
         return
-    shown = ", ".join(signs[:3]) + (f" and {len(signs) - 3} more signs" if len(signs) > 3 else "")
     bar = "!" * 80
-    print(f"{bar}\nON THE CPU, though a GPU seems to be there ({shown}).\n{why_no_gpu()}.\n{bar}", file=sys.stderr)
+    print(
+        f"{bar}\nON THE CPU, though a GPU seems to be there ({first_of(signs, 3)}).\n{why_no_gpu()}.\n{bar}",
+        file=sys.stderr,
+    )
 
 
 @contextmanager
 def joined_world(
     settings: Mapping[str, Any] = MappingProxyType({}), patience: timedelta = timedelta(minutes=30)
 ) -> Iterator[World]:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave them again.
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and leave the process group at the end.
 
     Args:
-        settings: the job's config or options, which have to be alike on all ranks.
+        settings: the job's config or options, which must be the same on all ranks.
         patience: how long to wait for the other ranks, here and in each collective.
 
     Raises:
-        UserError: the ranks differ, or the port is taken (`rendezvous.meet`).
-        StoreError: some rank did not come.
+        UserError: the ranks' settings differ, or the port is taken (`rendezvous.meet`).
+        StoreError: a rank has not come in time.
     """
     with redirect_stdout(io.StringIO()):
         import deepspeed
@@ -188,37 +181,36 @@ def joined_world(
         device = torch.device("cpu")
         if local_rank == 0:
             warn_of_overlooked_gpu(gpu_signs())
-    # Of GPU runs the host threads decode, and each opens a team of its own: leave them a core each.
+    # On GPUs the host's threads decode images, and each would start a team of its own: give each one core.
     cores = len(os.sched_getaffinity(0)) // local_size
-    if local_size == 1:  # torchrun sets it to 1 where there are several, whatever the machine has
+    if local_size == 1:  # with several ranks torchrun sets OMP_NUM_THREADS to 1, whatever the machine has
         cores = int(os.environ.get("OMP_NUM_THREADS", cores))
     torch.set_num_threads(1 if device.type == "cuda" else max(1, cores))
     backend = "nccl" if device.type == "cuda" else "gloo"
     store: dist.Store = dist.HashStore()
     if size > 1:
-        place = Place(rank, size, local_rank, address, port)
-        values = agreed_values({name: it for name, it in settings.items() if name != "local_rank"}, device)
-        store = meet(place, _identity(settings, size, local_size), values, patience)
+        own = RankAddress(rank, size, local_rank, address, port)
+        values = agreed_values({name: value for name, value in settings.items() if name != "local_rank"}, device)
+        store = meet(own, _identity(settings, size, local_size), values, patience)
     bound = device if size > 1 and device.type == "cuda" else None
     dist.init_process_group(backend, timeout=patience, world_size=size, rank=rank, store=store, device_id=bound)
     with redirect_stdout(io.StringIO()):
-        # Its collective over shared memory serves inference alone, and would be compiled for minutes first.
+        # DeepSpeed's collective over shared memory is for inference only, and compiling it takes minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
     cpu_group: Any = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
     try:
         yield World(rank, size, device, cpu_group)
     finally:
-        gc.collect()  # engines hold process groups in cycles; one that dies with the interpreter may abort it
+        gc.collect()  # engines hold process groups in cycles; one that is freed at exit may abort the process
         try:
             dist.destroy_process_group()
-        except dist.DistError as error:  # of a rank that is gone; what ended this one counts
+        except dist.DistError as error:  # another rank is gone: report it, and keep this rank's own error
             print(f"rank {rank}: {error}", file=sys.stderr)
 
 
 def _identity(settings: Mapping[str, Any], size: int, local_size: int) -> dict[str, str]:
-    """What tells this job from others that may meet at the same port. Where all ranks are of one node, they also have
-    one launcher, if any."""
+    """What distinguishes this job from others at the same port; ranks on one node also share their launcher."""
     folder = f"{settings['root']}/{settings['name']}" if "root" in settings else str(settings.get("out") or "none")
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if size == local_size and (found := launchers()):
@@ -227,7 +219,7 @@ def _identity(settings: Mapping[str, Any], size: int, local_size: int) -> dict[s
 
 
 def quiet(rank: int) -> None:
-    """Only rank 0 speaks, and libraries do not warn about themselves."""
+    """Silence stdout on all ranks but 0, and the libraries' own warnings."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|deepspeed|transformers")
     import transformers
@@ -239,9 +231,8 @@ def quiet(rank: int) -> None:
 
 
 def main(job: Callable[[], None]) -> None:
-    """Run a job; a user's mistake ends it with one sentence and exit code 2, what another start gets over with 75, a
-    fault of the machine with 1."""
+    """Run a job as one rank (`run_to_end`), and exit with its code; EXIT_RESUMABLE where ranks or stores failed."""
     rank = int(os.environ.get("RANK", "0"))
     quiet(rank)
-    if code := run_to_end(job, rank=rank, exit_code=run_exit_code):
+    if code := run_to_end(job, rank=rank, store_code=EXIT_RESUMABLE):
         sys.exit(code)

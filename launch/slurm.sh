@@ -3,10 +3,10 @@
 #
 #     sbatch --nodes=16 --job-name=mine launch/slurm.sh launch/curriculum.py --config my.yaml
 #
-# Start it in this project's folder; the run's folder has to be on a disk that all nodes share. Slurm tells the ranks
-# 5 to 6 minutes before the time is over; they save and leave, and the job queues itself again. It does so as well where
-# ranks were killed, but not where the run failed or was cancelled, or where three starts in a row have brought no new
-# checkpoint. Options of sbatch count more than those below: --cpus-per-task should be a node's cores over its GPUs.
+# Start it in this project's folder; the run's folder has to be on a disk that all nodes share. Slurm signals the ranks
+# 5 to 6 minutes before the time is over; they save and exit, and the job queues itself again. It also does so if ranks
+# were killed, but not if the run failed or was cancelled, or if three starts in a row have made no new checkpoint.
+# Options of sbatch override those below: --cpus-per-task should be a node's cores divided by its GPUs.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -18,22 +18,22 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 set -uo pipefail
-FRUITLESS=3
+FRUITLESS=3 # starts in a row without a new checkpoint
 
-# The resolved config says where the run lies; a mistake in it ends the job here, with its sentence.
+# The resolved config gives the run's folder; a mistake in the config ends the job here, with its sentence.
 folder='import sys, yaml; config = yaml.safe_load(sys.stdin); print(config["root"], config["name"], sep="/")'
 config=$(python "$@" --print_config) && run=$(python -c "$folder" <<<"$config") || exit 2
 
-place() { # What the run has got to: the names of its checkpoints and finished models.
+progress() { # How far the run has come: the names of its checkpoints and finished models.
     (shopt -s nullglob && cd "$run" && echo "job $SLURM_JOB_ID from:" */checkpoints/step_* */model)
 }
 mkdir -p "$run"
-place >>"$run/starts.log"
+progress >>"$run/starts.log"
 rm -f "$run/outcome.json"
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-# shellcheck disable=SC2016  # each task has numbers of its own
+# shellcheck disable=SC2016  # each task expands its own variables
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[(,]*} exec python -u "$@"' rank "$@"
@@ -45,7 +45,7 @@ if ((code == 0)) || [[ $outcome == "done" ]]; then
     exit 0
 elif ((code == 2)) || [[ $outcome == "failed" ]]; then
     exit "$code"
-elif (($(grep -cxF "$(place)" "$run/starts.log") >= FRUITLESS)); then
+elif (($(grep -cxF "$(progress)" "$run/starts.log") >= FRUITLESS)); then
     echo "job $SLURM_JOB_ID: $FRUITLESS starts have brought no checkpoint, see $run/starts.log: giving up"
     exit 1
 fi

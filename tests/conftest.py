@@ -1,4 +1,4 @@
-"""What tests of several processes share."""
+"""Fixtures that several folders of tests share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from forked import run_forked
 from moto.server import ThreadedMotoServer
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Two tests run at a time; and a kernel may round otherwise with another number of threads.
+# Two tests run at a time; and some kernels round differently with another number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 ACCESS_KEY, SECRET = "AKIATHEACCESSKEY", "theverysecretkey"
 
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def launchers_variables() -> Iterator[None]:
-    """A job that runs inside a test sets what a launcher would have; what the test starts after it is not its child."""
+    """Restore the launcher's variables, which a job inside the test sets and later processes must not inherit."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: os.environ.get(name) for name in names}
     yield
@@ -53,7 +53,7 @@ def launch() -> Launcher:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of packed scenes, for `tiny_config`; who changes it copies it first."""
+    """A folder of packed scenes, for `tiny_config`; a test that changes it copies it first."""
     from tiny import pack_scenes  # imports the packer, which most tests do without
 
     return pack_scenes(tmp_path_factory.mktemp("scenes"))
@@ -61,7 +61,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The server's URL; its credentials are in boto3's environment variables meanwhile."""
+    """The URL of an S3 server; boto3's environment variables hold its credentials."""
     kept = dict(os.environ)
     os.environ.update(AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_DEFAULT_REGION="us-east-1")
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -85,7 +85,7 @@ COLUMNS, ENLARGED = 12, 2
 def config(name: str, seed: int, steps: int, out: Path, vgg16: Path) -> dict[str, Any]:
     """The demo's config, with the changes of an arm."""
     tree = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    source = next(it for it in tree["data"]["sources"] if it["name"] == "shapes")
+    source = next(entry for entry in tree["data"]["sources"] if entry["name"] == "shapes")
     scenes = out / "scenes"
     return merge(
         tree,
@@ -123,7 +123,7 @@ class Run:
         return load_config(self.path)
 
     def train(self) -> None:
-        """Start it as a user does; one that is done says so and ends."""
+        """Start the run as a user does; a finished one ends at once."""
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level=error", f"--num_gpus={RANKS}"]
         job = [f"--master_port={free_port()}", str(ROOT / "launch" / "stage1.py"), "--config", str(self.path)]
         done = subprocess.run([*launcher, *job], stdout=sys.stderr, check=False)
@@ -152,7 +152,7 @@ class Run:
             pipeline = Pipeline.load(stage_places(self.config)[-1].model, "ema", torch.device("cpu"))
             return pipeline.draw(wanted, sampling).numpy()
 
-        request = json.dumps([[asdict(it) for it in wanted], sampling.model_dump(mode="json")])
+        request = json.dumps([[asdict(picture) for picture in wanted], sampling.model_dump(mode="json")])
         drawn = torch.from_numpy(kept(self.config.directory / "pictures.npz", request, fresh))
         return drawn[: len(captions)], drawn[len(captions) :]
 
@@ -192,26 +192,26 @@ def distance_cells(it: dict[str, Any]) -> dict[str, str]:
     return kids | {f"Frechet, {network}": f"{value:.3f}" for network, value in it["frechet"].items()}
 
 
-def run_row(it: dict[str, Any]) -> dict[str, str]:
+def run_row(found: dict[str, Any]) -> dict[str, str]:
     return {
-        "arm": ARMS[it["arm"]].title,
-        "seed": str(it["seed"]),
-        "training, s": str(it["seconds"]),
-        "s / step": f"{it['step_s']:.2f}",
-        "validation loss": f"{it['validation_loss']:.4f}",
-        **distance_cells(it),
-        "right colours": f"{it['right_colours']:.1%}",
+        "arm": ARMS[found["arm"]].title,
+        "seed": str(found["seed"]),
+        "training, s": str(found["seconds"]),
+        "s / step": f"{found['step_s']:.2f}",
+        "validation loss": f"{found['validation_loss']:.4f}",
+        **distance_cells(found),
+        "right colours": f"{found['right_colours']:.1%}",
     }
 
 
-def real_row(it: dict[str, Any]) -> dict[str, str]:
-    return {"arm": "real", **distance_cells(it)}
+def real_row(found: dict[str, Any]) -> dict[str, str]:
+    return {"arm": "real", **distance_cells(found)}
 
 
-def change_row(it: dict[str, Any]) -> dict[str, str]:
-    arms = f"{ARMS[it['after']].title}, against {ARMS[it['before']].title}"
-    kids = {network: kid_cell(kid, "+.2f") for network, kid in it["kid"].items()}
-    return {"change of KID x 1000": arms, "seed": str(it["seed"]), **kids}
+def change_row(found: dict[str, Any]) -> dict[str, str]:
+    arms = f"{ARMS[found['after']].title}, against {ARMS[found['before']].title}"
+    kids = {network: kid_cell(kid, "+.2f") for network, kid in found["kid"].items()}
+    return {"change of KID x 1000": arms, "seed": str(found["seed"]), **kids}
 
 
 def markdown(rows: list[dict[str, str]]) -> list[str]:
@@ -222,14 +222,14 @@ def markdown(rows: list[dict[str, str]]) -> list[str]:
 
 
 def table(found: dict[str, Any], captions: list[str]) -> str:
-    """What was found, as Markdown."""
+    """The results as Markdown."""
     titles = ", ".join([*(arm.title for arm in ARMS.values()), "real"])
     lines = [
         f"{found['steps']} steps of {found['batch_size']} at {SIDE} px; {found['note']}",
         "",
         *markdown([*map(run_row, found["runs"]), real_row(found["real"])]),
         "",
-        *markdown([change_row(it) for it in found["changes"]]),
+        *markdown([change_row(change) for change in found["changes"]]),
         "",
         f"grid.png, from above: {titles}; from the left:",
         "",

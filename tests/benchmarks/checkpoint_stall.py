@@ -9,7 +9,7 @@ the text encoder are left out, so real steps take longer). Every save is of the 
 stall_s             `CheckpointWriter.save`, after which training goes on; the first one apart
 durable_s           until the checkpoint is committed, while no step is trained; save_mb_s is by this
 torch_save_s        `torch.save` of the same tensors, made durable, and a barrier: all of it is stall
-save_checkpoint_s   DeepSpeed's own, which makes nothing durable and holds no average: all of it is stall
+save_checkpoint_s   DeepSpeed's own, which makes nothing durable and holds no EMA: all of it is stall
 step_s              a training step, `step_beside_s` while a checkpoint is being written
 skipped             of 8 saves, one a step, those that overtook the one before
 """

@@ -66,7 +66,7 @@ def upload(endpoint: str) -> None:
 
 
 def rank(endpoint: str, number: int, world: int, state: Path, out: Path) -> None:
-    """Read batches for ever, a line for each; one sample a lane and batch, so that its epoch is known."""
+    """Read batches without end, a line for each; with one sample a lane and batch, the epoch of each is known."""
     store = open_store(SOURCE, options(endpoint))
     with (
         Loader(
@@ -94,7 +94,7 @@ def rank(endpoint: str, number: int, world: int, state: Path, out: Path) -> None
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a rank that may have been killed while it wrote."""
+    """The complete lines of a rank that may have been killed while it wrote."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

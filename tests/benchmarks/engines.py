@@ -1,10 +1,10 @@
-"""Every engine on a small PixelGen: milliseconds a step, memory at rest, and what the average costs.
+"""Every engine on a small PixelGen: milliseconds a step, memory at rest, and the cost of the EMA.
 
     python tests/benchmarks/engines.py [--ranks 2] [--dtype bf16]
 
 Prints one JSON object. For each engine, of one rank: `step_ms` and `ema_ms` (medians), and bytes a parameter of the
 model at rest, between steps: what the engine itself holds (`static`, of which `shards` are masters and moments) and
-what the average adds (`ema`). `plain` is PyTorch without an engine: fp32 weights, AdamW, arithmetic in the dtype by
+what the EMA adds (`ema`). `plain` is PyTorch without an engine: fp32 weights, AdamW, arithmetic in the dtype by
 rounding the weights. Bytes are of all storages that are alive, each counted once.
 """
 

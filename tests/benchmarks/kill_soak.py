@@ -7,7 +7,7 @@ A run is two short stages of the tests' tiny model, a checkpoint every step, sta
 ends before it has had all its kills is followed by another. All draws are of one seed.
 
 - `zero1` and `fsdp2`: half of --kills each, always 2 processes. Compared with a run that nothing disturbed, bit by bit:
-  weights and average of both models, everything in the last checkpoint of both stages, and every line of metrics.jsonl
+  weights and EMA of both models, everything in the last checkpoint of both stages, and every line of metrics.jsonl
   but for what a step cost.
 - `changing`: a fifth as many kills; each start draws 1, 2 or 4 processes and ZeRO-1, ZeRO-3 or FSDP2, in fp32. All
   losses of the run are to lie within 1e-5 (relative) of the undisturbed ZeRO-1 run's.
@@ -140,7 +140,7 @@ def soak(
     scenes: Path,
     exact: bool,
 ) -> Tally:
-    """Kill runs until there have been so many kills, and compare each with one that nothing disturbed."""
+    """Kill runs `kills` times in all, and compare each with a run that was never disturbed."""
     tally = Tally(random.Random(name))
     while tally.kills < kills:
         run = Run(expected.run.config.directory.parent, f"{name}_{tally.runs}", scenes)
@@ -154,7 +154,7 @@ def soak(
 
 
 def report(tally: Tally, exact: bool) -> dict[str, Any]:
-    """What a pass comes to."""
+    """The summary of a pass."""
     differing = {what for what, _ in tally.differences}
     return {
         "kills": tally.kills,
@@ -184,20 +184,21 @@ def main() -> None:
     tallies: dict[str, Tally] = {}
     stuck: list[str] = []
     try:
-        expected = {it.name: undisturbed(root, scenes, it) for it in (ZERO1, FSDP2)}
+        expected = {layout.name: undisturbed(root, scenes, layout) for layout in (ZERO1, FSDP2)}
         stream = Stream(expected["zero1"].run)
-        for it, share in ((ZERO1, kills - kills // 2), (FSDP2, kills // 2)):
-            tallies[it.name] = soak(it.name, [it], share, expected[it.name], stream, scenes, True)
-        drawn = [replace(it, ranks=ranks) for it in (ZERO1, ZERO3, FSDP2) for ranks in (1, 2, 4)]
+        for layout, share in ((ZERO1, kills - kills // 2), (FSDP2, kills // 2)):
+            tallies[layout.name] = soak(layout.name, [layout], share, expected[layout.name], stream, scenes, True)
+        drawn = [replace(layout, ranks=ranks) for layout in (ZERO1, ZERO3, FSDP2) for ranks in (1, 2, 4)]
         tallies["changing"] = soak("changing", drawn, max(1, kills // 5), expected["zero1"], stream, scenes, False)
     except Stuck as error:
         stuck.append(str(error))
     passes = {name: report(tally, name != "changing") for name, tally in tallies.items()}
-    differences = [f"{name}: {what}: {where}" for name, it in tallies.items() for what, where in it.differences]
+    differences = [f"{name}: {what}: {where}" for name, tally in tallies.items() for what, where in tally.differences]
     totals = {
-        name: sum(it[name] for it in passes.values()) for name in ("kills", "resumes", "steps_repeated", "time_lost_s")
+        name: sum(one[name] for one in passes.values())
+        for name in ("kills", "resumes", "steps_repeated", "time_lost_s")
     }
-    bit_identical = not stuck and all(it.get("bit_identical", True) for it in passes.values())
+    bit_identical = not stuck and all(p.get("bit_identical", True) for p in passes.values())
     found = {**totals, "bit_identical": bit_identical, **passes, "differences": differences, "stuck": stuck}
     print(json.dumps(found, indent=1))
     if differences or stuck:

@@ -32,15 +32,15 @@ def shares(scores):
 def drawn_scenes(detector, count, size, blur, noise):
     rng = np.random.default_rng(0)
     scenes = [scene(0, HELDOUT_START + index) for index in range(count)]
-    images = [disturbed(draw(it, size), rng, blur, noise) for it in scenes]
+    images = [disturbed(draw(drawn, size), rng, blur, noise) for drawn in scenes]
     for image in images[:200]:  # templates are drawn at their first use
         detector.detect(image)
     start = time.process_time()
     found = [detector.detect(image) for image in images]
     seconds = time.process_time() - start
     right = Counter()
-    for it, image, detections in zip(scenes, images, found, strict=True):
-        asked = Counter((obj.shape, obj.color) for obj in it.objects)
+    for drawn, image, detections in zip(scenes, images, found, strict=True):
+        asked = Counter((obj.shape, obj.color) for obj in drawn.objects)
         colors = detector.colors(image, detections)
         for least in THRESHOLDS:
             told = Counter((d.label, color) for d, color in zip(detections, colors, strict=True) if d.score > least)
@@ -58,8 +58,8 @@ def others(detector, count):
     scenes = [scene(0, HELDOUT_START + index) for index in range(count)]
     for left_out in names:
         shapes_detector.SHAPES = tuple(name for name in names if name != left_out)
-        only = [it for it in scenes if {obj.shape for obj in it.objects} == {left_out}]
-        scores = ((d.score, d.label) for it in only for d in detector.detect(draw(it, 32)))
+        only = [drawn for drawn in scenes if {obj.shape for obj in drawn.objects} == {left_out}]
+        scores = ((d.score, d.label) for drawn in only for d in detector.detect(draw(drawn, 32)))
         score, label = max(scores)
         found[left_out] = [label, round(score, 3)]
     shapes_detector.SHAPES = names

@@ -119,7 +119,7 @@ def step_of(built: Built, variant: Variant) -> Step:
 
 @contextmanager
 def rounded_up_to(length: int) -> Iterator[None]:
-    """Captions are padded to multiples of so many tokens under mask."""
+    """Under `mask`, captions are padded to multiples of this many tokens."""
     usual, text.LENGTH_STEP = text.LENGTH_STEP, length
     try:
         yield
@@ -199,7 +199,9 @@ class Measurement:
     def measure(self, kinds: list[str]) -> None:
         """Those variants whose kinds these are, in turns."""
         kept = {kind: Built(self._config_of(kind), self._stage, self._world, begun=True) for kind in kinds}
-        steps = {name: step_of(kept[it.kind], it) for name, it in VARIANTS.items() if it.kind in kinds}
+        steps = {
+            name: step_of(kept[variant.kind], variant) for name, variant in VARIANTS.items() if variant.kind in kinds
+        }
         for name, step in steps.items():  # compiles
             say(f"first step of '{name}'")
             self.losses[name] = round(step("its loss is that of the first weights"), 5)
@@ -241,7 +243,7 @@ class Measurement:
             "matmul_gflops": round(statistics.median(self.matmul) / 1e9),
             "share_of_matmul": round(statistics.median(shares), 3),
             "losses": self.losses,
-            "seconds": {name: [round(it, 3) for it in taken] for name, taken in self.seconds.items()},
+            "seconds": {name: [round(second, 3) for second in taken] for name, taken in self.seconds.items()},
         }
 
 

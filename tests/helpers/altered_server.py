@@ -1,4 +1,4 @@
-"""A server that answers as another one does, but for what is changed: as servers that are S3's only in part do."""
+"""A proxy that changes an S3 server's answers, to stand for servers that follow S3 only in part."""
 
 from __future__ import annotations
 
@@ -10,19 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Headers = list[tuple[str, str]]
 Change = Callable[[str, Headers, bytes], tuple[Headers, bytes]]
-"""From an answer's method ("LIST" for a listing), headers and body to those that are sent; without a Content-Length, in
-chunks."""
+"""From a request's method ("LIST" for a listing) and the answer's headers and body to the headers and body to send.
+
+The body is sent in chunks if the headers have no Content-Length."""
 
 
 class AlteredServer:
-    """A proxy on loopback, for the time of a `with`. Refusals pass unchanged.
-
-    Args:
-        upstream: http://host:port of the server.
-
-    Attributes:
-        url: where clients find it.
-    """
+    """A proxy on loopback to the server at `upstream` (http://host:port), within a `with`; error answers pass as is."""
 
     def __init__(self, upstream: str, change: Change) -> None:
         host = upstream.removeprefix("http://")
@@ -89,7 +83,7 @@ def without(*names: str, kinds: str = "GET HEAD LIST PUT POST") -> Change:
 
 
 def tagged(write: Callable[[str], str], kinds: str = "GET HEAD LIST PUT") -> Change:
-    """Write the ETags, which are given without quotes, of answers of these kinds anew."""
+    """Replace the ETags of answers of these kinds; `write` gets them without quotes."""
 
     def change(kind: str, headers: Headers, body: bytes) -> tuple[Headers, bytes]:
         if kind in kinds.split():

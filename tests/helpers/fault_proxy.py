@@ -1,4 +1,4 @@
-"""A proxy for HTTP on loopback that spoils a share of the requests, as networks and busy servers do.
+"""An HTTP proxy on loopback that makes a share of the requests fail, as networks and busy servers do.
 
     python tests/helpers/fault_proxy.py --upstream 127.0.0.1:9000 --port 9001 --share 0.1     # counts as JSON at exit
 
@@ -6,7 +6,7 @@
 - `reset` (RST), `stall` and `truncate` (an orderly close) strike at a random byte of the answer's body, or before its
   head where it has none; `slowdown` (503) and `error` (500) answer in the server's place with S3's XML; `refuse` closes
   unanswered, at accept where it is a connection's first request; `latency` only delays.
-- What a stall waits for is the client's patience: it ends when the client closes.
+- A stall lasts until the client closes the connection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ANSWERS = {"slowdown": ("503 Slow Down", "SlowDown"), "error": ("500 Internal S
 
 
 class _Head:
-    """The first lines of a request or an answer: as they came, and what is needed of them."""
+    """The first line and the headers of a request or an answer."""
 
     def __init__(self, raw: bytes) -> None:
         self.raw = raw
@@ -41,7 +41,7 @@ class _Head:
 
     @property
     def length(self) -> int | None:
-        """Bytes of the body, None where only its end tells."""
+        """Bytes of the body, or None if only its end says."""
         return int(self.headers["content-length"]) if "content-length" in self.headers and not self.chunked else None
 
     @property
@@ -59,7 +59,7 @@ async def _head(reader: asyncio.StreamReader) -> _Head:
 
 
 async def _body(reader: asyncio.StreamReader, head: _Head) -> AsyncIterator[bytes]:
-    """The body's bytes as they come, chunks with their framing; an answer of no length lasts until the close."""
+    """The body's bytes as they arrive, chunks with their framing; without a length, up to the close."""
     if head.length is not None:
         left = head.length
         while left:
@@ -84,7 +84,7 @@ class FaultProxy:
     Args:
         upstream: host:port of the server.
         share: of the requests are spoiled, 0 to 1.
-        kinds: which of FAULTS, all alike often.
+        kinds: which of FAULTS, all with the same probability.
         stall_s: seconds that a stall lasts at most.
         latency_s: seconds that a delay lasts.
 
@@ -162,7 +162,7 @@ class FaultProxy:
                 request = await _head(reader)
                 fault = self._draw()
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # one side left, or the proxy ends: so does the other
+            pass  # one side closed, or the proxy ends: close the other
         finally:
             for side in filter(None, (writer, upstream and upstream[1])):
                 side.close()
@@ -170,7 +170,7 @@ class FaultProxy:
     async def _answer(self, fault: str, request: _Head, writer: asyncio.StreamWriter) -> bool:
         status, code = _ANSWERS[fault]
         xml = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>made up</Message></Error>"
-        keep = request.length in (None, 0)  # else the body follows, and a new connection is the shortest way past it
+        keep = request.length in (None, 0)  # otherwise the body follows: a new connection skips it
         lines = [f"HTTP/1.1 {status}", "Content-Type: application/xml", f"Content-Length: {len(xml)}"]
         lines += [f"Connection: {'keep-alive' if keep else 'close'}", "", "" if request.words[0] == "HEAD" else xml]
         writer.write("\r\n".join(lines).encode())
@@ -193,7 +193,7 @@ class FaultProxy:
                     to_server.write(piece)
                     await to_server.drain()
             except (OSError, asyncio.IncompleteReadError):
-                to_server.close()  # else the server would wait for the rest
+                to_server.close()  # otherwise the server would wait for the rest
                 raise
 
         # Meanwhile the server may answer already: "100 Continue", or a refusal.

@@ -42,5 +42,5 @@ def kernel_distance(terms: Array, counts: Array) -> Array:
 
 
 def resamples(n: int, b: int) -> Array:
-    """Counts (b, n) of b bootstrap samples of n pairs, always the same ones."""
+    """Counts (b, n) of b bootstrap samples of n pairs, from a fixed seed."""
     return np.random.default_rng(0).multinomial(n, np.full(n, 1.0 / n), size=b).astype(np.float64)

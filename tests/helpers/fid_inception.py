@@ -1,4 +1,4 @@
-"""Torch-fidelity's Inception with random weights, in a file as its own are."""
+"""torch-fidelity's Inception with random weights, in a file of its own format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def random_inception(folder: Path) -> Path:
-    """Write the weights; always the same ones. The test is skipped where the package is missing."""
+    """Write the weights, from a fixed seed. Skips the test if torch-fidelity is missing."""
     module = pytest.importorskip(
         "torch_fidelity.feature_extractor_inceptionv3", reason="the extra 'eval' (torch-fidelity) is not installed"
     )

@@ -1,7 +1,7 @@
 """Scripts run as ranks that are forked from a process which has imported what they all import.
 
-Those imports take longer than all else that a tiny job does. For tests of what jobs compute; tests of how they are
-started, asked to leave and killed have the real launchers and interpreters of their own.
+Those imports take longer than everything else in a tiny job. This is for tests of what jobs compute; tests of how they
+are started, preempted and killed use the real launchers, and an interpreter for each rank.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ _CONTEXT.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Ended:
-    """How ranks ended.
-
-    Attributes:
-        codes: their exit codes as subprocess has them; None: one was killed when its time was over.
-        stdout, stderr: what all of them wrote.
-    """
+    """Exit codes of the ranks, as subprocess has them (None for a rank that timed out), and the output of all."""
 
     codes: list[int | None]
     stdout: str
@@ -44,7 +39,7 @@ class Ended:
 
 def run_forked(script: Path, words: list[str], ranks: int, timeout_s: float = 400.0) -> Ended:
     """Run a script to its end on several ranks, with the environment that this process has now."""
-    # A pool of threads would not live through a fork.
+    # A pool of threads would not survive a fork.
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
         forkserver.ensure_running()
     common = {**os.environ, "OMP_NUM_THREADS": "1"}

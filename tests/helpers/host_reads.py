@@ -19,6 +19,6 @@ class HostReads(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS or (func in _INDEXING and any(it is not None and it.dtype == torch.bool for it in args[1])):
+        if func in _READS or (func in _INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))

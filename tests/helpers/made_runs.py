@@ -21,20 +21,20 @@ CONFIG: dict[str, Any] = {
 
 
 def train(stage: str, step: int, steps: int = 40, **values: Any) -> dict[str, Any]:
-    """A line of training: a second a step."""
+    """A line of metrics from training, at one second a step."""
     line = {"kind": "train", "stage": stage, "step": step, "time": 1e9 + step, "loss": 2 / step, "loss_fm": 1 / step}
     line |= {"loss_fm_t0.0-0.5": 2.5, "total_steps": steps, "images_per_s": 12.5, "mfu": 0.25, "step_s": 1.0}
     return line | {"memory_gib": 1.5, "resolution": 32, "batch_size": 8, "skipped_updates": 0} | values
 
 
 def validation(stage: str, step: int, loss: float, **values: Any) -> dict[str, Any]:
-    """A line of validation, with one band of t."""
+    """A line of metrics from validation, with one band of t."""
     line = {"kind": "validation", "stage": stage, "step": step, "time": 1e9 + step, "loss": loss}
     return line | {"loss_t0.0-0.5": loss / 2} | values
 
 
 def score(stage: str, step: int, **scores: float) -> dict[str, Any]:
-    """A line of scores."""
+    """A line of metrics from scoring."""
     return {"kind": "score", "stage": stage, "step": step, "time": 1e9 + step, **scores}
 
 
@@ -79,7 +79,7 @@ def write_scores(folder: Path, lines: Sequence[dict[str, Any]], **about: Any) ->
         its = [line for line in lines if line["tag"] == task]
         mean = sum(line["correct"] for line in its) / len(its)
         interval = [max(mean - 0.05, 0), min(mean + 0.05, 1)]
-        tasks[task] = {"score": mean, "interval": interval, "prompts": len({it["prompt"] for it in its})}
+        tasks[task] = {"score": mean, "interval": interval, "prompts": len({line["prompt"] for line in its})}
         tasks[task]["images"] = len(its)
     overall = sum(task["score"] for task in tasks.values()) / len(tasks)
     summary = {"overall": overall, "overall_interval": [overall - 0.04, overall + 0.04], "tasks": tasks, **about}

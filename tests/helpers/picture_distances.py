@@ -1,4 +1,4 @@
-"""How far pictures are from held-out ones of the same captions, by the features of networks trained on ImageNet."""
+"""Distances of images from held-out ones of the same captions, by the features of networks trained on ImageNet."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ class Comparison:
         for network, features in self._features(pictures).items():
             expected = self._expected[network]
             kids[network] = 1e3 * kernel_distance(pair_terms(features, expected), self._counts)
-            frechets[network] = frechet_distance(*(Gaussian.of(torch.from_numpy(it)) for it in (features, expected)))
+            frechets[network] = frechet_distance(*(Gaussian.of(torch.from_numpy(x)) for x in (features, expected)))
         return Distances(kids, frechets)

@@ -1,4 +1,4 @@
-"""A model folder of a tiny denoiser with random weights, which draws pictures that differ."""
+"""A model folder of a tiny denoiser with random weights, whose samples differ."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_weights(run: RunConfig, seed: int) -> dict[str, Tensor]:
 
 
 def write_random_model(folder: Path) -> Path:
-    """Write it; its raw and averaged weights differ."""
+    """Write the folder; its raw weights and its EMA differ."""
     run = config()
     null = build_text(run, torch.device("cpu"), torch.float32).null_caption()
     raw, ema = ({**random_weights(run, seed), "projector.layers.0.weight": torch.zeros(2, 2)} for seed in (0, 1))

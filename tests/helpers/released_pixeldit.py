@@ -94,7 +94,7 @@ def ends_unread(s: DiTSizes) -> set[str]:
 
 
 def dit_weights(s: DiTSizes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Random state dicts, of the weights and of their average; a class network's average is in the first."""
+    """Random state dicts of the weights and of their EMA; for a class network the first holds both."""
     denoiser, projector = dit_shapes(s), projector_shapes(s)
     if s.classes:
         shapes = {
@@ -106,13 +106,13 @@ def dit_weights(s: DiTSizes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return random_tensors(shapes, seed=0), random_tensors(shapes, seed=1)
 
 
-def dit_file(weights: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, object]:
+def dit_file(weights: dict[str, Tensor], ema: dict[str, Tensor]) -> dict[str, object]:
     """What the public code puts around state dicts: Lightning, or a dictionary of its own for `core`."""
     if not any(name.startswith("core.") for name in weights):
         return lightning(weights)
     content: dict[str, object] = {"state_dict": weights, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
     content |= {"scheduler": {"last_epoch": 7}, "rng_state": {"torch": torch.get_rng_state()}}
-    return content | ({"state_dict_ema": average} if average else {})
+    return content | ({"state_dict_ema": ema} if ema else {})
 
 
 def dit_forward(

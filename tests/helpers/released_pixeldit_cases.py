@@ -41,8 +41,8 @@ def dit_config(s: DiTSizes, **model: Any) -> RunConfig:
     return validate_config(tree, where="the test")
 
 
-def dit_stored(path: Path, weights: dict[str, Tensor], average: dict[str, Tensor]) -> Checkpoint:
-    torch.save(dit_file(weights, average), path)
+def dit_stored(path: Path, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> Checkpoint:
+    torch.save(dit_file(weights, ema), path)
     return Checkpoint(path)
 
 

@@ -77,7 +77,7 @@ def denoiser_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def every_shape(denoiser: dict[str, tuple[int, ...]], features: int) -> dict[str, tuple[int, ...]]:
-    """Every key of a state dict: of the denoiser, its average, and the projector, which ends in `features`."""
+    """Every key of a state dict: of the denoiser, its EMA, and the projector, whose output is `features` wide."""
     hidden = denoiser["pos_embed"][2]
     shapes = {f"{prefix}{name}": size for prefix in ("denoiser.", "ema_denoiser.") for name, size in denoiser.items()}
     for n, width in {0: hidden, 2: hidden, 4: features}.items():
@@ -111,7 +111,7 @@ def random_weights(denoiser: dict[str, tuple[int, ...]], features: int) -> dict[
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    """Weights of a size at which every part matters."""
+    """Random weights, large enough that every part affects the output."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(name: str, shape: tuple[int, ...]) -> Tensor:

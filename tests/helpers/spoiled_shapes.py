@@ -1,4 +1,5 @@
-"""Pictures of shapes that are none: cut, stretched, turned, run together, mixed; and what a detector must forgive.
+"""Images of spoiled shapes (cut, stretched, turned, merged, mixed), which a detector must not accept, and of slightly
+unsteady ones, which it must.
 
 All are drawn eight times as fine as they are shown, so that their edges are as smooth as those of drawn scenes.
 """
@@ -56,13 +57,13 @@ def stretched(coverage, center, ratio):
 
 
 def turned(coverage, center, turn):
-    """Turned by so many turns."""
+    """Rotated by an angle in turns."""
     c, s = np.cos(2 * np.pi * turn), np.sin(2 * np.pi * turn)
     return transformed(coverage, center, np.array([[c, -s], [s, c]]))
 
 
 def warped(coverage, rng, pixels):
-    """Every point moved by about so many pixels of the picture, neighbours alike: drawn by an unsteady hand."""
+    """Every point moved by about that many pixels of the image, neighbours alike, as an unsteady hand draws."""
     n = len(coverage)
     shift = [_smooth_noise(rng, n, 0.1) * np.float32(pixels * _FINE) for _ in "xy"]
     y, x = np.mgrid[:n, :n].astype(np.float32)

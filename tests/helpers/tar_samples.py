@@ -1,4 +1,4 @@
-"""Small tars for the tests of `data`: written with tarfile, each image a colour that encodes its number."""
+"""Small tars for the tests of `data`, written by tarfile; the colour of each image encodes its number."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_source(
 
 
 class MemoryStore:
-    """Objects in memory at a made-up URL; remembers what was read, and can refuse to be written."""
+    """A store in memory at a made-up URL; records reads, and can refuse writes."""
 
     def __init__(
         self, objects: Mapping[str, bytes], readahead: int = 1024, url: str = "s3://bucket/p", read_only: bool = False

@@ -1,5 +1,4 @@
-"""A run of two short stages, of squares and of rectangles, on a few drawn scenes, for the tests of the jobs; and one on
-a few classes of shapes."""
+"""A run of two short stages on drawn scenes, first squares, then rectangles, and a run on three classes of shapes."""
 
 from __future__ import annotations
 
@@ -18,12 +17,13 @@ from PIL import Image
 
 from data.packing import pack, shapes
 from data.randomness import key, uniform
+from t2i.config.run import RunConfig
 
 SPOILED = str(ROOT / "tests" / "launch" / "spoiled.py")
-"""A job whose ranks can be told to go wrong."""
+"""A training job whose ranks can be made to fail."""
 COSTS = {"stall_s", "skipped_checkpoints", "time", "step_s", "data_wait_s", "images_per_s", "tflops", "mfu"}
 COSTS |= {"memory_gib", "rank_s_max", "rank_s_median", "slowest_rank", "held_s"}
-"""Of the metrics, those that say what a step cost: no two runs have them alike."""
+"""Metrics of the cost of a step, which differ from run to run."""
 
 
 def pack_scenes(folder: Path, size: int = 24) -> Path:
@@ -33,7 +33,7 @@ def pack_scenes(folder: Path, size: int = 24) -> Path:
 
 
 def tiny_config(scenes: Path, root: Path, **changes: Any) -> dict[str, Any]:
-    """A config tree: fp32, so that runs on other numbers of processes can be compared closely."""
+    """A config tree, in fp32 so that runs on different numbers of ranks can be compared closely."""
     source = {"name": "shapes", "url": str(scenes / "train"), "heldout": str(scenes / "heldout")}
     return {
         "name": "tiny",
@@ -71,7 +71,7 @@ def draw_classes(folder: Path, each: int = 24, size: int = 24) -> Path:
 
 
 def tiny_classes(images: Path, root: Path, **changes: Any) -> dict[str, Any]:
-    """A config tree of one stage on what `draw_classes` drew."""
+    """A config tree of one stage on the folders of `draw_classes`."""
     source = {"name": "shapes", "url": str(images / "train"), "heldout": str(images / "heldout")}
     source |= {"class_folders": True, "captions": {"members": {"cls": 1}}}
     tree = tiny_config(images, root, **changes)
@@ -79,25 +79,32 @@ def tiny_classes(images: Path, root: Path, **changes: Any) -> dict[str, Any]:
         "bottleneck": 8, "repa_layer": 1, "context_tokens": 2, "context_start": 1, "dropout": 0.5
     }  # fmt: skip
     tree["data"] |= {"sources": [source], "crop": "adm"}
-    tree["optimizer"] |= {"lr": 1e-2, "muon_lr": 2e-2}  # so that what is dropped tells within a few steps
+    tree["optimizer"] |= {"lr": 1e-2, "muon_lr": 2e-2}  # so that dropout shows within a few steps
     tree["validation"] |= {"prompts": ["0", "1", "2", ""]}
     return tree | {"stages": [{"name": "classes"}]}
 
 
 def write_config(path: Path, tree: dict[str, Any]) -> Path:
-    """The tree as a file."""
+    """Write the tree as a YAML file, and return its path."""
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
+def parse(description: str, default_config: str, argv: list[str]) -> RunConfig:
+    """The config that the command line of a training job gives."""
+    from launch.cli import config_parser, read_config  # imports the networks, which most tests do without
+
+    return read_config(config_parser(description, default_config), argv)[0]
+
+
 def metrics(directory: Path) -> list[dict[str, Any]]:
-    """Lines of the metrics of a run in this folder, without what a step cost."""
+    """The lines of metrics.jsonl in a run's folder, without COSTS."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in COSTS} for line in lines]
 
 
 def open_process(command: list[str], **environment: str) -> subprocess.Popen[str]:
-    """Start a command in a session of its own, as a shell would; its stderr goes where its stdout does."""
+    """Start a command in its own session, as a shell would, with stderr merged into stdout."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -133,7 +140,7 @@ def run(launcher: str, script: str, *arguments: str, ranks: int = 2, code: int =
 
 
 def ranks_of(config: Path) -> list[int]:
-    """Processes that train a config as ranks: Pythons that run a script, where a launcher is told of one."""
+    """Ids of the processes that train a config as ranks: of a launcher, the script is a later argument."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -147,7 +154,7 @@ def ranks_of(config: Path) -> list[int]:
 
 
 def node_command(launcher: str, node: int, hostfile: Path, address: str, port: int) -> list[str]:
-    """The launcher's command on one of the nodes that a hostfile lists, as typed on it without ssh."""
+    """The command that starts the launcher on one of a hostfile's nodes, without ssh."""
     lines = hostfile.read_text().splitlines()
     if launcher == "deepspeed":
         where = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={node}", f"--master_addr={address}"]
@@ -158,7 +165,7 @@ def node_command(launcher: str, node: int, hostfile: Path, address: str, port: i
 
 
 def run_commands(commands: list[list[str]], **environment: str) -> list[str]:
-    """Run commands side by side to their ends; what each printed. One that fails ends them all."""
+    """Run commands at the same time, and return the output of each. If one fails, all are ended."""
     processes = [open_process(command, **environment) for command in commands]
     try:
         with ThreadPoolExecutor(len(processes)) as pool:

@@ -1,4 +1,4 @@
-"""A tokeniser of a few words, for language models with random weights."""
+"""A tokenizer of a few words, for language models with random weights."""
 
 from __future__ import annotations
 

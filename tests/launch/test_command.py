@@ -32,6 +32,7 @@ from data.errors import DataError, StoreError, UserError
 from data.store import StoreOptions
 from launch.cli import run
 from launch.process import main
+from launch.train import train
 from t2i.config.base import PathText
 
 ROOT = Path(__file__).parents[2]
@@ -95,8 +96,19 @@ def test_the_help_is_what_the_docstrings_say(capsys: pytest.CaptureFixture[str])
     assert all(words in said for words in ("Do one thing.", "Where from.", "Which column.", "How wide.", "A place"))
 
 
+def test_the_help_of_training_lists_extend_and_the_fields(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["curriculum.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        train("Train it.", only=None)
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(words in said for words in ("Train it.", "--extend [STAGE]", "--train.steps", "Fields of each of data."))
+
+
 def full_disk(mistake: UserError) -> UserError:
-    """As a job raises it that says which option's file met a full disk."""
+    """The mistake as raised by a job that names the option whose file met a full disk."""
     mistake.__cause__ = OSError(ENOSPC, "No space left on device")
     return mistake
 
@@ -106,7 +118,11 @@ def full_disk(mistake: UserError) -> UserError:
     [
         (DataError("a mistake,\n told at length"), 2, "error: a mistake, told at length"),
         (StoreError("the network is down"), 1, "error: the network is down; again"),
-        (BrokenProcessPool("a long story"), 1, "error: a process was killed, perhaps for its memory; again"),
+        (
+            BrokenProcessPool("a long story"),
+            1,
+            "error: a process was killed, perhaps because it used too much memory; again",
+        ),
         (OSError(ENOSPC, "No space left on device", "/a/b"), 1, "error: /a/b: No space left on device; again"),
         (
             OSError(ENOSPC, "No space left on device"),
@@ -115,16 +131,16 @@ def full_disk(mistake: UserError) -> UserError:
         ),
         (IsADirectoryError(EISDIR, "Is a directory", "x"), 1, "error: x: Is a directory; again"),
         (OSError("image file is\ntruncated"), 1, "error: image file is truncated; again"),
-        (MemoryError(), 1, "error: the memory is not enough; again"),
+        (MemoryError(), 1, "error: out of memory; again"),
         (
             MemoryError("Unable to allocate 8.00 PiB for an array"),
             1,
-            "error: the memory is not enough: 8.00 PiB were asked for at once; again",
+            "error: out of memory: tried to allocate 8.00 PiB at once; again",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
             1,
-            "error: the memory is not enough: 20.00 GiB were asked for at once; again",
+            "error: out of memory: tried to allocate 20.00 GiB at once; again",
         ),
         (full_disk(UserError("out is x: cannot be written")), 1, "error: out is x: cannot be written; again"),
         (KeyboardInterrupt(), 130, "interrupted; again"),
@@ -146,7 +162,7 @@ def test_memory_that_is_not_there(fail: Callable[[], object], capsys: pytest.Cap
         fail()
 
     assert run((job,), [], "A test.") == 1
-    assert capsys.readouterr().err.startswith("error: the memory is not enough")
+    assert capsys.readouterr().err.startswith("error: out of memory")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,4 +1,4 @@
-"""Finished stages: what the config may no longer say of them, and how one is trained for longer."""
+"""Finished stages: which settings may no longer change, and how a stage is trained for longer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture
 def attempt(finished: Path, scenes: Path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """Start the finished run in this process with changes; exit code and what it says. Nothing may be written."""
+    """Start the finished run in this process with changes; exit code and last line. Nothing may be written."""
 
     def start(*options: str, change: Change = lambda tree: None, only: int | None = None) -> tuple[int, str]:
         tree = short(scenes, finished, {"name": "low"}, {"name": "high"})
@@ -200,9 +200,9 @@ def test_an_extended_stage_is_what_a_longer_one_would_have_been(finished: Path, 
     run("forked", "stage1.py", "--config", str(whole.with_suffix(".yaml")), ranks=1)
 
     def same() -> bool:
-        found, expected = (load_file(it / "tiny" / "low" / "model" / "ema.safetensors") for it in (root, whole))
-        lines = [[line["loss"] for line in metrics(it / "tiny") if line["stage"] == "low" and "loss" in line]
-                 for it in (root, whole)]  # fmt: skip
+        found, expected = (load_file(folder / "tiny" / "low" / "model" / "ema.safetensors") for folder in (root, whole))
+        lines = [[line["loss"] for line in metrics(folder / "tiny") if line["stage"] == "low" and "loss" in line]
+                 for folder in (root, whole)]  # fmt: skip
         return lines[0] == lines[1] and all(torch.equal(found[name], expected[name]) for name in expected)
 
     assert same()

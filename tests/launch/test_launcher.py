@@ -1,4 +1,4 @@
-"""A rank hears when a launcher above it dies, and ends at once if that happened before it looked."""
+"""A rank stops when a launcher above it dies, and ends at once if that happened before it could watch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 time.sleep({before})
 from importlib.util import module_from_spec, spec_from_file_location
-spec = spec_from_file_location("launcher", {root!r} + "/launch/launcher.py")
+spec = spec_from_file_location("launcher", {root!r} + "/launch/preemption.py")
 launcher = module_from_spec(spec)
 spec.loader.exec_module(launcher)
 launcher.watch_launcher(lambda: os._exit(1))
@@ -40,7 +40,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("before", [0.0, 2.0])
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
-def test_a_rank_leaves_with_its_launcher(tmp_path: Path, name: str, before: float) -> None:
+def test_a_rank_ends_with_its_launcher(tmp_path: Path, name: str, before: float) -> None:
     (tmp_path / name).write_text(LAUNCHER)
     code = RANK.format(root=str(ROOT), before=before)
     process = subprocess.Popen(
@@ -51,7 +51,7 @@ def test_a_rank_leaves_with_its_launcher(tmp_path: Path, name: str, before: floa
     )
     assert process.stdout is not None
     rank = int(process.stdout.readline())
-    time.sleep(1.0)  # watching by now if it looks at once, still before its look if it waits
+    time.sleep(1.0)  # it watches by now, or, if it waits, does not yet
     assert is_running(rank)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""A job that works on the CPU though a GPU seems to be there says so."""
+"""A job that runs on the CPU warns if the machine seems to have a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PCI = "sys/bus/pci/devices/0000:01:00.0/"
         (("dev/kfd",), ["/dev/kfd"]),
         (("dev/dxg",), ["/dev/dxg"]),
         ((f"{PCI}vendor", f"{PCI}class"), ["the PCI device 0000:01:00.0"]),
-        ((f"{PCI}vendor",), []),  # it says not of what class it is
+        ((f"{PCI}vendor",), []),  # without its class
         (("dev/nvram", "dev/null"), []),
     ],
 )
@@ -45,14 +45,14 @@ def test_the_drivers_tool_is_a_sign(tmp_path: Path, monkeypatch) -> None:
     assert gpu_signs(tmp_path) == ["/usr/bin/nvidia-smi"]
 
 
-def test_it_is_said_loudly_where_there_are_signs_alone(monkeypatch, capsys) -> None:
+def test_the_warning_comes_only_with_signs_of_a_gpu(monkeypatch, capsys) -> None:
     monkeypatch.setattr(process, "why_no_gpu", lambda: "because")
     warn_of_overlooked_gpu([])
     assert capsys.readouterr().err == ""
     warn_of_overlooked_gpu(["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2", "/dev/nvidia3"])
     said = capsys.readouterr().err
     assert "!!!" in said and "because" in said
-    assert "(/dev/nvidia0, /dev/nvidia1, /dev/nvidia2 and 1 more signs)" in said
+    assert "(/dev/nvidia0, /dev/nvidia1, /dev/nvidia2 and 1 more)" in said
 
 
 def test_why(monkeypatch) -> None:

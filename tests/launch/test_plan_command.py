@@ -65,7 +65,7 @@ def test_tables(run) -> None:
         (["--gpu", "h900"], "--gpu h900 is not in the table: give one of b200, h200"),
         (["--gpus", "0"], "--gpus 0 must be at least 1"),
         (["--gpus", "7"], "7"),
-        (["--gpus", "many"], "argument --gpus: invalid int value: 'many'"),
+        (["--gpus", "many"], "--gpus: 'many' is not a number of type int"),
         (["--gpus", "010"], "--gpus: 010 is octal to some"),
         (["--mfu", "nan"], "--mfu nan: must be a finite number"),
         (["--sample_kb", "inf"], "--sample_kb inf: must be a finite number"),

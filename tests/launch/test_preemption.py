@@ -1,4 +1,4 @@
-"""What a process does when it is asked to leave: once, twice, inside a call that does not return."""
+"""Requests to stop: one, two, and inside a call that does not return."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ preemption.listen()
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
 print("ready", flush=True)
-libc.pthread_mutex_lock(mutex)  # for ever, and no signal handler of Python's runs
+libc.pthread_mutex_lock(mutex)  # never returns, and no signal handler of Python's runs
 """
 )
 
@@ -65,11 +65,11 @@ def line(child: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_one_request_is_noted_and_a_second_ends_it(number: signal.Signals) -> None:
+def test_one_request_is_noted_and_a_second_ends_the_process(number: signal.Signals) -> None:
     with process(WAITS.format(root=ROOT, then="")) as child:
         child.send_signal(number)
         assert line(child) == f"{number.name} came"
-        child.send_signal(signal.SIGTERM)  # a launcher says the same again
+        child.send_signal(signal.SIGTERM)  # a launcher sends it again
         time.sleep(1.0)
         assert child.poll() is None
         child.send_signal(number)
@@ -85,8 +85,8 @@ def test_a_second_request_ends_a_process_that_is_stuck() -> None:
         assert child.wait(10) == 75
 
 
-def test_what_is_saved_is_not_hurried() -> None:
-    with process(WAITS.format(root=ROOT, then="preemption.settle()\nprint('settled', flush=True)")) as child:
+def test_requests_have_no_effect_after_the_save() -> None:
+    with process(WAITS.format(root=ROOT, then="preemption.finish()\nprint('settled', flush=True)")) as child:
         child.send_signal(signal.SIGTERM)
         assert line(child) == "SIGTERM came" and line(child) == "settled"
         time.sleep(0.7)
@@ -95,20 +95,20 @@ def test_what_is_saved_is_not_hurried() -> None:
         assert child.poll() is None
 
 
-def test_a_dead_launcher_asks_once_and_the_clock_asks_too() -> None:
+def test_the_time_limit_is_a_request_and_a_dead_launcher_adds_none() -> None:
     then = "time.sleep(0.7)\npreemption.launcher_died()\nprint('here', flush=True)"
     code = WAITS.format(root=ROOT, then=then).replace(
         "preemption.listen()", "preemption.listen()\npreemption.limit(0.01)"
     )
     with process(code) as child:
         assert line(child) == "timeouts.wall_clock_minutes 0.01 are over"
-        assert line(child) == "here"  # it is leaving anyway
-        child.send_signal(signal.SIGTERM)  # the scheduler's first word is not a second one
+        assert line(child) == "here"  # it is stopping anyway
+        child.send_signal(signal.SIGTERM)  # the scheduler's first signal is not a second request
         time.sleep(0.3)
         assert child.poll() is None
 
 
-def test_before_it_listens_a_signal_ends_it() -> None:
+def test_before_listen_a_signal_ends_the_process() -> None:
     with process(WAITS.format(root=ROOT, then="").replace("preemption.listen()", "")) as child:
         child.send_signal(signal.SIGUSR1)
         assert child.wait(10) == -signal.SIGUSR1

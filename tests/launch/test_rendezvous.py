@@ -1,4 +1,4 @@
-"""Ranks meet: who is missing is said, and who is of another run or reads something else is turned away."""
+"""Rendezvous: missing ranks are named, and ranks of another run or with other settings are turned away."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny import free_port, tiny_config
 
 from data.errors import StoreError, UserError
 from launch import rendezvous
-from launch.rendezvous import Place, agreed_values, meet
+from launch.rendezvous import RankAddress, agreed_values, meet
 
 RUN = {"job": "stage1.py", "folder": "runs/mine", "ranks": "2"}
 HOST = socket.gethostname()
@@ -31,8 +31,8 @@ def meeting(
     size: int = 2,
     seconds: float = 60.0,
 ) -> Future[dist.Store]:
-    place = Place(rank, size, 0, "127.0.0.1", port)
-    return pool.submit(meet, place, run, values or {"seed": "0"}, timedelta(seconds=seconds))
+    own = RankAddress(rank, size, 0, "127.0.0.1", port)
+    return pool.submit(meet, own, run, values or {"seed": "0"}, timedelta(seconds=seconds))
 
 
 def error_of(met: Future[dist.Store]) -> tuple[type[BaseException], str]:
@@ -49,12 +49,12 @@ def pool():
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch) -> None:
-    """Words come sooner, and nobody waits long for another run to leave."""
-    monkeypatch.setattr(rendezvous, "FIRST_WORD_S", 0.2)
-    monkeypatch.setattr(rendezvous, "WORD_S", 0.3)
-    monkeypatch.setattr(rendezvous, "HELD_S", 0.5)
+    """Reports come sooner, and the wait for another run to leave is short."""
+    monkeypatch.setattr(rendezvous, "FIRST_REPORT_S", 0.2)
+    monkeypatch.setattr(rendezvous, "REPORT_S", 0.3)
+    monkeypatch.setattr(rendezvous, "PORT_TAKEN_S", 0.5)
     monkeypatch.setattr(rendezvous, "RETRY_S", 0.1)
-    monkeypatch.setattr(rendezvous, "HEARD_S", 1.0)
+    monkeypatch.setattr(rendezvous, "VERDICT_S", 1.0)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
 
 
@@ -66,7 +66,7 @@ def test_ranks_that_agree_meet_in_one_store(pool) -> None:
     assert [store.get("word") for store in stores] == [b"x"] * 3
 
 
-def test_who_is_missing_is_said_again_and_at_last_in_a_sentence(pool, capsys) -> None:
+def test_missing_ranks_are_named_in_reports_and_in_the_error(pool, capsys) -> None:
     port = free_port()
     met = [meeting(pool, port, rank, size=4, seconds=1.2) for rank in (0, 2)]
     told = f"ranks 1, 3 (2 of 4) at 127.0.0.1:{port}; here are 2 on {HOST}"
@@ -79,7 +79,7 @@ def test_who_is_missing_is_said_again_and_at_last_in_a_sentence(pool, capsys) ->
     assert words[0] == f"rank 0 on {HOST}: waiting for {told}; for 0 s of 1 s"
 
 
-def test_a_rank_that_finds_no_rank_0_says_where_it_looks(pool, capsys) -> None:
+def test_a_rank_without_rank_0_names_the_address(pool, capsys) -> None:
     port = free_port()
     late = meeting(pool, port, 1, seconds=0.5)
     kind, said = error_of(late)
@@ -98,7 +98,7 @@ def test_a_rank_that_finds_no_rank_0_says_where_it_looks(pool, capsys) -> None:
         ({"optimizer.lr": "1", "train.steps": "9"}, "optimizer.lr (1 and 0.0001), train.steps (9 and 8)"),
     ],
 )
-def test_a_rank_that_differs_ends_all_at_once_with_one_sentence(pool, values: dict[str, str], told: str) -> None:
+def test_a_rank_that_differs_ends_all_ranks_at_once(pool, values: dict[str, str], told: str) -> None:
     port = free_port()
     zero = {"optimizer.lr": "0.0001", "train.steps": "8"}
     met = [meeting(pool, port, 0, zero, size=4), meeting(pool, port, 1, values, size=4)]  # the others never come
@@ -119,10 +119,10 @@ def test_ranks_of_another_run_never_join(pool, capsys) -> None:
     while f"rank 0 on {HOST} turned away rank 1 on {HOST}" not in words:
         assert not first.done()
         words += capsys.readouterr().err
-    assert meeting(pool, port, 1).result(timeout=60) and first.result(timeout=60)  # its own rank still may come
+    assert meeting(pool, port, 1).result(timeout=60) and first.result(timeout=60)  # its own rank may still come
 
 
-def test_a_run_whose_rank_came_as_another_run_keeps_its_patience_and_says_so(pool, capsys) -> None:
+def test_a_run_that_turned_a_rank_away_waits_on_and_names_it_in_the_error(pool, capsys) -> None:
     port = free_port()
     first = meeting(pool, port, 0, seconds=3)
     assert error_of(meeting(pool, port, 1, run=RUN | {"job": "stage2.py"}))[0] is UserError
@@ -133,7 +133,7 @@ def test_a_run_whose_rank_came_as_another_run_keeps_its_patience_and_says_so(poo
     assert capsys.readouterr().err.count(f"rank 0 on {HOST} turned away") == 1
 
 
-def test_a_rank_that_comes_twice_is_turned_away(pool) -> None:
+def test_a_second_process_of_a_rank_is_turned_away(pool) -> None:
     port = free_port()
     zero, same = meeting(pool, port, 0, size=3), [meeting(pool, port, 1, size=3) for _ in range(2)]
     (loser,), (winner,) = wait(same, timeout=60, return_when=FIRST_COMPLETED)
@@ -142,7 +142,7 @@ def test_a_rank_that_comes_twice_is_turned_away(pool) -> None:
     assert all(one.result(timeout=60) for one in (meeting(pool, port, 2, size=3), zero, winner))
 
 
-def test_a_port_that_stays_in_use_is_a_sentence_with_the_flag(pool, capsys, monkeypatch) -> None:
+def test_the_error_on_a_port_in_use_names_the_flag(pool, capsys, monkeypatch) -> None:
     monkeypatch.setattr(rendezvous, "CONTACT_S", 0.3)
     monkeypatch.setattr(rendezvous, "ANSWER_S", 0.3)
     with socket.create_server(("", 0)) as listener:
@@ -170,17 +170,17 @@ def test_a_port_in_use_is_waited_for(pool) -> None:
         (RUN | {"job": "stage2.py"}, UserError),
     ],
 )
-def test_an_earlier_start_that_stays_ends_resumable_and_another_run_does_not(
+def test_an_earlier_start_at_the_port_is_resumable_and_another_run_is_not(
     pool, run: dict[str, str], kind: type[Exception]
 ) -> None:
     port = free_port()
     earlier = [meeting(pool, port, rank) for rank in range(2)]
-    assert all(one.result(timeout=60) for one in earlier)  # they hold the store
+    assert all(one.result(timeout=60) for one in earlier)  # they keep the store
     assert [error_of(meeting(pool, port, rank, run=run))[0] for rank in range(2)] == [kind] * 2
 
 
 def test_an_earlier_start_that_leaves_is_waited_for(pool, monkeypatch) -> None:
-    monkeypatch.setattr(rendezvous, "HELD_S", 30.0)
+    monkeypatch.setattr(rendezvous, "PORT_TAKEN_S", 30.0)
     port = free_port()
     earlier = [meeting(pool, port, rank) for rank in range(2)]
     assert all(one.result(timeout=60) for one in earlier)
@@ -236,13 +236,13 @@ def test_ranks_leave_a_start_whose_rank_0_was_killed_or_gave_up(pool, agent) -> 
     while not agent.check([f"rendezvous/{starts[-1]}/1"]):  # rank 1 registers there
         time.sleep(0.01)
     zero = meeting(pool, agent.port, 0, size=3)
-    next_start(agent, starts)  # else rank 2 may complete the one that is to stay unfinished
+    next_start(agent, starts)  # otherwise rank 2 may complete the start that is to stay unfinished
     two = meeting(pool, agent.port, 2, size=3)
     assert all(met.result(timeout=60) for met in (zero, one, two))
     assert error_of(unfinished)[0] is StoreError
 
 
-def test_what_is_no_store_is_a_sentence(pool, monkeypatch) -> None:
+def test_a_port_that_is_not_a_store(pool, monkeypatch) -> None:
     monkeypatch.setattr(rendezvous, "CONTACT_S", 0.5)
     monkeypatch.setattr(rendezvous, "ANSWER_S", 0.5)
     with socket.create_server(("", 0)) as listener:
@@ -276,7 +276,7 @@ def test_files_that_settings_name_count_with_what_they_hold(tmp_path: Path) -> N
     prompts.write_text("a cat")
     before = values_of(tree)
     assert not [name for name in before if name.startswith("out:")]
-    assert not [name for name in before if "offload_dir" in name]  # of each node
+    assert not [name for name in before if "offload_dir" in name]  # may differ from node to node
     prompts.write_text("a dog")
     (model / "README.md").touch()
     (model / ".nfs01").touch()
@@ -291,7 +291,7 @@ def test_files_that_settings_name_count_with_what_they_hold(tmp_path: Path) -> N
 def test_source_versions_and_variables_that_change_numbers_are_compared(monkeypatch) -> None:
     before = values_of({})
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    monkeypatch.setattr("launch.rendezvous.version", lambda name: "9")
+    monkeypatch.setattr("launch.rendezvous.installed_versions", lambda: {"numpy": "9"})
     monkeypatch.setattr("launch.rendezvous.source_files", lambda: {"t2i/train/step.py": "f" * 64})
     after = values_of({})
     assert after["variable NVIDIA_TF32_OVERRIDE"] == "1" != before["variable NVIDIA_TF32_OVERRIDE"]

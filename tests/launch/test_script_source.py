@@ -1,4 +1,4 @@
-"""Scripts run the code that lies beside them, whatever is installed and under every launcher."""
+"""Scripts run the checkout that they are in, whatever is installed and under every launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch/slurm.sh: when it queues its job again, with a cluster that plays its part in two small scripts."""
+"""launch/slurm.sh: when it queues its job again, on a cluster faked by small scripts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from data.errors import DONE, EXIT_RESUMABLE, FAILED
 from t2i.distributed import LOCK, OutcomeFile
 
 JOB = 7
-# Prints the resolved config, as the jobs do; all other calls are the script's own.
+# Prints the resolved config, as the jobs do; other calls go to the real Python.
 PYTHON = """#!/bin/bash
 [[ ${!#} == --print_config ]] && exec cat config.yaml
 exec %s "$@"
 """
-# Two tasks on two nodes, which note what they were started with; then the run's part.
+# Two tasks on two nodes, which log their variables and arguments; then the run's part.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 for task in 0 1; do
@@ -46,11 +46,7 @@ def write_outcome(folder: Path, code: int) -> None:
 
 
 class Cluster:
-    """Runs the script, and knows whether it asked for its job to be queued again.
-
-    Args:
-        folder: the script's working directory, in which the run is `runs/mine`.
-    """
+    """Runs the script in `folder`, where the run is `runs/mine`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run = folder, folder / "runs" / "mine"
@@ -94,7 +90,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 
 def ended(outcome: str, code: int) -> str:
-    """What a run does that writes its outcome."""
+    """The part of a run that writes this outcome and exits with this code."""
     return f"cp ended/{outcome}/outcome.json $run; exit {code}"
 
 
@@ -102,7 +98,7 @@ def checkpoint(step: int) -> str:
     return f"mkdir -p $run/low/checkpoints/step_{step:08d}; "
 
 
-def test_each_task_has_its_place_and_the_job_s_words(cluster: Cluster) -> None:
+def test_each_task_gets_its_rank_and_the_job_s_arguments(cluster: Cluster) -> None:
     cluster.start(ended("done", 0))
     words = "node-4:20007, -u launch/stage1.py --config my.yaml"
     lines = (cluster.folder / "tasks.log").read_text().splitlines()
@@ -113,12 +109,12 @@ def test_each_task_has_its_place_and_the_job_s_words(cluster: Cluster) -> None:
     ("part", "code", "requeued"),
     [
         (ended("done", 0), 0, False),
-        (ended("done", 1), 0, False),  # what comes after the run's end does not undo it
+        (ended("done", 1), 0, False),  # a fault after the run's end changes nothing
         ("exit 0", 0, False),  # done already
         (ended("resumable", 75), 0, True),
-        (ended("resumable", 137), 0, True),  # a rank was killed, another saw it
+        (ended("resumable", 137), 0, True),  # a rank was killed, and another reported it
         ("exit 137", 0, True),
-        ("exit 1", 0, True),  # the ranks did not come so far as to say
+        ("exit 1", 0, True),  # the ranks ended before they could write an outcome
         (ended("failed", 1), 1, False),
         ("exit 2", 2, False),  # the user's mistake
     ],
@@ -129,7 +125,7 @@ def test_a_job_is_queued_again_unless_it_is_done_or_failed(
     assert cluster.start(part) == (code, requeued)
 
 
-def test_what_an_earlier_start_left_does_not_count(cluster: Cluster) -> None:
+def test_the_outcome_of_an_earlier_start_does_not_count(cluster: Cluster) -> None:
     assert cluster.start(ended("failed", 1)) == (1, False)
     assert cluster.start("exit 137") == (0, True)
 
@@ -140,15 +136,15 @@ def test_a_mistake_in_the_config_starts_nothing(cluster: Cluster) -> None:
     assert not (cluster.folder / "tasks.log").exists() and not cluster.run.exists()
 
 
-def test_three_starts_without_a_checkpoint_are_enough(cluster: Cluster) -> None:
+def test_three_starts_without_a_checkpoint_end_the_job(cluster: Cluster) -> None:
     assert [cluster.start("exit 137") for _ in range(3)] == [(0, True), (0, True), (1, False)]
-    assert cluster.start("exit 137", job=8) == (0, True)  # submitted anew, it has all its starts
+    assert cluster.start("exit 137", job=8) == (0, True)  # a new submission counts from zero
     shutil.rmtree(cluster.run)
     assert cluster.start(checkpoint(4) + "exit 137") == (0, True)
     assert [cluster.start("exit 137") for _ in range(3)] == [(0, True), (0, True), (1, False)]
 
 
-def test_a_run_that_gets_on_is_queued_again_without_end(cluster: Cluster) -> None:
+def test_a_run_that_makes_progress_is_always_queued_again(cluster: Cluster) -> None:
     for step in range(1, 6):
         old = f"rm -rf $run/low/checkpoints/step_{step - 1:08d}; "
         assert cluster.start(checkpoint(step) + old + ended("resumable", 75)) == (0, True)

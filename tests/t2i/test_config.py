@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import parse
 
 from data.errors import UserError
-from launch.cli import parse_config as parse
 from t2i.config.base import ConfigError, Section
 from t2i.config.loading import check_world_size, dump_config, load_config, merge, stage_config, validate_config
 from t2i.config.run import RunConfig

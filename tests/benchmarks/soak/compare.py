@@ -1,4 +1,4 @@
-"""What differs between a run that was killed and one that was not."""
+"""Differences between a run that was killed and one that was not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stream:
         opened: Opened = {}
         self._names = [place.name for place in run.places]
         self._settings = [stage_config(run.config, stage) for stage in range(len(self._names))]
-        self._data = [open_data(it, name, opened) for it, name in zip(self._settings, self._names, strict=True)]
+        self._data = [open_data(stage, name, opened) for stage, name in zip(self._settings, self._names, strict=True)]
         whole = [self._read(stage, None, STEPS) for stage in range(len(self._names))]
         self._ids = [[batch.ids for batch in batches] for batches in whole]
         self._states = [[json.loads(json.dumps(batch.state)) for batch in batches] for batches in whole]
@@ -76,7 +76,7 @@ def tensors(run: Run) -> dict[str, torch.Tensor]:
 
 
 def differing_lines(run: Run, expected: Run, exact: bool) -> Iterator[tuple[str, str]]:
-    """What differs between the metrics of two runs that are done: anything, or losses by TOLERANCE."""
+    """Differences between the metrics of two finished runs: any at all, or losses by more than TOLERANCE."""
     ours, theirs = numbers(run), numbers(expected)
     for place in sorted(ours.keys() | theirs.keys()):
         where = f"{run.config.name}, {' '.join(map(str, place))}"
@@ -91,7 +91,7 @@ def differing_lines(run: Run, expected: Run, exact: bool) -> Iterator[tuple[str,
 
 
 def differing_files(run: Run, expected: Run) -> Iterator[tuple[str, str]]:
-    """What differs, bit by bit, between the models and the last checkpoints of two runs that are done."""
+    """Differences in any bit between the models and the last checkpoints of two finished runs."""
     ours, theirs = tensors(run), tensors(expected)
     assert any("ema.safetensors" in name for name in theirs) and any("rank_00001" in name for name in theirs)
     for name in sorted(ours.keys() | theirs.keys()):
@@ -105,7 +105,7 @@ def differing_files(run: Run, expected: Run) -> Iterator[tuple[str, str]]:
 
 
 def compare(run: Run, expected: Run, exact: bool) -> Iterator[tuple[str, str]]:
-    """What differs between two runs that are done, and where: everything bit by bit, or losses by TOLERANCE."""
+    """What differs between two finished runs, and where: any bit, or losses by more than TOLERANCE."""
     yield from differing_lines(run, expected, exact)
     if exact:
         yield from differing_files(run, expected)

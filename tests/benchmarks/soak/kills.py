@@ -41,7 +41,7 @@ def draw_aims(rng: random.Random, count: int, start_s: float, total: int) -> Ite
 
 
 class Stuck(Exception):
-    """A run that neither goes on nor can be started again."""
+    """The run does not continue and cannot be started again."""
 
 
 class Start:
@@ -59,19 +59,19 @@ class Start:
         threading.Thread(target=self._output.extend, args=(self._process.stdout,), daemon=True).start()
 
     def told(self) -> str:
-        """What events.log says of this start."""
+        """The text of events.log since this start."""
         return self.run.events.read_bytes()[self._offset :].decode() if self.run.events.exists() else ""
 
     def begun(self) -> bool:
-        """Whether its first step has come."""
+        """Whether its first step is done."""
         return BEGUN.search(self.told()) is not None
 
     def saving(self) -> bool:
-        """Whether there is a checkpoint of this start that is not committed."""
+        """Whether this start is writing a checkpoint that is not committed yet."""
         return bool(self.run.saves() - self._leftovers)
 
     def _until(self, condition: Callable[[], bool]) -> bool:
-        """Wait for a condition; False: the run ended first."""
+        """Wait for a condition; False if the run ends first."""
         while not condition():
             if self._process.poll() is not None:
                 return False
@@ -88,11 +88,11 @@ class Start:
         ranks: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):  # one that has ended has no children that matter
             top = psutil.Process(self._process.pid)
-            for it in [top, *top.children(recursive=True)]:
+            for process in [top, *top.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
-                    words = [word.endswith(SCRIPT) for word in it.cmdline()]
+                    words = [word.endswith(SCRIPT) for word in process.cmdline()]
                     if any(words):  # a rank is a Python that runs the script, a launcher one that is told of it
-                        (ranks if any(words[1:3]) else launchers).append(it)
+                        (ranks if any(words[1:3]) else launchers).append(process)
         return launchers, ranks
 
     def kill(self, aim: Aim, step_s: float, rng: random.Random) -> tuple[str, str] | None:

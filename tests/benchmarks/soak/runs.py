@@ -26,7 +26,7 @@ SAVING = re.compile(r"\.step_\d+\.[0-9a-f]{8}-\d+\.\d+")  # what a checkpoint is
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a run is spread over processes, and which launcher starts them."""
+    """The engine, the number of ranks and the launcher of a run."""
 
     name: str
     launcher: str
@@ -88,7 +88,7 @@ class Run:
         return {path for path in found if SAVING.fullmatch(path.name)}
 
     def stands(self) -> Stand:
-        """Where the next start is to go on."""
+        """Where the next start has to resume."""
         for stage, place in enumerate(self.places):
             if not place.done:
                 path, faults = newest(place.checkpoints)
@@ -97,7 +97,7 @@ class Run:
         return Stand(len(self.places), 0, None, [])
 
     def wait_until_free(self) -> bool:
-        """Wait for whoever holds the run; False: it is held for ever."""
+        """Wait until no process holds the run's lock; False if one still does at the end of the wait."""
         path, deadline = self.config.directory / "run.lock", time.monotonic() + HANG_S
         while path.exists():
             with path.open("a") as file:

@@ -2,7 +2,7 @@
 
 - One part is current at a time, and all time is some part's: the seconds of the parts add up to the whole.
 - The backward of a network lies between two identities that autograd passes: the one at its exit, then the one at its
-  entry. Autograd takes what was made last first, so two networks' backwards do not mix.
+  entry. Autograd goes in reverse order, so the backward passes of two networks do not mix.
 - On a GPU each stamp waits for the device, so a step takes longer than it would without.
 
 | part | |
@@ -47,7 +47,7 @@ class StepClock:
         self._since = time.perf_counter()
 
     def enter(self, part: str) -> str:
-        """Begin a part; the one that ends."""
+        """Begin a part, and return the one that ends."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -58,7 +58,7 @@ class StepClock:
 
     @contextmanager
     def during(self, part: str) -> Iterator[None]:
-        """A part for the time of a `with`, and then again what was before."""
+        """Make `part` current within a `with`; the previous part continues after it."""
         before = self.enter(part)
         try:
             yield
@@ -66,7 +66,7 @@ class StepClock:
             self.enter(before)
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as a part."""
+        """The function, timed as one part."""
 
         def call(*arguments: Any) -> Any:
             with self.during(part):
@@ -85,7 +85,7 @@ class StepClock:
                 found = function(self.stamped(image, OTHER), *more)
                 if isinstance(found, Tensor):
                     return self.stamped(found, f"{name} backward")
-                return [self.stamped(it, f"{name} backward") for it in found]
+                return [self.stamped(tensor, f"{name} backward") for tensor in found]
 
         return call
 
@@ -108,19 +108,19 @@ class _Stamp(torch.autograd.Function):
 
 
 def watch_text(clock: StepClock, text: TextEncoder) -> None:
-    """Stamp an encoder's calls from now on."""
+    """Time an encoder's calls from now on."""
     text.forward = clock.timed("text", text.forward)
 
 
 def watch_step(clock: StepClock, objective: Objective, engine: Engine, ema: Ema) -> None:
-    """Stamp what a step calls, from now on."""
+    """Time the functions that a step calls, from now on."""
     distance, features = objective.image_distance, objective.patch_features
     if distance is not None:
         distance.distance = clock.timed_network("lpips", "lpips forward", distance.distance)
     if features is not None:
         features.tokens = clock.timed_network("pdino", "clean features", features.tokens)
     _watch_denoiser(clock, engine.network)
-    engine.micro_step = clock.timed(OTHER, engine.micro_step)
+    engine.backward = clock.timed(OTHER, engine.backward)
     engine.step = clock.timed("optimizer", engine.step)
     ema.update = clock.timed("ema", ema.update)
 
