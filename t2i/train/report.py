@@ -22,7 +22,7 @@ _TILE_SIDE, _THUMBNAIL_SIDE = 640, 480  # pixels
 _CHARTS = [
     Chart("Training loss", "What is minimised: all terms with their weights.", "train", {"total": "loss"}),
     Chart(
-        "Terms of the loss",
+        "LossTerms of the loss",
         "Each term of the training loss by itself.",
         "train",
         {"flow matching": "loss_fm", "LPIPS": "loss_lpips", "P-DINO": "loss_pdino", "REPA": "loss_repa"},

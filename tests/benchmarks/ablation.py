@@ -55,7 +55,7 @@ from t2i.config.run import RunConfig
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.data import image_settings, open_data
 from t2i.train.metrics import JsonLines
-from t2i.train.run_dir import stage_places
+from t2i.train.run_dir import list_stage_dirs
 from t2i.train.scoring import tile
 
 
@@ -131,7 +131,7 @@ class Run:
             raise UserError(f"{self.path}: the run ended with code {done.returncode}, and said why above")
 
     def cost(self) -> dict[str, Any]:
-        """What training took, how many updates its guard vetoed, and the last validation loss."""
+        """What training took, how many updates its guard skipped, and the last validation loss."""
         lines = JsonLines(self.config.directory / "metrics.jsonl").lines()
         trained = [line for line in lines if line["kind"] == "train"]
         seconds = [line["step_s"] for line in trained]
@@ -149,7 +149,7 @@ class Run:
         sampling = stage_config(self.config, 0).sampling
 
         def fresh() -> NDArray[np.uint8]:
-            pipeline = Pipeline.load(stage_places(self.config)[-1].model, "ema", torch.device("cpu"))
+            pipeline = Pipeline.load(list_stage_dirs(self.config)[-1].model, "ema", torch.device("cpu"))
             return pipeline.draw(wanted, sampling).numpy()
 
         request = json.dumps([[asdict(it) for it in wanted], sampling.model_dump(mode="json")])
@@ -180,7 +180,7 @@ def right_colours(drawn: Tensor) -> float:
 def heldout(settings: RunConfig, n: int) -> FixedSamples:
     """The first n held-out scenes; validation measures its loss on the first of them."""
     stage = stage_config(settings, 0)
-    return fixed_samples(open_data(stage, "scenes", {}).heldout, n, image_settings(stage.data))
+    return fixed_samples(open_data(stage, "scenes", {}).val_sources, n, image_settings(stage.data))
 
 
 def kid_cell(it: dict[str, float], form: str) -> str:

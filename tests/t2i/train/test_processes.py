@@ -53,7 +53,7 @@ def test_a_second_start_waits_for_a_holder_that_is_leaving(tmp_path: Path) -> No
 
 def test_a_root_that_cannot_hold_a_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="root .*file.*cannot be written to"):
+    with pytest.raises(UserError, match="root .*file.*cannot be written"):
         RunLock(tmp_path / "file" / "runs" / "a", "word")
 
 
