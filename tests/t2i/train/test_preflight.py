@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch) -> No
             check_writable(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda _: bytes(16))
-        with pytest.raises(UserError, match="does not come back"):
+        with pytest.raises(UserError, match="does not read back"):
             check_writable(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -168,7 +168,7 @@ def test_a_mirror_that_may_not_be_written_or_loses_content_is_refused(tmp_path, 
     store = type(preflight.open_store(str(tmp_path)))
     with monkeypatch.context() as patch:
         patch.setattr(store, "read", lambda *_: b"")
-        with pytest.raises(ConfigError, match="does not come back"):
+        with pytest.raises(ConfigError, match="does not read back"):
             check_mirror(config)
 
     def refuse(*_: object) -> None:
