@@ -1,12 +1,12 @@
-"""The processes of a run: who this rank is, what rank 0 says, and the run's lock.
+"""The ranks of a run, its lock, and its outcome.
 
-What became of a run: `outcome.json` in its folder, since launchers lose exit codes.
+What became of a run is written to `outcome.json` in its folder, since launchers lose exit codes.
 
     {"outcome": "done" | "resumable" | "failed", "reason": ..., "rank": ..., "time": ...}
 
-- The file goes when the run starts. So none means that it runs, or that it was killed: start it again.
-- Resumable: the same command, started again, goes on without anybody's help. Failed: it would meet the same again.
-- The first to say something writes it: rank 0, the rank at fault, or the watch of a rank that hangs. A run that left
+- The file is removed when the run starts. Without it, the run is under way or was killed: start it again.
+- After "resumable", the same command goes on by itself; after "failed", it would fail again.
+- Whoever is first writes it: rank 0, the rank at fault, or the watchdog of a rank that hangs. A run whose folder holds
   nothing else has no outcome either.
 """
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import BAD_INPUT, DONE, EXIT_RESUMABLE, FAILED, StoreError, UserError
-from data.files import FileLock, InUseError
+from data.files import FileLock, InUseError, name_in_errors
 
 T = TypeVar("T")
 
@@ -40,15 +40,16 @@ class World:
     size: int
     device: torch.device
     cpu_group: dist.ProcessGroup | None = None
-    """The group for what concerns hosts alone, over gloo; none: the default group."""
+    """For objects on the hosts, over gloo; None: the default group."""
+    local_size: int = 1
+    """Ranks on this machine."""
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the rank that speaks and writes."""
         return self.rank == 0
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank; an exception there is raised on every rank."""
+        """What `make` returns on rank 0, on every rank; its exception is raised on every rank."""
         message: list[Any] = [None, None]
         if self.is_rank0:
             try:
@@ -62,9 +63,10 @@ class World:
         return message[0]
 
     def raise_on_all_ranks(self, make: Callable[[], T]) -> T:
-        """What this rank makes; an error of any rank ends all: its own, where it has one, else the first rank's.
+        """What `make` returns on this rank, unless it raises on any rank: then every rank raises.
 
-        Of errors, a user's, and those of memory, disks and networks; after others the ranks' launcher ends them.
+        A rank raises its own error, or the first other rank's. This goes for a user's mistakes and for errors of
+        memory, disks and networks; after any other error the launcher ends the ranks.
         """
         made: list[T] = []
         fault: Exception | None = None
@@ -74,13 +76,13 @@ class World:
             raise
         except (UserError, StoreError, OSError, MemoryError, RuntimeError) as error:
             fault = error
-        first = next((it for it in self.gather(fault) if it is not None), None)
+        first = next((error for error in self.gather(fault) if error is not None), None)
         if first is not None:
             raise fault or first
         return made[0]
 
     def split_for_rank(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of what all share out: neighbours, in order, and one more than another rank's at most."""
+        """This rank's contiguous part of `items`; parts differ by one item at most."""
         first, end = (rank * len(items) // self.size for rank in (self.rank, self.rank + 1))
         return items[first:end]
 
@@ -93,7 +95,7 @@ class World:
         return items
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
-        """Element by element, over all ranks."""
+        """Sum over all ranks, element by element."""
         if self.size == 1:
             return [int(number) for number in numbers]
         total = torch.tensor(numbers, dtype=torch.int64)
@@ -101,7 +103,6 @@ class World:
         return [int(number) for number in total]
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.cpu_group)
 
@@ -111,28 +112,25 @@ class RunInUseError(InUseError):
 
 
 class RunLock(FileLock):
-    """One writer a run: a lock on `run.lock`, which stays in the folder of a run that has begun.
+    """One writer for each run: a lock on `run.lock`, which stays in the folder of a run that has begun.
 
-    Args:
-        directory: the run's folder, made if need be.
-        word: written into the file, so that the other ranks can see that they share the folder.
-        patience_s: seconds to wait for another holder to leave.
+    Makes the folder if need be. `attempt_id` is written into the file, so that other ranks can see that they share the
+    folder. Waits up to `patience_s` for another holder.
 
     Raises:
-        UserError: the folder cannot be written to.
-        RunInUseError: another process still holds it after that; the message names it.
+        UserError: the folder cannot be written.
+        RunInUseError: another process still holds the lock; the message names it.
     """
 
-    def __init__(self, directory: Path, word: str, patience_s: float = 120.0) -> None:
+    def __init__(self, directory: Path, attempt_id: str, patience_s: float = 120.0) -> None:
         try:
-            super().__init__(directory / LOCK, str(directory), f"({word})", patience_s)
+            with name_in_errors(f"root {directory.parent}"):
+                super().__init__(directory / LOCK, str(directory), f"({attempt_id})", patience_s)
         except InUseError as error:
             raise RunInUseError(str(error)) from None
-        except OSError as error:
-            raise UserError(f"root {directory.parent}: cannot be written to: {error.strerror}") from error
 
     def release(self) -> None:
-        """Let another process have the run. Folders that were made for the lock and hold nothing else go again."""
+        """Release the lock, and remove folders that were made for it and hold nothing else."""
         if self._made and list(self.path.parent.iterdir()) == [self.path]:
             super().release()
         else:
@@ -144,48 +142,42 @@ _OUTCOMES: dict[int, Outcome] = {DONE: "done", EXIT_RESUMABLE: "resumable"}
 
 
 class Preempted(Exception):
-    """The run leaves because it was asked to, saved, to be started again. Alike on every rank."""
+    """The run was asked to stop; it is saved, and can be started again. Raised on every rank."""
 
 
 def run_exit_code(error: Exception) -> int:
-    """The exit code of a run that an error ends. Faults of disks and devices may pass, or be left behind."""
+    """The exit code of a run that an error ends. Errors of disks and devices may pass, so they are resumable."""
     if isinstance(error, Preempted | StoreError | RunInUseError | OSError | torch.AcceleratorError):
         return EXIT_RESUMABLE
     return BAD_INPUT if isinstance(error, UserError) else FAILED
 
 
 def outcome_of(code: int) -> Outcome:
-    """What an exit code says of a run."""
     return _OUTCOMES.get(code, "failed")
 
 
 class OutcomeFile:
-    """The outcome of a run in this folder, which exists.
+    """`outcome.json` in a run's folder, which exists.
 
-    Args:
-        directory: the run's folder.
-        attempt: the word of this start, which the run's lock holds. Ranks of an earlier one may outlive their lock, and
-            what they would say then is not this start's.
+    Ranks of an earlier start may outlive their lock: they write nothing, because the lock then holds another
+    `attempt_id`.
     """
 
-    def __init__(self, directory: Path, attempt: str) -> None:
-        self.path, self._lock, self._attempt = directory / "outcome.json", directory / LOCK, attempt
+    def __init__(self, directory: Path, attempt_id: str) -> None:
+        self.path, self._lock, self._attempt_id = directory / "outcome.json", directory / LOCK, attempt_id
 
     def clear(self) -> None:
-        """The run begins."""
+        """Remove the file when the run begins."""
         self.path.unlink(missing_ok=True)
 
     def write(self, code: int, reason: str, rank: int) -> None:
-        """Say what became of it, unless somebody has said so already. A disk that does not take it is said on stderr.
+        """Write the file, unless it exists; prints to stderr if the disk does not take it.
 
-        Args:
-            code: the exit code.
-            reason: in a sentence.
-            rank: where it happened.
+        `code` is the exit code, `reason` a sentence, and `rank` the rank at fault.
         """
         line = {"outcome": outcome_of(code), "reason": reason, "rank": rank, "time": time.time()}
         try:
-            ours = self._attempt in self._lock.read_text()
+            ours = self._attempt_id in self._lock.read_text()
             if ours and any(path.name != LOCK for path in self.path.parent.iterdir()):
                 with self.path.open("x") as file:
                     file.write(json.dumps(line, indent=1) + "\n")
@@ -196,6 +188,6 @@ class OutcomeFile:
 
 
 def is_done(directory: Path) -> bool:
-    """Whether the outcome of a run in this folder says so."""
+    """Whether the run in this folder has finished, by its outcome."""
     path = directory / "outcome.json"
     return path.exists() and '"done"' in path.read_text()

@@ -1,4 +1,4 @@
-"""From a config to what a stage trains with: network, objective, engine. The one place that knows all rooms."""
+"""Builds what a stage trains with from its config: objective, engine, EMA."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.files import refuse_lfs_pointers
-from data.randomness import key
-from t2i.build import Denoiser, build_denoiser, build_projector
+from t2i.build import TrainingNetwork, build_denoiser
 from t2i.config.base import ConfigError
 from t2i.config.run import EngineConfig, RunConfig
 from t2i.config.train import STAND_IN, ObjectiveConfig
@@ -33,48 +32,14 @@ from t2i.engine.deepspeed import DeepSpeedEngine
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, prepare_blocks
 from t2i.engine.fsdp import FsdpEngine
-from t2i.engine.optimizer import StateFolder, ZerosLike, build_optimizer
-from t2i.models.layers import Prediction, Projector, muon_takes
+from t2i.engine.optimizer import OffloadDir, ZerosLike, build_optimizer
+from t2i.models.layers import muon_takes
 from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 
 NOISE_SHARE = 0.05
-"""Of an average: more of the random first weights is worth a notice."""
+"""Fraction of the random initial weights in the EMA from which a notice is given."""
 SPANS = 10
-"""A stage of so many times the average's span leaves nothing of them."""
-
-
-class TrainingNetwork(nn.Module):
-    """Everything that is trained: the denoiser and the projector of representation alignment."""
-
-    def __init__(self, denoiser: Denoiser, projector: Projector | None) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.projector = projector
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, in the order in which they run."""
-        return self.denoiser.all_blocks
-
-    def forward(self, x_t: Tensor, t: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The denoiser's output (B, 3, H, W) and projected features (B, N, width).
-
-        Args:
-            condition: the captions' states or labels and, where the denoiser has dropout, its keys.
-        """
-        prediction: Prediction = self.denoiser(x_t, t, *condition)
-        projected = self.projector(prediction.features) if self.projector is not None else None
-        return prediction.output, projected
-
-
-def build_network(config: RunConfig, text_width: int, features: PatchFeatures | None) -> TrainingNetwork:
-    """The trained network with weights that depend on the run's seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(config.seed, "weights"))
-        denoiser = build_denoiser(config.model, text_width, config.text.length)
-        aligned = features is not None and config.objective.repa_weight > 0
-        projector = build_projector(config.model, features.width) if aligned and features else None
-    return TrainingNetwork(denoiser, projector)
+"""A stage this many times as long as the EMA's span, 1 / (1 - decay), leaves nothing of them."""
 
 
 def stand_ins(config: ObjectiveConfig) -> list[str]:
@@ -101,15 +66,10 @@ def _stand_in() -> EfficientNetLite:
 def build_objective(
     config: ObjectiveConfig, prediction: PredictionKind, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> Objective:
-    """The loss with its frozen networks on their device.
-
-    Args:
-        prediction: what the denoiser returns.
-        dtype: of the weights of VGG16 and DINOv2; the stand-in's are fp32.
-        compiled: whether they are compiled, for any number of samples.
+    """The loss with its frozen networks: VGG16 and DINOv2 in `dtype`, the stand-in in fp32.
 
     Raises:
-        ConfigError: a network's weights cannot be had.
+        ConfigError: a network's weights are missing or cannot be read.
     """
     distance: ImageDistance | None = None
     features: PatchFeatures | None = None
@@ -121,14 +81,14 @@ def build_objective(
     if config.pdino_weight + config.repa_weight > 0:
         features = stand_in if config.features_network == STAND_IN else _load_dino(config, device, dtype)
     if compiled:
-        # Un-gated samples vary in number: it is a symbol of the graph.
+        # The number of un-gated samples varies, so the batch dimension is dynamic.
         for net in {net for net in (distance, features) if net is not None}:
             compile_for_any_batch(net)
     weights = LossWeights(
         lpips=config.lpips_weight,
         pdino=config.pdino_weight,
         repa=config.repa_weight,
-        gate=config.perceptual_t_min,
+        perceptual_t_min=config.perceptual_t_min,
         t_eps=config.t_eps,
         pdino_gated=config.pdino_gate == "masked",
         pdino_layers=tuple(config.pdino_layers),
@@ -144,7 +104,7 @@ def _load_lpips(path: Path | None, device: torch.device, dtype: torch.dtype) -> 
         if path is not None:
             refuse_lfs_pointers(path, "objective.lpips_path")
         raise ConfigError(
-            f"objective.lpips_path: VGG16's weights cannot be had ({error}): give a file with torchvision's "
+            f"objective.lpips_path: VGG16's weights cannot be loaded ({error}): give a file with torchvision's "
             "VGG16 weights, or set objective.lpips_network to efficientnet-lite0, a labelled stand-in"
         ) from error
 
@@ -166,11 +126,11 @@ def _load_dino(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype
 
 
 def _zeros_like(config: EngineConfig) -> ZerosLike:
-    return torch.zeros_like if config.offload_dir is None else StateFolder(config.offload_dir).zeros_like
+    return torch.zeros_like if config.offload_dir is None else OffloadDir(config.offload_dir).zeros_like
 
 
 def _checkpointed(config: RunConfig, network: TrainingNetwork) -> list[nn.Module]:
-    """The blocks whose insides are computed again in the backward pass."""
+    """The blocks under activation checkpointing."""
     if config.engine.activation_checkpointing != "pixel":
         return network.blocks if config.engine.activation_checkpointing else []
     assert isinstance(network.denoiser, PixelDiT | ClassPixelDiT)
@@ -178,17 +138,17 @@ def _checkpointed(config: RunConfig, network: TrainingNetwork) -> list[nn.Module
 
 
 def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtype: torch.dtype) -> Engine:
-    """The engine of a stage, over a network that it takes possession of: copies are to be made before.
+    """The engine of a stage. It changes `network` in place, so copy it before.
 
     Raises:
-        ConfigError: it does not go with the number of ranks.
-        UserError: engine.offload_dir cannot hold its moments.
+        ConfigError: the engine's settings do not fit the number of ranks or the optimizer.
+        UserError: engine.offload_dir cannot hold the moments.
     """
     engine, train = config.engine, config.train
     if world.size % engine.dp_replicate:
         raise ConfigError(f"engine.dp_replicate {engine.dp_replicate} must divide the number of ranks, {world.size}")
     if engine.offload and config.optimizer.name == "muon":
-        raise ConfigError("engine.offload goes with optimizer.name adamw: Muon's matrices meet on the GPUs")
+        raise ConfigError("engine.offload needs optimizer.name adamw: Muon gathers its matrices on the GPUs")
     prepare_blocks(network, compiled=engine.compile, checkpointed=_checkpointed(config, network))
     optimizer = build_optimizer(
         network,
@@ -227,13 +187,9 @@ def build_engine(config: RunConfig, network: TrainingNetwork, world: World, dtyp
 
 
 def noisy_ema(config: RunConfig, first: bool) -> str | None:
-    """A sentence where the random weights that a stage starts from stay in its average; else None.
+    """A notice if the EMA still holds much of the random initial weights at the end of a stage, or None.
 
-    After n updates their share of it is `decay ** n`.
-
-    Args:
-        config: the stage's settings.
-        first: whether no stage comes before it.
+    After n updates their share of it is `decay ** n`. `first` says whether no stage comes before this one.
     """
     decay, steps, source = config.ema.decay, config.train.steps, config.init.source
     share = decay**steps if source == "scratch" or (source == "previous" and first) else 0.0
@@ -248,7 +204,7 @@ def noisy_ema(config: RunConfig, first: bool) -> str | None:
 
 
 def build_ema(config: RunConfig, engine: Engine) -> Ema:
-    """The average of an engine's weights, as they are now.
+    """The EMA of an engine's weights, initialised with them.
 
     Raises:
         UserError: engine.offload_dir cannot hold it.
@@ -257,7 +213,7 @@ def build_ema(config: RunConfig, engine: Engine) -> Ema:
 
 
 def denoiser_training_flops(config: RunConfig, text_width: int) -> float:
-    """FLOPs of the denoiser for one training image: three times those of its forward pass, at the full text length."""
+    """The denoiser's FLOPs for one training image: three times those of its forward pass at the full text length."""
     with torch.device("meta"):
         denoiser = build_denoiser(config.model, text_width, config.text.length)
         condition = torch.empty(1, config.text.length, text_width)

@@ -1,11 +1,10 @@
-"""The data of a stage, opened and checked before it is needed.
+"""The trainer's data iterator, and a stage's sources, opened and checked before training.
 
-Batches as the ranks agree on them: a global batch reaches every rank or none.
-
-A rank that cannot get its share must not leave the others waiting in the next step's collectives. So each step
-begins with one small sum over the ranks' hosts: who failed, who is asked to leave, who has no batch yet, how many
-samples were read, how many set aside. While one has none, the sum is taken again and again: a lane that finds nothing
-good is judged, too, and no patience with a store outlasts that of the process group.
+A global batch reaches every rank or none: a rank that cannot get its share must not leave the others waiting in the
+step's collectives. So each step begins with one small sum over the ranks, on their hosts: who failed, who is asked to
+stop, who has no batch yet, how many samples were read, how many are bad. While a rank has no batch, the sum is
+repeated: so a lane that finds only bad samples ends the run too, and a slow store does not run into the process group's
+time-out.
 """
 
 from __future__ import annotations
@@ -30,71 +29,68 @@ from t2i.distributed import Preempted, World
 from t2i.train.metrics import EventLog, JsonLines
 
 _ROUND_S = 5.0
-"""A rank whose batch is not there says so this often, so that no rank waits for long in the sum."""
+"""How often a rank without a batch joins the sum, so that no rank waits in it for long."""
 _JUDGED_AFTER = 1000
+"""Samples read before data.max_bad_fraction applies."""
 _WORST_NAMED = 3
 
 
-class Intake:
-    """One stage's batches on this rank, and what was passed over on the way to them.
+class DataIterator:
+    """One stage's batches on this rank; bad samples are listed in quarantine.jsonl.
 
-    Args:
-        loader: this rank's batches.
-        world: this process.
-        config: the stage's settings.
-        stage: its name.
-        step: batches consumed; lines of quarantine.jsonl past it are taken back.
-        damage: what is known to be wrong with its shards.
+    `step` is the number of batches consumed: lines of quarantine.jsonl after it are removed. `damage` lists the shards
+    that end early.
     """
 
     def __init__(
         self, loader: Loader, world: World, config: RunConfig, stage: str, step: int, damage: Sequence[Quarantined]
     ) -> None:
         self._loader, self._world, self._stage = loader, world, stage
-        self._max_set_aside = config.data.max_bad_fraction
+        self._max_bad_fraction = config.data.max_bad_fraction
         self._quarantine = JsonLines(config.directory / "quarantine.jsonl")
         self._events = EventLog(config.directory, stage, world.is_rank0)
         if world.is_rank0:
-            with self._events.beside("quarantine.jsonl"):
+            with self._events.tolerate_disk_errors("quarantine.jsonl"):
                 self._quarantine.rewind(stage, step)
             self._write([{"stage": stage, "step": 0, **asdict(shard)} for shard in (damage if step == 0 else ())])
         self._damaged = len(damage)
         self._pending: list[dict[str, Any]] = []
-        self.state = loader.state_dict()
+        self._state = loader.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
         """This rank's data state after the last batch that every rank has."""
+        return self._state
 
     def close(self) -> None:
-        """End the loader's threads."""
         self._loader.close()
 
-    def next(self, step: int, leave: Callable[[], str | None] = lambda: None) -> Batch:
-        """Return this rank's share of the batch of `step`.
+    def next(self, step: int, should_stop: Callable[[], str | None] = lambda: None) -> Batch:
+        """Return this rank's share of the batch of `step`. A collective.
 
-        Args:
-            leave: why this rank is asked to leave; None: it is not.
+        `should_stop` says why this rank is asked to stop, or None.
 
-        Raises:
-            Preempted: on every rank: one was asked to leave.
-            Exception: on every rank alike: what any rank met, or DataError past the share of bad samples.
+        Raises, on every rank:
+            Preempted: a rank was asked to stop.
+            Exception: the error of any rank, or DataError if more samples are bad than data.max_bad_fraction.
         """
         batch: Batch | None = None
         fault: Exception | None = None
         while True:
             try:
                 batch = batch or self._loader.take(_ROUND_S)
-            except Exception as error:  # also what nobody thought of: the other ranks must hear of it
+            except Exception as error:  # of any kind: the other ranks must know
                 fault = error
-            reason = leave()
-            failed, leaving, missing, read, set_aside = self._world.sum(
+            reason = should_stop()
+            failed, stopping, missing, read, bad = self._world.sum(
                 [fault is not None, reason is not None, batch is None, *self._counts(batch)]
             )
-            too_bad = read >= _JUDGED_AFTER and set_aside > self._max_set_aside * read
-            if leaving and not failed:
-                raise Preempted(next(told for told in self._world.gather(reason) if told is not None))
+            too_bad = read >= _JUDGED_AFTER and bad > self._max_bad_fraction * read
+            if stopping and not failed:
+                raise Preempted(next(other for other in self._world.gather(reason) if other is not None))
             if not (failed or too_bad or missing):
                 assert batch is not None
                 self._note(step, batch.bad)
-                self.state = batch.state
+                self._state = batch.state
                 return batch
             if failed or too_bad:
                 break
@@ -102,27 +98,27 @@ class Intake:
         self.flush()
         if failed:
             self._raise_one(fault)
-        raise DataError(self._world.broadcast_from_rank0(lambda: self._too_bad(set_aside, read)))
+        raise DataError(self._world.broadcast_from_rank0(lambda: self._too_bad(bad, read)))
 
     def _counts(self, batch: Batch | None) -> tuple[int, int]:
-        """Samples read and set aside: up to this batch or, while it is looked for, so far."""
+        """Samples read, and bad ones among them: up to this batch, or so far while the batch is incomplete."""
         counters = self._loader.counters() if batch is not None else self._loader.read_so_far()
-        set_aside = counters.get("bad", 0)
-        return sum(counters.values()) - set_aside, set_aside  # set_aside counts again what is there by reasons
+        bad = counters.get("bad", 0)
+        return sum(counters.values()) - bad, bad  # the reasons' counters count the bad ones already
 
     def _note(self, step: int, found: Sequence[Quarantined]) -> None:
-        self._pending += [{"stage": self._stage, "step": step, **asdict(it)} for it in found]
+        self._pending += [{"stage": self._stage, "step": step, **asdict(sample)} for sample in found]
 
     def _raise_one(self, fault: Exception | None) -> NoReturn:
-        """Raise this rank's fault, else the first other rank's."""
-        told: Exception | None = fault
+        """Raise this rank's fault, or the first other rank's."""
+        shared: Exception | None = fault
         if fault is not None and not isinstance(fault, UserError | StoreError):  # it may not pickle
-            told = RuntimeError(f"rank {self._world.rank}: {type(fault).__name__}: {fault}")
-        faults = self._world.gather(told)
-        raise fault or next(it for it in faults if it is not None)
+            shared = RuntimeError(f"rank {self._world.rank}: {type(fault).__name__}: {fault}")
+        faults = self._world.gather(shared)
+        raise fault or next(other for other in faults if other is not None)
 
     def flush(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Write out what was set aside on all ranks; the counters and the retried requests over all ranks."""
+        """Write the bad samples of all ranks to quarantine.jsonl; counters and retries over all ranks. A collective."""
         counters: Counter[str] = Counter()
         retries: Counter[str] = Counter()
         for counted, retried, pending in self._world.gather(
@@ -138,11 +134,11 @@ class Intake:
         return dict(counters), dict(retries)
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
-        with self._events.beside("quarantine.jsonl"):
+        with self._events.tolerate_disk_errors("quarantine.jsonl"):
             for line in lines:
                 self._quarantine.write(line)
 
-    def _too_bad(self, set_aside: int, read: int) -> str:
+    def _too_bad(self, bad: int, read: int) -> str:
         shards = Counter(
             f"{line['source']}/{line['shard']}"
             for line in self._quarantine.lines()
@@ -150,13 +146,13 @@ class Intake:
         )
         worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(_WORST_NAMED))
         return (
-            f"{set_aside} of {read} samples have bad content, over data.max_bad_fraction {self._max_set_aside:g}; "
-            f"the worst shards: {worst}; {self._quarantine.path} lists them: mend them, or raise data.max_bad_fraction"
+            f"{bad} of {read} samples have bad content, over data.max_bad_fraction {self._max_bad_fraction:g}; "
+            f"the worst shards: {worst}; {self._quarantine.path} lists them: repair them, or raise "
+            "data.max_bad_fraction"
         )
 
 
 def image_settings(config: DataConfig) -> ImageSettings:
-    """What becomes of a stage's training images."""
     return ImageSettings(
         config.resolution, config.small_images, config.crop, config.horizontal_flip, config.aspect_buckets
     )
@@ -164,35 +160,38 @@ def image_settings(config: DataConfig) -> ImageSettings:
 
 @dataclass
 class StageData:
-    """A stage's sources, indexed; `heldout` those that validation reads (none: no validation)."""
+    """A stage's sources, indexed."""
 
     sources: list[Source]
-    heldout: list[Source]
+    val_sources: list[Source]
+    """Read by validation; empty: no validation."""
     damage: list[Quarantined]
-    """Where and why each damaged shard of them ends early."""
+    """Where and why each shard that ends early does so."""
 
-    def heldout_samples(self, config: RunConfig) -> ValidationSet | None:
-        """The validation samples, the same on every rank and for every number of ranks: of one size, buckets or not.
+    def val_samples(self, config: RunConfig) -> ValidationSet | None:
+        """The validation set, the same on every rank and for every number of ranks; of one size, even with buckets.
 
         Raises:
-            ConfigError: fewer are held out than validation asks for.
+            ConfigError: it has fewer samples than `validation.samples`.
         """
-        if not self.heldout:
+        if not self.val_sources:
             return None
         crop: Crop = "adm" if config.data.crop == "adm" else "center"
         images = ImageSettings(config.data.resolution, config.data.small_images, crop)
         asked = config.validation.samples
         try:
-            return read_validation_set(self.heldout, asked, images)
+            return read_validation_set(self.val_sources, asked, images)
         except TooFewSamples as error:
-            where = ", ".join(f"source {it.index.name!r} in {it.index.store.url}" for it in self.heldout)
+            where = ", ".join(
+                f"source {source.index.name!r} in {source.index.store.url}" for source in self.val_sources
+            )
             raise ConfigError(
                 f"validation.samples {asked} are more than the {error.found} usable samples held out of {where}: lower "
                 f"it to {error.found}, or hold out more"
             ) from error
 
     def loader(self, config: RunConfig, stage: str, world: World, state: dict[str, Any] | None) -> Loader:
-        """This rank's batches, from a checkpoint's data state or the stage's first batch."""
+        """This rank's batches from a checkpoint's data state, or from the stage's first batch."""
         loader = Loader(
             self.sources,
             image_settings(config.data),
@@ -213,16 +212,14 @@ class StageData:
 
 
 Opened = dict[tuple[str, str, str | None, bool, StoreOptions], SourceIndex]
-"""Indices by name, address, manifest, whether folders are classes, and options: stages that share a source open it
-once."""
+"""Indices by name, address, manifest, class_folders and options: stages that share a source open it once."""
 
 
 def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: str | None, opened: Opened) -> Source:
     """Open one source at an address, with its index.
 
     Raises:
-        DataError: it is missing, empty or malformed, or too large to be indexed at the start.
-        StoreError: the network or a disk failed for longer than the retries last.
+        DataError: it is missing, empty, malformed, or too large to be indexed at the start.
     """
     options = config.store_options(source)
     key = (source.name, url, manifest, source.class_folders, options)
@@ -238,16 +235,12 @@ def _damage(sources: list[Source]) -> list[Quarantined]:
     return [
         Quarantined(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "damaged_tar", detail)
         for index in (source.index for source in sources)
-        for shard, detail in sorted(index.damage.items())
+        for shard, detail in sorted(index.corruption.items())
     ]
 
 
 def _check_classes(source: Source, trained: list[Source], config: RunConfig) -> None:
-    """See that a folder of classes has as many as the model, and the same as the other sources.
-
-    Raises:
-        ConfigError: its numbers would mean other classes.
-    """
+    """Check that a folder of classes has as many as the model, and the same ones as the other sources."""
     if not isinstance(source.index.store, ClassFolderStore):
         return
     classes, url = source.index.store.classes, source.index.store.url
@@ -262,14 +255,13 @@ def _check_classes(source: Source, trained: list[Source], config: RunConfig) -> 
 
 
 def open_data(config: RunConfig, stage: str, opened: Opened) -> StageData:
-    """Open a stage's sources and see that each yields a sample.
+    """Open a stage's sources and check that each yields a sample.
 
-    `opened` is what other stages have opened already; it is added to.
+    `opened` holds the indices that other stages opened; new ones are added.
 
     Raises:
-        ConfigError: the stage has no sources.
-        DataError: a source is missing, empty, malformed, or nothing of it is large enough.
-        StoreError: the network or a disk failed for longer than the retries last.
+        ConfigError: the stage has no sources, or too small a validation set.
+        DataError: a source is missing, empty, malformed, or has no image that is large enough.
     """
     if not config.data.sources:
         raise ConfigError(f"stage {stage}: data.sources is empty: name at least one source")
@@ -277,13 +269,13 @@ def open_data(config: RunConfig, stage: str, opened: Opened) -> StageData:
     for source in sources:
         read_validation_set([source], 1, image_settings(config.data))
     validates = config.validation.every > 0 and config.validation.samples > 0
-    heldout = [
+    val_sources = [
         open_source(config.data, source, source.heldout, None, opened)
         for source in config.data.sources
         if source.heldout is not None and validates
     ]
-    for source in (*sources, *heldout):
+    for source in (*sources, *val_sources):
         _check_classes(source, sources, config)
-    data = StageData(sources, heldout, _damage([*sources, *heldout]))
-    data.heldout_samples(config)  # too few are better said now than after the stages before
+    data = StageData(sources, val_sources, _damage([*sources, *val_sources]))
+    data.val_samples(config)  # if it is too small, fail before the stages that come first
     return data

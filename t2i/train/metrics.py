@@ -1,21 +1,13 @@
-"""What a run writes about itself: metrics.jsonl, progress, Weights & Biases, throughput.
+"""What a run writes about itself: metrics.jsonl, events.log, progress and Weights & Biases. On rank 0 alone.
 
-Rank 0 alone observes. A line of metrics is of one step, so a run that was killed and went on has the same
-lines as one that was not; lines past the checkpoint that a run resumes from are taken back.
+Each line of metrics is of one step. Lines after the checkpoint that a run resumes from are removed, so a run that was
+killed has the same lines as one that was not.
 
-events.log of a run, and the one rule for what is written beside its checkpoints.
-
-The rule: a disk that does not take it (full, over a quota, read-only, gone, broken) is an event, and training goes on.
-Grids, metrics, the best model, reports and records tell of a run; only its checkpoints and its model are the run.
-
-A run's numbers at Weights & Biases, which can neither end training nor hold it up.
-
-- Threads of their own make the library's calls, and training waits for none of them but, for a bounded time, at its
-  end. Whatever a call raises, and one that does not return, is an event: a run that cannot begin online begins offline,
-  and one that fails later, or offline, is dropped.
-- The id lies in the run's folder: it is of this run alone, whatever its name, and a run that goes on is the same there.
-- Every line carries its training step, which is the axis of all curves. W&B's own count of lines goes on rising where
-  a run goes back to an earlier step, and what comes after is kept and in its place.
+Only its checkpoints and its model are the run. If a disk does not take anything else (full, over a quota, read-only,
+gone, broken), that is an event, and training goes on. Weights & Biases can neither end training nor hold it up: its
+calls run in their own threads, and training waits for them only at its end, for a bounded time. A run that cannot begin
+online begins offline; one that fails later is dropped. Curves have the training step as their axis, since W&B's own
+count of lines goes on rising after a rollback.
 """
 
 from __future__ import annotations
@@ -47,7 +39,7 @@ from t2i.plan.memory import find_gpu
 
 
 class Terminal:
-    """stderr, for as long as somebody is there to read it: a launcher that goes must not end what it started."""
+    """stderr that may close at any time: a launcher that exits must not end the run."""
 
     def __init__(self) -> None:
         self._gone = False
@@ -65,21 +57,17 @@ class Terminal:
         if not self._gone:
             try:
                 act()
-            except OSError:  # events.log has what matters
+            except OSError:  # events.log has it too
                 self._gone = True
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, whole or not at all: a part of one would spoil the line that comes after it.
-
-    Raises:
-        OSError: the disk does not take it.
-    """
+    """Append a line to a file, whole or not at all: the rest of a torn one would spoil the next line."""
     content = f"{line}\n".encode()
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
-            if file.write(content) < len(content):  # a disk that is about full takes what it can
+            if file.write(content) < len(content):  # a disk that is nearly full writes a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             file.truncate(end)
@@ -87,13 +75,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 class EventLog:
-    """What happens in a stage, in sentences, on rank 0; on other ranks `add` does nothing.
-
-    Args:
-        directory: the run's folder.
-        stage: the stage's name.
-        active: whether this is rank 0.
-    """
+    """events.log of the run in `directory`; where not `active`, `add` does nothing."""
 
     def __init__(self, directory: Path, stage: str, active: bool = True) -> None:
         self.terminal = Terminal()
@@ -101,53 +83,48 @@ class EventLog:
         self._refused: set[str] = set()
 
     def add(self, text: str) -> None:
-        """One sentence for events.log and the terminal."""
+        """Write a sentence to events.log and the terminal."""
         if not self._active:
             return
-        self._say(text)
-        with self.beside("events.log", self._say):
+        self._print(text)
+        with self.tolerate_disk_errors("events.log", self._print):
             append_line(self._path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._stage}: {text}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         tqdm.write(f"{self._stage}: {text}", file=self.terminal)
 
     @contextmanager
-    def beside(self, what: str, said: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Around everything that is written beside checkpoints: a fault of the disk is an event, the first of its kind.
-
-        Args:
-            what: names what is written, in the event.
-            said: is told instead of this log.
-        """
+    def tolerate_disk_errors(self, what: str, log: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Turn an error of the disk while writing `what` into an event, once; `log` takes it instead of this log."""
         try:
             yield
         except (OSError, SafetensorError) as error:
             if what not in self._refused:
                 self._refused.add(what)
                 reason = getattr(error, "strerror", None) or str(error)
-                (said or self.add)(f"{what} cannot be written ({reason}): training goes on without it")
+                (log or self.add)(f"{what} cannot be written ({reason}): training goes on without it")
 
 
 T = TypeVar("T")
 
 STEP = "train/step"
-"""The step of a line, in its stage."""
+"""W&B's name of the step within the stage."""
 BEGIN_S = 90.0
-"""How long a login, and after it the beginning of a run, may take."""
+"""How long W&B's login may take, and after it the beginning of a run."""
 FINISH_S = 30.0
-"""And its end: what is not uploaded then stays in the run's folder."""
+"""How long W&B may take to end a run; what is not uploaded by then stays in the run's folder."""
 CALL_S = 15.0
-"""And any other call."""
+"""How long any other call of W&B may take."""
 MOST_WAITING = 4096
-"""Lines that wait to be logged; more are left out."""
+"""How many lines may wait to be logged; more are dropped."""
 
 
 def bounded(act: Callable[[], T], seconds: float) -> T:
-    """What `act` returns, called in a thread that is left behind should it take longer.
+    """What `act` returns, called in a thread that is left behind if it takes longer.
 
     Raises:
-        TimeoutError: it does.
-        RuntimeError: it has raised something, be it an exit.
+        TimeoutError: it takes longer.
+        RuntimeError: it raised something, SystemExit included.
     """
     made: list[T] = []
     faults: list[BaseException] = []
@@ -155,24 +132,24 @@ def bounded(act: Callable[[], T], seconds: float) -> T:
     def call() -> None:
         try:
             made.append(act())
-        except BaseException as error:  # SystemExit too
+        except BaseException as error:
             faults.append(error)
 
     thread = threading.Thread(target=call, name="wandb call", daemon=True)
     thread.start()
     thread.join(seconds)
     if faults:
-        told = " ".join(str(faults[0]).split())
-        raise RuntimeError(f"{type(faults[0]).__name__}: {told}") from faults[0]
+        message = " ".join(str(faults[0]).split())
+        raise RuntimeError(f"{type(faults[0]).__name__}: {message}") from faults[0]
     if not made:
         raise TimeoutError(f"no answer for {seconds:g} s")
     return made[0]
 
 
 def run_id(directory: Path, events: EventLog) -> str:
-    """The run's id at W&B, kept in its folder."""
+    """The run's id at W&B, kept in its folder, so that a resumed run is the same one there."""
     path, made = directory / "wandb_id", secrets.token_hex(8)
-    with events.beside("wandb_id"):
+    with events.tolerate_disk_errors("wandb_id"):
         if path.exists() and (known := path.read_text(errors="ignore").strip()):
             return known
         atomic_write(path, made.encode())
@@ -180,32 +157,27 @@ def run_id(directory: Path, events: EventLog) -> str:
 
 
 class WandbLog:
-    """Logs to W&B while one stage trains.
-
-    Args:
-        config: the stage's settings; `logging.wandb` is offline or online.
-        events: told of what goes wrong.
-    """
+    """Logs one stage to W&B; `logging.wandb` is offline or online."""
 
     def __init__(self, config: RunConfig, events: EventLog) -> None:
         self._config, self._events = config, events
         self._id = run_id(config.directory, events)
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(MOST_WAITING)
-        self._left_out = False
+        self._dropped_lines = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers of a step; returns at once."""
+        """Log the metrics of a step; returns at once."""
         try:
             self._lines.put_nowait({STEP: step, **values})
         except queue.Full:
-            if not self._left_out:
+            if not self._dropped_lines:
                 self._events.add("Weights & Biases does not keep up: some numbers are not logged there")
-            self._left_out = True
+            self._dropped_lines = True
 
     def close(self) -> None:
-        """Log what waits and finish the run, within bounds."""
+        """Log what waits and finish the run, within a bounded time."""
         with suppress(queue.Full):  # its thread hangs, and is left behind
             self._lines.put(None, timeout=CALL_S)
         self._thread.join(FINISH_S + 3 * CALL_S)
@@ -223,7 +195,7 @@ class WandbLog:
             self._try("finish", run.finish, FINISH_S)
 
     def _begin(self) -> Any:
-        """A run, online if that is wanted and possible; None: there is none."""
+        """A W&B run, online if that is wanted and possible, or None."""
         if self._config.logging.wandb == "online":
             reason = "no login"
             try:
@@ -251,7 +223,7 @@ class WandbLog:
             dir=self._config.directory,
             mode=mode,
             config=self._config.model_dump(mode="json"),
-            # What passes through its hands does not reach the terminal once its service is gone.
+            # If W&B captured the console, nothing would reach the terminal once its service is gone.
             settings={"console": "off", "init_timeout": BEGIN_S},
         )
         run.define_metric(STEP)
@@ -259,12 +231,12 @@ class WandbLog:
         return run
 
     def _try(self, what: str, act: Callable[[], Any], seconds: float) -> tuple[Any] | None:
-        """What a call returns, in a tuple; None: it has failed, and the run is dropped."""
+        """What a call returns, in a tuple, or None if it failed and the run is dropped."""
         try:
             return (bounded(act, seconds),)
         except (TimeoutError, RuntimeError) as error:
             self._events.add(f"Weights & Biases cannot {what} ({error}): it is dropped, and training goes on without")
-        with suppress(TimeoutError, RuntimeError):  # else it may wait for its service at this process's end
+        with suppress(TimeoutError, RuntimeError):  # or it may wait for its service when this process ends
             bounded(self._give_up, CALL_S)
         return None
 
@@ -275,7 +247,7 @@ class WandbLog:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that one device can reach: the data sheet's where it is known, else a bare matmul's, measured."""
+    """FLOP/s that one device can reach: the data sheet's if it is known, or those of a matmul, measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         gpu = find_gpu(torch.cuda.get_device_name(device))
         if gpu is not None:
@@ -295,20 +267,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory: of the device where there is one, else of this process."""
+    """Peak memory in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class JsonLines:
-    """A file of JSON lines, each of a stage and a step: metrics.jsonl, quarantine.jsonl and skipped.jsonl of a run."""
+    """A file of JSON lines, each with a stage and a step: metrics.jsonl, quarantine.jsonl, skipped.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def lines(self) -> list[dict[str, Any]]:
-        """Everything written so far; a torn last line is left out."""
+        """All lines so far, without a torn last one."""
         if not self.path.exists():
             return []
         found = []
@@ -320,34 +292,26 @@ class JsonLines:
         return found
 
     def rewind(self, stage: str, step: int) -> None:
-        """Take back the stage's lines after `step`, atomically; at step 0 all of them, its first validation too."""
+        """Remove the stage's lines after `step`, atomically; at step 0 all of them, the first validation too."""
         self.keep(lambda line: line["stage"] != stage or 0 < step >= line["step"])
 
     def take_back(self, stage: str, step: int, kinds: Sequence[str]) -> None:
-        """Take back the stage's lines of some kinds at `step`, atomically: they come again."""
+        """Remove the stage's lines of some kinds at `step`, atomically: they come again."""
         self.keep(lambda line: (line["stage"], line["step"]) != (stage, step) or line["kind"] not in kinds)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Take back all lines but those wanted, atomically.
-
-        Raises:
-            OSError: the disk does not take the rest.
-        """
+        """Remove all lines but those that are `wanted`, atomically."""
         kept = [line for line in self.lines() if wanted(line)]
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; numbers that are not finite become null.
-
-        Raises:
-            OSError: the disk does not take it.
-        """
+        """Append one line; numbers that are not finite become null."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         append_line(self.path, json.dumps(line))
 
 
 class Observer:
-    """Metrics, events, progress and W&B of one stage, on rank 0; on other ranks every method does nothing."""
+    """Metrics, events, progress and W&B of one stage; does nothing on ranks that are not `active`, all but 0."""
 
     def __init__(self, config: RunConfig, stage: str, step: int, active: bool) -> None:
         self.active = active
@@ -357,7 +321,7 @@ class Observer:
         if not active:
             return
         self.metrics = JsonLines(config.directory / "metrics.jsonl")
-        with self.events.beside("metrics.jsonl"):
+        with self.events.tolerate_disk_errors("metrics.jsonl"):
             self.metrics.rewind(stage, step)
         self._bar = progress_bar(config.train.steps, "step", stage, initial=step, file=self.events.terminal)
         self._wandb = None if config.logging.wandb == "disabled" else WandbLog(config, self.events)
@@ -366,19 +330,19 @@ class Observer:
         """One line of metrics."""
         if not self.active:
             return
-        with self.events.beside("metrics.jsonl"):
+        with self.events.tolerate_disk_errors("metrics.jsonl"):
             self.metrics.write({"kind": kind, "stage": self.stage, "step": step, "time": time.time(), **values})
         if self._wandb is not None:
             self._wandb.log(step, {f"{self.stage}/{kind}/{name}": value for name, value in values.items()})
 
     def take_back(self, step: int, kinds: Sequence[str]) -> None:
-        """Lines of these kinds at a step come again."""
+        """Remove the stage's lines of these kinds at `step`: they come again."""
         if self.active:
-            with self.events.beside("metrics.jsonl"):
+            with self.events.tolerate_disk_errors("metrics.jsonl"):
                 self.metrics.take_back(self.stage, step, kinds)
 
     def progress(self, values: dict[str, Any] | None = None) -> None:
-        """One step further; `values` are shown behind it."""
+        """Advance the progress bar by a step and show its loss and throughput."""
         if not self.active:
             return
         if values is not None:
@@ -388,7 +352,7 @@ class Observer:
         self._bar.update()
 
     def close(self) -> None:
-        """End the bar and the W&B run."""
+        """End the progress bar and the W&B run."""
         if self.active:
             self._bar.close()
             if self._wandb is not None:

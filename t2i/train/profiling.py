@@ -1,7 +1,7 @@
-"""A look into chosen steps: what ran when (torch.profiler) and what was allocated (torch.cuda.memory).
+"""Profiles chosen steps: a trace (torch.profiler) and a memory snapshot (torch.cuda.memory).
 
-Each rank writes its own files, without talking to the others. A fault of writing them is said, and training goes on.
-A step that is not looked into costs two comparisons.
+Each rank writes its own files, without communication. If writing fails, that is an event, and training goes on. A step
+that is not profiled costs two comparisons.
 """
 
 from __future__ import annotations
@@ -16,35 +16,29 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_fun
 
 from t2i.config.train import ProfilingConfig
 
-_UNSEEN = nullcontext()
+_NO_PROFILE = nullcontext()
 _MOST_ALLOCATIONS = 1_000_000
 
 
 class Profiler:
-    """Looks into the steps of one stage on this rank. Use as a context manager, or call `close`.
+    """Profiles steps of one stage on this rank. Use as a context manager, or call `close`.
 
-    The trace begins one step early, where it can, for the profiler to warm up; that step is not in it.
-
-    Args:
-        config: which steps.
-        folder: where the files go: `trace_FIRST-LAST_rank_N.json.gz` (chrome://tracing, ui.perfetto.dev) and
-            `memory_STEP_rank_N.pickle` (pytorch.org/memory_viz).
-        rank: of this process.
-        device: of this rank.
-        say: is told what was written and what could not be.
+    Writes `trace_FIRST-LAST_rank_N.json.gz` (for chrome://tracing or ui.perfetto.dev) and `memory_STEP_rank_N.pickle`
+    (for pytorch.org/memory_viz) into `folder`. If it can, the trace begins one step early to warm the profiler up; that
+    step is not in the file. `log` takes one sentence for each file, written or not.
     """
 
     def __init__(
-        self, config: ProfilingConfig, folder: Path, rank: int, device: torch.device, say: Callable[[str], None]
+        self, config: ProfilingConfig, folder: Path, rank: int, device: torch.device, log: Callable[[str], None]
     ) -> None:
-        self._folder, self._rank, self._device, self._say = folder, rank, device, say
+        self._folder, self._rank, self._device, self._log = folder, rank, device, log
         self._first, self._last = config.trace_step, config.trace_step + config.trace_steps - 1
         self._warm_up = max(1, self._first - 1) if self._first else self._last + 1
         self._memory_step = config.memory_step
         self._profile: profile | None = None
         self._begun = self._done = 0  # the steps of the trace so far
         if self._memory_step and device.type != "cuda":
-            say(f"profiling.memory_step {self._memory_step}: no memory snapshot, {device.type} is no CUDA device")
+            log(f"profiling.memory_step {self._memory_step}: no memory snapshot, {device.type} is no CUDA device")
             self._memory_step = 0
 
     def __enter__(self) -> Self:
@@ -54,13 +48,13 @@ class Profiler:
         self.close()
 
     def step(self, step: int) -> AbstractContextManager[None]:
-        """Around everything that step `step`, from 1, does."""
+        """Context of step `step`, counted from 1."""
         if self._warm_up <= step <= self._last or step == self._memory_step:
-            return self._seen(step)
-        return _UNSEEN
+            return self._profiled(step)
+        return _NO_PROFILE
 
     @contextmanager
-    def _seen(self, step: int) -> Iterator[None]:
+    def _profiled(self, step: int) -> Iterator[None]:
         if step == self._memory_step:
             torch.cuda.memory._record_memory_history(max_entries=_MOST_ALLOCATIONS)
         if self._warm_up <= step <= self._last:
@@ -79,7 +73,7 @@ class Profiler:
                 self.close()
 
     def _begin(self, step: int) -> None:
-        """Start the trace, unless it is under way and comes from the step before."""
+        """Start the trace, unless it is under way since the step before."""
         if self._profile is not None and self._done == step - 1:
             return
         self.close()
@@ -90,13 +84,13 @@ class Profiler:
         warm_up = self._begun - step
         self._profile = profile(
             activities=activities,
-            schedule=lambda n: ProfilerAction.WARMUP if n < warm_up else ProfilerAction.RECORD,  # until it is ended
+            schedule=lambda n: ProfilerAction.WARMUP if n < warm_up else ProfilerAction.RECORD,  # until `stop`
             record_shapes=True,
         )
         self._profile.start()
 
     def close(self) -> None:
-        """End the trace, and write what it has of the chosen steps."""
+        """End the trace, and write what it holds of the chosen steps."""
         if self._profile is None:
             return
         ended, self._profile = self._profile, None
@@ -106,13 +100,12 @@ class Profiler:
             self._write(name, ended.export_chrome_trace)
 
     def _write(self, name: str, write: Callable[[str], object]) -> None:
-        """Write a file, whole or not at all."""
         partial = self._folder / f".{name}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write(str(partial))
             partial.rename(self._folder / name)
         except (OSError, RuntimeError) as error:
-            self._say(f"rank {self._rank} could not write {self._folder / name}: {error}")
+            self._log(f"rank {self._rank} could not write {self._folder / name}: {error}")
         else:
-            self._say(f"wrote {self._folder / name}")
+            self._log(f"wrote {self._folder / name}")

@@ -1,8 +1,8 @@
-"""The page about a run: `write_report(run_dir)` reads a run directory and writes `run_dir/report.html`.
+"""The report of a run: `write_report(run_dir)` reads a run's folder and writes `run_dir/report.html`.
 
-- One file: pictures are data URIs, curves are inline SVG, nothing is loaded from anywhere.
-- The run may go on or be killed: a section that has nothing to show yet says so.
-- All text that comes from files is escaped; the page replaces the old one by an atomic rename.
+- One file: images are data URIs, curves are inline SVG, and nothing is loaded from elsewhere.
+- The run may go on, or have been killed: a section that has nothing to show yet says so.
+- All text from files is escaped, and an atomic rename replaces the old page.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHARTS = [
     Chart("Validation loss", "On images never trained on; lower is better.", "validation", {"held-out": "loss"}),
     Chart(
         "Score",
-        "Of pictures of prompts, by task; higher is better. A score that was cut short is left out.",
+        "Of images of prompts, by task; higher is better. A score that was cut short is left out.",
         "score",
         beside=NO_SCORES,
         from_zero=True,
@@ -48,9 +48,10 @@ _EXACT = ("lr", "lr_muon")  # of the metrics of training, those that need no smo
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes `run_dir/report.html` from what the run has left so far and returns its path.
+    """Write `run_dir/report.html` from what the run has written so far; returns its path.
 
-    Raises FileNotFoundError if `run_dir` has no environment.json or no config.yaml.
+    Raises:
+        FileNotFoundError: `run_dir` has no environment.json or no config.yaml.
     """
     run = read_run(run_dir)
     sections = {
@@ -58,7 +59,7 @@ def write_report(run_dir: Path) -> Path:
         "Curves": _curves(run),
         "Samples over time": _strips(run),
         "Stages": _stage_table(run),
-        "Passed over": _counters(run),
+        "Skipped samples": _counters(run),
         "Configuration": _config(run_dir / "config.yaml"),
         "Environment": _environment(run),
         "Data": _data(run),
@@ -96,14 +97,14 @@ def _cards(run: Run) -> str:
 
 
 def _latest_samples(run: Run) -> str:
-    drawn = [stage for stage in run.stages if stage.grids]
-    if not drawn:
-        return absent("No samples yet: the first grid appears here once a stage has drawn one.")
-    step, path = drawn[-1].grids[-1]
-    about, pictures = read_grid(path)
-    made = f"solver {about['solver']} · steps {about['steps']} · guidance {about['guidance_scale']}"
-    lead = escape(f"{drawn[-1].name}, step {step:,} · {made} · weights {about['weights']}")
-    tiles = [figure(image, _TILE_SIDE, prompt) for image, prompt in zip(pictures, about["prompts"], strict=True)]
+    sampled = [stage for stage in run.stages if stage.grids]
+    if not sampled:
+        return absent("No samples yet: the first grid appears here once a stage has generated one.")
+    step, path = sampled[-1].grids[-1]
+    about, images = read_grid(path)
+    settings = f"solver {about['solver']} · steps {about['steps']} · guidance {about['guidance_scale']}"
+    lead = escape(f"{sampled[-1].name}, step {step:,} · {settings} · weights {about['weights']}")
+    tiles = [figure(image, _TILE_SIDE, prompt) for image, prompt in zip(images, about["prompts"], strict=True)]
     return f'<p class="lead">{lead}</p><div class="grid">{"".join(tiles)}</div>'
 
 
@@ -114,12 +115,12 @@ def _strips(run: Run) -> str:
         shown = [stage.grids[round(i)] for i in np.linspace(0, count - 1, min(count, _STRIP_GRIDS))]
         figures = [figure(Image.open(path), _THUMBNAIL_SIDE, f"{stage.name}, step {step:,}") for step, path in shown]
         strip = f'<div class="strip" tabindex=0>{"".join(figures)}</div>'
-        parts.append(strip if figures else absent(f"{escape(stage.name)}: this stage has drawn no samples yet."))
+        parts.append(strip if figures else absent(f"{escape(stage.name)}: this stage has generated no samples yet."))
     return "".join(parts) or absent("No samples yet.")
 
 
 def _lines(run: Run, chart: Chart) -> list[Line]:
-    """The curves of a chart that the run has; smoothed where each step is a sample, which then lies beneath."""
+    """The curves of a chart that the run has; those of single steps are smoothed, and drawn raw beneath."""
     metrics, colours = chart.lines, [f"c{i}" for i in range(len(chart.lines))]
     names = list(dict.fromkeys(name for stage in run.stages for line in stage.of(chart.kind) for name in line))
     if chart.beside:
@@ -150,7 +151,7 @@ def _curves(run: Run) -> str:
 
 
 def _sides(resolution: int | list[int]) -> str:
-    """As `data.resolution` has it: one side of squares, or height and width."""
+    """`data.resolution` as text: the side of squares, or height and width."""
     return "×".join(map(str, resolution)) if isinstance(resolution, list) else str(resolution)
 
 
@@ -186,8 +187,8 @@ def _counters(run: Run) -> str:
         for reason in sorted(reasons - {"kind", "stage", "step", "time", "samples"})
     ]
     if not rows:
-        return absent("The loader has reported no sample passed over.")
-    lead = "Samples left out of training, by reason; the next one of the same lane took the place."
+        return absent("The loader has reported no skipped sample.")
+    lead = "Samples left out of training, by reason; the next one of the same lane took their place."
     return f'<p class="lead">{lead}</p>' + table(["Reason", *counted], rows)
 
 

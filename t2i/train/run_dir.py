@@ -1,22 +1,16 @@
-"""What a run has left in its folder, read back for reports and comparisons; it may still go on, or have been killed.
+"""The folder of a run: its paths, environment.json, and what reports and comparisons read back from it.
 
-Where a stage keeps what.
-
-environment.json of a run: versions, machine, source, and what was trained on, stand-ins named.
-
-What a run's ranks compute on, in words.
+A run that is read may still go on, or have been killed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.files import atomic_write
+from data.files import write_json
 from data.pages import Array, Piece
 from t2i.build import choose_dtype
 from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.checkpoint import checkpoints
-from t2i.source import describe_source
+from t2i.source import describe_source, installed_versions
 from t2i.train.build import stand_ins
 from t2i.train.data import StageData
 from t2i.train.metrics import JsonLines
@@ -46,7 +40,7 @@ class StageDir:
 
     @property
     def model(self) -> Path:
-        """The finished model; it exists once the stage is done."""
+        """The finished model; exists once the stage is done."""
         return self.folder / "model"
 
     @property
@@ -61,7 +55,7 @@ class StageDir:
 
     @property
     def null_caption(self) -> Path:
-        """The null caption's states, one file for all stages of the run."""
+        """The null caption's text states or class, one file for all stages of the run."""
         return self.folder.parent / "null_caption.safetensors"
 
     @property
@@ -76,30 +70,27 @@ class StageDir:
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything of the stage to go on from, or its model."""
+        """Whether the stage has a checkpoint, or its model."""
         return self.done or bool(checkpoints(self.checkpoints))
 
 
-def stage_places(config: RunConfig) -> list[StageDir]:
-    """The places of every stage of a run, in order."""
-    places: list[StageDir] = []
+def list_stage_dirs(config: RunConfig) -> list[StageDir]:
+    """The folders of all stages of a run, in order."""
+    stage_dirs: list[StageDir] = []
     for stage in config.stages:
         name = str(stage["name"])
-        places.append(StageDir(name, config.directory / name, places[-1] if places else None))
-    return places
-
-
-PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "lpips", "safetensors", "numpy")
+        stage_dirs.append(StageDir(name, config.directory / name, stage_dirs[-1] if stage_dirs else None))
+    return stage_dirs
 
 
 def write_environment(
     config: RunConfig, stage: RunConfig, data: StageData, parameters: int, world_size: int, devices: str
 ) -> None:
-    """Write it, with stand-ins and the data's licences of all stages so far."""
+    """Write environment.json: versions, devices, source code, and stand-ins and licences of all stages so far."""
     path = config.directory / "environment.json"
     before: dict[str, Any] = {"stand_ins": [], "data": []}
     if path.exists():
-        with suppress(ValueError):  # torn by a disk that was full
+        with suppress(ValueError):  # torn by a full disk
             before = json.loads(path.read_text())
     known = {entry["name"]: entry for entry in before["data"]}
     for source, opened in zip(stage.data.sources, data.sources, strict=True):
@@ -111,7 +102,7 @@ def write_environment(
             "samples": int(opened.index.counts.sum()),
         }
     environment = {
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+        "versions": installed_versions(),
         "device": devices,
         "world_size": world_size,
         "parameters": parameters,
@@ -119,7 +110,7 @@ def write_environment(
         "data": list(known.values()),
         **describe_source(),
     }
-    atomic_write(path, json.dumps(environment, indent=1).encode())
+    write_json(path, environment)
 
 
 def describe_devices(world: World) -> str:
@@ -136,8 +127,8 @@ def describe_devices(world: World) -> str:
 
 
 NO_SCORES = ("kind", "stage", "step", "time", "prompts", "images", "complete", "held_s")
-"""What a line of scores holds besides scores."""
-_PAUSE_S = 3600.0  # a longer silence in metrics.jsonl is a run that was down, not a slow step
+"""Fields of a "score" line that are not scores."""
+_PAUSE_S = 3600.0  # a longer gap in metrics.jsonl means that the run was down, not a slow step
 
 
 @dataclass(frozen=True)
@@ -145,10 +136,10 @@ class Stage:
     """A stage of the run that has trained a step."""
 
     name: str
-    start: int  # steps of all stages before it
-    start_s: float  # and their seconds
+    start: int  # steps of all earlier stages
+    start_s: float  # seconds of all earlier stages
     lines: list[dict[str, Any]]  # its metrics
-    grids: list[tuple[int, Path]]  # step and picture
+    grids: list[tuple[int, Path]]  # step and image of each sample grid
     done: bool  # whether its model is there
 
     def of(self, kind: str) -> list[dict[str, Any]]:
@@ -161,7 +152,7 @@ class Stage:
 
     @property
     def end(self) -> int:
-        """Steps it has come to."""
+        """The last step that it has reached."""
         return int(self.lines[-1]["step"])
 
     @property
@@ -182,12 +173,11 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """What it took so far, without pauses."""
+        """Wall time so far, without pauses."""
         return float(self._clock[-1])
 
     def series(self, kind: str, metric: str, over: Literal["steps", "hours"] = "steps") -> Piece | None:
-        """A metric over the steps or hours since the run's start, where it was finite and complete; None if it never
-        was."""
+        """A metric over the steps or hours since the run's start, where it is finite and complete, or None."""
         found = [
             (self.start + line["step"] if over == "steps" else (self.start_s + second) / 3600, line[metric])
             for line, second in zip(self.lines, self._clock, strict=True)
@@ -201,7 +191,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says. Stages are in the order in which they began."""
+    """What a run's folder says, with stages in the order in which they began."""
 
     environment: dict[str, Any]
     stages: list[Stage]
@@ -223,7 +213,7 @@ def read_run(directory: Path) -> Run:
 
 
 def read_stages(directory: Path) -> list[Stage]:
-    """The stages in a run's metrics.jsonl, in the order in which they began; none if it is not there."""
+    """The stages in a run's metrics.jsonl, if it exists, in the order in which they began."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in JsonLines(directory / "metrics.jsonl").lines():
         lines.setdefault(line["stage"], []).append(line)
@@ -238,17 +228,17 @@ def read_stages(directory: Path) -> list[Stage]:
 
 
 def _grids(folder: Path) -> list[tuple[int, Path]]:
-    """Step and picture of each grid that is whole: its description is written after it."""
+    """Step and image of each grid that is whole: its description is written after it."""
     described = [path.with_suffix(".png") for path in folder.glob("step_*.json")]
     return sorted((int(path.stem.removeprefix("step_")), path) for path in described)
 
 
 def read_grid(path: Path) -> tuple[dict[str, Any], list[Image.Image]]:
-    """A grid's description and its pictures, as many as the description has prompts."""
+    """A grid's description and its images, one for each prompt of the description."""
     about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     grid = Image.open(path)
     width, height = grid.width // about["columns"], grid.height // about["rows"]
-    places = [divmod(i, about["columns"]) for i in range(len(about["prompts"]))]
+    cells = [divmod(i, about["columns"]) for i in range(len(about["prompts"]))]
     return about, [
-        grid.crop((column * width, row * height, (column + 1) * width, (row + 1) * height)) for row, column in places
+        grid.crop((column * width, row * height, (column + 1) * width, (row + 1) * height)) for row, column in cells
     ]

@@ -1,51 +1,43 @@
-"""Scores during training: pictures of the averaged weights, judged by a scorer that is handed in, and what follows.
+"""Evaluation during training, with the EMA weights: validation loss, sample grids, and scores.
 
-- A picture is a function of the weights, its prompt and its number: a score is the same for any number of processes,
-  and nothing of it reaches training's numbers.
-- Ranks draw and judge in rounds of one batch each. Before each round they agree in one small sum whether time is left
-  and whether a rank is asked to leave; one without a batch in the last round takes part in that, too.
-- The prompts are in an order of which every beginning is spread over the tasks, so that a score that was cut short says
-  something; it does not say enough to decide by.
-- What the stage has scored is in its checkpoints: started again, it decides alike. A score that a preemption
-  interrupts is taken anew from the checkpoint that the stage left.
-- The best model is that of the highest complete score among those in the stage's past. A file in its folder says which
-  one that is: of a future that was given up, by a kill or a rollback, it counts as none, and the next complete
-  score takes its place.
+Validation: noise and times are fixed. Sample j of n always gets noise j and the time at a fixed quantile of the
+training density, so the curve shows the model alone. Nothing here touches the numbers of a training step.
 
-What judges pictures during training, and which stages of a run share one. `evaluation` has the scorers.
-
-What is measured and drawn during training with the averaged weights: validation loss and sample grids.
-
-Noise and times are fixed: sample j of n always gets noise j and the time at a fixed quantile of the training
-density, so a curve shows the model alone. Nothing here touches the training step's numbers.
+Scores: images of the EMA weights, scored by a `Scorer` that is passed in (`evaluation` has them).
+- An image depends on the weights, its prompt and its number alone: a score is the same for any number of ranks.
+- Ranks generate and score in rounds of one batch each. Before each round a small sum tells them whether time is left
+  and whether a rank is asked to stop.
+- Prompts are ordered so that every beginning of the list covers all tasks: a score that was cut short says something,
+  though not enough to decide by.
+- Scores are in the checkpoint, so a resumed stage decides alike. A score that a preemption interrupts is taken again.
+- The best model has the highest complete score among those in the checkpoint. If its file names another one, of a
+  future that a kill or a rollback gave up, it does not count, and the next complete score replaces it.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import atomic_write, commit
+from data.files import atomic_write, commit, write_json, write_png
 from data.preview import ValidationSet
 from data.randomness import key, permutation
 from t2i.config.run import RunConfig
 from t2i.config.train import ScoringConfig
 from t2i.diffusion.flow import flow_matching_loss, interpolate, slot_noise, to_unit_range
-from t2i.diffusion.objective import Terms, add_bands, band_names
+from t2i.diffusion.objective import LossTerms, add_bands, band_names
 from t2i.distributed import Preempted, World
 from t2i.models.text import stack_conditions
 from t2i.pipeline import Picture, Pipeline, batches_of
@@ -54,40 +46,36 @@ from t2i.train.run_dir import StageDir
 from t2i.train.step import GlobalMeans, training_times
 
 OVERALL = "overall"
-"""The one of a scorer's numbers that decisions go by; higher is better."""
+"""The score that decisions use; higher is better."""
 
 
 class Scorer(Protocol):
-    """Judges pictures of its prompts; the same on every rank."""
+    """Scores images of its prompts; the same on every rank."""
 
     @property
     def prompts(self) -> Sequence[str]:
-        """What to draw."""
+        """What to generate."""
 
     @property
     def tasks(self) -> Sequence[str]:
         """The task of each prompt."""
 
     def judge(self, index: int, image: Tensor) -> Any:
-        """What there is to say, in JSON's types, of a picture of prompt `index`, uint8 (3, H, W) on the host."""
+        """The result, in JSON's types, for an image of prompt `index`, uint8 (3, H, W) on the host."""
 
     def summary(self, results: Sequence[Any]) -> dict[str, float]:
-        """Scores by name, "overall" and the tasks', of what `judge` said of some of the pictures, at least one."""
+        """Scores by name, "overall" and the tasks', from the results of at least one image."""
 
 
 BuildScorer = Callable[[ScoringConfig, torch.device], Scorer]
-"""Makes a stage's scorer, from its settings and the device to work on."""
+"""Makes a stage's scorer on a device."""
 
 
 def build_scorers(settings: dict[int, RunConfig], build: BuildScorer, world: World) -> dict[int, Scorer]:
-    """The scorers of those stages that are scored; stages with the same one share it. A collective.
-
-    Args:
-        settings: of each stage, by its number.
-        build: makes one.
+    """The scorers of those stages that are scored, by index; stages with the same settings share one. A collective.
 
     Raises:
-        UserError: on every rank alike, what the first rank that cannot have its scorer met.
+        UserError: on every rank, if the scorer of one cannot be built.
     """
     made: dict[tuple[str, str | None, str | None], Scorer] = {}
 
@@ -104,7 +92,7 @@ def build_scorers(settings: dict[int, RunConfig], build: BuildScorer, world: Wor
         return made[kind]
 
     return world.raise_on_all_ranks(
-        lambda: {i: scorer_of(it.scoring) for i, it in settings.items() if it.scoring.every}
+        lambda: {index: scorer_of(stage.scoring) for index, stage in settings.items() if stage.scoring.every}
     )
 
 
@@ -113,32 +101,30 @@ class Evaluator:
     """Validation and sample grids of one stage; all ranks take part in every call."""
 
     pipeline: Pipeline
-    """Its denoiser holds the averaged weights."""
+    """Its denoiser holds the EMA weights."""
     world: World
-    heldout: ValidationSet | None
+    val_samples: ValidationSet | None
     folder: Path
-    """Where the grids go."""
-    alive: Callable[[str], None]
-    """Told what begins now."""
+    """For the sample grids."""
+    heartbeat: Callable[[str], None]
     events: EventLog
-    """Told of a disk that does not take a grid."""
 
     @torch.no_grad()
     def loss(self) -> dict[str, float]:
-        """Flow-matching loss on the held-out samples: `loss`, and `loss_tA-B` by bands of t."""
-        assert self.heldout is not None
-        config, device, n = self.pipeline.config, self.world.device, len(self.heldout.captions)
+        """Flow-matching loss on the validation set: `loss`, and `loss_tA-B` by bands of t."""
+        assert self.val_samples is not None
+        config, device, n = self.pipeline.config, self.world.device, len(self.val_samples.captions)
         noise_key = key(config.seed, "validation")
         t = training_times(config.objective, (permutation(noise_key, n) + 0.5) / n)
         mine = np.arange(self.world.rank, n, self.world.size)
-        terms = Terms()
-        # At once: a language model that is released is then loaded once.
-        self.alive("reading held-out captions")
-        conditions = self.pipeline.conditioner([self.heldout.captions[i] for i in mine])
+        terms = LossTerms()
+        # All at once, so that a text encoder that does not stay loaded is loaded once.
+        self.heartbeat("encoding validation captions")
+        conditions = self.pipeline.conditioner([self.val_samples.captions[i] for i in mine])
         for start in range(0, len(mine), config.train.micro_batch_size):
-            self.alive("validation")
+            self.heartbeat("validation")
             index = mine[start : start + config.train.micro_batch_size]
-            image = to_unit_range(self.heldout.pixels[index].to(device))
+            image = to_unit_range(self.val_samples.pixels[index].to(device))
             times = torch.from_numpy(t[index]).float().to(device)
             noise = slot_noise(noise_key, index, image.shape[1:], device, config.objective.noise_scale)
             x_t = interpolate(image, noise, times)
@@ -150,16 +136,16 @@ class Evaluator:
         return GlobalMeans(terms, ["loss", *band_names("loss")], device).read()
 
     def grid(self, step: int) -> None:
-        """Draw the config's prompts, each rank its share, and write the grid with its description."""
+        """Generate the config's prompts, each rank its part, and write the grid with its description."""
         validation, sampling = self.pipeline.config.validation, self.pipeline.config.sampling
         pictures = [Picture(prompt) for prompt in validation.prompts]
         batches = self.world.split_for_rank(batches_of(pictures, sampling.batch_size))
         own = [picture for batch in batches for picture in batch]
         drawn = [self.pipeline.draw([], sampling)]
-        self.alive("drawing the sample grid")
+        self.heartbeat("drawing the sample grid")
         for batch in self.pipeline.draw_batches(own, sampling):
             drawn.append(batch)
-            self.alive("drawing the sample grid")
+            self.heartbeat("drawing the sample grid")
         mine = torch.cat(drawn)
         shares = self.world.gather(mine.numpy())
         if not self.world.is_rank0:
@@ -175,17 +161,15 @@ class Evaluator:
             "guidance_scale": sampling.guidance_scale,
             "seed": sampling.seed,
         }
-        with self.events.beside("the sample grid"):
+        with self.events.tolerate_disk_errors("the sample grid"):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"step_{step:06d}.png"
-            encoded = io.BytesIO()
-            Image.fromarray(tile(np.concatenate(shares), validation.columns)).save(encoded, "PNG")
-            atomic_write(path, encoded.getvalue())
-            atomic_write(path.with_suffix(".json"), json.dumps(description, indent=1).encode())
+            write_png(path, tile(np.concatenate(shares), validation.columns))
+            write_json(path.with_suffix(".json"), description)
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 (n, 3, H, W) to one picture (rows H, columns W, 3), row by row, white where none is left."""
+    """uint8 (n, 3, H, W) to one image (rows H, columns W, 3), row by row; empty cells are white."""
     count, _, height, width = images.shape
     rows = -(-count // columns)
     cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
@@ -194,20 +178,17 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 BEST = "best.json"
-"""In the best model's folder: step and score."""
+"""File in the best model's folder with its step and score."""
 
 Scores = Sequence[tuple[int, float | None]]
-"""Step and overall score of each time that a stage was scored, in order; None: cut short."""
-
-
-# Pure rules
+"""Step and overall score, in order; the score is None if it was cut short."""
 
 
 def spread(tasks: Sequence[str], count: int) -> list[int]:
     """Indices of `count` prompts, spread evenly over the tasks and over each task's prompts.
 
-    They take turns by task, so that of every beginning this is true as well: no two tasks that still have prompts
-    differ by more than one.
+    The tasks take turns, so every beginning of the list is spread too: until their prompts run out, the counts of two
+    tasks differ by one at most.
     """
     assert count <= len(tasks)
     found: dict[str, list[int]] = {}
@@ -223,10 +204,10 @@ def spread(tasks: Sequence[str], count: int) -> list[int]:
 
 
 def promotes(scores: Scores, gain: float, steps: int) -> bool:
-    """Whether the last score says that the stage has come to its end.
+    """Whether the stage ends, since its score no longer improves.
 
-    It does if the best so far is less than `gain` above the best of `steps` steps before, or earlier. One bad score
-    among good ones thus ends nothing. A score that was cut short says nothing, nor does one before step `steps`.
+    It ends if the best score so far is less than `gain` above the best one of `steps` steps ago or earlier, so a single
+    bad score ends nothing. A score that was cut short never ends a stage, nor does one before step `steps`.
     """
     if not scores or scores[-1][1] is None:
         return False
@@ -236,11 +217,8 @@ def promotes(scores: Scores, gain: float, steps: int) -> bool:
 
 
 def time_left(spent: float, longest: float, limit: float) -> bool:
-    """Whether another round of at most the `longest` so far would end within the limit; all in seconds."""
+    """Whether a round as long as the longest so far would end within the limit; all in seconds."""
     return spent + longest <= limit
-
-
-# A stage's scores
 
 
 @dataclass(frozen=True)
@@ -250,31 +228,24 @@ class Score:
     step: int
     values: dict[str, float]
     prompts: int
-    """How many have pictures."""
+    """Number of prompts with images."""
     images: int
-    """How many pictures there are."""
+    """Number of images."""
     complete: bool
-    """Whether these are all."""
+    """Whether these are all images."""
     held_s: float
-    """Seconds for which the ranks did nothing else."""
+    """Seconds for which training waited."""
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Its line."""
-        about = {"prompts": self.prompts, "images": self.images, "complete": self.complete, "held_s": self.held_s}
-        return {**self.values, **about}
+        counts = {"prompts": self.prompts, "images": self.images, "complete": self.complete, "held_s": self.held_s}
+        return {**self.values, **counts}
 
 
 class Scoring:
     """Scores one stage. All ranks take part in every call.
 
-    Args:
-        scorer: judges the pictures.
-        pipeline: its denoiser holds the averaged weights.
-        world: this process.
-        place: where the best model goes.
-        alive: told what begins now.
-        past: what `state` was at the checkpoint that the stage goes on from.
+    The denoiser of `pipeline` holds the EMA weights.
     """
 
     def __init__(
@@ -282,102 +253,91 @@ class Scoring:
         scorer: Scorer,
         pipeline: Pipeline,
         world: World,
-        place: StageDir,
-        alive: Callable[[str], None],
-        past: Iterable[tuple[int, float | None]] = (),
+        stage_dir: StageDir,
+        heartbeat: Callable[[str], None],
     ) -> None:
-        self.scores: list[tuple[int, float | None]] = [(step, overall) for step, overall in past]
-        """The stage's, so far."""
-        self._scorer, self._pipeline, self._world, self._alive = scorer, pipeline, world, alive
-        self._settings, self._folder = pipeline.config.scoring, place.best
+        self.scores: list[tuple[int, float | None]] = []
+        """The stage's scores so far."""
+        self._scorer, self._pipeline, self._world, self._heartbeat = scorer, pipeline, world, heartbeat
+        self._settings, self._folder = pipeline.config.scoring, stage_dir.best
         chosen = spread(scorer.tasks, self._settings.prompts)
-        self._pictures = [(index, number) for index in chosen for number in range(self._settings.images)]
-        self._best = world.broadcast_from_rank0(lambda: read_best(self._folder, self.scores))
+        self._images = [(index, number) for index in chosen for number in range(self._settings.images)]
+        self._best: float | None = None
 
-    @property
-    def state(self) -> list[tuple[int, float | None]]:
-        """A copy of all that a checkpoint needs, in JSON's terms."""
+    def state_dict(self) -> list[tuple[int, float | None]]:
+        """A copy of the scores."""
         return list(self.scores)
+
+    def load_state_dict(self, scores: Scores) -> None:
+        """Resume with the scores of a checkpoint, and the best model if it is of one of them."""
+        self.scores = [(step, overall) for step, overall in scores]
+        self._best = self._world.broadcast_from_rank0(lambda: read_best(self._folder, self.scores))
 
     def pending(self, step: int) -> bool:
         """Whether the score of this step, at which one is due, has not been taken."""
         return not self.scores or self.scores[-1][0] < step
 
-    def measure(self, step: int, began: float, leave: Callable[[], str | None]) -> Score:
-        """Draw and judge within the time, and note the score.
+    def measure(self, step: int, began: float, should_stop: Callable[[], str | None]) -> Score:
+        """Generate and score images until the time is over, and keep the score.
 
-        Args:
-            step: steps done.
-            began: when this rank turned to it, by time.monotonic.
-            leave: why this rank is asked to leave; None: it is not.
+        `began` is when this rank began with the evaluation, by `time.monotonic`.
 
         Raises:
-            Preempted: on every rank: one was asked to leave, and nothing is noted.
+            Preempted: on every rank, if one was asked to stop; the score is not kept.
         """
-        results, done = self._rounds(began, leave)
-        # By a picture's place in the order, so that the summary does not depend on who drew it.
+        results, done = self._rounds(began, should_stop)
+        # In the order of the images, so that the summary does not depend on which rank generated which.
         judged = dict(pair for share in self._world.gather(results) for pair in share)
         values = self._world.broadcast_from_rank0(
             lambda: self._scorer.summary([judged[place] for place in sorted(judged)])
         )
-        prompts, complete = -(-done // self._settings.images), done == len(self._pictures)
+        prompts, complete = -(-done // self._settings.images), done == len(self._images)
         score = Score(step, values, prompts, done, complete, time.monotonic() - began)
         self.scores.append((step, score.values[OVERALL] if score.complete else None))
         return score
 
-    def _rounds(self, began: float, leave: Callable[[], str | None]) -> tuple[list[tuple[int, Any]], int]:
-        """This rank's results, each with its picture's place in the order, and how many all ranks have."""
+    def _rounds(self, began: float, should_stop: Callable[[], str | None]) -> tuple[list[tuple[int, Any]], int]:
+        """This rank's results, each with its image's place in the order, and the number of images of all ranks."""
         sampling = self._pipeline.config.sampling
         own, whole = sampling.batch_size, sampling.batch_size * self._world.size
-        rounds = range(0, len(self._pictures), whole)
-        places = [range(start, len(self._pictures))[self._world.rank * own :][:own] for start in rounds]
-        mine = [Picture(self._scorer.prompts[i], n) for part in places for i, n in (self._pictures[p] for p in part)]
+        rounds = range(0, len(self._images), whole)
+        places = [range(start, len(self._images))[self._world.rank * own :][:own] for start in rounds]
+        mine = [Picture(self._scorer.prompts[i], n) for part in places for i, n in (self._images[p] for p in part)]
         drawn = self._pipeline.draw_batches(mine, sampling)
         results: list[tuple[int, Any]] = []
         longest = 0.0
         for start, part in zip(rounds, places, strict=True):
-            self._alive("drawing and judging pictures")
+            self._heartbeat("generating and scoring images")
             turn = time.monotonic()
-            if not self._agree(start == 0 or time_left(turn - began, longest, 60 * self._settings.minutes), leave()):
+            in_time = start == 0 or time_left(turn - began, longest, 60 * self._settings.minutes)
+            reason = should_stop()
+            late, stopping = self._world.sum([not in_time, reason is not None])
+            if stopping:
+                raise Preempted(next(other for other in self._world.gather(reason) if other is not None))
+            if late:
                 return results, start
             if part:
-                judge = self._scorer.judge
-                results += [(p, judge(self._pictures[p][0], it)) for p, it in zip(part, next(drawn), strict=True)]
+                for place, image in zip(part, next(drawn), strict=True):
+                    results.append((place, self._scorer.judge(self._images[place][0], image)))
             longest = max(longest, time.monotonic() - turn)
-        return results, len(self._pictures)
+        return results, len(self._images)
 
-    def _agree(self, in_time: bool, reason: str | None) -> bool:
-        """Whether no rank is out of time.
-
-        Raises:
-            Preempted: on every rank: one has a reason to leave.
-        """
-        late, leaving = self._world.sum([not in_time, reason is not None])
-        if leaving:
-            raise Preempted(next(told for told in self._world.gather(reason) if told is not None))
-        return not late
-
-    # What follows
-
-    def why_go_on(self, step: int) -> str | None:
-        """Why the stage ends at this step, if its score has just said so."""
+    def reason_to_end(self, step: int) -> str | None:
+        """Why the stage ends at this step, if the score of this step says so."""
         gain, steps = self._settings.min_delta, self._settings.patience
         if gain is None or steps is None or self.pending(step) or not promotes(self.scores, gain, steps):
             return None
         return f"the stage ends at step {step}: over {steps} steps its best score has risen by less than {gain:g}"
 
     def improves(self, score: Score) -> bool:
-        """Whether its model is the best of the stage, and kept."""
+        """Whether the model of this score is the stage's best, and is to be kept."""
         better = self._best is None or score.values[OVERALL] > self._best
         return self._settings.keep_best and score.complete and better
 
     def keep(self, score: Score, write: Callable[[Path], None]) -> str:
-        """Put the model in the place of the best; say in words what became of it.
+        """Replace the best model; returns an event in words. If the disk does not take it, the old one stays.
 
-        A disk that does not take it ends nothing: what is there stays the best.
-
-        Args:
-            write: writes the model's folder. Rank 0 calls it.
+        Rank 0 calls `write` with the folder to write the model to.
         """
         fault = self._world.broadcast_from_rank0(lambda: _try_to_replace(self._folder, score, write))
         if fault is not None:
@@ -387,7 +347,7 @@ class Scoring:
 
 
 def read_best(folder: Path, scores: Scores) -> float | None:
-    """The score of the model in the folder for the best, if that is one of `scores`."""
+    """The score of the model in the best model's folder, if it is one of `scores`."""
     path = folder / BEST
     if not path.exists():
         return None
@@ -396,17 +356,17 @@ def read_best(folder: Path, scores: Scores) -> float | None:
 
 
 def _try_to_replace(folder: Path, score: Score, write: Callable[[Path], None]) -> str | None:
-    """Write a model and its score aside and rename; why that was not possible, if it was not."""
-    room = folder.with_name(f".{folder.name}.new")
-    aside = room / folder.name  # what is torn lies in the room too, also where `write` itself writes aside
+    """Write a model and its score to a temporary folder and rename it; why that failed, or None."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    model = temporary / folder.name  # a level below, so that temporary files of `write` are removed too
     try:
-        shutil.rmtree(room, ignore_errors=True)  # of a start that was killed
-        room.mkdir(parents=True)
-        write(aside)
-        atomic_write(aside / BEST, json.dumps({"step": score.step, **score.values}).encode())
-        commit(aside, folder)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
+        temporary.mkdir(parents=True)
+        write(model)
+        atomic_write(model / BEST, json.dumps({"step": score.step, **score.values}).encode())
+        commit(model, folder)
     except (OSError, SafetensorError) as error:
         return str(error)
     finally:
-        shutil.rmtree(room, ignore_errors=True)  # a full disk should not stay full
+        shutil.rmtree(temporary, ignore_errors=True)  # free a full disk
     return None

@@ -48,14 +48,14 @@ from tiny import ROOT, free_port, write_config
 
 from data.errors import UserError
 from data.packing import pack, shapes
-from data.preview import ValidationSet, read_validation_set
+from data.preview import FixedSamples, fixed_samples
 from launch.process import main
 from t2i.config.loading import load_config, merge, stage_config
 from t2i.config.run import RunConfig
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.data import image_settings, open_data
 from t2i.train.metrics import JsonLines
-from t2i.train.run_dir import stage_places
+from t2i.train.run_dir import list_stage_dirs
 from t2i.train.scoring import tile
 
 
@@ -85,7 +85,7 @@ COLUMNS, ENLARGED = 12, 2
 def config(name: str, seed: int, steps: int, out: Path, vgg16: Path) -> dict[str, Any]:
     """The demo's config, with the changes of an arm."""
     tree = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    source = next(entry for entry in tree["data"]["sources"] if entry["name"] == "shapes")
+    source = next(it for it in tree["data"]["sources"] if it["name"] == "shapes")
     scenes = out / "scenes"
     return merge(
         tree,
@@ -123,7 +123,7 @@ class Run:
         return load_config(self.path)
 
     def train(self) -> None:
-        """Start the run as a user does; a finished one ends at once."""
+        """Start it as a user does; one that is done says so and ends."""
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level=error", f"--num_gpus={RANKS}"]
         job = [f"--master_port={free_port()}", str(ROOT / "launch" / "stage1.py"), "--config", str(self.path)]
         done = subprocess.run([*launcher, *job], stdout=sys.stderr, check=False)
@@ -131,7 +131,7 @@ class Run:
             raise UserError(f"{self.path}: the run ended with code {done.returncode}, and said why above")
 
     def cost(self) -> dict[str, Any]:
-        """What training took, how many updates its guard vetoed, and the last validation loss."""
+        """What training took, how many updates its guard skipped, and the last validation loss."""
         lines = JsonLines(self.config.directory / "metrics.jsonl").lines()
         trained = [line for line in lines if line["kind"] == "train"]
         seconds = [line["step_s"] for line in trained]
@@ -149,10 +149,10 @@ class Run:
         sampling = stage_config(self.config, 0).sampling
 
         def fresh() -> NDArray[np.uint8]:
-            pipeline = Pipeline.load(stage_places(self.config)[-1].model, "ema", torch.device("cpu"))
+            pipeline = Pipeline.load(list_stage_dirs(self.config)[-1].model, "ema", torch.device("cpu"))
             return pipeline.draw(wanted, sampling).numpy()
 
-        request = json.dumps([[asdict(picture) for picture in wanted], sampling.model_dump(mode="json")])
+        request = json.dumps([[asdict(it) for it in wanted], sampling.model_dump(mode="json")])
         drawn = torch.from_numpy(kept(self.config.directory / "pictures.npz", request, fresh))
         return drawn[: len(captions)], drawn[len(captions) :]
 
@@ -177,10 +177,10 @@ def right_colours(drawn: Tensor) -> float:
     return float(np.mean([a == b for a, b in zip(found, asked, strict=True)]))
 
 
-def heldout(settings: RunConfig, n: int) -> ValidationSet:
+def heldout(settings: RunConfig, n: int) -> FixedSamples:
     """The first n held-out scenes; validation measures its loss on the first of them."""
     stage = stage_config(settings, 0)
-    return read_validation_set(open_data(stage, "scenes", {}).heldout, n, image_settings(stage.data))
+    return fixed_samples(open_data(stage, "scenes", {}).val_sources, n, image_settings(stage.data))
 
 
 def kid_cell(it: dict[str, float], form: str) -> str:
@@ -192,26 +192,26 @@ def distance_cells(it: dict[str, Any]) -> dict[str, str]:
     return kids | {f"Frechet, {network}": f"{value:.3f}" for network, value in it["frechet"].items()}
 
 
-def run_row(found: dict[str, Any]) -> dict[str, str]:
+def run_row(it: dict[str, Any]) -> dict[str, str]:
     return {
-        "arm": ARMS[found["arm"]].title,
-        "seed": str(found["seed"]),
-        "training, s": str(found["seconds"]),
-        "s / step": f"{found['step_s']:.2f}",
-        "validation loss": f"{found['validation_loss']:.4f}",
-        **distance_cells(found),
-        "right colours": f"{found['right_colours']:.1%}",
+        "arm": ARMS[it["arm"]].title,
+        "seed": str(it["seed"]),
+        "training, s": str(it["seconds"]),
+        "s / step": f"{it['step_s']:.2f}",
+        "validation loss": f"{it['validation_loss']:.4f}",
+        **distance_cells(it),
+        "right colours": f"{it['right_colours']:.1%}",
     }
 
 
-def real_row(found: dict[str, Any]) -> dict[str, str]:
-    return {"arm": "real", **distance_cells(found)}
+def real_row(it: dict[str, Any]) -> dict[str, str]:
+    return {"arm": "real", **distance_cells(it)}
 
 
-def change_row(found: dict[str, Any]) -> dict[str, str]:
-    arms = f"{ARMS[found['after']].title}, against {ARMS[found['before']].title}"
-    kids = {network: kid_cell(kid, "+.2f") for network, kid in found["kid"].items()}
-    return {"change of KID x 1000": arms, "seed": str(found["seed"]), **kids}
+def change_row(it: dict[str, Any]) -> dict[str, str]:
+    arms = f"{ARMS[it['after']].title}, against {ARMS[it['before']].title}"
+    kids = {network: kid_cell(kid, "+.2f") for network, kid in it["kid"].items()}
+    return {"change of KID x 1000": arms, "seed": str(it["seed"]), **kids}
 
 
 def markdown(rows: list[dict[str, str]]) -> list[str]:
@@ -222,14 +222,14 @@ def markdown(rows: list[dict[str, str]]) -> list[str]:
 
 
 def table(found: dict[str, Any], captions: list[str]) -> str:
-    """The results as Markdown."""
+    """What was found, as Markdown."""
     titles = ", ".join([*(arm.title for arm in ARMS.values()), "real"])
     lines = [
         f"{found['steps']} steps of {found['batch_size']} at {SIDE} px; {found['note']}",
         "",
         *markdown([*map(run_row, found["runs"]), real_row(found["real"])]),
         "",
-        *markdown([change_row(change) for change in found["changes"]]),
+        *markdown([change_row(it) for it in found["changes"]]),
         "",
         f"grid.png, from above: {titles}; from the left:",
         "",

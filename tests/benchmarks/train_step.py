@@ -14,7 +14,7 @@ losses mean nothing, their cost does. Off means:
     compile              eager
     bf16 weights         fp32 weights, cast at each use (autocast), of the network, VGG16 and DINOv2
 
-Each leaves the loss what it was (tests/t2i/train/test_economies.py), but for rounding: `losses` are those of a vetoed
+Each leaves the loss what it was (tests/t2i/train/test_economies.py), but for rounding: `losses` are those of a skipped
 step on the first weights. `model.text_padding: mask` does not, so it stands apart: its ratio to `attend`, and what the
 pads would cost it that it need not compute (`padding`).
 
@@ -105,11 +105,11 @@ def step_of(built: Built, variant: Variant) -> Step:
     batch = batch_of_scenes(built.config)
     cast = variant.kind.startswith("autocast")
 
-    def call(vetoed: str | None = None) -> float:
+    def call(skip_reason: str | None = None) -> float:
         whole = rounded_up_to(full) if variant.pads else nullcontext()
         with whole, torch.autocast(device.type, torch.bfloat16, enabled=cast):
-            trained = train(batch, 0, lambda loss, norm: vetoed)
-        if vetoed is None:
+            trained = train(batch, 0, lambda loss, norm: skip_reason)
+        if skip_reason is None:
             applied(trained.result)
             built.ema.update()
         return trained.means["loss"]

@@ -74,7 +74,7 @@ def measure(config: RunConfig, stage: str, world: World) -> dict[str, Any]:
             watch_step(clock, built.objective, built.engine, built.ema)
             engine, ema = built.engine, built.ema
             train = TrainingStep(config, stage, world, built.text, built.null_caption, built.objective, engine)
-        trained = train(batch_of_scenes(config), 0, Guard(config.spike_guard).veto)
+        trained = train(batch_of_scenes(config), 0, Guard(config.spike_guard).skip_update)
         with clock.during("comparing"):
             changes = moved(engine, ema)
         applied(trained.result)

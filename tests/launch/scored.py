@@ -21,7 +21,7 @@ from t2i.train import checkpointing
 from t2i.train.checkpointing import Saver
 
 FAULT = os.environ.get("FAULT")
-when_due, write_model = Saver.when_due, checkpointing.write_model
+save_if_due, write_model = Saver.save_if_due, checkpointing.write_model
 
 
 class Brightness:
@@ -48,7 +48,7 @@ class Brightness:
 def kill_saving(self: Saver, step: int, *args: Any, **kwargs: Any) -> None:
     if FAULT == "saving" and step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    when_due(self, step, *args, **kwargs)
+    save_if_due(self, step, *args, **kwargs)
 
 
 def kill_writing(folder: Path, *args: Any) -> None:
@@ -57,7 +57,7 @@ def kill_writing(folder: Path, *args: Any) -> None:
     write_model(folder, *args)
 
 
-Saver.when_due = kill_saving
+Saver.save_if_due = kill_saving
 checkpointing.write_model = kill_writing
 job.build_scorer = lambda config, device: Brightness()
 

@@ -39,7 +39,7 @@ def note(batch: Any) -> None:
             file.write(json.dumps({"step": now, "ids": rows, "sizes": sizes}) + "\n")
 
 
-def step_noted(self: TrainingStep, batch: Any, step: int, veto: Any) -> Any:
+def step_noted(self: TrainingStep, batch: Any, step: int, skip_update: Any) -> Any:
     global now
     now = step + 1
     note(batch)
@@ -52,7 +52,7 @@ def step_noted(self: TrainingStep, batch: Any, step: int, veto: Any) -> Any:
     if SPOILS and now == at("LATE"):
         clock = import_module("launch.preemption")  # the package has its `preemption` under this name
         clock.time = SimpleNamespace(monotonic=lambda: time.monotonic() + 86_400)
-    return make_step(self, batch, step, veto)
+    return make_step(self, batch, step, skip_update)
 
 
 def loss_spoiled(self: Objective, *args: Any, **kwargs: Any) -> Any:

@@ -52,7 +52,8 @@ def test_a_nan_on_one_rank_costs_one_update_and_reaches_nothing(scenes: Path, tm
     monkeypatch.setenv("FAULTS", json.dumps({"5": math.nan}))
     run("forked", SPOILED, "--config", str(config_of(scenes, tmp_path)))
     (line,) = lines(tmp_path, "skipped.jsonl")
-    assert (line["kind"], line["step"]) == ("veto", 5) and re.search("gradient norm is (nan|inf)", line["reason"])
+    assert (line["kind"], line["step"]) == ("skipped_update", 5)
+    assert re.search("gradient norm is (nan|inf)", line["reason"])
     assert len(line["ids"]) == len(set(line["ids"])) == 8
     assert all(name.startswith("shapes/") for name in line["ids"])
     assert all(value.isfinite().all() for value in model(tmp_path).values())
@@ -71,10 +72,12 @@ def test_too_many_spikes_go_back_and_leave_the_batches_out_killed_or_not(
     assert "going back, to leave out the batches of steps 7 to 9" in output
     assert output.count("going on from step_00000006") == 1
     kinds = [(line["kind"], line["step"]) for line in lines(roots[0], "skipped.jsonl")]
-    assert kinds == [("veto", 8), ("veto", 9), ("rollback", 9), ("skip", 7), ("skip", 8), ("skip", 9)]
+    assert kinds == [("skipped_update", 8), ("skipped_update", 9), ("rollback", 9)] + [
+        ("skipped_batch", step) for step in (7, 8, 9)
+    ]
     assert trained(roots[0]) == [*range(1, 7), *range(10, 15)]
-    ids = {line["step"]: line["ids"] for line in lines(roots[0], "skipped.jsonl") if line["kind"] == "veto"}
-    again = {line["step"]: line["ids"] for line in lines(roots[0], "skipped.jsonl") if line["kind"] == "skip"}
+    ids = {line["step"]: line["ids"] for line in lines(roots[0], "skipped.jsonl") if line["kind"] == "skipped_update"}
+    again = {line["step"]: line["ids"] for line in lines(roots[0], "skipped.jsonl") if line["kind"] == "skipped_batch"}
     assert all(again[step] == ids[step] for step in (8, 9))  # the very batches that were at fault
     # The same, killed on the way there and when it has gone back.
     path = str(config_of(scenes, roots[1], checkpoint={"every": 3, "ephemeral_every": 1}))
@@ -84,7 +87,7 @@ def test_too_many_spikes_go_back_and_leave_the_batches_out_killed_or_not(
     monkeypatch.delenv("KILLED_AT")
     run("forked", SPOILED, "--config", path, ranks=1)
     assert lines(roots[1], "skipped.jsonl") == lines(roots[0], "skipped.jsonl")
-    # Gradients are balanced by what steps 2, 4, ... from 0 measured, but for those vetoed and left out.
+    # Gradients are balanced by what steps 2, 4, ... from 0 measured, but for those skipped or left out.
     weights = [
         {line["step"]: line["perceptual_weight"] for line in lines(root, "metrics.jsonl") if line["kind"] == "train"}
         for root in roots
@@ -109,9 +112,10 @@ def test_what_going_back_does_not_help_stops_the_run_saved(scenes: Path, tmp_pat
     outcome = json.loads((tmp_path / "tiny" / "outcome.json").read_text())
     assert outcome["outcome"] == "failed" and "did not help" in outcome["reason"]
     kinds = [(line["kind"], line["step"]) for line in lines(tmp_path, "skipped.jsonl")]
-    assert kinds == [("veto", 1), ("veto", 2), ("rollback", 2), ("skip", 1), ("skip", 2), ("veto", 4), ("veto", 6)] + [
-        ("stop", 6)
-    ]
+    update, batch = "skipped_update", "skipped_batch"
+    assert kinds == [
+        (update, 1), (update, 2), ("rollback", 2), (batch, 1), (batch, 2), (update, 4), (update, 6), ("stop", 6)
+    ]  # fmt: skip
     monkeypatch.setenv("FAULTS", "{}")  # mended
     output = run("forked", SPOILED, "--config", path, ranks=1)
     assert "going on from step_00000006" in output

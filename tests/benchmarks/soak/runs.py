@@ -15,7 +15,7 @@ from tiny import tiny_config, write_config
 from t2i.config.loading import load_config
 from t2i.engine.checkpoint import Checkpoint, newest
 from t2i.train.metrics import JsonLines
-from t2i.train.run_dir import StageDir, stage_places
+from t2i.train.run_dir import StageDir, list_stage_dirs
 
 STEPS = 20
 """Of each stage."""
@@ -69,7 +69,7 @@ class Run:
         }
         self.config_path = write_config(root / f"{name}.yaml", tiny_config(scenes, root, **changes))
         self.config = load_config(self.config_path)
-        self.places: list[StageDir] = stage_places(self.config)
+        self.places: list[StageDir] = list_stage_dirs(self.config)
         self.metrics = JsonLines(self.config.directory / "metrics.jsonl")
         self.events = self.config.directory / "events.log"
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from launch.process import joined_world, quiet
-from t2i.build import build_text
+from t2i.build import build_network, build_text
 from t2i.config.loading import validate_config
 from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.ema import Ema
-from t2i.train.build import build_engine, build_network, build_objective
+from t2i.train.build import build_engine, build_objective
 from t2i.train.preflight import dry_run, estimate, made_up_batch, no_update
 from t2i.train.step import TrainingStep
 
@@ -57,7 +57,7 @@ class Trainer:
     def step(self, step: int) -> None:
         batch = made_up_batch(self.config, STAGE, step, self.world)
         trained = self.train(batch, step, lambda loss, norm: None)
-        assert trained.result.vetoed is None
+        assert trained.result.skip_reason is None
         self.ema.update()
 
     def state(self) -> dict[str, str]:
@@ -65,9 +65,9 @@ class Trainer:
         shards = self.engine.shards
         weights = [getattr(p, "_local_tensor", p) for p in self.engine.network.parameters()]
         tensors = {
-            "masters": [shard.value for shard in shards.values()],
+            "masters": [shard.param for shard in shards.values()],
             "moments": [moment for shard in shards.values() for moment in shard.state.values()],
-            "ema": list(self.ema.values.values()),
+            "ema": list(self.ema.params.values()),
             "weights": weights,
             "torch's generator": [torch.get_rng_state()],
         }

@@ -16,14 +16,14 @@ from data.loader import Loader
 from data.sample import ImageSettings
 from t2i.config.run import RunConfig
 from t2i.distributed import World
-from t2i.train.data import Intake
+from t2i.train.data import DataIterator
 from t2i.train.metrics import JsonLines
 
-RANKS = Path(__file__).with_name("intake_ranks.py")
+RANKS = Path(__file__).with_name("data_iterator_ranks.py")
 DAMAGE = Quarantined("source", "00009.tar", None, 512, "damaged_tar", "cut off")
 
 
-def intake(folder: Path, bad: int, max_bad_fraction: float) -> Intake:
+def iterator_of(folder: Path, bad: int, max_bad_fraction: float) -> DataIterator:
     """200 samples in shards of 50, of which the first `bad` are undecodable."""
     index = write_source(folder / "shards", [50] * 4, replaced={n: {"jpg": b"?"} for n in range(bad)})
     loader = Loader(
@@ -33,14 +33,14 @@ def intake(folder: Path, bad: int, max_bad_fraction: float) -> Intake:
     config = RunConfig.model_validate(
         {"root": folder.parent, "name": folder.name, "data": {"max_bad_fraction": max_bad_fraction}}
     )
-    return Intake(loader, World(0, 1, torch.device("cpu")), config, "s", 0, [DAMAGE])
+    return DataIterator(loader, World(0, 1, torch.device("cpu")), config, "s", 0, [DAMAGE])
 
 
-def test_bad_samples_are_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
-    it = intake(tmp_path, bad=2, max_bad_fraction=1.0)
+def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
+    iterator = iterator_of(tmp_path, bad=2, max_bad_fraction=1.0)
     for step in range(1, 5):
-        it.next(step)
-    counters, retries = it.flush()
+        iterator.next(step)
+    counters, retries = iterator.flush()
     damaged, *lines = JsonLines(tmp_path / "quarantine.jsonl").lines()
     assert (damaged["shard"], damaged["offset"], damaged["step"]) == ("00009.tar", 512, 0)
     assert {(line["shard"], line["key"]) for line in lines} == {("00000.tar", "000000"), ("00000.tar", "000001")}
@@ -49,7 +49,7 @@ def test_bad_samples_are_listed_with_shard_key_offset_and_reason(tmp_path: Path)
     assert all(line["stage"] == "s" and 1 <= line["step"] <= 4 for line in lines)
     assert counters["bad"] == counters["undecodable_image"] == len(lines)
     assert counters["samples"] == 200 and retries == {}
-    it.flush()
+    iterator.flush()
     assert JsonLines(tmp_path / "quarantine.jsonl").lines() == [damaged, *lines]  # once
 
 
@@ -57,7 +57,7 @@ def test_bad_samples_are_listed_with_shard_key_offset_and_reason(tmp_path: Path)
 def test_past_the_share_the_run_stops_after_a_thousand_samples_and_names_the_shard(
     tmp_path: Path, bad: int, stops: bool
 ) -> None:
-    it = intake(tmp_path, bad, max_bad_fraction=0.01)
+    iterator = iterator_of(tmp_path, bad, max_bad_fraction=0.01)
     other = {
         "stage": "before",
         "step": 1,
@@ -70,35 +70,35 @@ def test_past_the_share_the_run_stops_after_a_thousand_samples_and_names_the_sha
         JsonLines(tmp_path / "quarantine.jsonl").write(other)
     if not stops:
         for step in range(1, 41):
-            it.next(step)
-        counters, _ = it.flush()
+            iterator.next(step)
+        counters, _ = iterator.flush()
         assert counters["samples"] == 2000 and counters["bad"] in (10, 11)  # the last epoch's may be unread
         return
     with pytest.raises(DataError, match=r"15 of 10\d\d samples .*0\.01; the worst shards: source/00000\.tar \(15\)"):
         for step in range(1, 41):
-            state = it.state
-            it.next(step)
+            state = iterator.state_dict()
+            iterator.next(step)
     assert step in (20, 21)  # of 50 samples each
-    assert it.state is state  # of the batch before: what is saved goes on here
+    assert iterator.state_dict() is state  # of the batch before: what is saved goes on here
 
 
 def test_a_fault_leaves_the_state_of_the_batch_before(tmp_path: Path) -> None:
-    it = intake(tmp_path, bad=0, max_bad_fraction=1.0)
-    it.next(1)
-    state = it.state
+    iterator = iterator_of(tmp_path, bad=0, max_bad_fraction=1.0)
+    iterator.next(1)
+    state = iterator.state_dict()
     for shard in (tmp_path / "shards").glob("*.tar"):
         shard.unlink()
     with pytest.raises(DataError, match="00"):
         for step in range(2, 9):
-            state = it.state
-            it.next(step)
-    assert it.state is state
+            state = iterator.state_dict()
+            iterator.next(step)
+    assert iterator.state_dict() is state
 
 
 def test_a_fault_on_one_rank_stops_all_of_them_after_the_same_batch(tmp_path: Path, launch: Any) -> None:
     write_source(tmp_path / "shards", [50] * 4)
     found = launch(RANKS, 2, str(tmp_path), "fault")
-    assert [it["steps"] for it in found] == [3, 3] == [it["batch"] for it in found]
+    assert [rank["steps"] for rank in found] == [3, 3] == [rank["batch"] for rank in found]
     assert found[0]["met"] == "RuntimeError: rank 1: KeyError: 'odd'"
     assert found[1]["met"] == "KeyError: 'odd'"
 
@@ -107,9 +107,10 @@ def test_a_search_without_end_is_judged_over_all_ranks(tmp_path: Path, launch: A
     """One lane finds its first good samples, the other nothing at all: no batch is ever whole."""
     write_source(tmp_path / "shards", [8000], replaced={n: {"jpg": b"?"} for n in range(4, 8000)})
     found = launch(RANKS, 2, str(tmp_path), "bad")
-    for it in found:
+    for rank in found:
         assert (
-            "samples have bad content, over data.max_bad_fraction 0.01; the worst shards: source/00000.tar" in it["met"]
+            "samples have bad content, over data.max_bad_fraction 0.01; the worst shards: source/00000.tar"
+            in rank["met"]
         )
     listed = JsonLines(tmp_path / "run" / "quarantine.jsonl").lines()
     times = Counter(line["key"] for line in listed)

@@ -78,14 +78,14 @@ class White:
 def test_a_fault_of_the_disk_is_an_event_once_and_ends_nothing(tmp_path: Path, capsys, number: int) -> None:
     events = EventLog(tmp_path, "low")
     for _ in range(3):
-        with events.beside("metrics.jsonl"):
+        with events.tolerate_disk_errors("metrics.jsonl"):
             raise raised(number)
-    with events.beside("report.html"):
+    with events.tolerate_disk_errors("report.html"):
         raise SafetensorError("No space left on device")
     said = (tmp_path / "events.log").read_text()
     assert said.count("metrics.jsonl cannot be written") == said.count("report.html cannot be written") == 1
     assert os.strerror(number) in said and capsys.readouterr().err.count("cannot be written") == 2
-    with pytest.raises(KeyError), events.beside("a mistake of ours"):
+    with pytest.raises(KeyError), events.tolerate_disk_errors("a mistake of ours"):
         raise KeyError
 
 
@@ -144,7 +144,7 @@ def test_skipped_batches_and_grids_are_no_reason_to_stop(tmp_path: Path, fill, c
     grids.grid(1)
     fill(20, errno.ENOSPC)
     for step in (2, 3):
-        skipped.write([{"event": 1, "kind": "veto", "step": step}], ["x"])
+        skipped.write([{"event": 1, "kind": "skipped_update", "step": step}], ["x"])
         grids.grid(step)
     assert capsys.readouterr().err.count("the sample grid cannot be written") == 1
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_000001.json", "step_000001.png"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from t2i.distributed import World
 from t2i.engine.engine import StepResult, not_finite, prepare_blocks
 from t2i.train.guard import explain, is_finite
-from t2i.train.step import Trained
+from t2i.train.step import StepOutput
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -34,7 +34,7 @@ def losing_its_way(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Callable
     return lambda *inputs: tuple(out * math.nan for out in graph(*inputs))
 
 
-def step_of(network: nn.Module, x: Tensor) -> Trained:
+def step_of(network: nn.Module, x: Tensor) -> StepOutput:
     """A step without an engine."""
     network.zero_grad()
     loss = network(x).square().mean()
@@ -42,7 +42,7 @@ def step_of(network: nn.Module, x: Tensor) -> Trained:
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     norm = float(nn.utils.get_total_norm(list(gradients.values())))
     result = StepResult(norm, None if math.isfinite(norm) else "not finite", not_finite(gradients.items()))
-    return Trained({"loss": float(loss), "loss_lpips": 1.0}, result, 0.0)
+    return StepOutput({"loss": float(loss), "loss_lpips": 1.0}, result, 0.0)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -76,5 +76,5 @@ def test_the_compiler_is_cleared_where_eager_code_is_not_finite_either() -> None
 
 def test_nothing_is_repeated_where_nothing_is_compiled() -> None:
     told: list[str] = []
-    explain(Trained({"loss": 0.5}, StepResult(math.nan, "nan", ["head.weight"]), 0.0), None, WORLD, told.append)
+    explain(StepOutput({"loss": 0.5}, StepResult(math.nan, "nan", ["head.weight"]), 0.0), None, WORLD, told.append)
     assert len(told) == 1 and told[0].endswith("the gradient norm is nan; not finite in the gradient: head.weight")

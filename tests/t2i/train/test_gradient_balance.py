@@ -64,20 +64,21 @@ def balance_of(network: Network, micro: int = BATCH, state: dict | None = None, 
     run.train.batch_size, run.train.micro_batch_size = BATCH, micro
     balance = GradientBalance(run, network.head)
     if state is not None:
-        balance.take_up(state)
+        balance.load_state_dict(state)
     return balance
 
 
 def step(network: Network, balance: GradientBalance, number: int, micro: int, t: np.ndarray = TIMES) -> bool:
     """One step's gradients, added up on the network as an engine does; whether it was measured."""
-    watch = balance.begin(number)
+    gradient_hook = balance.begin(number)
     for part in np.split(np.arange(BATCH), BATCH // micro):
         loss, _ = OBJECTIVE(
             network(0.3 * CLEAN[part]), None, CLEAN[part], NOISE[part], t[part], grid=(2, 2), batch_size=BATCH,
-            ungated=int((t >= 0.3).sum()), micro_batches=BATCH // micro, perceptual_weight=balance.weight, watch=watch,
+            ungated=int((t >= 0.3).sum()), micro_batches=BATCH // micro, perceptual_weight=balance.weight,
+            gradient_hook=gradient_hook,
         )  # fmt: skip
         (loss * micro / BATCH).backward()
-    return watch is not None
+    return gradient_hook is not None
 
 
 def two_backwards(network: Network) -> tuple[Tensor, Tensor]:
@@ -148,7 +149,7 @@ def test_repeated_measurements_approach_the_ratio_and_the_clamp_holds() -> None:
         assert balance.weight == pytest.approx(target, rel=1e-4)
 
 
-def test_a_vetoed_or_wholly_gated_step_leaves_the_weight_alone() -> None:
+def test_a_skipped_or_wholly_gated_step_leaves_the_weight_alone() -> None:
     network = Network()
     balance = balance_of(network)
     step(network, balance, 0, BATCH)
@@ -169,13 +170,13 @@ def test_it_goes_on_from_its_state() -> None:
         step(network, whole, number, BATCH)
         whole.finish(applied=True)
         if number == 1:
-            state = whole.state
+            state = whole.state_dict()
     resumed = balance_of(network, state=state)
     assert resumed.weight == state["weight"] != whole.weight
     for number in (2, 3):
         step(network, resumed, number, BATCH)
         resumed.finish(applied=True)
-    assert resumed.state == whole.state
+    assert resumed.state_dict() == whole.state_dict()
 
 
 def test_it_is_off_unless_asked_for() -> None:

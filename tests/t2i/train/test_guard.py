@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2i.config.train import SpikeGuardConfig
-from t2i.train.guard import Guard, Rollback, SkippedFile, Stop, ids_of, log_norm, robust_z, why_not
+from t2i.train.guard import Guard, Rollback, SkippedFile, Stop, ids_of, log_norm, reason_to_skip, robust_z
 from t2i.train.metrics import JsonLines
 
 NAN, INF = math.nan, math.inf
@@ -26,14 +26,14 @@ finite = st.floats(-1e30, 1e30)
 
 
 def follow(guard: Guard, trace: Iterable[tuple[float, float]]) -> tuple[list[int], Rollback | Stop | None]:
-    """The vetoed steps of a trace of (loss, gradient norm), up to the first decision, and that."""
-    vetoed = []
+    """The skipped steps of a trace of (loss, gradient norm), up to the first decision, and that."""
+    skipped = []
     for step, (loss, norm) in enumerate(trace, 1):
-        reason = guard.veto(loss, norm)
-        vetoed += [step] if reason else []
+        reason = guard.skip_update(loss, norm)
+        skipped += [step] if reason else []
         if decision := guard.record(step, loss, norm, reason):
-            return vetoed, decision
-    return vetoed, None
+            return skipped, decision
+    return skipped, None
 
 
 def healthy(
@@ -66,54 +66,56 @@ def test_the_deviation_is_the_median_absolute_one(value: float, history: list[fl
 def test_a_spike_is_what_lies_above_the_threshold_and_only_above() -> None:
     losses, log_norms = [0.9, 1.0, 1.1] * 4, [log_norm(n) for n in (1.0, 2.0, 4.0)] * 4
     deviation = 1.4826 * 0.1
-    assert why_not(1 + 7.9 * deviation, 2.0, losses, log_norms, SMALL) is None
-    assert why_not(1 + 8.1 * deviation, 2.0, losses, log_norms, SMALL) == (
+    assert reason_to_skip(1 + 7.9 * deviation, 2.0, losses, log_norms, SMALL) is None
+    assert reason_to_skip(1 + 8.1 * deviation, 2.0, losses, log_norms, SMALL) == (
         "the loss 2.201 is 8.1 deviations above its median 1"
     )
-    assert why_not(1.0, 2 * math.exp(7.9 * 1.4826 * math.log(2)), losses, log_norms, SMALL) is None
-    assert "gradient norm" in str(why_not(1.0, 2 * math.exp(8.1 * 1.4826 * math.log(2)), losses, log_norms, SMALL))
-    assert why_not(-1e9, 0.0, losses, log_norms, SMALL) is None
+    assert reason_to_skip(1.0, 2 * math.exp(7.9 * 1.4826 * math.log(2)), losses, log_norms, SMALL) is None
+    assert "gradient norm" in str(
+        reason_to_skip(1.0, 2 * math.exp(8.1 * 1.4826 * math.log(2)), losses, log_norms, SMALL)
+    )
+    assert reason_to_skip(-1e9, 0.0, losses, log_norms, SMALL) is None
 
 
 def test_where_there_is_hardly_any_noise_a_few_percent_are_no_spike() -> None:
     losses, log_norms = [0.2] * 12, [log_norm(1.0)] * 12
-    assert why_not(0.2 * 1.15, 10.0, losses, log_norms, SMALL) is None
-    assert why_not(0.2 * 1.17, 1.0, losses, log_norms, SMALL) is not None
-    assert why_not(0.2, 12.0, losses, log_norms, SMALL) is not None
-    assert why_not(0.0, 1.0, [0.0] * 12, [log_norm(0.0)] * 12, SMALL) is not None  # a first gradient after none
+    assert reason_to_skip(0.2 * 1.15, 10.0, losses, log_norms, SMALL) is None
+    assert reason_to_skip(0.2 * 1.17, 1.0, losses, log_norms, SMALL) is not None
+    assert reason_to_skip(0.2, 12.0, losses, log_norms, SMALL) is not None
+    assert reason_to_skip(0.0, 1.0, [0.0] * 12, [log_norm(0.0)] * 12, SMALL) is not None  # a first gradient after none
 
 
 @pytest.mark.parametrize("config", [SMALL, SpikeGuardConfig(threshold=0)])
 @pytest.mark.parametrize("loss, norm", [(NAN, 1.0), (INF, 1.0), (-INF, 1.0), (1.0, NAN), (1.0, INF)])
-def test_what_is_not_finite_is_vetoed_from_the_first_step(config: SpikeGuardConfig, loss: float, norm: float) -> None:
-    assert Guard(config).veto(loss, norm) is not None
+def test_what_is_not_finite_is_skipped_from_the_first_step(config: SpikeGuardConfig, loss: float, norm: float) -> None:
+    assert Guard(config).skip_update(loss, norm) is not None
 
 
 def test_no_spike_is_looked_for_before_there_is_a_measure() -> None:
     guard = Guard(SMALL)
     for step in range(1, 9):
-        assert guard.veto(100.0, 1.0) is None
+        assert guard.skip_update(100.0, 1.0) is None
         guard.record(step, 1.0, 1.0, None)
-    assert guard.veto(100.0, 1.0) is not None
+    assert guard.skip_update(100.0, 1.0) is not None
 
 
 # Healthy training
 
 
 @pytest.mark.parametrize("noise, log_norm_noise", [(0.03, 0.3), (0.15, 0.5), (0.002, 0.03)])
-def test_no_step_of_a_healthy_start_is_vetoed(noise: float, log_norm_noise: float) -> None:
+def test_no_step_of_a_healthy_start_is_skipped(noise: float, log_norm_noise: float) -> None:
     for seed in range(4):
         assert follow(Guard(SpikeGuardConfig()), healthy(seed, 1200, noise, log_norm_noise)) == ([], None)
 
 
 @pytest.mark.parametrize("tails, most", [(3.0, 0.003), (2.0, 0.008)])
 def test_heavy_tailed_norms_cost_few_steps_and_no_rollback(tails: float, most: float) -> None:
-    vetoed = 0
+    skipped = 0
     for seed in range(5):
         steps, decision = follow(Guard(SpikeGuardConfig()), healthy(seed, 1000, log_norm_noise=0.25, tails=tails))
         assert decision is None
-        vetoed += len(steps)
-    assert vetoed <= most * 5000
+        skipped += len(steps)
+    assert skipped <= most * 5000
 
 
 @pytest.mark.parametrize("factor, over", [(3.0, 1), (8.0, 200), (30.0, 200)])
@@ -134,7 +136,7 @@ def test_a_loss_that_rises_for_good_is_taken_up_if_it_is_slow_or_small() -> None
 # Unhealthy training
 
 
-def test_every_spike_is_vetoed_and_none_hides_the_next() -> None:
+def test_every_spike_is_skipped_and_none_hides_the_next() -> None:
     for seed in range(3):
         trace = healthy(seed, 1200)
         spikes = {step: (2.0, 1.0) if step % 2 else (1.0, 40.0) for step in (600, 601, 603, 750, 901, 1102, 1103)}
@@ -165,7 +167,7 @@ def test_past_the_allowed_number_in_the_window_the_run_goes_back() -> None:
     assert isinstance(decision, Rollback)
     assert (decision.first, decision.last) == (400, 595)  # rollback_margin before the first
     assert decision.reason == (
-        "11 updates of steps 500 to 595 were vetoed: going back, to leave out the batches of steps 400 to 595"
+        "11 updates of steps 500 to 595 were skipped: going back, to leave out the batches of steps 400 to 595"
     )
 
 
@@ -207,29 +209,31 @@ class Run:
     def save(self) -> None:
         if self.step == 0:
             return
-        state = {"weights": self.weights, "applied": self.applied, "guard": self.guard.state}
+        state = {"weights": self.weights, "applied": self.applied, "guard": self.guard.state_dict()}
         self.saved.add(self.step)
         self.disk[self.step] = json.dumps(state, allow_nan=False)
         oldest = max((step for step in self.disk if step < self.guard.needed_before(self.step)), default=0)
         self.disk = {step: kept for step, kept in self.disk.items() if step >= oldest}
 
-    def go_back(self, rollback: Rollback) -> None:
+    def rollback(self, rollback: Rollback) -> None:
         target = max((step for step in self.disk if step < rollback.first), default=0)
         assert target or not any(step < rollback.first for step in self.saved)  # what is needed was kept
-        self.guard.roll_back(rollback, self.load(target))
+        self.guard.rollback(rollback, self.load(target))
         self.disk = {step: kept for step, kept in self.disk.items() if step <= target}
 
     def live(self, iterations: int = 10**9, every: int = 7, warned: bool = False) -> None:
         """From the newest checkpoint to the end, or to death in iteration `iterations`: at once, or `warned`: saved."""
-        self.guard = Guard(self.config, self.load(max(self.disk, default=0)))
+        self.guard = Guard(self.config)
+        if (state := self.load(max(self.disk, default=0))) is not None:
+            self.guard.load_state_dict(state)
         file = SkippedFile(self.folder, "s", self.guard.events)
         while self.step < self.steps and not self.ended:
             self.step += 1
             iterations -= 1
             decision = None
-            if not self.guard.skip(self.step):
+            if not self.guard.skip_batch(self.step):
                 loss, norm = self.numbers()
-                reason = self.guard.veto(loss, norm)
+                reason = self.guard.skip_update(loss, norm)
                 if reason is None:
                     self.weights = zlib.crc32(f"{self.weights} {self.step} {loss}".encode())
                     self.applied.append(self.step)
@@ -240,7 +244,7 @@ class Run:
             if decision:
                 self.decisions.append(decision)
             if isinstance(decision, Rollback):
-                self.go_back(decision)
+                self.rollback(decision)
             elif isinstance(decision, Stop):
                 self.ended = decision.reason
             if self.ended or iterations == 0 or self.step % every == 0:
@@ -255,11 +259,11 @@ class Run:
 def test_a_rollback_leaves_out_what_led_to_the_bad_updates_and_the_run_goes_on(tmp_path: Path) -> None:
     run = Run(SMALL, tmp_path, 120, {60: "poison"})
     run.live()
-    # Vetoed from 63 on, when the loss shows it; the margin of 6 reaches back to the cause.
+    # Skipped from 63 on, when the loss shows it; the margin of 6 reaches back to the cause.
     assert [(it.first, it.last) for it in run.decisions if isinstance(it, Rollback)] == [(57, 66)]
     assert run.applied == [step for step in range(1, 121) if not 57 <= step <= 66]
     kinds = [line["kind"] for line in run.outcome()[-1]]
-    assert kinds == ["veto"] * 4 + ["rollback"] + ["skip"] * 10 and run.ended == ""
+    assert kinds == ["skipped_update"] * 4 + ["rollback"] + ["skipped_batch"] * 10 and run.ended == ""
 
 
 def test_without_a_margin_the_same_weights_would_come_again(tmp_path: Path) -> None:
@@ -273,9 +277,9 @@ def test_a_loss_that_stays_high_stops_the_run_after_one_rollback(tmp_path: Path)
     run = Run(SMALL, tmp_path, 400, {}, shift=60)
     run.live()
     assert [type(it) for it in run.decisions] == [Rollback, Stop]
-    assert run.step == 63 + 4  # four vetoes, what the rollback left out, four vetoes
+    assert run.step == 63 + 4  # four skipped updates, what the rollback left out, four skipped updates
     assert run.ended == (
-        "4 updates of steps 64 to 67 were vetoed, and to leave out the batches of steps 54 to 63 did not help: see "
+        "4 updates of steps 64 to 67 were skipped, and to leave out the batches of steps 54 to 63 did not help: see "
         "skipped.jsonl; lower optimizer.lr, or raise spike_guard.threshold if the data is like that"
     )
     assert max(run.disk) == run.step  # saved
@@ -290,7 +294,7 @@ def test_a_stage_has_so_many_rollbacks(tmp_path: Path) -> None:
     run.live()
     assert [type(it) for it in run.decisions] == [Rollback, Rollback, Stop]
     assert (
-        run.ended == "4 updates of steps 243 to 246 were vetoed, and spike_guard.max_rollbacks is 2: see skipped.jsonl"
+        run.ended == "4 updates of steps 243 to 246 were skipped, and spike_guard.max_rollbacks is 2: see skipped.jsonl"
     )
 
 
@@ -336,18 +340,19 @@ def test_the_state_is_finite_small_and_restored_exactly(trace: list[tuple[float,
     accepted = []
     for step, (loss, norm) in enumerate(trace, 1):
         norm = abs(norm)
-        reason = guard.veto(loss, norm)
+        reason = guard.skip_update(loss, norm)
         accepted += [loss] if reason is None else []
         decision = guard.record(step, loss, norm, reason)
-        state = guard.state
+        state = guard.state_dict()
         assert state["losses"] == accepted[-SMALL.window :]
         assert all(map(math.isfinite, state["losses"] + state["log_norms"]))
-        assert len(state["log_norms"]) == len(state["losses"]) and len(state["vetoed"]) <= SMALL.skip_window
-        again = Guard(SMALL, json.loads(json.dumps(state, allow_nan=False)))
-        assert again.state == state and again.veto(loss, norm) == guard.veto(loss, norm)
+        assert len(state["log_norms"]) == len(state["losses"]) and len(state["skipped_steps"]) <= SMALL.skip_window
+        again = Guard(SMALL)
+        again.load_state_dict(json.loads(json.dumps(state, allow_nan=False)))
+        assert again.state_dict() == state and again.skip_update(loss, norm) == guard.skip_update(loss, norm)
         if isinstance(decision, Rollback):
-            guard.roll_back(decision, state)
-        assert len(guard.state["skipped"]) <= SMALL.max_rollbacks
+            guard.rollback(decision, state)
+        assert len(guard.state_dict()["skipped_ranges"]) <= SMALL.max_rollbacks
         assert step - SMALL.skip_window - SMALL.rollback_margin <= guard.needed_before(step) <= step + 1
         guard.take_events()
 
@@ -355,14 +360,14 @@ def test_the_state_is_finite_small_and_restored_exactly(trace: list[tuple[float,
 def test_a_saved_state_is_not_changed_by_the_steps_after_it() -> None:
     guard = Guard(SMALL)
     guard.record(1, 1.0, 1.0, None)
-    state = guard.state
+    state = guard.state_dict()
     saved = json.dumps(state)
     guard.record(2, 1.0, 1.0, None)
     decision = None
     for step in range(3, 8):
         decision = decision or guard.record(step, NAN, 1.0, "the loss is nan")
     assert isinstance(decision, Rollback)
-    guard.roll_back(decision, state)
+    guard.rollback(decision, state)
     guard.record(8, 1.0, 1.0, None)
     assert json.dumps(state) == saved
 
@@ -394,13 +399,20 @@ def test_lines_have_the_ids_and_those_of_an_abandoned_end_are_taken_back(tmp_pat
     guard.record(6, NAN, 2.0, "the loss is nan")
     file.write(guard.take_events(), ["d"])
     SkippedFile(tmp_path, "high", 0).write([{"event": 9, "kind": "stop"}], ["e"])
-    veto = {"stage": "low", "event": 1, "kind": "veto", "step": 5, "reason": "the loss is nan", "loss": None}
-    veto |= {"grad_norm": 2.0, "ids": ["a/b/c"]}
+    skipped = {
+        "stage": "low",
+        "event": 1,
+        "kind": "skipped_update",
+        "step": 5,
+        "reason": "the loss is nan",
+        "loss": None,
+    }
+    skipped |= {"grad_norm": 2.0, "ids": ["a/b/c"]}
     other = {"stage": "high", "event": 9, "kind": "stop"}
     lines = JsonLines(tmp_path / "skipped.jsonl").lines
-    assert lines() == [veto, veto | {"event": 2, "step": 6, "ids": ["d"]}, other]
+    assert lines() == [skipped, skipped | {"event": 2, "step": 6, "ids": ["d"]}, other]
     SkippedFile(tmp_path, "low", saved)
-    assert lines() == [veto, other]
+    assert lines() == [skipped, other]
     assert [path.name for path in tmp_path.iterdir()] == ["skipped.jsonl"]
 
 

@@ -68,7 +68,7 @@ def trained(scale: float, shown: Shown) -> None:
     engine: Any = SimpleNamespace(
         network=lambda *inputs: (shown(*inputs).output, None),
         micro_step=lambda loss: None,
-        step=lambda lr, veto: StepResult(0.0, None),
+        step=lambda lr, skip_update: StepResult(0.0, None),
     )
     objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)
     batch = Batch([PIXELS], [""] * 4, [""] * 4, np.arange(4), {}, [], 0.0)

@@ -25,7 +25,7 @@ from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.checkpoint.format import MANIFEST, folder_name
 from t2i.plan.counts import ungated_fraction
-from t2i.plan.memory import CONTEXT_BYTES, StageMemory, open_samples, total
+from t2i.plan.memory import CONTEXT_BYTES, StageMemory, total, ungated_samples
 from t2i.train import preflight
 from t2i.train.data import open_data
 from t2i.train.preflight import (
@@ -44,7 +44,7 @@ from t2i.train.preflight import (
     made_up_batch,
     remedy,
 )
-from t2i.train.run_dir import stage_places
+from t2i.train.run_dir import list_stage_dirs
 from t2i.train.step import training_times
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch) -> None:
-    with pytest.raises(UserError, match=f"root {tmp_path}: .*absent cannot be written to: No such file"):
+    with pytest.raises(UserError, match=f"root {tmp_path}: .*absent: cannot be written: No such file"):
         check_writable(tmp_path / "absent")
 
     def full(_: int) -> None:
@@ -90,11 +90,11 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch) -> No
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match="cannot be written to: No space left"):
+        with pytest.raises(UserError, match="cannot be written: No space left"):
             check_writable(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda _: bytes(16))
-        with pytest.raises(UserError, match="does not come back"):
+        with pytest.raises(UserError, match="does not read back"):
             check_writable(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -111,23 +111,23 @@ def test_room_is_needed_for_the_checkpoints_that_come(tmp_path, steps: int, pres
         checkpoint={"every": 10, "keep": 2},
         stages=[{"name": "only"}],
     )
-    place = stage_places(config)[0]
+    stage_dir = list_stage_dirs(config)[0]
     for step in present:
-        (place.checkpoints / folder_name(step)).mkdir(parents=True)
-        (place.checkpoints / folder_name(step) / MANIFEST).touch()
-    check_room(config, place, GIB, needed * GIB)
+        (stage_dir.checkpoints / folder_name(step)).mkdir(parents=True)
+        (stage_dir.checkpoints / folder_name(step) / MANIFEST).touch()
+    check_room(config, stage_dir, GIB, needed * GIB)
     if needed:
         with pytest.raises(UserError, match=rf"root {tmp_path}: .* need {needed} GiB \(checkpoint.keep 2"):
-            check_room(config, place, GIB, needed * GIB - 1)
+            check_room(config, stage_dir, GIB, needed * GIB - 1)
 
 
 def test_what_a_killed_save_left_counts_as_room(tmp_path) -> None:
-    place = stage_places(plain(root=tmp_path, stages=[{"name": "only"}]))[0]
-    assert leftover_bytes(place) == 0
+    stage_dir = list_stage_dirs(plain(root=tmp_path, stages=[{"name": "only"}]))[0]
+    assert leftover_bytes(stage_dir) == 0
     for name in (".step_00000030.0123abcd-0.3", ".step_00000020.dropped", "step_00000010"):
-        (place.checkpoints / name).mkdir(parents=True)
-        (place.checkpoints / name / "rank_00000.safetensors").write_bytes(bytes(1000))
-    assert leftover_bytes(place) == 2000  # the first save of the next start removes them
+        (stage_dir.checkpoints / name).mkdir(parents=True)
+        (stage_dir.checkpoints / name / "rank_00000.safetensors").write_bytes(bytes(1000))
+    assert leftover_bytes(stage_dir) == 2000  # the first save of the next start removes them
 
 
 def test_a_file_system_that_does_not_say_how_large_it_is_has_room(tmp_path, monkeypatch) -> None:
@@ -168,7 +168,7 @@ def test_a_mirror_that_may_not_be_written_or_loses_content_is_refused(tmp_path, 
     store = type(preflight.open_store(str(tmp_path)))
     with monkeypatch.context() as patch:
         patch.setattr(store, "read", lambda *_: b"")
-        with pytest.raises(ConfigError, match="does not come back"):
+        with pytest.raises(ConfigError, match="does not read back"):
             check_mirror(config)
 
     def refuse(*_: object) -> None:
@@ -229,7 +229,8 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_noted() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({}, {"engine.zero_stage (1)", "engine.name", "train.micro_batch_size (64)", "engine.activation_checkpointing"}),
+        ({},
+         {"engine.zero_stage (1)", "engine.name", "train.micro_batch_size (64)", "engine.activation_checkpointing"}),
         ({"engine": {"zero_stage": 3, "activation_checkpointing": True}}, {"train.micro_batch_size (64)"}),
         ({"engine": {"name": "fsdp", "dp_replicate": 2}, "train": {"micro_batch_size": 1}},
          {"engine.dp_replicate (2)", "engine.activation_checkpointing"}),
@@ -286,12 +287,16 @@ def test_a_hosts_memory_is_shared_by_its_ranks() -> None:
 
 
 def start(config: RunConfig) -> list[str]:
-    places = stage_places(config)
+    stage_dirs = list_stage_dirs(config)
     config.directory.mkdir(parents=True)
     stages = [stage_config(config, index) for index in range(len(config.stages))]
     opened = {}
     return check_start(
-        [(it, place, open_data(it, place.name, opened)) for it, place in zip(stages, places, strict=True)], ALONE
+        [
+            (it, stage_dir, open_data(it, stage_dir.name, opened))
+            for it, stage_dir in zip(stages, stage_dirs, strict=True)
+        ],
+        ALONE,
     )
 
 
@@ -334,7 +339,7 @@ def test_a_made_up_batch_is_full_and_as_often_over_the_gate_as_ever(size: int, m
     assert set(batch.slots) <= set(range(5 * size, 6 * size))
     t = training_times(config.objective, uniform(key(3, "low", "time"), batch.slots))
     over = (t >= config.objective.perceptual_t_min).reshape(-1, micro).sum(1)
-    assert set(over) == {open_samples(micro, ungated_fraction(config.objective))}
+    assert set(over) == {ungated_samples(micro, ungated_fraction(config.objective))}
     assert torch.equal(before[0], torch.get_rng_state()) and str(before[1]) == str(np.random.get_state())
 
 
@@ -354,10 +359,10 @@ def test_a_gate_that_is_never_or_always_open_has_its_batch_too(gate: float) -> N
 
 
 def test_too_little_memory_in_a_dry_run_says_what_would_help() -> None:
-    def full(batch: Batch, step: int, veto: Any) -> Any:
+    def full(batch: Batch, step: int, skip_update: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
 
-    def faulty(batch: Batch, step: int, veto: Any) -> Any:
+    def faulty(batch: Batch, step: int, skip_update: Any) -> Any:
         raise RuntimeError("a fault of the code")
 
     with pytest.raises(UserError, match=r"does not fit into the device's memory \(CUDA out of memory\): .*micro_batch"):

@@ -20,7 +20,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from data.errors import UserError
-from t2i.train.processes import RunLock
+from t2i.distributed import RunLock
 lock = RunLock(Path(sys.argv[1]), "word")
 print("held", flush=True)
 time.sleep(60)
@@ -53,7 +53,7 @@ def test_a_second_start_waits_for_a_holder_that_is_leaving(tmp_path: Path) -> No
 
 def test_a_root_that_cannot_hold_a_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="root .*file.*cannot be written to"):
+    with pytest.raises(UserError, match="root .*file.*cannot be written"):
         RunLock(tmp_path / "file" / "runs" / "a", "word")
 
 
@@ -93,6 +93,6 @@ def test_a_mistake_that_one_rank_meets_is_raised_on_all() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_share_out_all_of_it_as_neighbours(ranks: int) -> None:
-    shares = [World(rank, ranks, torch.device("cpu")).share(range(7)) for rank in range(ranks)]
-    assert [it for share in shares for it in share] == list(range(7))
+    shares = [World(rank, ranks, torch.device("cpu")).split_for_rank(range(7)) for rank in range(ranks)]
+    assert [item for share in shares for item in share] == list(range(7))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

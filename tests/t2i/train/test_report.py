@@ -180,7 +180,7 @@ def test_one_stage_without_validation_or_samples(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 7
     assert "Validation loss," not in page.text
     assert "validation loss, score, validation loss by t, utilisation." in page.section("curves")
-    assert "this stage has drawn no samples yet." in page.text
+    assert "this stage has generated no samples yet." in page.text
 
 
 def score(step: int, overall: float, **values: object) -> dict:

@@ -73,7 +73,9 @@ def config_of(batch_size: int = 4, **settings: Any) -> RunConfig:
 
 def scoring_of(folder: Path, drawing: Drawing, past: Scores = (), world: World = ALONE) -> Scoring:
     place = StageDir("only", folder, None)
-    return Scoring(Words(), drawing, world, place, lambda what: None, past)
+    scoring = Scoring(Words(), drawing, world, place, lambda what: None)
+    scoring.load_state_dict(past)
+    return scoring
 
 
 # Which prompts
@@ -127,9 +129,9 @@ def test_a_stage_ends_when_its_best_score_has_not_risen(scores: Scores, expected
 def test_it_ends_at_the_step_of_the_score_alone(tmp_path: Path) -> None:
     past = [(0, 0.5), (100, 0.5)]
     ruled = Drawing(config_of(min_delta=0.02, patience=100))
-    assert "step 100: over 100 steps" in (scoring_of(tmp_path, ruled, past).why_go_on(100) or "")
-    assert scoring_of(tmp_path, ruled, past).why_go_on(150) is None  # a rule that came later waits for a score
-    assert scoring_of(tmp_path, Drawing(config_of()), past).why_go_on(100) is None
+    assert "step 100: over 100 steps" in (scoring_of(tmp_path, ruled, past).reason_to_end(100) or "")
+    assert scoring_of(tmp_path, ruled, past).reason_to_end(150) is None  # a rule that came later waits for a score
+    assert scoring_of(tmp_path, Drawing(config_of()), past).reason_to_end(100) is None
 
 
 # How long
@@ -142,9 +144,9 @@ def measure(
     drawing = Drawing(config_of(**settings), seconds)
     monkeypatch.setattr(scoring, "time", SimpleNamespace(monotonic=lambda: drawing.now))
     it = scoring_of(folder, drawing)
-    before = it.state
+    before = it.state_dict()
     score = it.measure(300, 100.0, stay)
-    assert before == [] != it.state  # a checkpoint is written while the stage goes on
+    assert before == [] != it.state_dict()  # a checkpoint is written while the stage goes on
     return it, drawing, score
 
 

@@ -246,9 +246,9 @@ def test_the_loss_is_read_after_the_norm_and_nothing_else_is(monkeypatch: pytest
         def backward(self, loss: Tensor) -> None:
             pass
 
-        def step(self, lr: Any, veto: Any) -> StepResult:
+        def step(self, lr: Any, skip_update: Any) -> StepResult:
             order.append("norm")
-            return StepResult(1.0, veto(1.0))
+            return StepResult(1.0, skip_update(1.0))
 
     labels, reads = ClassLabels(CLASSES, CPU), HostReads()
     net = Eyes()

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import watch_ranks
 from data.errors import UserError
 from t2i.config.train import TimeoutsConfig
 from t2i.distributed import World
-from t2i.train.watchdog import Failure, Failures, is_lost_contact, straggler
+from t2i.train.watchdog import Failure, Failures, is_lost_contact, slowest
 
 RANKS = Path(__file__).with_name("watch_ranks.py")
 KILLED = -9
@@ -162,8 +163,10 @@ def test_lost_contact_is_told_from_faults_of_this_rank(error: Exception, lost: b
 
 
 def test_the_straggler_is_the_rank_that_takes_longest() -> None:
-    assert straggler([1.0, 2.0, 4.0, 9.0]) == {"rank_s_max": 9.0, "rank_s_median": 3.0, "slowest_rank": 3}
-    assert straggler([2.0, 2.0])["slowest_rank"] == 0
+    world: Any = SimpleNamespace(gather=lambda mine: [1.0, 2.0, 4.0, 9.0])
+    assert slowest(world, 1.0) == {"rank_s_max": 9.0, "rank_s_median": 3.0, "slowest_rank": 3}
+    world.gather = lambda mine: [2.0, 2.0]
+    assert slowest(world, 2.0)["slowest_rank"] == 0
 
 
 @pytest.mark.parametrize("wrong", [{"start_minutes": 0}, {"step_minutes": -1}, {"wall_clock_minutes": -1}])

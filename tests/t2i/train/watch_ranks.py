@@ -26,7 +26,7 @@ from t2i.config.train import TimeoutsConfig
 from t2i.distributed import World
 from t2i.train import watchdog as failures_module
 from t2i.train import watchdog as watch_module
-from t2i.train.watchdog import Failures, Watch, set_collective_timeouts, slowest
+from t2i.train.watchdog import Failures, Watchdog, set_collective_timeouts, slowest
 
 STEP_S = 3.0
 FOR_EVER_S = 3600.0
@@ -44,99 +44,99 @@ def asleep() -> None:
     time.sleep(FOR_EVER_S)
 
 
-def healthy(world: World, watch: Watch) -> None:
+def healthy(world: World, watchdog: Watchdog) -> None:
     """Each step is shorter than what is allowed, all of them together are not, and the first is longer."""
     time.sleep(1.5 * STEP_S)
-    watch.step_done()
+    watchdog.step_done()
     for step in range(2, 6):
-        watch.alive(f"step {step}")
+        watchdog.heartbeat(f"step {step}")
         time.sleep(STEP_S / 3)
         total(world)
     found = slowest(world, (1.0, 5.0, 2.0)[world.rank])
     assert found == {"rank_s_max": 5.0, "rank_s_median": 2.0, "slowest_rank": 1}, found
 
 
-def suspended(world: World, watch: Watch) -> None:
+def suspended(world: World, watchdog: Watchdog) -> None:
     """Stopped for longer than is allowed; the script below lets it go on."""
-    watch.step_done()
+    watchdog.step_done()
     time.sleep(0.5)  # the watch has seen the last sign
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(0.5)
 
 
-def sleeps(world: World, watch: Watch) -> None:
+def sleeps(world: World, watchdog: Watchdog) -> None:
     """Rank 1 hangs in Python, the others in a collective."""
-    watch.step_done()
-    watch.alive("step 2")
+    watchdog.step_done()
+    watchdog.heartbeat("step 2")
     asleep() if world.rank == 1 else total(world)
 
 
-def sleeps_at_start(world: World, watch: Watch) -> None:
+def sleeps_at_start(world: World, watchdog: Watchdog) -> None:
     """Rank 0 hangs before any step is done."""
-    watch.start("building")
+    watchdog.start("building")
     asleep() if world.rank == 0 else total(world)
 
 
-def disagree(world: World, watch: Watch) -> None:
+def disagree(world: World, watchdog: Watchdog) -> None:
     """Each rank waits in another collective."""
-    watch.step_done()
+    watchdog.step_done()
     dist.barrier(world.hosts) if world.rank == 1 else total(world)
 
 
-def stopped(world: World, watch: Watch) -> None:
+def stopped(world: World, watchdog: Watchdog) -> None:
     """Rank 1 is stopped."""
-    watch.step_done()
+    watchdog.step_done()
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     total(world)
 
 
-def stopped_first(world: World, watch: Watch) -> None:
+def stopped_first(world: World, watchdog: Watchdog) -> None:
     """Rank 0 is stopped, and the store with it."""
-    watch.step_done()
+    watchdog.step_done()
     if world.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
     total(world)
 
 
-def holds_lock(world: World, watch: Watch) -> None:
+def holds_lock(world: World, watchdog: Watchdog) -> None:
     """Rank 1 never gives the interpreter's lock back."""
-    watch.step_done()
+    watchdog.step_done()
     time.sleep(1)  # for the watch's first round
     ctypes.PyDLL(None).sleep(int(FOR_EVER_S)) if world.rank == 1 else total(world)
 
 
-def raises(world: World, watch: Watch) -> None:
+def raises(world: World, watchdog: Watchdog) -> None:
     """Rank 1 fails while rank 0 is in a collective and rank 2 hangs."""
-    watch.step_done()
+    watchdog.step_done()
     if world.rank == 1:
         raise KeyError("odd")
     asleep() if world.rank == 2 else total(world)
 
 
-def raises_first(world: World, watch: Watch) -> None:
+def raises_first(world: World, watchdog: Watchdog) -> None:
     """Rank 0 fails, and the store goes with it, while rank 1 hangs."""
-    watch.step_done()
+    watchdog.step_done()
     if world.rank == 0:
         raise UserError("lr must be positive")
     asleep()
 
 
-def killed(world: World, watch: Watch) -> None:
+def killed(world: World, watchdog: Watchdog) -> None:
     """Rank 1 dies without a word."""
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     total(world)
 
 
-def killed_first(world: World, watch: Watch) -> None:
+def killed_first(world: World, watchdog: Watchdog) -> None:
     """Rank 0 dies without a word, and the store with it, while rank 2 hangs."""
     if world.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     asleep() if world.rank == 2 else total(world)
 
 
-def times_out(world: World, watch: Watch) -> None:
+def times_out(world: World, watchdog: Watchdog) -> None:
     """The watch allows more than a collective of either group takes."""
     set_collective_timeouts(timedelta(seconds=1))
     if world.rank == 0:
@@ -148,7 +148,7 @@ def times_out(world: World, watch: Watch) -> None:
         time.sleep(4)
 
 
-CASES: dict[Callable[[World, Watch], None], int] = {
+CASES: dict[Callable[[World, Watchdog], None], int] = {
     healthy: 3,
     suspended: 1,
     sleeps: 3,
@@ -167,7 +167,7 @@ CANNOT_LEAVE = {"stopped": 1, "stopped_first": 0, "holds_lock": 1}
 """Ranks that are killed when the others have left; rank 1 of the last once its stacks are there."""
 
 
-def play(case: Callable[[World, Watch], None], folder: Path, rank: int, size: int, listener: socket.socket) -> None:
+def play(case: Callable[[World, Watchdog], None], folder: Path, rank: int, size: int, listener: socket.socket) -> None:
     """What a rank's process does; rank 0 holds the store."""
     errors = os.open(folder / f"rank_{rank}.err", os.O_WRONLY | os.O_CREAT)
     os.dup2(errors, 2)
@@ -192,12 +192,12 @@ def play(case: Callable[[World, Watch], None], folder: Path, rank: int, size: in
     limits = TimeoutsConfig(start_minutes=2 * STEP_S / 60, step_minutes=STEP_S / 60)
     code = 0
     with Failures(world) as failures:
-        watch = Watch(failures, limits, folder / "stacks", "attempt")
+        watchdog = Watchdog(failures, limits, folder / "stacks", "attempt")
         try:
             world.barrier()  # all are connected
-            case(world, watch)
+            case(world, watchdog)
             world.barrier()
-            watch.close()
+            watchdog.close()
             time.sleep(1.5 * STEP_S)
             world.barrier()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""For test_intake: two ranks whose loaders do not fare alike. Usage: intake_ranks.py FOLDER CASE"""
+"""For test_data: two ranks whose loaders do not fare alike. Usage: data_iterator_ranks.py FOLDER CASE"""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from data.shards.index import open_index
 from data.store import open_store
 from t2i.config.run import RunConfig
 from t2i.distributed import World
-from t2i.train import data as intake_module
-from t2i.train.data import Intake
+from t2i.train import data as data_module
+from t2i.train.data import DataIterator
 
 
 def main(folder: Path, case: str) -> None:
     """Read until something happens; rank 0 prints what each rank met, and where its state is."""
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    intake_module._ROUND_S = 0.05
+    data_module._ROUND_S = 0.05
     index = open_index(open_store(str(folder / "shards")), "source", notice=lambda _: None)
     loader = Loader(
         [Source(index)], ImageSettings(8), batch_size=4, lanes=2, seed=0, stage="s", rank=world.rank,
@@ -43,18 +43,18 @@ def main(folder: Path, case: str) -> None:
     config = RunConfig.model_validate({"root": folder, "name": "run"})
     if world.is_rank0:
         config.directory.mkdir()
-    it = Intake(loader, world, config, "s", 0, [])
+    iterator = DataIterator(loader, world, config, "s", 0, [])
     met, steps = "", 0
     try:
         while steps < 20:
-            it.next(steps + 1)
+            iterator.next(steps + 1)
             steps += 1
     except Exception as error:
         met = f"{type(error).__name__}: {error}"
-    found = world.gather({"met": met, "steps": steps, "batch": it.state["batch"]})
+    found = world.gather({"met": met, "steps": steps, "batch": iterator.state_dict()["batch"]})
     if world.is_rank0:
         print(json.dumps(found))
-    it.close()
+    iterator.close()
     dist.destroy_process_group()
 
 
