@@ -31,8 +31,8 @@ from t2i.config.base import PathText
 from t2i.config.run import RunConfig
 from t2i.model_folder import WhichWeights
 from t2i.pipeline import Pipeline
-from t2i.serving.limits import KeptFiles
-from t2i.serving.worker import Studio
+from t2i.serving.limits import FileCache
+from t2i.serving.worker import Worker
 from t2i.size_limits import USABLE, find_limits, free_bytes
 
 MOST_UPLOADS, MOST_UPLOAD_BYTES = 1000, 2**30
@@ -85,9 +85,9 @@ def serve(
         from t2i.serving.page import serve as serve_page
 
         place = Path(folder).resolve()
-        uploads = KeptFiles(place / "uploads", MOST_UPLOADS, MOST_UPLOAD_BYTES)
+        uploads = FileCache(place / "uploads", MOST_UPLOADS, MOST_UPLOAD_BYTES)
         made = {"model": pipeline.config.name, "which": which, **fingerprint(pipeline, Path(model), which)}
-        with closing(Studio(pipeline, made, limits, place / "pictures")) as studio:
+        with closing(Worker(pipeline, made, limits, place / "pictures")) as studio:
             page = build_page(studio, uploads, pipeline.config.name, _facts(pipeline.config, which))
             if not _is_loopback(host):
                 print(OPEN_TO_ALL.format(host=host, port=port), file=sys.stderr)

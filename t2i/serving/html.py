@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from t2i.serving.limits import KeptFiles
+from t2i.serving.limits import FileCache
 from t2i.serving.requests import EditForm, EditRequest, Form, Request
 from t2i.serving.worker import Drawn, Frame, Pixels
 
@@ -158,7 +158,7 @@ def _caption(drawn: Drawn) -> str:
     return words if len(words) <= 40 else words[:39] + "…"
 
 
-def history_tab(history: Any, tabs: Any, draws: AskTab, edits: AskTab | None, uploads: KeptFiles, small: bool) -> Any:
+def history_tab(history: Any, tabs: Any, draws: AskTab, edits: AskTab | None, uploads: FileCache, small: bool) -> Any:
     """The history's pictures, which it returns; two of them are shown beside each other.
 
     Args:
@@ -212,7 +212,7 @@ def _choose(history: History, pair: Pair, picked: gr.SelectData) -> list[Any]:
     return found
 
 
-def _fill(drawn: Drawn, edits: bool, uploads: KeptFiles) -> list[Any]:
+def _fill(drawn: Drawn, edits: bool, uploads: FileCache) -> list[Any]:
     """Fill in the fields that asked for a picture, and show their tab."""
     is_edit = isinstance(drawn.request, EditRequest)
     values = [getattr(drawn.request.form, field.name) for field in fields(drawn.request.form)]

@@ -42,7 +42,7 @@ TYPES = {f".{ext}": f"image/{name.lower()}" for name, it in FORMATS.items() for 
 """Of the images that are decoded, by their files' suffixes."""
 
 
-class KeptFiles:
+class FileCache:
     """The latest files of one kind.
 
     Args:
@@ -142,7 +142,7 @@ class Gate:
         pictures: what they are shown.
     """
 
-    def __init__(self, app: ASGIApp, folder: Path, uploads: KeptFiles, pictures: KeptFiles) -> None:
+    def __init__(self, app: ASGIApp, folder: Path, uploads: FileCache, pictures: FileCache) -> None:
         self._app, self._uploads, self._shown = app, uploads, (uploads, pictures)
         # As JSON has it, with and without escapes, and as addresses do.
         spelled = {str(folder), json.dumps(str(folder))[1:-1], quote(str(folder))}

@@ -23,14 +23,14 @@ from t2i.config.train import SamplingConfig
 from t2i.pipeline import edit_settings
 from t2i.serving import html
 from t2i.serving.html import AskTab, History, history_tab, thumbnails
-from t2i.serving.limits import MOST_UPLOAD, Gate, KeptFiles
+from t2i.serving.limits import MOST_UPLOAD, Gate, FileCache
 from t2i.serving.requests import EditForm, Form, Request, first_request, sizes_like
-from t2i.serving.worker import KEPT, Frame, Studio
+from t2i.serving.worker import KEPT, Frame, Worker
 
 SOLVERS = get_args(SamplingConfig.model_fields["solver"].annotation)
 
 
-def build_page(studio: Studio, uploads: KeptFiles, name: str, facts: str) -> gr.Blocks:
+def build_page(studio: Worker, uploads: FileCache, name: str, facts: str) -> gr.Blocks:
     """The page of a model.
 
     Args:
@@ -60,7 +60,7 @@ def build_page(studio: Studio, uploads: KeptFiles, name: str, facts: str) -> gr.
     return page
 
 
-def _draw_tab(studio: Studio, small: bool) -> AskTab:
+def _draw_tab(studio: Worker, small: bool) -> AskTab:
     config, limits = studio.pipeline.config, studio.limits
     classes, first = config.model.condition == "class", first_request(config).form
     sizes = [f"{width} × {height}" for height, width in sizes_like(config.data.size, limits)]
@@ -102,7 +102,7 @@ def _draw_tab(studio: Studio, small: bool) -> AskTab:
     return AskTab(parts, button, stop, progress, gallery)
 
 
-def _edit_tab(studio: Studio, uploads: KeptFiles, small: bool) -> AskTab:
+def _edit_tab(studio: Worker, uploads: FileCache, small: bool) -> AskTab:
     config = studio.pipeline.config
     height, width = config.data.size
     first = edit_settings(config, {}, "page")
@@ -223,7 +223,7 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def serve(page: gr.Blocks, uploads: KeptFiles, pictures: KeptFiles, host: str, port: int, queue: int) -> None:
+def serve(page: gr.Blocks, uploads: FileCache, pictures: FileCache, host: str, port: int, queue: int) -> None:
     """Serve a page until interrupted.
 
     Args:

@@ -28,7 +28,7 @@ from torch import Tensor
 from data.errors import UserError
 from t2i.diffusion.flow import to_pixels
 from t2i.pipeline import Picture, Pipeline, Preview, edit_image
-from t2i.serving.limits import KeptFiles
+from t2i.serving.limits import FileCache
 from t2i.serving.requests import EditForm, EditRequest, Form, Request, check_edit, check_form
 from t2i.size_limits import Limits
 
@@ -72,7 +72,7 @@ class Frame:
     """The fields whose words are longer than what the model reads of them."""
 
 
-class Studio:
+class Worker:
     """A model with all that its page needs.
 
     Args:
@@ -85,7 +85,7 @@ class Studio:
     def __init__(self, pipeline: Pipeline, fingerprint: dict[str, Any], limits: Limits, folder: Path) -> None:
         self.pipeline, self.limits, self.folder = pipeline, limits, folder
         self._made_of = fingerprint
-        self.pictures = KeptFiles(folder, KEPT, MOST_KEPT_BYTES)
+        self.pictures = FileCache(folder, KEPT, MOST_KEPT_BYTES)
         self._device = ThreadPoolExecutor(1, "studio")
         self._closing = Event()
 

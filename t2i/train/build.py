@@ -33,7 +33,7 @@ from t2i.engine.deepspeed import DeepSpeedEngine
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, prepare_blocks
 from t2i.engine.fsdp import FsdpEngine
-from t2i.engine.optimizer import StateFolder, ZerosLike, build_optimizer
+from t2i.engine.optimizer import OffloadDir, ZerosLike, build_optimizer
 from t2i.models.layers import Prediction, Projector, muon_takes
 from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 
@@ -166,7 +166,7 @@ def _load_dino(config: ObjectiveConfig, device: torch.device, dtype: torch.dtype
 
 
 def _zeros_like(config: EngineConfig) -> ZerosLike:
-    return torch.zeros_like if config.offload_dir is None else StateFolder(config.offload_dir).zeros_like
+    return torch.zeros_like if config.offload_dir is None else OffloadDir(config.offload_dir).zeros_like
 
 
 def _checkpointed(config: RunConfig, network: TrainingNetwork) -> list[nn.Module]:

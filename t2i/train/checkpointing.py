@@ -41,7 +41,7 @@ from t2i.engine.checkpoint import (
 )
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, Shards, gather_full
-from t2i.engine.optimizer import StateFolder
+from t2i.engine.optimizer import OffloadDir
 from t2i.model_folder import DENOISER, NULL_CAPTION, PROJECTOR, UNREAD, check_finite, read_model, write_model
 from t2i.models.text import Conditioner, check_same_text
 from t2i.train.guard import Guard, Rollback, Stop
@@ -138,8 +138,8 @@ def restore(
 def _load_checkpoint(path: Path, engine: Engine, ema: Ema) -> dict[str, Any]:
     """Take up the stage's own state; the trainer's part of it."""
     checkpoint, shards = Checkpoint(path), engine.shards
-    checkpoint.read(shards, {"param": params_of(shards), "ema": ema.values, **moments_of(shards)})
-    engine.refresh()
+    checkpoint.read(shards, {"param": params_of(shards), "ema": ema.params, **moments_of(shards)})
+    engine.sync_params_from_master()
     engine.optimizer_steps = checkpoint.state["optimizer_steps"]
     return checkpoint.state
 
@@ -152,10 +152,10 @@ def _hand_over(path: Path, init: InitConfig, engine: Engine, ema: Ema) -> None:
     """
     checkpoint, shards = Checkpoint(path), engine.shards
     checkpoint.read(shards, {"param" if init.weights == "raw" else "ema": params_of(shards)}, PROJECTOR)
-    engine.refresh()
+    engine.sync_params_from_master()
     ema.reset()
     if init.ema == "continue":
-        checkpoint.read(shards, {"ema": ema.values}, PROJECTOR)
+        checkpoint.read(shards, {"ema": ema.params}, PROJECTOR)
     if init.optimizer == "continue":
         checkpoint.read(shards, moments_of(shards), PROJECTOR)
         engine.optimizer_steps = checkpoint.state["optimizer_steps"]
@@ -164,10 +164,10 @@ def _hand_over(path: Path, init: InitConfig, engine: Engine, ema: Ema) -> None:
 def _load_model(folder: Path, init: InitConfig, engine: Engine, ema: Ema) -> None:
     """Start from a model folder."""
     _fill(engine.shards, params_of(engine.shards), read_model(folder, init.weights).tensors, folder)
-    engine.refresh()
+    engine.sync_params_from_master()
     ema.reset()
     if init.ema == "continue":
-        _fill(engine.shards, ema.values, read_model(folder, "ema").tensors, folder)
+        _fill(engine.shards, ema.params, read_model(folder, "ema").tensors, folder)
 
 
 def _fill(shards: Shards, targets: dict[str, Tensor], whole: dict[str, Tensor], folder: Path) -> None:
@@ -301,14 +301,14 @@ class Saver:
             place.checkpoints,
             rank=world.rank,
             world_size=world.size,
-            attempt=attempt,
+            attempt_id=attempt,
             keep=self._saving.keep,
             keep_every=self._saving.keep_every,
             mirror=mirror,
             gather=world.gather,
-            offload_dir=StateFolder(folder) if (folder := config.engine.offload_dir) else None,
+            offload_dir=OffloadDir(folder) if (folder := config.engine.offload_dir) else None,
         )
-        self._writer.reserve(shards, average)
+        self._writer.allocate(shards, average)
 
     def when_due(self, step: int, state: State, observer: Observer, *, last: bool) -> None:
         """Begin a regular checkpoint, or an ephemeral one between them; the `last` of a stage is never skipped."""
@@ -344,7 +344,7 @@ class Saver:
             ephemeral=ephemeral,
             needed_before=self._guard.needed_before(step),
         )
-        if saving.begun:
+        if saving.started:
             self._begun_step = step
         costs = {"stall_s": saving.stall_s, "skipped_checkpoints": self._writer.skipped}
         observer.write("checkpoint", step, costs)

@@ -245,7 +245,7 @@ class TrainingStep:
         means = pending.read()
         if self._balance is not None:
             means["perceptual_weight"] = self._balance.weight
-            self._balance.finish(applied=result.vetoed is None)
+            self._balance.finish(applied=result.skip_reason is None)
         return Trained(means, result, own.seconds())
 
     def rates(self, step: int) -> dict[str, float]:

@@ -125,7 +125,7 @@ class StageTrainer:
             attempt,
             back.mirror if back else build_mirror(config, place, world),
             self.engine.shards,
-            self.ema.values,
+            self.ema.params,
             self.guard,
             # What was loaded need not be saved, but for a guard that knows more by now.
             loaded_step=self.step if back is None else -1,
@@ -208,11 +208,11 @@ class StageTrainer:
             self.step += 1
             self.watch.step_done()
             loss, result = trained.means["loss"], trained.result
-            if result.vetoed is None:
+            if result.skip_reason is None:
                 self.ema.update()
             else:
                 self.skipped_updates += 1
-            decision = self.guard.record(self.step, loss, result.grad_norm, result.vetoed)
+            decision = self.guard.record(self.step, loss, result.grad_norm, result.skip_reason)
             if self.step % self.config.logging.every == 0 or self.step == self.steps:
                 numbers = self._numbers(trained, batch.wait_s, time.perf_counter() - began)
                 numbers |= self._train.rates(self.step - 1) | slowest(self.world, batch.wait_s + trained.own_s)
@@ -315,7 +315,7 @@ class StageTrainer:
         began, validation = time.monotonic(), self.config.validation
         if not (self._scores_now() or self._due(validation.every)):
             return
-        load_average(self.engine.shards, self.ema.values, self.evaluator.pipeline.denoiser)
+        load_average(self.engine.shards, self.ema.params, self.evaluator.pipeline.denoiser)
         faults: list[str] = []  # pictures that are not finite end no training
         self.evaluator.pipeline.on_fault = faults.append
         if self._scores_now():
@@ -349,7 +349,7 @@ class StageTrainer:
 
     def _gather_model(self) -> Callable[[Path], None]:
         """What writes the model's folder, raw and averaged weights, on rank 0."""
-        return gather_model(self.config, self.engine.shards, self.ema.values, self.null_caption, self.world)
+        return gather_model(self.config, self.engine.shards, self.ema.params, self.null_caption, self.world)
 
     def close(self) -> None:
         """Let a checkpoint under way be finished; release threads and memory."""

@@ -23,14 +23,14 @@ from t2i.engine.checkpoint.format import (
     step_of,
 )
 from t2i.engine.checkpoint.mirror import Mirror, latest_checkpoint, open_mirror
-from t2i.engine.checkpoint.writer import CheckpointWriter, Saving
+from t2i.engine.checkpoint.writer import CheckpointWriter, SaveResult
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
     "Mirror",
-    "Saving",
+    "SaveResult",
     "checkpoints",
     "latest_checkpoint",
     "moments_of",

@@ -266,7 +266,7 @@ def newest(folder: Path, before: int | None = None) -> tuple[Path | None, list[s
 
 def params_of(shards: Shards) -> dict[str, Tensor]:
     """The master weights by name, as `Checkpoint.read` fills them."""
-    return {name: shard.value for name, shard in shards.items()}
+    return {name: shard.param for name, shard in shards.items()}
 
 
 def moments_of(shards: Shards) -> dict[str, dict[str, Tensor]]:

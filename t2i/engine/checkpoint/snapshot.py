@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from t2i.engine.engine import Shards
-from t2i.engine.optimizer import StateFolder
+from t2i.engine.optimizer import OffloadDir
 
 _PIECE_BYTES = 8 << 20
 
@@ -26,8 +26,8 @@ def _sources(shards: Shards, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Everything a rank saves: `value/NAME`, `ema/NAME` and one `MOMENT/NAME` for each moment. Views, none empty."""
     slices: dict[str, Tensor] = {}
     for name, shard in shards.items():
-        if shard.primary and shard.value.numel():
-            slices[f"value/{name}"] = shard.value
+        if shard.primary and shard.param.numel():
+            slices[f"value/{name}"] = shard.param
             slices[f"ema/{name}"] = ema[name]
             slices.update({f"{moment}/{name}": tensor for moment, tensor in shard.state.items()})
     return slices
@@ -40,7 +40,7 @@ class Snapshot:
         folder: maps the buffer to a file there.
     """
 
-    def __init__(self, folder: StateFolder | None = None) -> None:
+    def __init__(self, folder: OffloadDir | None = None) -> None:
         self._folder = folder
         self._buffer = torch.empty(0)
         self._used = 0
@@ -61,7 +61,7 @@ class Snapshot:
     def take(self, shards: Shards, ema: Mapping[str, Tensor]) -> None:
         """Copy the state; when this returns, training may change it."""
         self.reserve(shards, ema)
-        self.places = {n: [s.start, s.stop] for n, s in shards.items() if s.primary and s.value.numel()}
+        self.places = {n: [s.start, s.stop] for n, s in shards.items() if s.primary and s.param.numel()}
         self.shapes = {name: list(shard.shape) for name, shard in shards.items()}
         entries, at, devices = {}, 0, set()
         for key, tensor in _sources(shards, ema).items():

@@ -42,7 +42,7 @@ from t2i.engine.checkpoint.format import (
 from t2i.engine.checkpoint.mirror import Mirror
 from t2i.engine.checkpoint.snapshot import Snapshot
 from t2i.engine.engine import Shards
-from t2i.engine.optimizer import StateFolder
+from t2i.engine.optimizer import OffloadDir
 
 COMMIT_TIMEOUT_S = 300.0
 GIVE_UP_S = 10.0
@@ -51,7 +51,7 @@ CLOSE_TIMEOUT_S = 30.0
 POLL_S = 0.02
 
 
-class Saving(NamedTuple):
+class SaveResult(NamedTuple):
     """What became of a `save`, alike on all ranks, and the seconds for which it kept this rank from training."""
 
     begun: bool
@@ -121,7 +121,7 @@ class CheckpointWriter:
         keep_every: int = 0,
         mirror: Mirror | None = None,
         gather: Callable[[Any], list[Any]] = gather_all,
-        offload_dir: StateFolder | None = None,
+        offload_dir: OffloadDir | None = None,
     ) -> None:
         self.folder = folder
         self.rank = rank
@@ -156,7 +156,7 @@ class CheckpointWriter:
         may_skip: bool = False,
         ephemeral: bool = False,
         needed_before: int | None = None,
-    ) -> Saving:
+    ) -> SaveResult:
         """Begin a checkpoint. A collective: all ranks call it with the same arguments (`state`: rank 0's counts).
 
         Args:
@@ -172,7 +172,7 @@ class CheckpointWriter:
             self.skipped += 1
             if self.rank == 0:
                 self._events.append(f"checkpoint of step {step} skipped: the one before is still being written")
-            return Saving(False, time.perf_counter() - began)
+            return SaveResult(False, time.perf_counter() - began)
         self._join()
         self._begun += 1
         self._failed = False
@@ -183,7 +183,7 @@ class CheckpointWriter:
         job = _Job(step, aside, self.folder / folder_name(step), state, ephemeral, needed_before)
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
-        return Saving(True, time.perf_counter() - began)
+        return SaveResult(True, time.perf_counter() - began)
 
     def wait(self) -> int | None:
         """Wait until the checkpoint under way is there or has failed. A collective.

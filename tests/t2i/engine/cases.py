@@ -24,7 +24,8 @@ from t2i.engine import deepspeed
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, gather_full, prepare_blocks
 from t2i.engine.fsdp import FsdpEngine
-from t2i.engine.optimizer import StateFolder, ZerosLike, build_optimizer, orthogonalise
+from t2i.engine.muon import orthogonalise
+from t2i.engine.optimizer import OffloadDir, ZerosLike, build_optimizer
 from t2i.models.layers import Projector, patchify
 from t2i.models.pixelgen import PixelGen
 from t2i.train.build import TrainingNetwork
@@ -194,7 +195,7 @@ class Case:
     checkpointed: bool = False
     compiled: bool = False
     reshard: bool = True
-    replicas: int = 1
+    dp_replicate: int = 1
     persistent: int = 100_000
     offload: bool = False
     mapped: bool = False
@@ -202,7 +203,7 @@ class Case:
     def __str__(self) -> str:
         flags = [name for name in ("muon", "checkpointed", "compiled", "offload", "mapped") if getattr(self, name)]
         flags += [] if self.reshard else ["no reshard"]
-        flags += [] if self.replicas == 1 else [f"{self.replicas} replicas"]
+        flags += [] if self.dp_replicate == 1 else [f"{self.dp_replicate} replicas"]
         flags += [] if self.clip else ["no clipping"]
         flags += [] if self.persistent else ["nothing persistent"]
         return f"{self.engine} {str(self.dtype).removeprefix('torch.')} x{self.accumulation} {' '.join(flags)}".strip()
@@ -210,7 +211,7 @@ class Case:
 
 def zeros_like(case: Case) -> ZerosLike:
     """Where the case's moments and average lie: files leave nothing behind in the folder."""
-    return StateFolder(Path(tempfile.gettempdir())).zeros_like if case.mapped else torch.zeros_like
+    return OffloadDir(Path(tempfile.gettempdir())).zeros_like if case.mapped else torch.zeros_like
 
 
 def average(engine: Engine, case: Case) -> Ema:
@@ -233,7 +234,9 @@ def build(case: Case) -> Engine:
     device = torch.device("cpu")
     common = {"device": device, "dtype": case.dtype, "accumulation": case.accumulation, "clip_grad_norm": case.clip}
     if case.engine == "fsdp":
-        return FsdpEngine(module, optimizer, reshard_after_forward=case.reshard, dp_replicate=case.replicas, **common)
+        return FsdpEngine(
+            module, optimizer, reshard_after_forward=case.reshard, dp_replicate=case.dp_replicate, **common
+        )
     deepspeed.PERSISTENT_NUMEL = case.persistent
     micro = BATCH // dist.get_world_size() // case.accumulation
     return deepspeed.DeepSpeedEngine(
@@ -264,7 +267,7 @@ def train_step(engine: Engine, case: Case, step: int) -> tuple[float, float, str
         lambda norm: "vetoed by the test" if step == VETO_STEP else None,
     )
     dist.all_reduce(total)
-    reason = result.vetoed
+    reason = result.skip_reason
     if not math.isfinite(result.grad_norm):
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, list(result.not_finite))

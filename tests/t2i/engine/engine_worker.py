@@ -97,7 +97,7 @@ def compare(case: Case) -> dict:
         "losses": relative(losses, expected.losses),
         "norms": relative(norms, expected.norms),
         "values": distance(values, expected.values),
-        "ema": distance(whole(engine, ema.values), expected.average),
+        "ema": distance(whole(engine, ema.params), expected.average),
         "vetoes": vetoes,
         "optimizer_steps": engine.optimizer_steps,
         "weights_are_masters": abs(found_loss / loss - 1),
@@ -132,10 +132,10 @@ def mapped_differences(case: Case) -> dict:
         engine = build(kind)
         ema = average(engine, kind)
         losses, norms, _ = train(engine, ema, kind, range(STEPS))
-        traces.append(Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {}))
+        traces.append(Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.params), {}))
         moments = [moment for shard in engine.shards.values() for moment in shard.state.values()]
         # Of slices of nothing there is no file.
-        shared.append({it.is_shared() for it in (*moments, *ema.values.values()) if it.untyped_storage().nbytes()})
+        shared.append({it.is_shared() for it in (*moments, *ema.params.values()) if it.untyped_storage().nbytes()})
         engine.close()
     return {"case": str(case), **differences(*traces), "shared": [list(found) for found in shared]}
 
@@ -144,9 +144,9 @@ def restore(case: Case, folder: Path) -> tuple[Engine, Ema]:
     engine = build(case)
     ema = average(engine, case)
     checkpoint = Checkpoint(checkpoints(folder)[-1])
-    kinds = {"param": params_of(engine.shards), "ema": ema.values, **moments_of(engine.shards)}
+    kinds = {"param": params_of(engine.shards), "ema": ema.params, **moments_of(engine.shards)}
     checkpoint.read(engine.shards, kinds)
-    engine.refresh()
+    engine.sync_params_from_master()
     engine.optimizer_steps = checkpoint.state["optimizer_steps"]
     return engine, ema
 
@@ -155,7 +155,7 @@ def go_on(case: Case, folder: Path) -> Trace:
     """The second half of the steps, from a checkpoint."""
     engine, ema = restore(case, folder)
     losses, norms, _ = train(engine, ema, case, range(HALF, STEPS))
-    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {})
+    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.params), {})
     engine.close()
     return trace
 
@@ -165,12 +165,12 @@ def save_and_go_on(case: Case, folder: Path, world) -> Trace:
     engine = build(case)
     ema = average(engine, case)
     train(engine, ema, case, range(HALF))
-    writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt="a", keep=1)
-    writer.save(HALF, engine.shards, ema.values, {"optimizer_steps": engine.optimizer_steps})
+    writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt_id="a", keep=1)
+    writer.save(HALF, engine.shards, ema.params, {"optimizer_steps": engine.optimizer_steps})
     losses, norms, _ = train(engine, ema, case, range(HALF, STEPS))
     writer.wait()
     world.barrier()
-    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {})
+    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.params), {})
     engine.close()
     return trace
 

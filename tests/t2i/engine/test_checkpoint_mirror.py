@@ -50,7 +50,7 @@ def files(*steps: int, ranks: int = 1) -> list[str]:
 
 def train(folder: Path, mirror: Mirror | None, steps: list[int], **options: Any) -> CheckpointWriter:
     """Save at these steps, each one mirrored before the next."""
-    writer = CheckpointWriter(folder, rank=0, world_size=1, attempt="x", mirror=mirror, **{"keep": 2, **options})
+    writer = CheckpointWriter(folder, rank=0, world_size=1, attempt_id="x", mirror=mirror, **{"keep": 2, **options})
     (shards,) = cut(1)
     for step in steps:
         writer.save(step, shards, average(shards), {"step": step}, ephemeral=step % 10 != 0)
@@ -69,9 +69,9 @@ def test_a_machine_that_has_nothing_goes_on_from_the_mirror(store: Store, tmp_pa
     assert newest(tmp_path / "there") == (path, [])
     assert Checkpoint(path).state == {"step": 50}
     (shards,) = cut(1)
-    values = {name: torch.zeros_like(shard.value) for name, shard in shards.items()}
-    Checkpoint(path).read(shards, {"value": values})
-    assert all(torch.equal(values[name], shard.value) for name, shard in shards.items())
+    values = {name: torch.zeros_like(shard.param) for name, shard in shards.items()}
+    Checkpoint(path).read(shards, {"param": values})
+    assert all(torch.equal(values[name], shard.param) for name, shard in shards.items())
     assert os.listdir(tmp_path / "there") == ["step_00000050"]
     assert latest_checkpoint(tmp_path / "there", store) == (path, [])  # not fetched again
 
@@ -189,7 +189,7 @@ def test_what_is_being_copied_is_not_deleted_and_what_waits_gives_way(
         upload(self, name, path)
 
     monkeypatch.setattr(LocalStore, "upload", slow)
-    writer = CheckpointWriter(tmp_path / "here", rank=0, world_size=1, attempt="x", keep=1, mirror=mirror)
+    writer = CheckpointWriter(tmp_path / "here", rank=0, world_size=1, attempt_id="x", keep=1, mirror=mirror)
     (shards,) = cut(1)
     for step in (10, 20, 30):
         writer.save(step, shards, average(shards), {})

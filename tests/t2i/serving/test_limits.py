@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Message
 
 from t2i.serving import limits
-from t2i.serving.limits import KeptFiles
+from t2i.serving.limits import FileCache
 
 META = {"meta": {"_type": "gradio.FileData"}}
 API = "/gradio_api"
@@ -304,7 +304,7 @@ def test_one_who_leaves_in_the_middle_of_an_upload_takes_no_place(visitor: Visit
 def test_an_upload_that_stalls_gives_its_place_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MOST_SECONDS", 0.1)
     monkeypatch.setattr(limits, "MOST_ARRIVING", 1000)
-    uploads = KeptFiles(tmp_path / "uploads", 9, 2**20)
+    uploads = FileCache(tmp_path / "uploads", 9, 2**20)
     entrance = limits.Gate(PlainTextResponse("never asked"), tmp_path, uploads, uploads)
     begun = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(700)
 

@@ -20,15 +20,15 @@ from data.errors import UserError
 from t2i.config.loading import validate_config
 from t2i.pipeline import EditSettings, Pipeline, edit_image, edit_settings
 from t2i.serving.requests import EditForm, fit_image
-from t2i.serving.worker import Studio
+from t2i.serving.worker import Worker
 from t2i.size_limits import Limits
 
 
 @pytest.fixture
-def studio(tmp_path: Path) -> Studio:
+def studio(tmp_path: Path) -> Worker:
     pipeline = Pipeline.load(write_random_model(tmp_path / "model"), "ema", torch.device("cpu"))
     (tmp_path / "pictures").mkdir()
-    return Studio(pipeline, {}, Limits(4, 32 * 32, "the memory here"), tmp_path / "pictures")
+    return Worker(pipeline, {}, Limits(4, 32 * 32, "the memory here"), tmp_path / "pictures")
 
 
 def file(image: Image.Image, kind: str = "png") -> bytes:
@@ -53,7 +53,7 @@ def edit_form(**changes: Any) -> EditForm:
     return replace(plain, **changes)
 
 
-def test_an_edit_is_edit_images(studio: Studio) -> None:
+def test_an_edit_is_edit_images(studio: Worker) -> None:
     given = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 16), np.uint8))
     image = Image.fromarray(given.permute(1, 2, 0).numpy())
     request = studio.check_edit(edit_form(image=file(image)))
@@ -86,7 +86,7 @@ def test_an_edit_is_edit_images(studio: Studio) -> None:
         ),
     ],
 )
-def test_edits_that_are_refused(studio: Studio, changes: dict[str, Any], words: str) -> None:
+def test_edits_that_are_refused(studio: Worker, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         studio.check_edit(edit_form(**changes))
 
@@ -102,7 +102,7 @@ def test_edits_that_are_refused(studio: Studio, changes: dict[str, Any], words: 
     ],
 )
 def test_images_are_brought_to_the_trained_area(
-    studio: Studio, given: tuple[int, int], fitted: tuple[int, int]
+    studio: Worker, given: tuple[int, int], fitted: tuple[int, int]
 ) -> None:
     image = Image.new("RGBA", given, "red")
     found = fit_image(file(image), studio.pipeline.config, studio.limits)
@@ -113,7 +113,7 @@ def test_images_are_brought_to_the_trained_area(
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("side", "words"), [(13000, "13000 x 13000 pixels"), (20000, "too many pixels")])
 def test_an_image_with_too_many_pixels_is_not_decoded(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch, side: int, words: str
+    studio: Worker, monkeypatch: pytest.MonkeyPatch, side: int, words: str
 ) -> None:
     def fail(*given: Any) -> None:
         raise AssertionError("decoded")
@@ -148,6 +148,6 @@ def test_an_image_is_upright() -> None:
     assert found.shape == (3, 80, 32)
 
 
-def test_the_page_opens_with_flowedits_defaults(studio: Studio) -> None:
+def test_the_page_opens_with_flowedits_defaults(studio: Worker) -> None:
     config = studio.pipeline.config
     assert edit_settings(config, {}, "page") == EditSettings(shift=config.sampling.shift)

@@ -57,7 +57,7 @@ class Trainer:
     def step(self, step: int) -> None:
         batch = made_up_batch(self.config, STAGE, step, self.world)
         trained = self.train(batch, step, lambda loss, norm: None)
-        assert trained.result.vetoed is None
+        assert trained.result.skip_reason is None
         self.ema.update()
 
     def state(self) -> dict[str, str]:
@@ -65,9 +65,9 @@ class Trainer:
         shards = self.engine.shards
         weights = [getattr(p, "_local_tensor", p) for p in self.engine.network.parameters()]
         tensors = {
-            "masters": [shard.value for shard in shards.values()],
+            "masters": [shard.param for shard in shards.values()],
             "moments": [moment for shard in shards.values() for moment in shard.state.values()],
-            "ema": list(self.ema.values.values()),
+            "ema": list(self.ema.params.values()),
             "weights": weights,
             "torch's generator": [torch.get_rng_state()],
         }
