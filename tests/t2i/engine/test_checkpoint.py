@@ -1,4 +1,4 @@
-"""Checkpoints: committed whole or not at all, readable by any cut, refused where torn or of another model."""
+"""Checkpoints: committed whole or not at all, readable by any cut, refused if damaged or of another model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_newest_whole_checkpoint_wins_and_faults_are_named(tmp_path: Path) -
     flipped.write_bytes(content)
     path, faults = newest(tmp_path)
     assert path == tmp_path / "step_00000002"
-    assert faults[0].startswith(f"{torn}: torn, ") and f"{flipped}: its checksum is not" in faults[1]
+    assert faults[0].startswith(f"{torn}: truncated, ") and f"{flipped}: its checksum is not" in faults[1]
     assert len(faults) == 2
     (tmp_path / "step_00000002" / "rank_00002.safetensors").unlink()
     path, faults = newest(tmp_path)
@@ -85,10 +85,10 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_a_snapshot_does_not_see_later_training(tmp_path: Path) -> None:
     (shards,) = cut(1)
-    before = shards["a"].value.clone()
+    before = shards["a"].param.clone()
     writer = CheckpointWriter(tmp_path, rank=0, world_size=1, attempt_id="x", keep=1)
     writer.save(1, shards, average(shards), {})
-    shards["a"].value.add_(1)
+    shards["a"].param.add_(1)
     writer.wait()
     values = {"a": torch.empty_like(before)}
     Checkpoint(tmp_path / "step_00000001").read(shards, {"param": values})
@@ -98,7 +98,7 @@ def test_a_snapshot_does_not_see_later_training(tmp_path: Path) -> None:
 def test_another_model_is_refused_by_the_parameter_that_differs(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (shards,) = cut(1)
-    shards["a"] = Shard(torch.Size([10, 7]), 0, shards["a"].value, shards["a"].state)
+    shards["a"] = Shard(torch.Size([10, 7]), 0, shards["a"].param, shards["a"].state)
     with pytest.raises(CheckpointError, match=r"another model: 1 parameters differ, first a \(\[7, 10\] there"):
         Checkpoint(tmp_path / "step_00000001").read(shards, {})
 
@@ -144,7 +144,7 @@ def test_an_optional_part_may_differ_and_is_left_alone(tmp_path: Path) -> None:
     values = {name: shard.param.clone() for name, shard in shards.items()}
     values["a"].zero_()
     Checkpoint(tmp_path / "step_00000001").read(shards, {"param": values}, optional="b")
-    assert torch.equal(values["a"], shards["a"].value)
+    assert torch.equal(values["a"], shards["a"].param)
     assert values["b"].tolist() == [5.0, 6.0]
 
 

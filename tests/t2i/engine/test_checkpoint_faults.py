@@ -19,7 +19,7 @@ import torch
 from shard_cuts import average, cut
 
 from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, checkpoints, newest, writer
-from t2i.engine.checkpoint.snapshot import Snapshot
+from t2i.engine.checkpoint.writer import Snapshot
 from t2i.engine.engine import Shard
 
 Ranks = list[CheckpointWriter]
@@ -220,9 +220,9 @@ def test_a_save_that_overtakes_is_skipped_and_counted(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda fd: (release.wait(20), fsync(fd)))
     (one,) = make(tmp_path, ranks=1)
     (shards,) = cut(1)
-    before = shards["a"].value.clone()
+    before = shards["a"].param.clone()
     assert one.save(1, shards, average(shards), {}, may_skip=True).started
-    shards["a"].value.add_(1)
+    shards["a"].param.add_(1)
     for step in (2, 3):
         saving = one.save(step, shards, average(shards), {}, may_skip=True)
         assert not saving.started and saving.stall_s < 1
@@ -271,7 +271,7 @@ import sys, os, time
 from pathlib import Path
 from shard_cuts import cut, average
 from t2i.engine.checkpoint import CheckpointWriter
-from t2i.engine.checkpoint import format, snapshot
+
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 writers = [CheckpointWriter(folder, rank=r, world_size=2, attempt_id="old", keep=1) for r in range(2)]
 def save(step):
