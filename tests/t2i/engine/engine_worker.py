@@ -134,8 +134,10 @@ def mapped_differences(case: Case) -> dict:
         losses, norms, _ = train(engine, ema, kind, range(STEPS))
         traces.append(Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.params), {}))
         moments = [moment for shard in engine.shards.values() for moment in shard.state.values()]
-        # Of slices of nothing there is no file.
-        shared.append({it.is_shared() for it in (*moments, *ema.params.values()) if it.untyped_storage().nbytes()})
+        tensors = (*moments, *ema.params.values())  # empty slices have no file
+        shared.append({tensor.is_shared() for tensor in tensors if tensor.untyped_storage().nbytes()})
+            {state.is_shared() for state in (*moments, *ema.params.values()) if state.untyped_storage().nbytes()}
+        )
         engine.close()
     return {"case": str(case), **differences(*traces), "shared": [list(found) for found in shared]}
 

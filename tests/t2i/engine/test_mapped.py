@@ -20,7 +20,7 @@ def file_bytes(device: int) -> int:
     number = f"{os.major(device):02x}:{os.minor(device):02x}"
     lines = Path("/proc/self/maps").read_text().splitlines()
     found = [line.split()[0] for line in lines if " rw-s " in line and f" {number} " in line and "(deleted)" in line]
-    return sum(int(end, 16) - int(start, 16) for start, end in (it.split("-") for it in found))
+    return sum(int(end, 16) - int(start, 16) for start, end in (limits.split("-") for limits in found))
 
 
 def test_zeros_lie_in_a_file_that_has_no_name_and_goes_with_them(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_a_file_is_found_by_its_address_and_read_by_its_path(kept: FileCache) ->
     assert (kept.find(address(path)), kept.read(path), kept.read(str(path))) == (path, b"some", b"some")
     again = kept.add("image.png", b"some")
     assert again != path
-    assert all(len(it.parent.name) == 32 for it in (path, again))
+    assert all(len(cached.parent.name) == 32 for cached in (path, again))
 
 
 def test_the_oldest_go_when_there_are_too_many_or_they_are_too_large(kept: FileCache) -> None:
