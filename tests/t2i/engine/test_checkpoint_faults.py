@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from shard_cuts import average, cut
+from shard_cuts import cut, ema_of
 
 from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, checkpoints, newest, writer
 from t2i.engine.checkpoint.writer import Snapshot
@@ -44,7 +44,7 @@ def make(folder: Path, ranks: int = 2, **options: Any) -> Ranks:
 
 def save(writers: Ranks, step: int, **options: Any) -> None:
     for one, shards in zip(writers, cut(len(writers)), strict=True):
-        assert one.save(step, shards, average(shards), {"step": step}, **options).started
+        assert one.save(step, shards, ema_of(shards), {"step": step}, **options).started
 
 
 def finish(writers: Ranks) -> int | None:
@@ -176,7 +176,7 @@ def test_a_rank_that_cannot_even_report_is_known_at_the_next_save(
     def train(rank: int) -> None:
         shards = cut(2)[rank]
         for step in (1, 2, 3):
-            saving = writers[rank].save(step, shards, average(shards), {}, may_skip=True)
+            saving = writers[rank].save(step, shards, ema_of(shards), {}, may_skip=True)
             outcomes[rank].append(saving.started)
             time.sleep(0.5)
             if step == 2:
@@ -202,14 +202,14 @@ def test_a_late_rank_ends_the_wait_but_not_training(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(writer, "GIVE_UP_S", 0.1)
     writers = make(tmp_path)
     shards = cut(2)[0]
-    writers[0].save(1, shards, average(shards), {})
+    writers[0].save(1, shards, ema_of(shards), {})
     assert writers[0].wait() is None
     assert "rank 1: not done after 0.2 s" in writers[0].take_events()[0]
     assert os.listdir(tmp_path) == []
     late = cut(2)[1]
-    writers[1].save(1, late, average(late), {})
+    writers[1].save(1, late, ema_of(late), {})
     writers[1].wait()
-    writers[0].save(1, shards, average(shards), {})  # the same step: what came late is not taken for its part
+    writers[0].save(1, shards, ema_of(shards), {})  # the same step: what came late is not taken for its part
     assert writers[0].wait() is None
     assert checkpoints(tmp_path) == []
 
@@ -221,29 +221,29 @@ def test_a_save_that_overtakes_is_skipped_and_counted(tmp_path: Path, monkeypatc
     (one,) = make(tmp_path, ranks=1)
     (shards,) = cut(1)
     before = shards["a"].param.clone()
-    assert one.save(1, shards, average(shards), {}, may_skip=True).started
+    assert one.save(1, shards, ema_of(shards), {}, may_skip=True).started
     shards["a"].param.add_(1)
     for step in (2, 3):
-        saving = one.save(step, shards, average(shards), {}, may_skip=True)
+        saving = one.save(step, shards, ema_of(shards), {}, may_skip=True)
         assert not saving.started and saving.stall_s < 1
     assert one.skipped == 2
     assert one.take_events() == [
         f"checkpoint of step {step} skipped: the one before is still being written" for step in (2, 3)
     ]
     release.set()
-    assert one.save(4, shards, average(shards), {}).started  # this one waits
+    assert one.save(4, shards, ema_of(shards), {}).started  # this one waits
     assert one.wait() == 4
     assert steps(tmp_path) == [1, 4]
-    values = {"a": torch.empty_like(before)}
+    params = {"a": torch.empty_like(before)}
     for step, expected in ((1, before), (4, before + 1)):
-        Checkpoint(tmp_path / f"step_{step:08d}").read(shards, {"param": values})
-        assert torch.equal(values["a"], expected)
+        Checkpoint(tmp_path / f"step_{step:08d}").read(shards, {"param": params})
+        assert torch.equal(params["a"], expected)
 
 
 def test_the_buffer_is_made_once(tmp_path: Path) -> None:
     (one,) = make(tmp_path, ranks=1)
     (shards,) = cut(1)
-    one.allocate(shards, average(shards))
+    one.allocate(shards, ema_of(shards))
     place = one._snapshot._buffer.data_ptr()
     for step in (1, 2):
         save([one], step)
@@ -269,14 +269,14 @@ def test_only_the_primary_of_equal_slices_saves(tmp_path: Path) -> None:
 KILLED = """
 import sys, os, time
 from pathlib import Path
-from shard_cuts import cut, average
+from shard_cuts import cut, ema_of
 from t2i.engine.checkpoint import CheckpointWriter
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 writers = [CheckpointWriter(folder, rank=r, world_size=2, attempt_id="old", keep=1) for r in range(2)]
 def save(step):
     for one, shards in zip(writers, cut(2)):
-        one.save(step, shards, average(shards), {"step": step})
+        one.save(step, shards, ema_of(shards), {"step": step})
 save(1)
 [one.wait() for one in writers]
 def hang(*_):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from shard_cuts import average, cut
+from shard_cuts import cut, ema_of
 
 from t2i.config.train import CheckpointConfig
 from t2i.engine.checkpoint import CheckpointWriter, checkpoints, newest
@@ -63,7 +63,7 @@ def test_what_a_rollback_needs_is_kept() -> None:
 
 def save(writer: CheckpointWriter, step: int, ephemeral: bool = False) -> None:
     (shards,) = cut(1)
-    writer.save(step, shards, average(shards), {}, ephemeral=ephemeral)
+    writer.save(step, shards, ema_of(shards), {}, ephemeral=ephemeral)
     assert writer.wait() == step
 
 

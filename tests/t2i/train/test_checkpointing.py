@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from shard_cuts import average, cut
+from shard_cuts import cut, ema_of
 
 from data.errors import StoreError
 from t2i.config.run import RunConfig
@@ -47,7 +47,7 @@ def saver(
     config = RunConfig.model_validate({"root": root, **tree})
     place, (shards,) = StageDir("low", root / "run" / "low", None), cut(1)
     guard = Guard(config.spike_guard)
-    return Saver(config, place, ALONE, Quiet(), "x", mirror, shards, average(shards), guard, loaded_step)
+    return Saver(config, place, ALONE, Quiet(), "x", mirror, shards, ema_of(shards), guard, loaded_step)
 
 
 def state() -> dict[str, Any]:
