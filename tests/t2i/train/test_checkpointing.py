@@ -144,7 +144,7 @@ def test_going_back_takes_later_ones_away(tmp_path: Path) -> None:
 class Busy:
     """A mirror that is never done."""
 
-    def holding(self) -> set[Path]:
+    def in_use(self) -> set[Path]:
         return {Path("step_00000010")}
 
 
