@@ -37,22 +37,18 @@ class CheckpointError(UserError):
 
 
 def folder_name(step: int) -> str:
-    """Name of a step's checkpoint folder."""
     return f"step_{step:08d}"
 
 
 def part_name(rank: int) -> str:
-    """Name of a rank's file."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def is_step(name: str) -> bool:
-    """Whether a folder has the name of a checkpoint."""
     return _STEP.fullmatch(name) is not None
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
     assert is_step(path.name), path
     return int(path.name.removeprefix("step_"))
 

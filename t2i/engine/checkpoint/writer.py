@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import first_of
-from data.files import atomic_write, commit, sync
+from data.files import atomic_write, commit, sync, write_json
 from t2i.engine.checkpoint.format import (
     EPHEMERAL,
     MANIFEST,
@@ -347,7 +347,7 @@ class CheckpointWriter:
             part = job.partial / part_name(self.rank)
             digest, size = self._snapshot.write(part)
             report = {"file": part.name, "bytes": size, "sha256": digest, "slices": self._snapshot.slices}
-            atomic_write(self._report(job, self.rank), json.dumps(report).encode())
+            write_json(self._report(job, self.rank), report)
             if self.rank == 0:
                 self._commit(job)
         except Exception as error:
