@@ -2,8 +2,8 @@
 
     python launch/serve.py --model runs/demo/sft/model [--host 127.0.0.1] [--port 7860]
 
-It needs the extra `serve` (Gradio). The page is for this machine alone unless --host says otherwise, and there is no
-password. Pictures last as long as the server; of what visitors bring, the latest gibibyte is kept.
+It needs the extra `serve` (Gradio). Only this machine reaches the page unless --host says otherwise; there is no
+password. Images are removed when the server ends; of uploads, the latest GiB is kept.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from t2i.config.base import PathText
 from t2i.config.run import RunConfig
 from t2i.model_folder import WhichWeights
 from t2i.pipeline import Pipeline
-from t2i.serving.limits import KeptFiles
-from t2i.serving.worker import Studio
+from t2i.serving.limits import FileCache
+from t2i.serving.worker import Worker
 from t2i.size_limits import USABLE, find_limits, free_bytes
 
 MOST_UPLOADS, MOST_UPLOAD_BYTES = 1000, 2**30
-"""Files that visitors bring, and their bytes: the latest are kept, over all visitors."""
-OPEN_TO_ALL = """
+"""Uploaded files and their bytes that are kept, over all visitors: the latest."""
+NO_PASSWORD = """
 WARNING: --host {host}: whoever reaches port {port} of this machine can draw and edit here. There is no password, and
 WARNING: nothing is encrypted. To be the only one, leave --host out and come through ssh -L {port}:127.0.0.1:{port}.
 """
@@ -58,10 +58,10 @@ def serve(
         model: Folder of a trained model.
         which: Which of its weights draw.
         text_model: Where its text encoder is now: a folder or hub name.
-        host: Address to bind to; any but this machine's own lets the network in, without a password.
+        host: Address to bind to; any but a loopback address lets the network in, without a password.
         port: Port to listen on.
         queue: Requests that may wait; more are refused.
-        max_pixels: Height times width of a picture at most; by default what the memory allows.
+        max_pixels: Largest height times width of an image; by default what the memory allows.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("launch/serve.py needs Gradio: pip install '.[serve]'")
@@ -77,25 +77,25 @@ def serve(
         warn_of_overlooked_gpu(gpu_signs())
     pipeline = Pipeline.load(Path(model), which, device, text_model)
     limits = find_limits(pipeline, int(USABLE * free_bytes(device)), max_pixels)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as when interrupted: pictures are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as when interrupted: images are removed
     with TemporaryDirectory(prefix="t2i-serve-") as folder:
-        # Gradio looks for them as it is imported.
+        # Gradio reads them when it is imported.
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/gradio")
         from t2i.serving.page import build_page
         from t2i.serving.page import serve as serve_page
 
-        place = Path(folder).resolve()
-        uploads = KeptFiles(place / "uploads", MOST_UPLOADS, MOST_UPLOAD_BYTES)
-        made = {"model": pipeline.config.name, "which": which, **fingerprint(pipeline, Path(model), which)}
-        with closing(Studio(pipeline, made, limits, place / "pictures")) as studio:
-            page = build_page(studio, uploads, pipeline.config.name, _facts(pipeline.config, which))
+        root = Path(folder).resolve()
+        uploads = FileCache(root / "uploads", MOST_UPLOADS, MOST_UPLOAD_BYTES)
+        settings = {"model": pipeline.config.name, "which": which, **fingerprint(pipeline, Path(model), which)}
+        with closing(Worker(pipeline, settings, limits, root / "pictures")) as worker:
+            page = build_page(worker, uploads, pipeline.config.name, _facts(pipeline.config, which))
             if not _is_loopback(host):
-                print(OPEN_TO_ALL.format(host=host, port=port), file=sys.stderr)
-            serve_page(page, uploads, studio.pictures, host, port, queue)
+                print(NO_PASSWORD.format(host=host, port=port), file=sys.stderr)
+            serve_page(page, uploads, worker.images, host, port, queue)
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address; a name is taken for one that others reach."""
+    """Whether only this machine reaches an address; of names, only "localhost" counts."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,23 +1,18 @@
-"""DeepSpeed ZeRO, stages 0 to 3, behind the interface that the trainer uses.
+"""DeepSpeed ZeRO, stages 0 to 3, behind the engine's interface.
 
-- bf16 weights with fp32 masters and fp32 gradient accumulation, or fp32 throughout.
-- One `backward` a micro-batch: ZeRO loses a loss silently where there are two, so a second one is refused.
-- bf16 gradients are added to the fp32 ones as they arise (`immediate_grad_update`): added at the end, they were
-  counted twice under accumulation wherever the module was called without the wrapper.
-- The global gradient norm is known before weights move; a vetoed or non-finite update reaches neither weights
-  nor moments, in any stage and dtype: our optimizer is told, whatever DeepSpeed thinks of the update.
-- Master weights, moments and their places are handed out as slices by parameter name (`shards`).
+- bf16 weights with fp32 master weights and fp32 gradient accumulation, or fp32 throughout.
+- One `backward` a micro-batch: ZeRO loses a loss silently if there are two, so a second one is refused.
+- bf16 gradients are added to the fp32 ones as they arise (`immediate_grad_update`): added at the end, they are
+  counted twice under accumulation if the module is called without DeepSpeed's wrapper.
+- The optimizer itself is told to skip a step, so that weights and moments stay as they are in every stage and dtype.
+- DeepSpeed's own checkpoints, schedulers and client state are not used.
 
-DeepSpeed's own checkpoints, schedulers and client state are not used.
+DeepSpeed 0.19 implements its stages by four unrelated classes. `ZeroState` is what an engine needs of each:
 
-Where each ZeRO stage of DeepSpeed keeps its fp32 masters and gradients, and how it takes up changed masters.
-
-DeepSpeed 0.19 implements its stages by four unrelated classes; what an engine needs of each is gathered here:
-
-- stage 0: the parameters themselves, whole on every rank. DeepSpeed accumulates in the weights' dtype here and
-  has neither norm nor guard in fp32, so the weights are kept in fp32 and cast where they are used (`cast_on_use`).
-- stage 1 in bf16 with fp32 gradients: `BF16_Optimizer`, with a flat slice a group; gradients are whole.
-- stage 1 in fp32, and stage 2: `DeepSpeedZeroOptimizer`, with a flat slice a group.
+- stage 0: the parameters themselves, whole on every rank. DeepSpeed accumulates in the weights' dtype here and checks
+  neither norm nor overflow in fp32, so the weights are kept in fp32 and cast where they are used (`cast_on_use`).
+- stage 1 in bf16: `BF16_Optimizer`, with one flat slice a group; gradients are whole.
+- stage 1 in fp32, and stage 2: `DeepSpeedZeroOptimizer`, with one flat slice a group.
 - stage 3: every parameter is cut into equal parts, the last one padded; flat sub-groups of such parts.
 """
 
@@ -38,28 +33,33 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from t2i.engine.engine import BUCKET_NUMEL, MicroSteps, Shards, StepResult, not_finite
-from t2i.engine.optimizer import Optimizer, Piece
+from t2i.engine.engine import BUCKET_NUMEL, MicroSteps, Piece, Shards, SkipUpdate, StepResult, check_update
+from t2i.engine.optimizer import Optimizer
+
+PERSISTENT_NUMEL = 100_000
+"""Parameters up to this size stay whole on every rank under ZeRO-3."""
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
 
 
 class ZeroState(Protocol):
-    """The masters and gradients of a stage."""
+    """The master weights and gradients of a stage."""
 
     def pieces(self) -> list[Piece]:
-        """Where this rank's slices of the masters lie, in the order of the module's parameters."""
+        """This rank's slices of the master weights, in the order of the module's parameters."""
 
     def grad_norm(self) -> float:
-        """Norm of the accumulated gradient over all ranks; not finite where the gradient is not."""
+        """Norm of the accumulated gradient over all ranks; not finite if the gradient is not."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """What this rank holds of each parameter's accumulated gradient, by name; before the update alone."""
+        """This rank's slices of the accumulated gradients, by name; valid before the update only."""
 
-    def refresh(self) -> None:
-        """Take up masters that were written to."""
+    def sync_params_from_master(self) -> None:
+        """Update the network's weights after the master weights were written to."""
 
 
-def _first_ranks(norm: Tensor) -> float:
-    """Rank 0's norm of a gradient that all ranks have whole; another host may add in another order."""
+def _broadcast_norm(norm: Tensor) -> float:
+    """Rank 0's norm of a gradient that all ranks hold whole: another host may sum in another order."""
     dist.broadcast(norm, src=0)
     return float(norm)
 
@@ -74,36 +74,32 @@ class _Cast(nn.Module):
 
 
 def cast_on_use(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep a module's weights as they are and hand them out in `dtype`; their gradients arrive in their own."""
+    """Make a module read its weights in `dtype`; the weights themselves and their gradients keep their own dtype."""
     for owner in list(module.modules()):
         for name in [name for name, _ in owner.named_parameters(recurse=False)]:
             parametrize.register_parametrization(owner, name, _Cast(dtype), unsafe=True)
 
 
-def _plain_name(name: str) -> str:
-    return name.replace("parametrizations.", "").removesuffix(".original")
-
-
 class Stage0:
-    """Whole fp32 parameters on every rank; rank 0 speaks for them."""
+    """Whole fp32 parameters on every rank; rank 0's are primary."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._parameters = {_plain_name(name): p for name, p in module.named_parameters()}
+        self._parameters = {
+            name.replace("parametrizations.", "").removesuffix(".original"): p for name, p in module.named_parameters()
+        }
 
     def pieces(self) -> list[Piece]:
-        primary = dist.get_rank() == 0
-        return [Piece(name, p.shape, 0, p, 0, p.numel(), primary) for name, p in self._parameters.items()]
+        is_primary = dist.get_rank() == 0
+        return [Piece(name, p.shape, 0, p, 0, p.numel(), is_primary) for name, p in self._parameters.items()]
 
     def grad_norm(self) -> float:
-        return _first_ranks(
-            torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
-        )
+        return _broadcast_norm(torch.nn.utils.get_total_norm([gradient for _, gradient in self.gradients()]))
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p.grad) for name, p in self._parameters.items() if p.grad is not None)
 
-    def refresh(self) -> None:
-        """The weights are the masters."""
+    def sync_params_from_master(self) -> None:
+        """The weights are the master weights."""
 
 
 class Stage1And2:
@@ -123,7 +119,7 @@ class Stage1And2:
         for name, p in self._module.named_parameters():
             mapping = getattr(p, "_hp_mapping", None)
             start = offset = numel = 0
-            if mapping is not None:  # None: this rank holds nothing of the parameter
+            if mapping is not None:  # else this rank holds nothing of the parameter
                 start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
                 offset = mapping.hp_fragment_address.start
             found.append(Piece(name, p.shape, start, partitions[group_of[id(p)]], offset, numel))
@@ -136,10 +132,10 @@ class Stage1And2:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         p: Any
         for name, p in self._module.named_parameters():
-            if p._hp_mapping is not None:  # None: this rank holds nothing of the parameter
+            if p._hp_mapping is not None:  # else this rank holds nothing of the parameter
                 yield name, p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
 
-    def refresh(self) -> None:
+    def sync_params_from_master(self) -> None:
         self._zero.update_lp_params()
 
 
@@ -150,7 +146,7 @@ class Bf16Stage1(Stage1And2):
         return self._zero.fp32_groups_flat_partition, self._zero.bf16_groups
 
     def grad_norm(self) -> float:
-        return _first_ranks(torch.nn.utils.get_total_norm(self._zero.fp32_groups_gradients_flat))
+        return _broadcast_norm(torch.nn.utils.get_total_norm(self._zero.fp32_groups_gradients_flat))
 
 
 class Stage3:
@@ -172,12 +168,12 @@ class Stage3:
 
     def grad_norm(self) -> float:
         norm = float(combine_grad_norm_groups(self._zero._get_norm_groups()))
-        return norm if norm >= 0 else math.nan
+        return norm if norm >= 0 else math.nan  # as for stage 2
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, safe_get_local_grad(p)) for name, p in self._module.named_parameters())
 
-    def refresh(self) -> None:
+    def sync_params_from_master(self) -> None:
         zero = self._zero
         zero._partition_all_parameters()
         for group in range(len(zero.fp16_groups)):
@@ -195,25 +191,17 @@ def zero_state(stage: int, module: nn.Module, zero: Any, bf16: bool) -> ZeroStat
     return Bf16Stage1(module, zero) if stage == 1 and bf16 else Stage1And2(module, zero)
 
 
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
-
-PERSISTENT_NUMEL = 100_000  # parameters up to this size stay whole on every rank under ZeRO-3
-
-
 class DeepSpeedEngine:
     """A module under ZeRO.
 
     Args:
         module: the trainable network, fp32, the same on every rank; frozen networks stay outside.
         optimizer: from `build_optimizer`, over the module's parameters.
-        zero_stage: 0 shards nothing over ranks, 1 the optimizer, 2 gradients too, 3 weights too.
-        device: of this rank.
         dtype: of weights and arithmetic: bf16 or fp32.
-        offload: at zero_stage 3, hold gradients, masters and moments in host memory. At 1 and 2 DeepSpeed keeps what a
-            vetoed step accumulated in bf16.
-        micro_batch_size: samples a micro-step.
-        accumulation: micro-steps an optimizer step.
-        clip_grad_norm: largest global gradient norm; 0 is none.
+        offload: keep gradients, master weights and moments in host memory; only at zero_stage 3, since at 1 and 2
+            DeepSpeed does not clear what a skipped step accumulated in bf16.
+        accumulation: micro-steps per optimizer step.
+        clip_grad_norm: largest global gradient norm; 0 disables clipping.
     """
 
     def __init__(
@@ -241,7 +229,7 @@ class DeepSpeedEngine:
             "gradient_clipping": clip_grad_norm,
             "zero_optimization": {
                 "stage": zero_stage,
-                "reduce_bucket_size": BUCKET_NUMEL,  # a buffer of so many fp32 numbers; the default takes 2 GB
+                "reduce_bucket_size": BUCKET_NUMEL,  # fp32 numbers in a buffer; the default takes 2 GB
                 "allgather_bucket_size": BUCKET_NUMEL,
                 "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
                 "offload_optimizer": {"device": "cpu" if offload else "none", "pin_memory": device.type == "cuda"},
@@ -254,7 +242,7 @@ class DeepSpeedEngine:
             "steps_per_print": None,
             "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-step
         }
-        with redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+        with redirect_stdout(io.StringIO()):  # it prints memory use
             self._engine, *_ = deepspeed.initialize(
                 model=module.to(device), optimizer=optimizer, dist_init_required=False, config=config
             )
@@ -262,11 +250,11 @@ class DeepSpeedEngine:
         self.network: nn.Module = self._engine
         self._micro_steps = MicroSteps(self.network, accumulation)
         self._state = zero_state(zero_stage, self._engine.module, self._engine.optimizer, bf16)
-        self.shards: Shards = optimizer.adopt(self._state.pieces())
+        self.shards: Shards = optimizer.register_shards(self._state.pieces())
         for name, shard in self.shards.items():
-            # ZeRO made its masters from bf16 weights; start from the fp32 ones.
-            shard.value.copy_(initial[name][shard.start : shard.stop])
-        self.refresh()
+            # ZeRO made its master weights from bf16 weights; start from the fp32 ones.
+            shard.param.copy_(initial[name][shard.start : shard.stop])
+        self.sync_params_from_master()
 
     @property
     def optimizer_steps(self) -> int:
@@ -277,9 +265,9 @@ class DeepSpeedEngine:
     def optimizer_steps(self, count: int) -> None:
         self._optimizer.optimizer_steps = count
 
-    def refresh(self) -> None:
-        """Bring the network's weights up to date after the masters (`shards`) were written to."""
-        self._state.refresh()
+    def sync_params_from_master(self) -> None:
+        """As `Engine.sync_params_from_master`."""
+        self._state.sync_params_from_master()
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; the last of an optimizer step also sums gradients over ranks."""
@@ -288,19 +276,16 @@ class DeepSpeedEngine:
         if not self._micro_steps.complete:
             self._engine.step()
 
-    def step(self, lr: Callable[[bool], float], veto: Callable[[float], str | None]) -> StepResult:
-        """Apply the accumulated gradient, unless it is not finite or vetoed."""
+    def step(self, lr: Callable[[bool], float], skip_update: SkipUpdate) -> StepResult:
+        """As `Engine.step`."""
         self._micro_steps.finish()
-        norm = self._state.grad_norm()
-        finite = math.isfinite(norm)
-        reason = veto(norm) if finite else f"the gradient norm is {norm}"
-        bad = () if finite else not_finite(self._state.gradients())
+        result = check_update(self._state.grad_norm(), skip_update, self._state.gradients())
         for group in self._optimizer.param_groups:
             group["lr"] = lr(group["muon"])
-        self._optimizer.vetoed = reason is not None
+        self._optimizer.skip_update = result.skip_reason is not None
         self._engine.step()
-        self._optimizer.vetoed = False
-        return StepResult(norm, reason, bad)
+        self._optimizer.skip_update = False
+        return result
 
     def close(self) -> None:
         """Release hooks and memory, so that the next stage can build its own engine."""

@@ -1,19 +1,16 @@
 """What the trainer may ask of an engine, whichever library shards the state behind it.
 
-All engines compute the same numbers within rounding. Masters, moments and gradients are fp32, gradients are summed
-over micro-steps and ranks in fp32, the global gradient norm is known before weights move, and an update that is
-vetoed or not finite reaches neither weights nor moments.
-
-What a rank holds of each parameter: one contiguous slice of the flattened tensor.
-
-ZeRO's and FSDP2's shards are all of this form, so the average, the checkpoint and the optimizer are written
-once, over slices by name, and fit every engine and world size.
-
-The repeated blocks of a network: compiled, checkpointed and sharded one by one.
+- All engines compute the same numbers within rounding. Master weights, moments and gradients are fp32; gradients are
+  summed over micro-steps and ranks in fp32.
+- The global gradient norm is known before weights move. An update that is skipped or not finite reaches neither
+  weights nor moments.
+- A rank holds one contiguous slice of each flattened parameter. ZeRO's and FSDP2's shards both have this form, so
+  EMA, checkpoints and the optimizer are written once, over slices by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,44 +26,60 @@ from torch.utils.checkpoint import checkpoint
 class Shard:
     """This rank's slice of one parameter.
 
-    `value` and the tensors of `state` are fp32 views (numel,) of the engine's own memory: writing to them
-    writes to the master weight and the optimizer. A rank that holds nothing of a parameter has numel 0. Where
-    several ranks hold the same slice, one of them is `primary` and speaks for it.
+    `param` (the master weight) and the tensors of `state` (the moments) are fp32 views (numel,) of the engine's
+    memory: writing to them writes to the engine. A rank that holds nothing of a parameter has numel 0. Where several
+    ranks hold the same slice, one of them has `is_primary` and saves it.
     """
 
     shape: torch.Size
     start: int
-    value: Tensor
+    param: Tensor
     state: Mapping[str, Tensor]
-    primary: bool = True
+    is_primary: bool = True
 
     @property
     def stop(self) -> int:
         """End of the slice in the flattened parameter."""
-        return self.start + self.value.numel()
+        return self.start + self.param.numel()
 
 
 Shards = Mapping[str, Shard]
+
+
+class Piece(NamedTuple):
+    """Where this rank's slice of a parameter lies: in the flattened parameter, and in a tensor of the optimizer.
+
+    `tensor` is fp32 and contiguous; it may hold slices of many parameters (ZeRO's flat partitions), one, or none.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    tensor: Tensor
+    offset: int
+    numel: int
+    is_primary: bool = True
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The slice (numel,) of a tensor that is laid out like `self.tensor`."""
+        return tensor.reshape(-1)[self.offset : self.offset + self.numel]
+
 
 BUCKET_NUMEL = 1 << 25
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place; the tensor itself where there is one rank."""
+    """Sum over ranks, in place."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather_full(shards: Shards, slices: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Whole parameters, on every rank, from each rank's slices of them; all ranks iterate to the end.
+    """Yield name and whole fp32 tensor of every parameter, in the order of `shards`, on every rank.
 
-    Args:
-        shards: shapes and places of the slices.
-        slices: fp32 (numel,) a name: the master values, the average or an optimizer state.
-
-    Yields:
-        Name and fp32 tensor, in the order of `shards`; a bucket of them is in memory at a time.
+    `slices` are this rank's, fp32 (numel,) by name: master weights, EMA or a moment. All ranks iterate to the end; one
+    bucket of parameters is in memory at a time.
     """
     bucket: list[str] = []
     filled = 0
@@ -76,20 +89,19 @@ def gather_full(shards: Shards, slices: Mapping[str, Tensor]) -> Iterator[tuple[
         if filled >= BUCKET_NUMEL:
             yield from _gather_bucket(shards, slices, bucket)
             bucket, filled = [], 0
-    yield from _gather_bucket(shards, slices, bucket)
+    if bucket:
+        yield from _gather_bucket(shards, slices, bucket)
 
 
 def _gather_bucket(shards: Shards, slices: Mapping[str, Tensor], names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    if not names:
-        return
     sizes = [shards[name].shape.numel() for name in names]
-    # Every element has exactly one rank that speaks for it, so a sum over zeros is exact.
     device = slices[names[0]].device
-    if dist.is_initialized() and dist.get_backend() == "nccl":  # which knows nothing of what lies in host memory
+    if dist.is_initialized() and dist.get_backend() == "nccl":  # cannot reduce tensors in host memory
         device = torch.device("cuda", torch.cuda.current_device())
+    # Exactly one rank contributes each element, so the sum over zeros is exact.
     flat = torch.zeros(sum(sizes), device=device)
     for name, part in zip(names, flat.split(sizes), strict=True):
-        if shards[name].primary:
+        if shards[name].is_primary:
             part[shards[name].start : shards[name].stop] = slices[name]
     all_reduce_sum(flat)
     for name, part in zip(names, flat.split(sizes), strict=True):
@@ -97,7 +109,7 @@ def _gather_bucket(shards: Shards, slices: Mapping[str, Tensor], names: list[str
 
 
 class HasBlocks(Protocol):
-    """A network that says which of its modules are its blocks."""
+    """A network of repeated blocks, which are compiled, checkpointed and sharded one by one."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -105,10 +117,10 @@ class HasBlocks(Protocol):
 
 
 def prepare_blocks(network: HasBlocks, *, compiled: bool, checkpointed: Collection[nn.Module]) -> None:
-    """Compile the blocks, and of some keep only the inputs for the backward pass, which computes the rest again.
+    """Compile the blocks, and apply activation checkpointing to those in `checkpointed`.
 
-    It is the blocks' `forward` that is wrapped, so that the hooks of the engines stay outside. Copies of the network
-    are to be made before: they would share the wrapped functions.
+    Each block's `forward` is wrapped, which leaves the engines' hooks outside. Copy the network before, as copies
+    would share the wrapped functions.
     """
     for block in network.blocks:
         forward = torch.compile(block.forward) if compiled else block.forward
@@ -122,14 +134,25 @@ class StepResult(NamedTuple):
 
     grad_norm: float
     """Global, before clipping."""
-    vetoed: str | None
-    """Why the update was not applied; None: it was."""
+    skip_reason: str | None
+    """Why the update was not applied, or None if it was."""
     not_finite: Sequence[str] = ()
-    """Where the norm is not finite: the parameters whose gradient, as far as this rank holds it, is not either."""
+    """If the norm is not finite: the parameters of which this rank's slice of the gradient is not finite."""
+
+
+SkipUpdate = Callable[[float], str | None]
+"""Given the global gradient norm, before weights move: why the update should be skipped, or None."""
+
+
+def check_update(grad_norm: float, skip_update: SkipUpdate, gradients: Iterable[tuple[str, Tensor]]) -> StepResult:
+    """Whether an update may be applied; `gradients`, by name, are read only if the norm is not finite."""
+    if math.isfinite(grad_norm):
+        return StepResult(grad_norm, skip_update(grad_norm))
+    return StepResult(grad_norm, f"the gradient norm is {grad_norm}", not_finite(gradients))
 
 
 def not_finite(gradients: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those that are not finite."""
+    """The names of the gradients that are not finite."""
     return [name for name, gradient in gradients if not gradient.isfinite().all()]
 
 
@@ -139,7 +162,6 @@ class Engine(Protocol):
     network: nn.Module
     """Called for the forward pass of a micro-step."""
     shards: Shards
-    """What this rank holds of each parameter: fp32 masters and moments, as views of the engine's memory."""
     optimizer_steps: int
     """Updates applied to the moments: AdamW's bias correction counts with it. May be set."""
 
@@ -153,16 +175,14 @@ class Engine(Protocol):
                 micro-steps already: a second backward would lose or double gradients.
         """
 
-    def step(self, lr: Callable[[bool], float], veto: Callable[[float], str | None]) -> StepResult:
-        """Apply the accumulated gradient, unless it is not finite or vetoed.
+    def step(self, lr: Callable[[bool], float], skip_update: SkipUpdate) -> StepResult:
+        """Apply the accumulated gradient, unless it is not finite or `skip_update` gives a reason.
 
-        Args:
-            lr: learning rate of a group; the argument says whether it is Muon's.
-            veto: sees the global gradient norm before weights move; a reason stops the update.
+        `lr` returns the learning rate of a parameter group; its argument says whether the group is Muon's.
         """
 
-    def refresh(self) -> None:
-        """Bring the network's weights up to date after the masters (`shards`) were written to."""
+    def sync_params_from_master(self) -> None:
+        """Update the network's weights after the master weights (`shards`) were written to."""
 
     def close(self) -> None:
         """Release hooks and memory, so that the next stage can build its own engine."""
@@ -181,7 +201,7 @@ class MicroSteps:
         self._forward_seen = True
 
     def begin_backward(self) -> None:
-        """Enter one backward."""
+        """Count one backward."""
         if not self._forward_seen:
             raise RuntimeError("a second backward in one micro-step would lose gradients: sum the losses")
         if self._done == self._accumulation:

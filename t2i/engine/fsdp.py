@@ -1,12 +1,12 @@
-"""FSDP2 (`fully_shard`) behind the interface that the trainer uses.
+"""FSDP2 (`fully_shard`) behind the engine's interface.
 
-- One sharded unit a transformer block and one for the rest. The fp32 shards are the masters; the blocks are
-  gathered in the compute dtype and their gradients reduced in fp32, after every micro-step, into fp32 shards.
+- One sharded unit for each transformer block and one for the rest. The fp32 shards are the master weights; blocks are
+  gathered in the compute dtype, and their gradients reduced in fp32, into fp32 shards, after every micro-step.
 - A parameter is cut along its first axis, so a rank's shard is a contiguous slice of the flattened tensor. The
   optimizer works on the local shards as plain tensors.
-- With `dp_replicate` above 1 the shards are repeated (HSDP): gathers stay inside a group of ranks / dp_replicate ranks, and
-  the first group speaks for the state.
-- Norm, clipping and veto are ours: FSDP2 has none of them.
+- With `dp_replicate` above 1 the shards are replicated (HSDP): gathers stay inside a group of ranks / dp_replicate
+  ranks, and the first group saves the state.
+- FSDP2 has no gradient norm, clipping or skipped updates: they are implemented here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from t2i.engine.engine import HasBlocks, MicroSteps, Shards, StepResult, all_reduce_sum, not_finite
-from t2i.engine.optimizer import Optimizer, Piece
+from t2i.engine.engine import (
+    HasBlocks,
+    MicroSteps,
+    Piece,
+    Shards,
+    SkipUpdate,
+    StepResult,
+    all_reduce_sum,
+    check_update,
+)
+from t2i.engine.optimizer import Optimizer
 
 
 def _mesh(device: torch.device, dp_replicate: int) -> DeviceMesh:
@@ -40,12 +49,11 @@ class FsdpEngine:
     Args:
         module: the trainable network, fp32, the same on every rank; frozen networks stay outside.
         optimizer: from `build_optimizer`, over the module's parameters.
-        device: of this rank.
         dtype: of gathered weights and arithmetic: bf16 or fp32.
-        accumulation: micro-steps an optimizer step.
-        clip_grad_norm: largest global gradient norm; 0 is none.
+        accumulation: micro-steps per optimizer step.
+        clip_grad_norm: largest global gradient norm; 0 disables clipping.
         reshard_after_forward: whether a block's weights are dropped after its forward pass and gathered again for
-            its backward pass (as ZeRO-3 does), or stay until then (as under ZeRO-2).
+            its backward pass (like ZeRO-3), or stay until then (like ZeRO-2).
         dp_replicate: groups of ranks that each hold the whole state; divides the number of ranks.
     """
 
@@ -81,17 +89,17 @@ class FsdpEngine:
         self._pieces = [self._piece(name, p, mesh) for name, p in self._parameters.items()]
         for group in optimizer.param_groups:
             group["params"] = [p.tensor for p in self._pieces if p.name in group["names"]]
-        self.shards: Shards = optimizer.adopt(self._pieces)
+        self.shards: Shards = optimizer.register_shards(self._pieces)
 
     def _piece(self, name: str, parameter: DTensor, mesh: DeviceMesh) -> Piece:
-        """This rank's rows of a parameter: equal numbers of them by rank, the last ranks fewer or none."""
+        """This rank's rows of a parameter: the same number on every rank, but fewer or none on the last ranks."""
         detached: Any = parameter.detach()
         local = detached.to_local()
         rows = math.ceil(parameter.shape[0] / mesh["shard"].size())
         row = min(rows * mesh.get_local_rank("shard"), parameter.shape[0])
         start = row * parameter.shape[1:].numel()
-        primary = mesh.ndim == 1 or mesh.get_local_rank("replica") == 0
-        return Piece(name, parameter.shape, start, local, 0, local.numel(), primary)
+        is_primary = mesh.ndim == 1 or mesh.get_local_rank("replica") == 0
+        return Piece(name, parameter.shape, start, local, 0, local.numel(), is_primary)
 
     @property
     def optimizer_steps(self) -> int:
@@ -102,8 +110,8 @@ class FsdpEngine:
     def optimizer_steps(self, count: int) -> None:
         self._optimizer.optimizer_steps = count
 
-    def refresh(self) -> None:
-        """Drop gathered weights: the next forward pass gathers them from the masters."""
+    def sync_params_from_master(self) -> None:
+        """Drop gathered weights: the next forward pass gathers them from the master weights."""
         for module in self.network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -113,37 +121,35 @@ class FsdpEngine:
         self._micro_steps.begin_backward()
         (loss / self._accumulation).backward()
 
-    def _gradients(self) -> list[Tensor]:
-        """Hand the local gradients to the optimizer's tensors."""
-        for piece in self._pieces:
-            gradient = self._parameters[piece.name].grad
-            assert isinstance(gradient, DTensor), f"{piece.name} has no gradient"
-            piece.tensor.grad = gradient.to_local()
-        return [piece.tensor.grad for piece in self._pieces if piece.tensor.grad is not None]
-
-    def step(self, lr: Callable[[bool], float], veto: Callable[[float], str | None]) -> StepResult:
-        """Apply the accumulated gradient, unless it is not finite or vetoed."""
+    def step(self, lr: Callable[[bool], float], skip_update: SkipUpdate) -> StepResult:
+        """As `Engine.step`."""
         self._micro_steps.finish()
-        gradients = self._gradients()
-        primary = [g for g, piece in zip(gradients, self._pieces, strict=True) if piece.primary]
-        squared = torch.zeros((), device=gradients[0].device)
+        gradients = self._local_gradients()
+        primary = [gradients[piece.name] for piece in self._pieces if piece.is_primary]
+        squared = torch.zeros((), device=self._pieces[0].tensor.device)
         if primary:
             squared += torch.nn.utils.get_total_norm(primary).square()
         norm = float(all_reduce_sum(squared).sqrt())
-        finite = math.isfinite(norm)
-        reason = veto(norm) if finite else f"the gradient norm is {norm}"
-        names = (piece.name for piece in self._pieces)
-        bad = () if finite else not_finite(zip(names, gradients, strict=True))
-        if reason is None:
+        result = check_update(norm, skip_update, gradients.items())
+        if result.skip_reason is None:
             if self._clip_grad_norm > 0:
-                torch._foreach_mul_(gradients, min(1.0, self._clip_grad_norm / (norm + 1e-6)))
+                torch._foreach_mul_(list(gradients.values()), min(1.0, self._clip_grad_norm / (norm + 1e-6)))
             for group in self._optimizer.param_groups:
                 group["lr"] = lr(group["muon"])
             self._optimizer.step()
         self.network.zero_grad()
         for piece in self._pieces:
             piece.tensor.grad = None
-        return StepResult(norm, reason, bad)
+        return result
+
+    def _local_gradients(self) -> dict[str, Tensor]:
+        """This rank's gradients by name, which are also set on the optimizer's tensors."""
+        gradients = {}
+        for piece in self._pieces:
+            gradient = self._parameters[piece.name].grad
+            assert isinstance(gradient, DTensor), f"{piece.name} has no gradient"
+            gradients[piece.name] = piece.tensor.grad = gradient.to_local()
+        return gradients
 
     def close(self) -> None:
         """Nothing outlives the last reference to the engine."""

@@ -1,18 +1,7 @@
-"""AdamW, and Muon for matrices, on slices, with a veto.
+"""AdamW, and Muon for matrices, on slices of parameters; and optimizer state in memory-mapped files.
 
 An engine hands the optimizer fp32 tensors that hold its slices of the parameters: one flat tensor a group, or one
-tensor a parameter. AdamW needs nothing else. Muon orthogonalises whole matrices, so the ranks first put their
-slices of a matrix's momentum together; each matrix is worked on by one rank, and every rank takes its slice of the
-result: two sums over ranks, whatever the engine.
-
-Muon: Jordan et al., "Muon: An optimizer for hidden layers" (2024); updates are scaled to a root mean square of
-0.2 as in Liu et al., "Muon is Scalable for LLM Training" (2025), so one learning rate fits all shapes.
-
-State in files that are mapped into memory, for machines whose memory does not hold it.
-
-- The system keeps what there is room for and writes the rest out: slower than memory, but no process is killed for it.
-- A file has no name: what is to last is in checkpoints, and a run that is killed leaves nothing behind.
-- Its blocks are reserved at once: a page that finds the disk full in mid-training would end the process (SIGBUS).
+tensor a parameter.
 """
 
 from __future__ import annotations
@@ -23,53 +12,54 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.errors import UserError
-from t2i.engine.engine import BUCKET_NUMEL, Shard, all_reduce_sum
+from data.files import name_in_errors
+from t2i.engine.engine import Piece, Shard
+from t2i.engine.muon import muon_step
 
 ZerosLike = Callable[[Tensor], Tensor]
-"""Makes the zeros that a moment or an average begins as: `torch.zeros_like`, or that of a `StateFolder`."""
+"""Makes the zeros that a moment or EMA begins as: `torch.zeros_like`, or `OffloadDir.zeros_like`."""
 
 
 @dataclass(frozen=True)
-class StateFolder:
-    """A folder, made if need be, on whose disk state lies."""
+class OffloadDir:
+    """A folder, made if need be, whose files hold fp32 state, for machines whose memory does not hold it.
+
+    The files are memory-mapped: the kernel keeps in memory what fits and writes out the rest, which is slower, but no
+    process is killed for lack of memory. They have no names, so a killed run leaves nothing behind.
+    """
 
     folder: Path
 
     def zeros_like(self, tensor: Tensor) -> Tensor:
-        """Zeros of the shape of an fp32 tensor in host memory, over a file that lives as long as they do.
+        """Zeros of the shape of an fp32 tensor in host memory, over a file that exists as long as they do.
 
         Raises:
             UserError: the tensor is on a GPU, or the folder cannot be written to or has no room.
         """
         if tensor.device.type != "cpu":
             raise UserError(
-                f"{self._field}: the optimizer's state is on the device {tensor.device.type}, and only what lies in "
-                "host memory can be mapped: set engine.offload, or leave engine.offload_dir out"
+                f"engine.offload_dir {self.folder}: the optimizer's state is on the device {tensor.device.type}, and "
+                "only state in host memory can be mapped: set engine.offload, or leave engine.offload_dir out"
             )
         assert tensor.dtype == torch.float32
         return self.zeros(tensor.numel()).view(tensor.shape)
 
-    @property
-    def _field(self) -> str:
-        return f"engine.offload_dir {self.folder}"
-
     def zeros(self, numel: int) -> Tensor:
-        """fp32 zeros (numel,) over a file that lives as long as they do.
+        """fp32 zeros (numel,) over a file that exists as long as they do.
 
         Raises:
             UserError: the folder cannot be written to or has no room.
         """
-        if numel == 0:  # nothing cannot be mapped
+        if numel == 0:  # an empty file cannot be mapped
             return torch.zeros(0)
-        field, size = self._field, 4 * numel
-        try:
+        field, size = f"engine.offload_dir {self.folder}", 4 * numel
+        with name_in_errors(f"{field}: the optimizer's state"):
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
             if size > free:  # else the disk would be filled before the system refuses
@@ -78,56 +68,16 @@ class StateFolder:
                     f"{size / 2**30:.3g} GiB: give a folder with 28 bytes for each parameter of a rank"
                 )
             with tempfile.TemporaryFile(dir=self.folder) as file:
+                # Reserved at once: a page that finds the disk full during training would end the process (SIGBUS).
                 os.posix_fallocate(file.fileno(), 0, size)
                 return torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=numel)
-        except OSError as error:
-            raise UserError(f"{field}: cannot hold the optimizer's state: {error.strerror}") from error
-
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-UPDATE_RMS = 0.2
-
-
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: singular values end in about [0.7, 1.2].
-
-    Five Newton-Schulz iterations in the dtype of `matrix` (rows, columns).
-    """
-    a, b, c = NEWTON_SCHULZ
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
-
-
-class Piece(NamedTuple):
-    """Where this rank's slice of a parameter lies: in the flattened parameter, and in a tensor of the optimizer.
-
-    `tensor` is fp32 and contiguous; it may hold slices of many parameters (ZeRO's flat partitions), one, or none.
-    `primary` is False where another rank holds the same slice and speaks for it.
-    """
-
-    name: str
-    shape: torch.Size
-    start: int
-    tensor: Tensor
-    offset: int
-    numel: int
-    primary: bool = True
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The slice (numel,) of a tensor that is laid out like `self.tensor`."""
-        return tensor.reshape(-1)[self.offset : self.offset + self.numel]
 
 
 class Optimizer(torch.optim.AdamW):
     """AdamW for groups with `muon` False, Muon for those with True.
 
-    `vetoed` makes the next step leave weights and moments alone: engines call `step` on their own, so this is
-    the one place where an update can be stopped in every engine. An engine that has sharded the parameters says
-    by `adopt` what became of them. `zeros_like` makes the moments.
+    `skip_update` makes the next step leave weights and moments alone. Engines call `step` on their own, so this is
+    the one place where an update can be stopped in every engine.
     """
 
     def __init__(
@@ -139,27 +89,26 @@ class Optimizer(torch.optim.AdamW):
         zeros_like: ZerosLike,
     ) -> None:
         super().__init__(groups, betas=betas, eps=eps, fused=True)
-        self.vetoed = False
-        self.muon_names = muon_names
+        self.skip_update = False
+        self._muon_names = muon_names
         self._zeros_like = zeros_like
         self._matrices: dict[Tensor, list[Piece]] = {}
 
-    def adopt(self, pieces: Sequence[Piece]) -> dict[str, Shard]:
-        """Create the state of the tensors that hold the parameters; the slices by parameter name.
+    def register_shards(self, pieces: Sequence[Piece]) -> dict[str, Shard]:
+        """Create the moments of the tensors that an engine holds the parameters in; return the shards by name.
 
-        Args:
-            pieces: one a parameter, in the same order on every rank.
+        `pieces` are one a parameter, in the same order on every rank.
         """
         shards: dict[str, Shard] = {}
         for piece in pieces:
-            muon = piece.name in self.muon_names
+            muon = piece.name in self._muon_names
             if piece.tensor not in self.state:
                 self.state[piece.tensor] = initial_state(piece.tensor, muon, self._zeros_like)
             if muon:
                 self._matrices.setdefault(piece.tensor, []).append(piece)
             moments = {k: piece.of(t) for k, t in self.state[piece.tensor].items() if k != "step"}
-            value = piece.of(piece.tensor.detach())
-            shards[piece.name] = Shard(piece.shape, piece.start, value, moments, piece.primary)
+            param = piece.of(piece.tensor.detach())
+            shards[piece.name] = Shard(piece.shape, piece.start, param, moments, piece.is_primary)
         return shards
 
     @property
@@ -175,56 +124,19 @@ class Optimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        if self.vetoed:
+        if self.skip_update:
             return
-        # An engine may present its groups one at a time, so they are taken as they stand now.
-        groups = self.param_groups
+        groups = self.param_groups  # read at each step: an engine may present its groups one at a time
         self.param_groups = [g for g in groups if not g["muon"]]
         super().step()
         self.param_groups = groups
         for group in groups:
             if group["muon"]:
-                self._muon_step(group)
-
-    def _muon_step(self, group: dict[str, Any]) -> None:
-        """A bucket of whole matrices at a time; the same buckets on every rank."""
-        bucket: list[Piece] = []
-        for piece in (piece for tensor in group["params"] for piece in self._matrices[tensor]):
-            if sum(p.shape.numel() for p in bucket) + piece.shape.numel() > BUCKET_NUMEL and bucket:
-                self._apply_bucket(bucket, group)
-                bucket = []
-            bucket.append(piece)
-        if bucket:
-            self._apply_bucket(bucket, group)
-
-    def _apply_bucket(self, bucket: list[Piece], group: dict[str, Any]) -> None:
-        """Nesterov momentum on the slices, matrices put together, worked on, and applied by slice."""
-        sizes = [piece.shape.numel() for piece in bucket]
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        whole = torch.zeros(sum(sizes), device=bucket[0].tensor.device, dtype=group["work_dtype"])
-        for piece, part in zip(bucket, whole.split(sizes), strict=True):
-            assert piece.tensor.grad is not None
-            gradient, momentum = piece.of(piece.tensor.grad), piece.of(self.state[piece.tensor]["momentum"])
-            momentum.lerp_(gradient, 1.0 - group["momentum"])
-            if piece.primary:
-                part[piece.start : piece.start + piece.numel] = gradient.lerp(momentum, group["momentum"])
-        all_reduce_sum(whole)
-        result = torch.zeros_like(whole)
-        for index, (piece, source, target) in enumerate(
-            zip(bucket, whole.split(sizes), result.split(sizes), strict=True)
-        ):
-            if index % ranks == rank:
-                target.copy_(orthogonalise(source.view(piece.shape)).reshape(-1))
-        all_reduce_sum(result)
-        for piece, part in zip(bucket, result.split(sizes), strict=True):
-            scale = UPDATE_RMS * max(piece.shape) ** 0.5
-            mine = part[piece.start : piece.start + piece.numel]
-            piece.of(piece.tensor).mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(mine * (group["lr"] * scale))
+                muon_step([piece for t in group["params"] for piece in self._matrices[t]], self.state, group)
 
 
 def initial_state(tensor: Tensor, muon: bool, zeros_like: ZerosLike) -> dict[str, Tensor]:
-    """Zero moments for a tensor, so that a state exists before the first step."""
+    """Zero moments, so that a state exists before the first step."""
     if muon:
         return {"momentum": zeros_like(tensor)}
     return {
@@ -245,10 +157,9 @@ def build_optimizer(
     work_dtype: torch.dtype,
     zeros_like: ZerosLike = torch.zeros_like,
 ) -> Optimizer:
-    """An optimizer over a module's parameters; `muon(name)` says which matrices Muon takes, `zeros_like` where the
-    moments lie.
+    """An optimizer over a module's parameters; Muon takes the matrices for whose name `muon` is true.
 
-    Weight decay is for the matrices of linear layers alone: biases, norms, embeddings and learned positions have none.
+    Only the matrices of linear layers have weight decay: biases, norms, embeddings and learned positions have none.
     Learning rates are set before every step (`Engine.step`).
     """
     parameters = dict(module.named_parameters())

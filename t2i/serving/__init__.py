@@ -1,1 +1,1 @@
-"""A page to try a model: what may be asked of it, how much of that the memory allows, and the page itself."""
+"""A web page to try a model: requests and their checks, the worker that serves them, and the page itself."""

@@ -1,9 +1,9 @@
-"""The page, in Gradio: what may be asked on the left, what comes of it on the right, and a history to compare.
+"""The page, in Gradio: fields on the left, progress and images on the right, and a history to compare.
 
-- What is wrong with a request is said in the words of the check that refused it.
-- Requests wait in one queue for the one model; what only fills in fields does not.
-- What comes from outside passes t2i/serving/limits.py first.
-- Nothing is loaded from anywhere else, and nothing is told to anyone: no analytics, no fonts, no share link.
+- A request that is refused is answered by the sentence of the check that refused it.
+- Requests wait in one queue for the one model; events that only fill in fields do not wait.
+- Everything that clients send passes t2i/serving/limits.py first.
+- Nothing is loaded from or reported to anywhere else: no analytics, no fonts, no share link.
 """
 
 from __future__ import annotations
@@ -22,46 +22,38 @@ from data.errors import UserError
 from t2i.config.train import SamplingConfig
 from t2i.pipeline import edit_settings
 from t2i.serving import html
-from t2i.serving.html import AskTab, History, history_tab, thumbnails
-from t2i.serving.limits import MOST_UPLOAD, Gate, KeptFiles
+from t2i.serving.html import QUICK, History, RequestTab, history_tab, thumbnails
+from t2i.serving.limits import MOST_UPLOAD, FileCache, RequestFilter
 from t2i.serving.requests import EditForm, Form, Request, first_request, sizes_like
-from t2i.serving.worker import KEPT, Frame, Studio
+from t2i.serving.worker import MOST_IMAGES, Frame, Worker
 
 SOLVERS = get_args(SamplingConfig.model_fields["solver"].annotation)
 
 
-def build_page(studio: Studio, uploads: KeptFiles, name: str, facts: str) -> gr.Blocks:
-    """The page of a model.
-
-    Args:
-        studio: the model.
-        uploads: what visitors bring.
-        name: its title.
-        facts: a line about it.
-    """
-    small = min(studio.pipeline.config.data.size) < html.SMALL
-    gr.set_static_paths([studio.folder, uploads.folder])  # taken as they are: of others Gradio makes copies
+def build_page(worker: Worker, uploads: FileCache, name: str, facts: str) -> gr.Blocks:
+    """The page of a model, with `name` as its title and `facts` below it."""
+    small = min(worker.pipeline.config.data.size) < html.SMALL
+    gr.set_static_paths([worker.folder, uploads.folder])  # else Gradio would copy the files
     with gr.Blocks(title=name, analytics_enabled=False, fill_width=True) as page:
         gr.HTML(html.head(name, facts))
         history = gr.State([])
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"):
-                draws = _draw_tab(studio, small)
-            edits = None
-            if studio.pipeline.config.model.condition == "text":
+                draw = _draw_tab(worker, small)
+            edit = None
+            if worker.pipeline.config.model.condition == "text":
                 with gr.Tab("Edit", id="edit"):
-                    edits = _edit_tab(studio, uploads, small)
+                    edit = _edit_tab(worker, uploads, small)
             with gr.Tab("History", id="history"):
-                shown = history_tab(history, tabs, draws, edits, uploads, small)
-        length = studio.pipeline.config.text.length
-        _connect(draws, studio.check, studio.draw, Form, history, shown, length)
-        if edits is not None:
-            _connect(edits, studio.check_edit, studio.edit, EditForm, history, shown, length)
+                gallery = history_tab(history, tabs, draw, edit, uploads, small)
+        _connect(draw, worker.check, worker.generate, Form, history, gallery)
+        if edit is not None:
+            _connect(edit, worker.check_edit, worker.edit, EditForm, history, gallery)
     return page
 
 
-def _draw_tab(studio: Studio, small: bool) -> AskTab:
-    config, limits = studio.pipeline.config, studio.limits
+def _draw_tab(worker: Worker, small: bool) -> RequestTab:
+    config, limits = worker.pipeline.config, worker.limits
     classes, first = config.model.condition == "class", first_request(config).form
     sizes = [f"{width} × {height}" for height, width in sizes_like(config.data.size, limits)]
     with gr.Row():
@@ -82,7 +74,7 @@ def _draw_tab(studio: Studio, small: bool) -> AskTab:
                 pictures = gr.Number(first.pictures, label="Pictures", min_width=80, elem_id="pictures")
                 steps = gr.Number(first.steps, label="Steps", min_width=80, elem_id="steps")
                 guidance = gr.Number(first.guidance_scale, label="Guidance", step=0.1, min_width=80)
-            seed, new_seed = _seed(first.seed, "seed")
+            seed = _seed(first.seed, "seed")
             with gr.Accordion("Solver and guidance interval", open=False):
                 with gr.Row():
                     solver = gr.Dropdown(list(SOLVERS), value=first.solver, label="Solver", min_width=120)
@@ -92,18 +84,14 @@ def _draw_tab(studio: Studio, small: bool) -> AskTab:
                     low = gr.Number(first.guided_from, label="Guidance from t", step=0.05, min_width=120)
                     high = gr.Number(first.guided_to, label="Guidance to t", step=0.05, min_width=120)
         progress, gallery = _results("Describe a picture and press Draw." if not classes else "Name a class.", small)
-    size.input(_sides, size, [width, height], queue=False, show_progress="hidden", api_visibility="private")
-    solver.change(
-        lambda name: gr.update(visible=name == "adams"),
-        solver, order, queue=False, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-    _on_new_seed(new_seed, seed)
+    size.input(lambda text: [int(side) for side in text.split(" × ")], size, [width, height], **QUICK)
+    solver.change(lambda name: gr.update(visible=name == "adams"), solver, order, **QUICK)
     parts = [prompt, negative, width, height, steps, guidance, low, high, solver, order, seed, pictures]
-    return AskTab(parts, button, stop, progress, gallery)
+    return RequestTab(parts, button, stop, progress, gallery)
 
 
-def _edit_tab(studio: Studio, uploads: KeptFiles, small: bool) -> AskTab:
-    config = studio.pipeline.config
+def _edit_tab(worker: Worker, uploads: FileCache, small: bool) -> RequestTab:
+    config = worker.pipeline.config
     height, width = config.data.size
     first = edit_settings(config, {}, "page")
     with gr.Row():
@@ -112,8 +100,8 @@ def _edit_tab(studio: Studio, uploads: KeptFiles, small: bool) -> AskTab:
                 format="png", sources=["upload", "clipboard"], height=240, elem_id="image",
                 label=f"Image; a larger one is scaled down to about {width} × {height} pixels",
             )  # fmt: skip
-            # Its own opens whatever file it is told of, and decodes it.
-            image.preprocess = lambda brought: None if brought is None else uploads.read(brought.path)
+            # Gradio's own would open and decode whatever file the request names.
+            image.preprocess = lambda upload: None if upload is None else uploads.read(upload.path)
             source = gr.Textbox(label="What it shows", lines=2, elem_id="source")
             target = gr.Textbox(label="What it is to show", lines=2, elem_id="target")
             button, stop = _buttons("Edit")
@@ -125,11 +113,10 @@ def _edit_tab(studio: Studio, uploads: KeptFiles, small: bool) -> AskTab:
                 of_target = gr.Number(
                     first.target_guidance, label="Guidance of what it is to show", step=0.5, min_width=120
                 )
-            seed, new_seed = _seed(first.seed, "edit-seed")
+            seed = _seed(first.seed, "edit-seed")
         progress, gallery = _results("Bring an image, and say what it shows and what it is to show.", small)
-    _on_new_seed(new_seed, seed)
     parts = [image, source, target, steps, taken, of_source, of_target, seed]
-    return AskTab(parts, button, stop, progress, gallery)
+    return RequestTab(parts, button, stop, progress, gallery)
 
 
 def _buttons(name: str) -> tuple[Any, Any]:
@@ -139,23 +126,17 @@ def _buttons(name: str) -> tuple[Any, Any]:
     return button, stop
 
 
-def _seed(value: float | None, name: str) -> tuple[Any, Any]:
+def _seed(value: float | None, elem_id: str) -> Any:
     with gr.Row():
-        seed = gr.Number(value, label="Seed", scale=2, min_width=150, elem_id=name)
-        button = gr.Button("New seed", min_width=100, elem_classes="beside")
-    return seed, button
+        seed = gr.Number(value, label="Seed", scale=2, min_width=150, elem_id=elem_id)
+        button = gr.Button("New seed", min_width=100, elem_classes="inline")
+    button.click(lambda: secrets.randbelow(2**31), None, seed, **QUICK)
+    return seed
 
 
-def _on_new_seed(button: Any, seed: Any) -> None:
-    button.click(
-        lambda: secrets.randbelow(2**31),
-        None, seed, queue=False, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-
-
-def _results(words: str, small: bool) -> tuple[Any, Any]:
+def _results(instruction: str, small: bool) -> tuple[Any, Any]:
     with gr.Column(scale=7, min_width=320):
-        progress = gr.HTML(html.hint(words), elem_classes="told")
+        progress = gr.HTML(html.hint(instruction), elem_classes="status")
         gallery = gr.Gallery(
             show_label=False, columns=2, height="auto", object_fit="contain", visible=False, interactive=False,
             buttons=["download", "fullscreen"], elem_classes=["pictures", *(["small"] if small else [])],
@@ -163,53 +144,45 @@ def _results(words: str, small: bool) -> tuple[Any, Any]:
     return progress, gallery
 
 
-def _sides(size: str) -> list[int]:
-    return [int(side) for side in size.split(" × ")]
-
-
 def _connect(
-    tab: AskTab,
+    tab: RequestTab,
     check: Callable[[Any], Any],
-    draw: Callable[[Any], Iterator[Frame]],
+    make: Callable[[Any], Iterator[Frame]],
     form: type[Form] | type[EditForm],
     history: Any,
-    shown: Any,
-    length: int,
+    gallery: Any,
 ) -> None:
-    """Have a tab's button ask for pictures, and its other one stop them; of words the model reads `length` tokens."""
+    """Connect a tab's buttons: one makes the images that its fields ask for, the other stops."""
 
-    def ask(drawn_before: History, *values: Any) -> Iterator[list[Any]]:
-        with _in_words():
+    def submit(earlier: History, *values: Any) -> Iterator[list[Any]]:
+        with _as_notice():
             request = check(form(*values))
             count = request.pictures if isinstance(request, Request) else 1
             began, done = time.monotonic(), -1
-            for frame in draw(request):
-                told = html.progress(frame, count, time.monotonic() - began, length)
-                if len(frame.drawn) == done:
-                    yield [told, gr.skip(), gr.skip(), gr.skip()]
+            for frame in make(request):
+                progress = html.progress(frame, count, time.monotonic() - began)
+                if len(frame.generated) == done:
+                    yield [progress, gr.skip(), gr.skip(), gr.skip()]
                     continue
-                done = len(frame.drawn)
-                kept = (it for it in drawn_before if it.path.exists())
-                known = [*reversed(frame.drawn), *kept][:KEPT]
-                gallery = gr.update(value=[str(it.path) for it in frame.drawn], visible=done > 0)
-                yield [told, gallery, known, thumbnails(known)]
+                done = len(frame.generated)
+                kept = (image for image in earlier if image.path.exists())
+                images = [*reversed(frame.generated), *kept][:MOST_IMAGES]
+                shown = gr.update(value=[str(image.path) for image in frame.generated], visible=done > 0)
+                yield [progress, shown, images, thumbnails(images)]
 
-    asked = gr.on(
-        [tab.button.click, *(it.submit for it in tab.fields if isinstance(it, gr.Textbox))],
-        ask, [history, *tab.fields], [tab.progress, tab.gallery, history, shown],
+    event = gr.on(
+        [tab.button.click, *(field.submit for field in tab.fields if isinstance(field, gr.Textbox))],
+        submit, [history, *tab.fields], [tab.progress, tab.gallery, history, gallery],
         concurrency_limit=1, concurrency_id="model", show_progress="minimal", show_progress_on=tab.progress,
         api_visibility="private",
     )  # fmt: skip
-    # Said when it has stopped: a click on the first button does nothing before.
-    tab.stop.click(None, cancels=[asked]).then(
-        lambda: html.hint("Stopped."), None, tab.progress,
-        queue=False, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
+    # Shown when it has stopped: until then a click on the first button does nothing.
+    tab.stop.click(None, cancels=[event]).then(lambda: html.hint("Stopped."), None, tab.progress, **QUICK)
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
-    """What a user did wrong, as a notice on the page."""
+def _as_notice() -> Iterator[None]:
+    """Show a user's mistake as a notice on the page."""
     try:
         yield
     except UserError as error:
@@ -217,33 +190,25 @@ def _in_words() -> Iterator[None]:
 
 
 def _theme() -> gr.themes.Base:
-    """Fonts of the system alone: others would be loaded."""
+    """Only fonts of the system: others would be loaded from elsewhere."""
     return gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=["Arial", "sans-serif"], font_mono=["Consolas", "monospace"]
     )
 
 
-def serve(page: gr.Blocks, uploads: KeptFiles, pictures: KeptFiles, host: str, port: int, queue: int) -> None:
-    """Serve a page until interrupted.
-
-    Args:
-        page: what `build_page` returned.
-        uploads: what visitors bring.
-        pictures: what they are shown; in the same folder.
-        host: address that the server binds to.
-        port: it listens on.
-        queue: requests that may wait, at most.
+def serve(page: gr.Blocks, uploads: FileCache, images: FileCache, host: str, port: int, queue: int) -> None:
+    """Serve a page until interrupted; `uploads` and `images` are in one folder, and `queue` requests may wait.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: the port cannot be listened on.
     """
     page.queue(max_size=queue, api_open=False)
-    gate = Middleware(Gate, folder=uploads.folder.parent, uploads=uploads, pictures=pictures)
+    middleware = Middleware(RequestFilter, folder=uploads.folder.parent, uploads=uploads, images=images)
     try:
         page.launch(
             server_name=host, server_port=port, share=False, show_error=False, quiet=True, ssr_mode=False, pwa=False,
             mcp_server=False, run_history=False, enable_monitoring=False, footer_links=[],
-            max_file_size=MOST_UPLOAD, app_kwargs={"middleware": [gate]}, prevent_thread_lock=True,
+            max_file_size=MOST_UPLOAD, app_kwargs={"middleware": [middleware]}, prevent_thread_lock=True,
             css=html.CSS, theme=_theme(),
         )  # fmt: skip
     except OSError as error:

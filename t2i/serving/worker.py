@@ -1,9 +1,9 @@
-"""The model behind the page: it draws what was asked for, shows it forming, and stops when told to.
+"""The model behind the page: it generates or edits, shows the image as it forms, and stops on request.
 
-- Pictures are drawn one by one, each in a batch of its own: picture n is the same however many are asked for, and each
-  is shown when it is done.
-- The model is used by one thread, the studio's own: one who stops a request does not wait for it, the next one does.
-- A picture is a PNG that says in its text, under "settings", what it was drawn with. The latest are kept.
+- Images are generated one by one, each in a batch of its own: image n is the same however many are asked for, and is
+  shown when it is done.
+- One thread uses the model. Whoever stops a request does not wait for it; the next request does.
+- An image is a PNG file whose text chunk "settings" holds the request as JSON. The latest files are kept.
 """
 
 from __future__ import annotations
@@ -28,86 +28,79 @@ from torch import Tensor
 from data.errors import UserError
 from t2i.diffusion.flow import to_pixels
 from t2i.pipeline import Picture, Pipeline, Preview, edit_image
-from t2i.serving.limits import KeptFiles
+from t2i.serving.limits import FileCache
 from t2i.serving.requests import EditForm, EditRequest, Form, Request, check_edit, check_form
 from t2i.size_limits import Limits
 
 Pixels = NDArray[np.uint8]
 
 PREVIEW_EVERY_S = 0.25
-KEPT = 60
-"""Pictures that a history shows, and whose files there are: the latest."""
-MOST_KEPT_BYTES = 2**32
-BEAT_S = 1.0
-"""Whoever waits hears from the studio this often."""
+MOST_IMAGES = 60
+"""Images that are kept, and that a history shows: the latest."""
+MOST_IMAGE_BYTES = 2**32
+HEARTBEAT_S = 1.0
+"""A waiting listener gets a frame at least this often."""
 
 
 class _Stopped(Exception):
-    """Leaves the solver."""
+    """Raised in the solver to stop it."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture that is done."""
+class GeneratedImage:
+    """A finished image."""
 
     path: Path
-    """Its PNG."""
+    """Its PNG file."""
     settings: dict[str, Any]
-    """What it was drawn with, in JSON's types."""
+    """What it was generated with, in JSON's types."""
     request: Request | EditRequest
-    """What asks for it again."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """How far a request is."""
+    """The progress of a request."""
 
-    share: float
-    """Of the calls of the network."""
+    progress: float
+    """Share of the network's calls that are done."""
     preview: Pixels | None
-    """The picture (H, W, 3) that is forming, as the latest call predicts it; None: no news of it."""
-    drawn: tuple[Drawn, ...]
-    """Pictures that are done."""
-    cut: tuple[str, ...] = ()
-    """The fields whose words are longer than what the model reads of them."""
+    """The image (H, W, 3) that is forming, as the latest call predicts it, if that is new."""
+    generated: tuple[GeneratedImage, ...]
+    warnings: tuple[str, ...] = ()
+    """One sentence for each text that is longer than the model reads."""
 
 
-class Studio:
-    """A model with all that its page needs.
+class Worker:
+    """Serves requests with a model; images are written to `folder`, which holds nothing else.
 
-    Args:
-        pipeline: the model.
-        fingerprint: which model and weights, for the pictures' texts.
-        limits: sizes that may be asked for.
-        folder: where pictures are written, and nothing else is.
+    `fingerprint` says which model and weights these are, for the images' settings.
     """
 
     def __init__(self, pipeline: Pipeline, fingerprint: dict[str, Any], limits: Limits, folder: Path) -> None:
         self.pipeline, self.limits, self.folder = pipeline, limits, folder
-        self._made_of = fingerprint
-        self.pictures = KeptFiles(folder, KEPT, MOST_KEPT_BYTES)
-        self._device = ThreadPoolExecutor(1, "studio")
+        self._fingerprint = fingerprint
+        self.images = FileCache(folder, MOST_IMAGES, MOST_IMAGE_BYTES)
+        self._thread = ThreadPoolExecutor(1, "worker")
         self._closing = Event()
 
     def close(self) -> None:
-        """Stop what is being made at its next call of the network, and wait for that; then no more is made."""
+        """Stop the current request at its next call of the network, wait for that, and accept no more."""
         self._closing.set()
-        self._device.shutdown()
+        self._thread.shutdown()
 
     def check(self, form: Form) -> Request:
-        """What a form asks for.
-
-        Raises:
-            UserError: a field that is wrong, in one sentence.
-        """
+        """As `check_form`."""
         return check_form(form, self.pipeline.config, self.pipeline.conditioner, self.limits)
 
-    def draw(self, request: Request) -> Iterator[Frame]:
-        """Draw what was asked for; the last frame has all pictures. Closing the iterator stops it at the next call of
-        the network.
+    def check_edit(self, form: EditForm) -> EditRequest:
+        """As `requests.check_edit`."""
+        return check_edit(form, self.pipeline.config, self.limits)
+
+    def generate(self, request: Request) -> Iterator[Frame]:
+        """Generate images; the last frame has all of them. Closing the iterator stops at the network's next call.
 
         Raises:
-            UserError: the memory was not enough after all.
+            UserError: the device ran out of memory.
         """
         wanted = [Picture(request.prompt, number, request.negative) for number in range(request.pictures)]
 
@@ -117,16 +110,8 @@ class Studio:
 
         return self._follow(request, images)
 
-    def check_edit(self, form: EditForm) -> EditRequest:
-        """What a form asks for.
-
-        Raises:
-            UserError: a field that is wrong, in one sentence.
-        """
-        return check_edit(form, self.pipeline.config, self.limits)
-
     def edit(self, request: EditRequest) -> Iterator[Frame]:
-        """The same of an edit, which makes one picture."""
+        """As `generate`, for an edit, which makes one image."""
 
         def images(preview: Preview) -> Iterator[Tensor]:
             yield edit_image(self.pipeline, request.image, request.source, request.target, request.edits, preview)
@@ -134,54 +119,52 @@ class Studio:
         return self._follow(request, images)
 
     def _follow(self, request: Request | EditRequest, images: Callable[[Preview], Iterator[Tensor]]) -> Iterator[Frame]:
-        """Have the studio's thread make pictures, and yield how far it is, at least every BEAT_S seconds.
+        """Make images (uint8 (3, H, W)) in the worker's thread, and yield frames, at least every HEARTBEAT_S seconds.
 
-        Args:
-            request: what is asked for.
-            images: makes its pictures, uint8 (3, H, W); the preview is shown every call of the network.
+        `images` calls its preview at every call of the network.
         """
-        latest = Frame(0.0, None, ())  # those that nobody saw in time are not missed
-        news, stop = Event(), Event()
+        latest = Frame(0.0, None, ())  # the listener may miss frames, but never the last one
+        changed, stop = Event(), Event()
+        calls, previewed_at = 0, -PREVIEW_EVERY_S
+        generated, warnings = tuple[GeneratedImage, ...](), tuple[str, ...]()
 
         def is_over() -> bool:
             return stop.is_set() or self._closing.is_set()
 
-        called, shown, drawn, cut = 0, -PREVIEW_EVERY_S, tuple[Drawn, ...](), tuple[str, ...]()
-
         def preview(predicted: Tensor, t: float) -> None:
-            nonlocal called, shown, latest
+            nonlocal calls, previewed_at, latest
             if is_over():
                 raise _Stopped
-            called += 1
-            if time.monotonic() - shown >= PREVIEW_EVERY_S:
-                latest = Frame(called / request.calls, to_array(to_pixels(predicted[0]).cpu()), drawn, cut)
-                news.set()
-                shown = time.monotonic()
+            calls += 1
+            if time.monotonic() - previewed_at >= PREVIEW_EVERY_S:
+                pixels = to_array(to_pixels(predicted[0]).cpu())
+                latest = Frame(calls / request.calls, pixels, generated, warnings)
+                changed.set()
+                previewed_at = time.monotonic()
 
         def make() -> None:
-            nonlocal drawn, latest, cut
+            nonlocal generated, latest, warnings
             if is_over():
                 return
-            conditioner = self.pipeline.conditioner
-            cut = tuple(it.field for it in request.words if conditioner.cut([it.text], it.plain))
+            warnings = self._warnings(request)
             for number, image in enumerate(images(preview)):
-                settings = self._made_of | request.settings | {"number": number}
-                path = self.pictures.add(f"{request.stem}_{number}.png", to_png(image, settings))
-                drawn = (*drawn, Drawn(path, settings, request))
-                latest = Frame(called / request.calls, None, drawn, cut)
-                news.set()
+                settings = self._fingerprint | request.settings | {"number": number}
+                path = self.images.add(f"{request.stem}_{number}.png", to_png(image, settings))
+                generated = (*generated, GeneratedImage(path, settings, request))
+                latest = Frame(calls / request.calls, None, generated, warnings)
+                changed.set()
 
-        future = self._device.submit(make)
-        future.add_done_callback(lambda _: news.set())
+        future = self._thread.submit(make)
+        future.add_done_callback(lambda _: changed.set())
         try:
             ended = False
             while not ended:
-                told = latest
-                yield told
-                news.wait(BEAT_S)  # then the same once more: whoever listens may want to leave
-                news.clear()
+                sent = latest
+                yield sent
+                changed.wait(HEARTBEAT_S)  # then the same frame again: the listener may want to leave
+                changed.clear()
                 ended = future.done()
-            if latest is not told:  # told twice at once, a page may show neither
+            if latest is not sent:  # a page may show neither of two equal frames that follow at once
                 yield latest
             future.result()
         except torch.OutOfMemoryError as error:
@@ -190,14 +173,22 @@ class Studio:
         finally:
             stop.set()
 
+    def _warnings(self, request: Request | EditRequest) -> tuple[str, ...]:
+        is_cut, length = self.pipeline.conditioner.cut, self.pipeline.config.text.length
+        return tuple(
+            f"{field}: is longer than text.length {length} tokens and is cut"
+            for field, text, plain in request.texts
+            if is_cut([text], plain)
+        )
+
 
 def to_array(image: Tensor) -> Pixels:
-    """A picture, uint8 (3, H, W) on the host, as (H, W, 3)."""
+    """An image, uint8 (3, H, W) on the host, as (H, W, 3)."""
     return image.permute(1, 2, 0).contiguous().numpy()
 
 
 def to_png(image: Tensor, settings: dict[str, Any]) -> bytes:
-    """A picture, uint8 (3, H, W), as a PNG with `settings` in its text."""
+    """An image, uint8 (3, H, W), as a PNG file with `settings` in its text."""
     text, file = PngInfo(), io.BytesIO()
     text.add_text("settings", json.dumps(settings))
     Image.fromarray(to_array(image)).save(file, "png", pnginfo=text)

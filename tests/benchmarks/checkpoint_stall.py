@@ -73,7 +73,7 @@ class Training:
 
     def tensors(self) -> dict[str, Any]:
         shards = self.engine.shards
-        return {"param": params_of(shards), "ema": self.ema.values, **moments_of(shards)}
+        return {"param": params_of(shards), "ema": self.ema.params, **moments_of(shards)}
 
 
 def slowest(world: World, seconds: float) -> float:
@@ -108,7 +108,7 @@ def torch_save(training: Training, path: Path) -> None:
 def new_writer(training: Training, folder: Path) -> CheckpointWriter:
     world = training.world
     return CheckpointWriter(
-        folder, rank=world.rank, world_size=world.size, attempt=folder.name, keep=1, gather=world.gather
+        folder, rank=world.rank, world_size=world.size, attempt_id=folder.name, keep=1, gather=world.gather
     )
 
 
@@ -116,15 +116,15 @@ def saving(training: Training, folder: Path, saves: int) -> dict[str, Any]:
     """Saves one after the other, each of them waited for; steps are trained while every second one is written."""
     world, writer = training.world, new_writer(training, folder)
     began = time.perf_counter()
-    writer.reserve(training.engine.shards, training.ema.values)
+    writer.allocate(training.engine.shards, training.ema.params)
     reserve_s = slowest(world, time.perf_counter() - began)
     stalls, durable, beside = [], [], []
     for number in range(1, saves + 1):
         training.step()
         world.barrier()
         began = time.perf_counter()
-        outcome = writer.save(number, training.engine.shards, training.ema.values, {})
-        assert outcome.begun
+        outcome = writer.save(number, training.engine.shards, training.ema.params, {})
+        assert outcome.started
         stalls.append(slowest(world, outcome.stall_s))
         while number % 2 and max(world.gather(writer._thread.is_alive())):
             beside.append(timed(world, training.step))
@@ -147,7 +147,7 @@ def overtaking(training: Training, folder: Path) -> dict[str, Any]:
     for number in range(1, 9):
         training.step()
         training.world.barrier()  # the wait for a slower rank is not the save's
-        outcome = writer.save(number, training.engine.shards, training.ema.values, {}, may_skip=True)
+        outcome = writer.save(number, training.engine.shards, training.ema.params, {}, may_skip=True)
         stalls.append(slowest(training.world, outcome.stall_s))
     skipped = set(training.world.gather(writer.skipped))
     assert len(skipped) == 1, "ranks disagree"

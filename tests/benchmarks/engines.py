@@ -120,9 +120,9 @@ def engine(config: EngineConfig, dtype: torch.dtype, size: int, world) -> dict[s
         applied(built.step(lambda _: 1e-4, lambda _: None))
 
     found = measure(step, ema.update)
-    average = sum(value.numel() * 4 for value in ema.values.values())
+    average = sum(value.numel() * 4 for value in ema.params.values())
     shards = sum(
-        tensor.numel() * 4 for shard in built.shards.values() for tensor in (shard.value, *shard.state.values())
+        tensor.numel() * 4 for shard in built.shards.values() for tensor in (shard.param, *shard.state.values())
     )
     held = alive() - before - average
     built.close()

@@ -49,7 +49,7 @@ WATCHED = (
 
 def moved(engine: Engine, ema: Ema) -> dict[str, Any]:
     """How far the masters are from the average: their largest change."""
-    largest = {name: float((it.value - ema.values[name]).abs().max()) for name, it in engine.shards.items()}
+    largest = {name: float((it.param - ema.params[name]).abs().max()) for name, it in engine.shards.items()}
     return {
         "tensors": len(largest),
         "tensors_moved": sum(change > 0 for change in largest.values()),
@@ -61,7 +61,7 @@ def moved(engine: Engine, ema: Ema) -> dict[str, Any]:
 def mapped_bytes(engine: Engine, ema: Ema) -> int:
     """Of moments and average in files."""
     moments = [moment for shard in engine.shards.values() for moment in shard.state.values()]
-    return sum(it.nbytes for it in (*moments, *ema.values.values()) if it.is_shared())
+    return sum(it.nbytes for it in (*moments, *ema.params.values()) if it.is_shared())
 
 
 def measure(config: RunConfig, stage: str, world: World) -> dict[str, Any]:

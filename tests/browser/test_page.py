@@ -1,11 +1,11 @@
-"""The page in a real browser: the server is started as a user does, a headless Chromium types, clicks and looks.
+"""The page in a real browser: the server is started as a user does; a headless Chromium types, clicks and looks.
 
     pytest -m browser tests/browser
     PAGE_MODEL=runs/prove/scenes/model PAGE_SCREENSHOT=docs/page.png pytest -m browser tests/browser -k screenshot
 
 It needs Gradio, Playwright's Python package and a Chromium on the path, such as Debian's; Playwright's own browsers are
-not used. The model has random weights, unless PAGE_MODEL names another's folder; the screenshot is kept where
-PAGE_SCREENSHOT says.
+not used. The model has random weights unless PAGE_MODEL names another one's folder; the screenshot is written to
+PAGE_SCREENSHOT.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ pytest.importorskip("gradio", reason="comes with the extra 'serve'")
 api = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed: pip install playwright")
 
 PATIENCE_MS = 30_000
+SOURCES = "images => images.map(image => image.src)"
 LONG = {"steps": 500, "pictures": 16}
-"""A request that outlasts what is done meanwhile."""
+"""A request that takes longer than anything else that a test does."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """launch/serve.py with a queue of one, whose ways to other machines lead to a socket that is listened to."""
+    """launch/serve.py with a queue of one; its proxy settings lead to a socket that counts connections."""
     folder = os.environ.get("PAGE_MODEL") or write_random_model(tmp_path_factory.mktemp("model") / "model")
     port = free_port()
     words = [str(ROOT / "launch" / "serve.py"), "--model", str(folder), "--port", str(port), "--queue", "1"]
@@ -93,13 +94,13 @@ def browser() -> Iterator[Any]:
 
 
 class Visitor:
-    """Somebody at the page: a session of its own. `foreign` are addresses elsewhere that their browser asked for."""
+    """A browser session at the page; `foreign` are the addresses on other hosts that it asked for."""
 
     def __init__(self, browser: Any, server: Server, **context: Any) -> None:
         self.page = browser.new_context(**context).new_page()
         self.page.set_default_timeout(PATIENCE_MS)
         self.foreign: list[str] = []
-        self.page.on("request", lambda it: self._note(it.url, server.url))
+        self.page.on("request", lambda request: self._note(request.url, server.url))
         self.page.goto(server.url)
         self.page.wait_for_selector("#prompt textarea")
         for tab in ("History", "Draw"):  # a tab has nothing in it before it is looked at
@@ -134,7 +135,7 @@ class Visitor:
         self.is_shown("#history img", before + count)
         self.shows(rf"{count} pictures? in [\d.]+ s")
         self.is_shown(".pictures .grid-container img", count)
-        sources = self.page.locator(".pictures .grid-container img").evaluate_all("all => all.map(it => it.src)")
+        sources = self.page.locator(".pictures .grid-container img").evaluate_all(SOURCES)
         return [self.page.request.get(source).body() for source in sources]
 
 
@@ -159,7 +160,7 @@ def test_the_picture_changes_with_the_prompt_and_repeats_with_the_seed(visit: Ca
     (star,) = page.draw("a blue star")
     (again,) = page.draw("a red circle")
     (other,) = page.draw("a red circle", **{"seed": 1})
-    shown = [Image.open(io.BytesIO(it)).convert("RGB").tobytes() for it in (circle, star, again, other)]
+    shown = [Image.open(io.BytesIO(file)).convert("RGB").tobytes() for file in (circle, star, again, other)]
     assert shown[0] == shown[2]
     assert circle == again  # to the last byte of the file
     assert len(set(shown)) == 3
@@ -167,25 +168,29 @@ def test_the_picture_changes_with_the_prompt_and_repeats_with_the_seed(visit: Ca
     assert elsewhere == circle
 
 
-def test_a_downloaded_picture_says_what_it_was_drawn_with(visit: Callable[..., Visitor]) -> None:
+def test_a_downloaded_picture_says_what_it_was_generated_with(visit: Callable[..., Visitor]) -> None:
     first, second = visit().draw("a red circle", 2, width=24, height=8, steps=3)
-    told = [json.loads(Image.open(io.BytesIO(it)).text["settings"]) for it in (first, second)]
-    assert [it["number"] for it in told] == [0, 1]
-    assert (told[0]["prompt"], told[0]["size"], told[0]["sampling"]["steps"]) == ("a red circle", [8, 24], 3)
+    settings = [json.loads(Image.open(io.BytesIO(file)).text["settings"]) for file in (first, second)]
+    assert [image["number"] for image in settings] == [0, 1]
+    assert (settings[0]["prompt"], settings[0]["size"], settings[0]["sampling"]["steps"]) == (
+        "a red circle",
+        [8, 24],
+        3,
+    )
     assert Image.open(io.BytesIO(first)).size == (24, 8)
 
 
 def test_the_picture_is_seen_forming_and_a_request_can_be_stopped(visit: Callable[..., Visitor]) -> None:
     page = visit()
     page.ask("a red circle", **LONG)
-    page.is_shown("img.forming")
+    page.is_shown("img.preview")
     page.shows(r"picture \d+ of 16")
-    seen = page.page.get_attribute("img.forming", "src")
-    page.page.wait_for_function("seen => document.querySelector('img.forming')?.src !== seen", arg=seen)
+    seen = page.page.get_attribute("img.preview", "src")
+    page.page.wait_for_function("seen => document.querySelector('img.preview')?.src !== seen", arg=seen)
     with page.page.expect_response(re.compile("/reset$")):  # before, Gradio drops another click on the button
         page.page.click("#stop-draw")
     page.shows("Stopped.")
-    page.is_shown("img.forming", 0)
+    page.is_shown("img.preview", 0)
     kept = page.page.locator("#history img").count()
     assert kept < 16
     page.draw("a blue star")  # the model is free again
@@ -221,7 +226,7 @@ def test_a_prompt_cannot_put_markup_into_the_page(visit: Callable[..., Visitor])
 def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Visitor]) -> None:
     running, waiting, refused = visit(), visit(), visit()
     running.ask("a red circle", **LONG)
-    running.is_shown("img.forming")
+    running.is_shown("img.preview")
     waiting.ask("a blue star", **LONG)
     waiting.shows(r"queue: 1/1")
     refused.ask("a green heart")
@@ -236,7 +241,7 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Visitor]) -> None
 def test_one_who_leaves_does_not_keep_the_model(visit: Callable[..., Visitor]) -> None:
     left, stayed = visit(), visit()
     left.ask("a red circle", **LONG)
-    left.is_shown("img.forming")
+    left.is_shown("img.preview")
     left.page.goto("about:blank")
     stayed.draw("a blue star")
 
@@ -252,7 +257,7 @@ def test_two_pictures_side_by_side_and_settings_used_again(visit: Callable[..., 
         api.expect(page.page.locator(".settings")).to_have_count(index + 1)
     api.expect(page.page.locator(".settings").nth(0)).to_contain_text("a red circle")
     api.expect(page.page.locator(".settings").nth(1)).to_contain_text("a blue star")
-    assert page.page.locator(".settings").nth(0).locator("tr.other th").all_inner_texts() == ["prompt", "steps"]
+    assert page.page.locator(".settings").nth(0).locator("tr.differs th").all_inner_texts() == ["prompt", "steps"]
     page.page.click("#again-left")
     api.expect(page.page.locator("#prompt textarea")).to_be_visible()
     api.expect(page.page.locator("#prompt textarea")).to_have_value("a red circle")
@@ -270,7 +275,7 @@ def test_an_image_is_edited(visit: Callable[..., Visitor], tmp_path: Path) -> No
     page.is_shown("#image img")
     page.page.click("#edit")
     page.is_shown("#history img")
-    source = page.page.locator(".pictures .grid-container img").evaluate_all("all => all.map(it => it.src)")[-1]
+    source = page.page.locator(".pictures .grid-container img").evaluate_all(SOURCES)[-1]
     edited = Image.open(io.BytesIO(page.page.request.get(source).body()))
     assert edited.size == (16, 12)
     assert json.loads(edited.text["settings"])["target"] == "a blue star"
@@ -280,8 +285,8 @@ def test_an_image_is_edited(visit: Callable[..., Visitor], tmp_path: Path) -> No
     api.expect(page.page.locator("#target textarea")).to_be_visible()
     page.page.click("#edit")
     page.is_shown("#history img", 2)
-    sources = page.page.locator("#history img").evaluate_all("all => all.map(it => it.src)")
-    again, before = (page.page.request.get(it).body() for it in sources)
+    sources = page.page.locator("#history img").evaluate_all(SOURCES)
+    again, before = (page.page.request.get(source).body() for source in sources)
     assert sources[0] != sources[1]
     assert again == before
 
@@ -311,7 +316,7 @@ def test_screenshot(visit: Callable[..., Visitor], tmp_path: Path) -> None:
     page = visit(viewport={"width": 1280, "height": 900})
     page.page.mouse.move(0, 0)
     page.draw("a photo of a red circle left of a blue square", 4, steps=25)
-    page.page.wait_for_function("[...document.querySelectorAll('.pictures img')].every(it => it.complete)")
+    page.page.wait_for_function("[...document.querySelectorAll('.pictures img')].every(image => image.complete)")
     path = Path(os.environ.get("PAGE_SCREENSHOT") or tmp_path / "page.png")
     page.page.screenshot(path=path)
     with Image.open(path) as image:

@@ -25,13 +25,15 @@ def cut(ranks: int, seed: int = 0) -> list[dict[str, Shard]]:
     return shards
 
 
-def average(shards: dict[str, Shard]) -> dict[str, torch.Tensor]:
-    return {name: shard.value * 3 for name, shard in shards.items()}
+def ema_of(shards: dict[str, Shard]) -> dict[str, torch.Tensor]:
+    return {name: shard.param * 3 for name, shard in shards.items()}
 
 
-def write(folder: Path, step: int, ranks: int = 3, keep: int = 9, attempt: str = "x") -> None:
-    writers = [CheckpointWriter(folder, rank=r, world_size=ranks, attempt=attempt, keep=keep) for r in range(ranks)]
+def write(folder: Path, step: int, ranks: int = 3, keep: int = 9, attempt_id: str = "x") -> None:
+    writers = [
+        CheckpointWriter(folder, rank=r, world_size=ranks, attempt_id=attempt_id, keep=keep) for r in range(ranks)
+    ]
     for writer, shards in zip(writers, cut(ranks), strict=True):
-        writer.save(step, shards, average(shards), {"batches": step})
+        writer.save(step, shards, ema_of(shards), {"batches": step})
     for writer in writers:
         writer.wait()

@@ -161,7 +161,7 @@ def test_a_stage_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(un
     options = ["--config", str(unbroken.parent / "config.yaml"), "--root", str(tmp_path)]
     output = run("forked", "stage2.py", *options, ranks=1, code=2)
     assert "can be used" in output.splitlines()[-1]
-    assert "torn" in output.splitlines()[-1] and "checksum" in output.splitlines()[-1]
+    assert "truncated" in output.splitlines()[-1] and "checksum" in output.splitlines()[-1]
     assert (tmp_path / "tiny" / "metrics.jsonl").read_text() == metrics_before
 
 

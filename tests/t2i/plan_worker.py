@@ -94,9 +94,9 @@ def inside(config: RunConfig, text_width: int, features: PatchFeatures, world: W
     micro_step(engine, config, text_width, dtype)
 
     parameters, shards = list(engine.network.parameters()), engine.shards.values()
-    account.claim("masters", storages(shard.value for shard in shards))
+    account.claim("masters", storages(shard.param for shard in shards))
     account.claim("moments", storages(moment for shard in shards for moment in shard.state.values()))
-    account.claim("average", storages(ema.values.values()))
+    account.claim("average", storages(ema.params.values()))
     account.claim("weights", storages([*parameters, *(getattr(p, "ds_tensor", None) for p in parameters)]))
     everything = live()
     account.claim("bucket", {at: size for at, size in everything.items() if size >= FP32 * BUCKET_NUMEL})

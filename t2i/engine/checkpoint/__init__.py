@@ -1,14 +1,13 @@
-"""Checkpoints in one format for all engines and world sizes, written beside training.
+"""Checkpoints in one format for all engines and world sizes, written while training goes on.
 
 A checkpoint is a folder `step_N`: one safetensors file a rank with its slices of the fp32 weights, the optimizer's
-moments and the average, each under the parameter's name, and `manifest.json`, which says which slice lies where, the
-files' SHA-256, and the trainer's global state. A reader takes the slices it needs, so any number of ranks and any
-engine can go on from it.
+moments and EMA, each under the parameter's name, and `manifest.json`, which says which slice is where, with the files'
+SHA-256 and the trainer's global state. A reader takes the slices it needs, so any number of ranks and any engine can
+resume from it.
 
-- `format.py`: what is on the disk, its checks, and reading.
-- `snapshot.py`: the copy of the state in host memory, and the file it becomes.
-- `writer.py`: writes off the training path, commits, and keeps what is to be kept (`retention.py`).
-- `mirror.py`: a copy in another place, and the way back from there.
+- `format.py`: names, checks, reading, and which checkpoints are kept.
+- `writer.py`: the copy of the state in host memory; writing in the background; committing and pruning.
+- `mirror.py`: copies in another place, and resuming from there.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from t2i.engine.checkpoint.format import (
     step_of,
 )
 from t2i.engine.checkpoint.mirror import Mirror, latest_checkpoint, open_mirror
-from t2i.engine.checkpoint.writer import CheckpointWriter, Saving
+from t2i.engine.checkpoint.writer import CheckpointWriter, SaveResult
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
     "Mirror",
-    "Saving",
+    "SaveResult",
     "checkpoints",
     "latest_checkpoint",
     "moments_of",

@@ -1,10 +1,8 @@
-"""What a checkpoint is on the disk: its names, its checks, and reading it.
+"""Checkpoints on disk: their names and checks, reading them, and which of them are kept.
 
-- A folder is a checkpoint if its manifest is there; whatever is not whole yet, or is on its way out, has a dot in
-  front of its name.
-- The manifest holds the SHA-256 of every part and of itself: a bit that flips in the trainer's state is found too.
-
-Which checkpoints are kept.
+- A folder is a checkpoint if its manifest is there; what is incomplete or about to be removed has a name that begins
+  with a dot.
+- The manifest holds the SHA-256 of every part and of itself, so a bit that flips in the trainer's state is found too.
 """
 
 from __future__ import annotations
@@ -25,36 +23,7 @@ from data.errors import UserError
 from data.files import sha256
 from t2i.engine.engine import Shards
 
-
-@dataclass(frozen=True)
-class Retention:
-    """The newest `keep` regular checkpoints, and those at multiples of `keep_every` steps for ever (0: none).
-
-    Of the ephemeral ones the newest is kept, until a regular one is newer.
-    """
-
-    keep: int
-    keep_every: int = 0
-
-    def outdated(self, ephemeral: Mapping[int, bool], latest: int, needed_before: int | None = None) -> list[int]:
-        """The steps of checkpoints that may go.
-
-        Args:
-            ephemeral: for the step of each checkpoint there is, whether it is ephemeral.
-            latest: step of the one just written. Later ones are damaged, or training would have gone on from them:
-                they neither count nor go.
-            needed_before: the newest from before this step is kept, for a rollback.
-        """
-        present = sorted(step for step in ephemeral if step <= latest)
-        regular = [step for step in present if not ephemeral[step]]
-        stay = {latest, *regular[-self.keep :]}
-        stay |= {step for step in regular if self.keep_every and step % self.keep_every == 0}
-        if needed_before is not None:  # the newest such: going further back costs steps
-            stay |= set([step for step in present if step < needed_before][-1:])
-        return [step for step in present if step not in stay]
-
-
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 EPHEMERAL = "ephemeral"
 """An empty file that marks an ephemeral checkpoint."""
@@ -68,22 +37,18 @@ class CheckpointError(UserError):
 
 
 def folder_name(step: int) -> str:
-    """Name of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
 def part_name(rank: int) -> str:
-    """Name of a rank's file."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def is_step(name: str) -> bool:
-    """Whether a folder has the name of a checkpoint."""
     return _STEP.fullmatch(name) is not None
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
     assert is_step(path.name), path
     return int(path.name.removeprefix("step_"))
 
@@ -94,7 +59,32 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-# The manifest
+@dataclass(frozen=True)
+class Retention:
+    """Keeps the newest `keep` regular checkpoints, and for good those at multiples of `keep_every` steps (0: none).
+
+    Of the ephemeral ones the newest is kept, until a regular one is newer.
+    """
+
+    keep: int
+    keep_every: int = 0
+
+    def expired(self, ephemeral: Mapping[int, bool], latest: int, needed_before: int | None = None) -> list[int]:
+        """The steps of checkpoints to remove.
+
+        Args:
+            ephemeral: for the step of each checkpoint, whether it is ephemeral.
+            latest: step of the one just written. Later ones neither count nor are removed: they are damaged, or
+                training would have resumed from them.
+            needed_before: the newest from before this step is kept, for a rollback.
+        """
+        present = sorted(step for step in ephemeral if step <= latest)
+        regular = [step for step in present if not ephemeral[step]]
+        kept = {latest, *regular[-self.keep :]}
+        kept |= {step for step in regular if self.keep_every and step % self.keep_every == 0}
+        if needed_before is not None:  # the newest: going further back costs steps
+            kept |= set([step for step in present if step < needed_before][-1:])
+        return [step for step in present if step not in kept]
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -102,27 +92,27 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def manifest_text(body: dict[str, Any]) -> str:
-    """The manifest's text: its format, its body and its own checksum."""
+    """The manifest's text: format, body and checksum."""
     body = {"format": FORMAT, **body}
     return json.dumps({**body, "sha256": _digest(body)})
 
 
 def parse_manifest(text: str | bytes | bytearray, where: str) -> dict[str, Any]:
-    """The manifest that a text holds.
+    """Read a manifest and check it.
 
     Raises:
-        CheckpointError: it is torn, not as written, or of another format.
+        CheckpointError: it is truncated, was changed, or has another format.
     """
     try:
         body = json.loads(text)
         written = body.pop("sha256")
         kind = body["format"]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{where}: the manifest is torn: {error}") from error
+        raise CheckpointError(f"{where}: the manifest is truncated or malformed: {error}") from error
     if kind != FORMAT:
         raise CheckpointError(f"{where}: format {kind}, this version reads {FORMAT}")
     if written != _digest(body):
-        raise CheckpointError(f"{where}: the manifest's checksum is not its own: it was changed")
+        raise CheckpointError(f"{where}: the manifest was changed: its checksum does not match")
     for part in body["parts"]:
         if not _PART.fullmatch(part["file"]):
             raise CheckpointError(f"{where}: the manifest names {part['file']!r}, which is no rank's file")
@@ -133,7 +123,7 @@ class Checkpoint:
     """A committed checkpoint, opened for reading.
 
     Raises:
-        CheckpointError: its manifest is unreadable, torn or of another format.
+        CheckpointError: its manifest is unreadable, truncated, changed or of another format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,7 +138,7 @@ class Checkpoint:
         """Check every file against its checksum.
 
         Raises:
-            CheckpointError: one is missing or not as written.
+            CheckpointError: one is missing or was changed.
         """
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
             for fault in pool.map(self._fault_of, self.manifest["parts"]):
@@ -159,7 +149,7 @@ class Checkpoint:
         file = self.path / part["file"]
         try:
             if (size := file.stat().st_size) != part["bytes"]:
-                return f"{file}: torn, {size} of {part['bytes']} bytes are there"
+                return f"{file}: truncated, {size} of {part['bytes']} bytes are there"
             return None if sha256(file) == part["sha256"] else f"{file}: its checksum is not the manifest's"
         except FileNotFoundError:
             return f"{file}: missing"
@@ -172,15 +162,15 @@ class Checkpoint:
         return self.manifest["state"]
 
     def read(self, shards: Shards, kinds: Mapping[str, Mapping[str, Tensor]], optional: str | None = None) -> None:
-        """Fill this rank's slices.
+        """Read slices into tensors.
 
         Args:
-            shards: which slice of each parameter is wanted.
-            kinds: for each kind to read (`value`, `ema`, or a moment), the tensors (numel,) to fill by name.
-            optional: prefix of parameters that may differ or be missing: theirs are left as they are.
+            shards: which slice of each parameter to read.
+            kinds: for each kind to read (`param`, `ema`, or a moment), the tensors (numel,) to fill, by name.
+            optional: prefix of parameters that may differ or be missing: their tensors are left as they are.
 
         Raises:
-            CheckpointError: it is of a model with other parameters.
+            CheckpointError: the checkpoint is of another model or optimizer.
         """
         ours = {name: list(shard.shape) for name, shard in shards.items()}
         theirs = self.manifest["shapes"]
@@ -209,7 +199,7 @@ class Checkpoint:
         shards: Shards,
         kinds: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Fill from one rank's file; `wanted`: name, where the file's slice starts, and the ends to take."""
+        """Read from one rank's file; `wanted`: name, start of the file's slice, start and stop of what to read."""
         with safe_open(self.path / file_name, framework="pt") as file:
             present = set(file.keys())
             for name, start, low, high in wanted:
@@ -220,13 +210,12 @@ class Checkpoint:
                         raise CheckpointError(
                             f"{self.path} holds no {kind} of {name}: it was trained with another optimizer"
                         )
-                    piece = file.get_slice(f"{kind}/{name}")[low - start : high - start]
-                    targets[name][low - shards[name].start : high - shards[name].start] = piece
+                    part = file.get_slice(f"{kind}/{name}")[low - start : high - start]
+                    targets[name][low - shards[name].start : high - shards[name].start] = part
 
 
 def newest(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint (from before a step, if one is given) whose files are as written, and what was wrong with
-    newer ones."""
+    """The newest intact checkpoint, if one is given from before that step, and what is wrong with newer ones."""
     faults = []
     for path in reversed([path for path in checkpoints(folder) if before is None or step_of(path) < before]):
         try:
@@ -240,7 +229,7 @@ def newest(folder: Path, before: int | None = None) -> tuple[Path | None, list[s
 
 def params_of(shards: Shards) -> dict[str, Tensor]:
     """The master weights by name, as `Checkpoint.read` fills them."""
-    return {name: shard.value for name, shard in shards.items()}
+    return {name: shard.param for name, shard in shards.items()}
 
 
 def moments_of(shards: Shards) -> dict[str, dict[str, Tensor]]:

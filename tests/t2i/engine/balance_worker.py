@@ -40,7 +40,7 @@ def measured(case: Case) -> float:
         loss = loss_of(engine.network, STEP, part, len(parts) * dist.get_world_size(), watch=watch)
         engine.backward(loss)
     result = engine.step(lambda _: LR, lambda _: None)
-    balance.finish(result.vetoed is None)
+    balance.finish(result.skip_reason is None)
     engine.close()
     return balance.weight
 

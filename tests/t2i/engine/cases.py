@@ -1,7 +1,7 @@
 """A small PixelGen with its whole objective, trained by plain PyTorch on the whole batch and by every engine.
 
-Samples are dealt to ranks and micro-steps; the perceptual gate is open for all of a batch's samples, for none, or for
-some ranks' only. One step's loss is not finite on one rank, one step is vetoed.
+Samples are split over ranks and micro-steps; perceptual losses apply to all samples of a batch, to none, or to those
+of some ranks. One step's loss is not finite on one rank, one step is skipped.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from t2i.engine import deepspeed
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, gather_full, prepare_blocks
 from t2i.engine.fsdp import FsdpEngine
-from t2i.engine.optimizer import StateFolder, ZerosLike, build_optimizer, orthogonalise
+from t2i.engine.muon import orthogonalise
+from t2i.engine.optimizer import OffloadDir, ZerosLike, build_optimizer
 from t2i.models.layers import Projector, patchify
 from t2i.models.pixelgen import PixelGen
 from t2i.train.build import TrainingNetwork
 
 STEPS, BATCH, DECAY = 10, 8, 0.9
-NAN_STEP, VETO_STEP = 4, 6
+NAN_STEP, SKIPPED_STEP = 4, 6
 LR, MUON_LR, CLIP, WEIGHT_DECAY, BETAS, EPS, MOMENTUM = 1e-3, 2e-3, 0.5, 0.1, (0.9, 0.99), 1e-8, 0.95
 PATCH, SIDE, TEXT_LENGTH, TEXT_WIDTH, FEATURES, GATE = 4, 8, 3, 6, 5, 0.3
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp")
@@ -132,14 +133,14 @@ class Trace(NamedTuple):
 
     losses: list[float]
     norms: list[float]
-    values: dict[str, Tensor]
-    average: dict[str, Tensor]
+    params: dict[str, Tensor]
+    ema: dict[str, Tensor]
     start: dict[str, Tensor]
 
 
-def plain_loss(values: dict[str, Tensor], dtype: torch.dtype, step: int) -> Tensor:
+def plain_loss(params: dict[str, Tensor], dtype: torch.dtype, step: int) -> Tensor:
     """Loss of a step's whole batch by a plain network with these weights, rounded to `dtype`."""
-    rounded = {name: value.to(dtype) for name, value in values.items()}
+    rounded = {name: param.to(dtype) for name, param in params.items()}
 
     def call(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return functional_call(TEMPLATE, rounded, inputs)
@@ -160,7 +161,7 @@ def reference(dtype: torch.dtype, muon: bool, clip: float) -> Trace:
     ]
     adamw = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
     start = {n: p.detach().clone() for n, p in named.items()}
-    average = dict(start)
+    ema = dict(start)
     losses, norms = [], []
     for step in range(STEPS):
         module.zero_grad()
@@ -168,7 +169,7 @@ def reference(dtype: torch.dtype, muon: bool, clip: float) -> Trace:
         loss.backward()
         losses.append(loss.item())
         norms.append(float(nn.utils.clip_grad_norm_(named.values(), clip or math.inf)))
-        if step in (NAN_STEP, VETO_STEP):
+        if step in (NAN_STEP, SKIPPED_STEP):
             continue
         adamw.step()
         with torch.no_grad():
@@ -178,8 +179,8 @@ def reference(dtype: torch.dtype, muon: bool, clip: float) -> Trace:
                 update = orthogonalise(MOMENTUM * momentum + (1 - MOMENTUM) * p.grad)
                 p.mul_(1 - MUON_LR * WEIGHT_DECAY).sub_(MUON_LR * 0.2 * max(p.shape) ** 0.5 * update)
             for name, p in named.items():
-                average[name] = DECAY * average[name] + (1 - DECAY) * p
-    return Trace(losses, norms, {n: p.detach() for n, p in named.items()}, average, start)
+                ema[name] = DECAY * ema[name] + (1 - DECAY) * p
+    return Trace(losses, norms, {n: p.detach() for n, p in named.items()}, ema, start)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Case:
     checkpointed: bool = False
     compiled: bool = False
     reshard: bool = True
-    replicas: int = 1
+    dp_replicate: int = 1
     persistent: int = 100_000
     offload: bool = False
     mapped: bool = False
@@ -202,18 +203,18 @@ class Case:
     def __str__(self) -> str:
         flags = [name for name in ("muon", "checkpointed", "compiled", "offload", "mapped") if getattr(self, name)]
         flags += [] if self.reshard else ["no reshard"]
-        flags += [] if self.replicas == 1 else [f"{self.replicas} replicas"]
+        flags += [] if self.dp_replicate == 1 else [f"{self.dp_replicate} replicas"]
         flags += [] if self.clip else ["no clipping"]
         flags += [] if self.persistent else ["nothing persistent"]
         return f"{self.engine} {str(self.dtype).removeprefix('torch.')} x{self.accumulation} {' '.join(flags)}".strip()
 
 
 def zeros_like(case: Case) -> ZerosLike:
-    """Where the case's moments and average lie: files leave nothing behind in the folder."""
-    return StateFolder(Path(tempfile.gettempdir())).zeros_like if case.mapped else torch.zeros_like
+    """Where the case's moments and EMA are; files leave nothing behind in the folder."""
+    return OffloadDir(Path(tempfile.gettempdir())).zeros_like if case.mapped else torch.zeros_like
 
 
-def average(engine: Engine, case: Case) -> Ema:
+def make_ema(engine: Engine, case: Case) -> Ema:
     return Ema(engine.shards, DECAY, zeros_like(case))
 
 
@@ -233,7 +234,9 @@ def build(case: Case) -> Engine:
     device = torch.device("cpu")
     common = {"device": device, "dtype": case.dtype, "accumulation": case.accumulation, "clip_grad_norm": case.clip}
     if case.engine == "fsdp":
-        return FsdpEngine(module, optimizer, reshard_after_forward=case.reshard, dp_replicate=case.replicas, **common)
+        return FsdpEngine(
+            module, optimizer, reshard_after_forward=case.reshard, dp_replicate=case.dp_replicate, **common
+        )
     deepspeed.PERSISTENT_NUMEL = case.persistent
     micro = BATCH // dist.get_world_size() // case.accumulation
     return deepspeed.DeepSpeedEngine(
@@ -261,10 +264,10 @@ def train_step(engine: Engine, case: Case, step: int) -> tuple[float, float, str
         total += loss.detach() / micro_batches
     result = engine.step(
         lambda muon: MUON_LR if muon else LR,
-        lambda norm: "vetoed by the test" if step == VETO_STEP else None,
+        lambda norm: "skipped by the test" if step == SKIPPED_STEP else None,
     )
     dist.all_reduce(total)
-    reason = result.vetoed
+    reason = result.skip_reason
     if not math.isfinite(result.grad_norm):
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, list(result.not_finite))
@@ -278,8 +281,8 @@ def train(engine: Engine, ema: Ema, case: Case, steps: range) -> tuple[list[floa
         outcomes.append(train_step(engine, case, step))
         if outcomes[-1][2] is None:
             ema.update()
-    losses, norms, vetoes = (list(column) for column in zip(*outcomes, strict=True))
-    return losses, norms, vetoes
+    losses, norms, reasons = (list(column) for column in zip(*outcomes, strict=True))
+    return losses, norms, reasons
 
 
 def whole(engine: Engine, slices: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,12 +25,14 @@ def main() -> None:
         os.fsync = lambda fd: (time.sleep(0.2), fsync(fd))[1]
     value = torch.full((10,), float(world.rank))
     shards = {"a": Shard(torch.Size([20]), 10 * world.rank, value, {})}
-    writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt="x", keep=99, gather=world.gather)
+    writer = CheckpointWriter(
+        folder, rank=world.rank, world_size=world.size, attempt_id="x", keep=99, gather=world.gather
+    )
     begun, stalls = [], []
     for step in range(1, 31):
         time.sleep(0.03 * (world.rank == step % 2))
         saving = writer.save(step, shards, {"a": value}, {}, may_skip=step < 30)
-        begun.append(saving.begun)
+        begun.append(saving.started)
         if step < 30:
             stalls.append(saving.stall_s)
     committed = writer.wait()

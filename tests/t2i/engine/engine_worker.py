@@ -18,10 +18,10 @@ from cases import (
     STEPS,
     Case,
     Trace,
-    average,
     build,
     distance,
     loss_of,
+    make_ema,
     plain_loss,
     reference,
     relative,
@@ -82,23 +82,23 @@ def refusals(engine: Engine, case: Case) -> list[bool]:
 
 def compare(case: Case) -> dict:
     engine = build(case)
-    ema = average(engine, case)
+    ema = make_ema(engine, case)
     start = distance(whole(engine, params_of(engine.shards)), cached_reference(torch.float32, False, CLIP).start)
-    losses, norms, vetoes = train(engine, ema, case, range(STEPS))
+    losses, norms, reasons = train(engine, ema, case, range(STEPS))
     expected: Trace = cached_reference(case.dtype, case.muon, case.clip)
-    values = whole(engine, params_of(engine.shards))
+    params = whole(engine, params_of(engine.shards))
     with torch.no_grad():
         found_loss = loss_of(engine.network, 0, torch.arange(8), 1).item()
-        loss = plain_loss(values, case.dtype, 0).item()
+        loss = plain_loss(params, case.dtype, 0).item()
     outcome = {
         "case": str(case),
         "exact": case.dtype == torch.float32,
         "masters_at_start": start,
         "losses": relative(losses, expected.losses),
         "norms": relative(norms, expected.norms),
-        "values": distance(values, expected.values),
-        "ema": distance(whole(engine, ema.values), expected.average),
-        "vetoes": vetoes,
+        "params": distance(params, expected.params),
+        "ema": distance(whole(engine, ema.params), expected.ema),
+        "reasons": reasons,
         "optimizer_steps": engine.optimizer_steps,
         "weights_are_masters": abs(found_loss / loss - 1),
     }
@@ -126,27 +126,27 @@ def rounded_share(case: Case) -> float:
 
 
 def mapped_differences(case: Case) -> dict:
-    """What moments and average in files change of the weights, and whether they lie there."""
+    """What moments and EMA in files change of the weights, and whether they lie there."""
     traces, shared = [], []
     for kind in (case, dataclasses.replace(case, mapped=True)):
         engine = build(kind)
-        ema = average(engine, kind)
+        ema = make_ema(engine, kind)
         losses, norms, _ = train(engine, ema, kind, range(STEPS))
-        traces.append(Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {}))
+        traces.append(Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.params), {}))
         moments = [moment for shard in engine.shards.values() for moment in shard.state.values()]
-        # Of slices of nothing there is no file.
-        shared.append({it.is_shared() for it in (*moments, *ema.values.values()) if it.untyped_storage().nbytes()})
+        tensors = (*moments, *ema.params.values())  # empty slices have no file
+        shared.append({tensor.is_shared() for tensor in tensors if tensor.untyped_storage().nbytes()})
         engine.close()
     return {"case": str(case), **differences(*traces), "shared": [list(found) for found in shared]}
 
 
 def restore(case: Case, folder: Path) -> tuple[Engine, Ema]:
     engine = build(case)
-    ema = average(engine, case)
+    ema = make_ema(engine, case)
     checkpoint = Checkpoint(checkpoints(folder)[-1])
-    kinds = {"param": params_of(engine.shards), "ema": ema.values, **moments_of(engine.shards)}
+    kinds = {"param": params_of(engine.shards), "ema": ema.params, **moments_of(engine.shards)}
     checkpoint.read(engine.shards, kinds)
-    engine.refresh()
+    engine.sync_params_from_master()
     engine.optimizer_steps = checkpoint.state["optimizer_steps"]
     return engine, ema
 
@@ -155,7 +155,7 @@ def go_on(case: Case, folder: Path) -> Trace:
     """The second half of the steps, from a checkpoint."""
     engine, ema = restore(case, folder)
     losses, norms, _ = train(engine, ema, case, range(HALF, STEPS))
-    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {})
+    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.params), {})
     engine.close()
     return trace
 
@@ -163,14 +163,14 @@ def go_on(case: Case, folder: Path) -> Trace:
 def save_and_go_on(case: Case, folder: Path, world) -> Trace:
     """Save after half of the steps; the rest of the unbroken run, which goes on while the checkpoint is written."""
     engine = build(case)
-    ema = average(engine, case)
+    ema = make_ema(engine, case)
     train(engine, ema, case, range(HALF))
-    writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt="a", keep=1)
-    writer.save(HALF, engine.shards, ema.values, {"optimizer_steps": engine.optimizer_steps})
+    writer = CheckpointWriter(folder, rank=world.rank, world_size=world.size, attempt_id="a", keep=1)
+    writer.save(HALF, engine.shards, ema.params, {"optimizer_steps": engine.optimizer_steps})
     losses, norms, _ = train(engine, ema, case, range(HALF, STEPS))
     writer.wait()
     world.barrier()
-    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.values), {})
+    trace = Trace(losses, norms, whole(engine, params_of(engine.shards)), whole(engine, ema.params), {})
     engine.close()
     return trace
 
@@ -179,8 +179,8 @@ def differences(found: Trace, expected: Trace) -> dict:
     return {
         "losses": relative(found.losses, expected.losses[-len(found.losses) :]),
         "norms": relative(found.norms, expected.norms[-len(found.norms) :]),
-        "values": distance(found.values, expected.values),
-        "ema": distance(found.average, expected.average),
+        "params": distance(found.params, expected.params),
+        "ema": distance(found.ema, expected.ema),
     }
 
 
@@ -221,9 +221,9 @@ def main() -> None:
             outcome["mapped"] = [mapped_differences(Case(engine, torch.bfloat16, 2)) for engine in ENGINES]
             outcome["refused"] = [second_backward(Case(engine, accumulation=2)) for engine in ENGINES]
         outcome["resumed"] = resume(folder, other, world)
-        plain = [cached_reference(torch.float32, False, clip).values for clip in (CLIP, 0)]
+        plain = [cached_reference(torch.float32, False, clip).params for clip in (CLIP, 0)]
         outcome["clipping_shows"] = distance(plain[0], plain[1])
-        assert all(math.isfinite(case["values"]) for case in outcome["cases"])
+        assert all(math.isfinite(case["params"]) for case in outcome["cases"])
         if world.is_rank0:
             print(json.dumps(outcome))
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from shard_cuts import average, cut
+from shard_cuts import cut, ema_of
 
 from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, checkpoints, newest, writer
-from t2i.engine.checkpoint.snapshot import Snapshot
+from t2i.engine.checkpoint.writer import Snapshot
 from t2i.engine.engine import Shard
 
 Ranks = list[CheckpointWriter]
@@ -37,17 +37,17 @@ def make(folder: Path, ranks: int = 2, **options: Any) -> Ranks:
 
     writers = []
     for rank in range(ranks):
-        common = {"rank": rank, "world_size": ranks, "attempt": "x", "keep": 2, "gather": partial(gather, rank)}
+        common = {"rank": rank, "world_size": ranks, "attempt_id": "x", "keep": 2, "gather": partial(gather, rank)}
         writers.append(CheckpointWriter(folder, **{**common, **options}))
     return writers
 
 
 def save(writers: Ranks, step: int, **options: Any) -> None:
     for one, shards in zip(writers, cut(len(writers)), strict=True):
-        assert one.save(step, shards, average(shards), {"step": step}, **options).begun
+        assert one.save(step, shards, ema_of(shards), {"step": step}, **options).started
 
 
-def settle(writers: Ranks) -> int | None:
+def finish(writers: Ranks) -> int | None:
     for one in reversed(writers):
         committed = one.wait()  # rank 0's last
     return committed
@@ -73,13 +73,13 @@ def test_a_full_disk_is_named_and_the_next_save_tries_again(small_disk: Path) ->
     folder = small_disk / "checkpoints"
     writers = make(folder)
     save(writers, 1)
-    assert settle(writers) == 1
+    assert finish(writers) == 1
     ballast = small_disk / "ballast"
     with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
     save(writers, 2)
-    assert settle(writers) == 1
+    assert finish(writers) == 1
     events = writers[0].take_events()
     assert any(event.startswith("checkpoint of step 2 was not written: rank ") for event in events)
     assert any(event.endswith("No space left on device; that of step 1 stays") for event in events)
@@ -87,7 +87,7 @@ def test_a_full_disk_is_named_and_the_next_save_tries_again(small_disk: Path) ->
     assert os.listdir(folder) == ["step_00000001"]  # nothing half-written takes up room
     ballast.unlink()
     save(writers, 3)
-    assert settle(writers) == 3
+    assert finish(writers) == 3
     assert writers[0].take_events() == []
     assert newest(folder) == (folder / "step_00000003", [])
 
@@ -95,14 +95,14 @@ def test_a_full_disk_is_named_and_the_next_save_tries_again(small_disk: Path) ->
 def test_a_read_only_disk_is_named_and_the_next_save_tries_again(small_disk: Path) -> None:
     writers = make(small_disk)
     save(writers, 1)
-    assert settle(writers) == 1
+    assert finish(writers) == 1
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     save(writers, 2)
-    assert settle(writers) == 1
+    assert finish(writers) == 1
     assert {event.split(": ")[1] for event in writers[0].take_events()} == {"rank 0", "rank 1"}
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     save(writers, 3)
-    assert settle(writers) == 3
+    assert finish(writers) == 3
     assert steps(small_disk) == [1, 3]
 
 
@@ -113,7 +113,7 @@ def test_one_rank_that_cannot_write_is_named_by_rank_0(
 ) -> None:
     writers = make(tmp_path, ranks=3)
     save(writers, 1)
-    assert settle(writers) == 1
+    assert finish(writers) == 1
     write = Snapshot.write
 
     def fails(self: Snapshot, path: Path) -> tuple[str, int]:
@@ -127,12 +127,12 @@ def test_one_rank_that_cannot_write_is_named_by_rank_0(
         patch.setattr(Snapshot, "write", fails)
         began = time.monotonic()
         save(writers, 2)
-        assert settle(writers) == 1
+        assert finish(writers) == 1
         assert time.monotonic() - began < 5  # not the time limit: rank 0 was told
     (event,) = writers[0].take_events()
     assert f"rank {rank}: [Errno 5] Input/output error" in event
     save(writers, 2)  # the same step again
-    assert settle(writers) == 2
+    assert finish(writers) == 2
     assert newest(tmp_path) == (tmp_path / "step_00000002", [])
 
 
@@ -176,8 +176,8 @@ def test_a_rank_that_cannot_even_report_is_known_at_the_next_save(
     def train(rank: int) -> None:
         shards = cut(2)[rank]
         for step in (1, 2, 3):
-            saving = writers[rank].save(step, shards, average(shards), {}, may_skip=True)
-            outcomes[rank].append(saving.begun)
+            saving = writers[rank].save(step, shards, ema_of(shards), {}, may_skip=True)
+            outcomes[rank].append(saving.started)
             time.sleep(0.5)
             if step == 2:
                 broken.clear()
@@ -202,14 +202,14 @@ def test_a_late_rank_ends_the_wait_but_not_training(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(writer, "GIVE_UP_S", 0.1)
     writers = make(tmp_path)
     shards = cut(2)[0]
-    writers[0].save(1, shards, average(shards), {})
+    writers[0].save(1, shards, ema_of(shards), {})
     assert writers[0].wait() is None
     assert "rank 1: not done after 0.2 s" in writers[0].take_events()[0]
     assert os.listdir(tmp_path) == []
     late = cut(2)[1]
-    writers[1].save(1, late, average(late), {})
+    writers[1].save(1, late, ema_of(late), {})
     writers[1].wait()
-    writers[0].save(1, shards, average(shards), {})  # the same step: what came late is not taken for its part
+    writers[0].save(1, shards, ema_of(shards), {})  # the same step: what came late is not taken for its part
     assert writers[0].wait() is None
     assert checkpoints(tmp_path) == []
 
@@ -220,34 +220,34 @@ def test_a_save_that_overtakes_is_skipped_and_counted(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda fd: (release.wait(20), fsync(fd)))
     (one,) = make(tmp_path, ranks=1)
     (shards,) = cut(1)
-    before = shards["a"].value.clone()
-    assert one.save(1, shards, average(shards), {}, may_skip=True).begun
-    shards["a"].value.add_(1)
+    before = shards["a"].param.clone()
+    assert one.save(1, shards, ema_of(shards), {}, may_skip=True).started
+    shards["a"].param.add_(1)
     for step in (2, 3):
-        saving = one.save(step, shards, average(shards), {}, may_skip=True)
-        assert not saving.begun and saving.stall_s < 1
+        saving = one.save(step, shards, ema_of(shards), {}, may_skip=True)
+        assert not saving.started and saving.stall_s < 1
     assert one.skipped == 2
     assert one.take_events() == [
         f"checkpoint of step {step} skipped: the one before is still being written" for step in (2, 3)
     ]
     release.set()
-    assert one.save(4, shards, average(shards), {}).begun  # this one waits
+    assert one.save(4, shards, ema_of(shards), {}).started  # this one waits
     assert one.wait() == 4
     assert steps(tmp_path) == [1, 4]
-    values = {"a": torch.empty_like(before)}
+    params = {"a": torch.empty_like(before)}
     for step, expected in ((1, before), (4, before + 1)):
-        Checkpoint(tmp_path / f"step_{step:08d}").read(shards, {"value": values})
-        assert torch.equal(values["a"], expected)
+        Checkpoint(tmp_path / f"step_{step:08d}").read(shards, {"param": params})
+        assert torch.equal(params["a"], expected)
 
 
 def test_the_buffer_is_made_once(tmp_path: Path) -> None:
     (one,) = make(tmp_path, ranks=1)
     (shards,) = cut(1)
-    one.reserve(shards, average(shards))
+    one.allocate(shards, ema_of(shards))
     place = one._snapshot._buffer.data_ptr()
     for step in (1, 2):
         save([one], step)
-    settle([one])
+    finish([one])
     assert one._snapshot._buffer.data_ptr() == place
     assert one._snapshot._buffer.numel() == 3 * (70 + 3)
 
@@ -256,11 +256,11 @@ def test_only_the_primary_of_equal_slices_saves(tmp_path: Path) -> None:
     writers = make(tmp_path)
     for rank, one in enumerate(writers):
         value = torch.full((3,), float(rank))
-        shards = {"a": Shard(torch.Size([3]), 0, value, {}, primary=rank == 1)}
+        shards = {"a": Shard(torch.Size([3]), 0, value, {}, is_primary=rank == 1)}
         one.save(1, shards, {"a": value}, {})
-    assert settle(writers) == 1
+    assert finish(writers) == 1
     found = torch.zeros(3)
-    Checkpoint(tmp_path / "step_00000001").read({"a": Shard(torch.Size([3]), 0, found, {})}, {"value": {"a": found}})
+    Checkpoint(tmp_path / "step_00000001").read({"a": Shard(torch.Size([3]), 0, found, {})}, {"param": {"a": found}})
     assert found.tolist() == [1, 1, 1]
     silent = Checkpoint(tmp_path / "step_00000001").manifest["parts"][0]
     assert silent["slices"] == {} and silent["bytes"] == 16  # a header of {}
@@ -269,14 +269,14 @@ def test_only_the_primary_of_equal_slices_saves(tmp_path: Path) -> None:
 KILLED = """
 import sys, os, time
 from pathlib import Path
-from shard_cuts import cut, average
+from shard_cuts import cut, ema_of
 from t2i.engine.checkpoint import CheckpointWriter
-from t2i.engine.checkpoint import format, snapshot
+
 folder, moment = Path(sys.argv[1]), sys.argv[2]
-writers = [CheckpointWriter(folder, rank=r, world_size=2, attempt="old", keep=1) for r in range(2)]
+writers = [CheckpointWriter(folder, rank=r, world_size=2, attempt_id="old", keep=1) for r in range(2)]
 def save(step):
     for one, shards in zip(writers, cut(2)):
-        one.save(step, shards, average(shards), {"step": step})
+        one.save(step, shards, ema_of(shards), {"step": step})
 save(1)
 [one.wait() for one in writers]
 def hang(*_):
@@ -317,7 +317,7 @@ def test_after_sigkill_in_a_save_the_last_good_one_is_used(tmp_path: Path, momen
     assert len(os.listdir(tmp_path)) == 2  # what was under way has a dot in front
     writers = make(tmp_path)
     save(writers, 3)
-    assert settle(writers) == 3
+    assert finish(writers) == 3
     assert sorted(os.listdir(tmp_path)) == [f"step_{good:08d}", "step_00000003"]
 
 

@@ -13,7 +13,7 @@ import boto3
 import pytest
 import torch
 from altered_server import AlteredServer, without
-from shard_cuts import average, cut, write
+from shard_cuts import cut, ema_of, write
 
 from data.errors import DataError, StoreError
 from data.store import LocalStore, Store, StoreOptions, open_store
@@ -50,10 +50,10 @@ def files(*steps: int, ranks: int = 1) -> list[str]:
 
 def train(folder: Path, mirror: Mirror | None, steps: list[int], **options: Any) -> CheckpointWriter:
     """Save at these steps, each one mirrored before the next."""
-    writer = CheckpointWriter(folder, rank=0, world_size=1, attempt="x", mirror=mirror, **{"keep": 2, **options})
+    writer = CheckpointWriter(folder, rank=0, world_size=1, attempt_id="x", mirror=mirror, **{"keep": 2, **options})
     (shards,) = cut(1)
     for step in steps:
-        writer.save(step, shards, average(shards), {"step": step}, ephemeral=step % 10 != 0)
+        writer.save(step, shards, ema_of(shards), {"step": step}, ephemeral=step % 10 != 0)
         assert writer.wait() == step
         writer.close(20)
     return writer
@@ -69,9 +69,9 @@ def test_a_machine_that_has_nothing_goes_on_from_the_mirror(store: Store, tmp_pa
     assert newest(tmp_path / "there") == (path, [])
     assert Checkpoint(path).state == {"step": 50}
     (shards,) = cut(1)
-    values = {name: torch.zeros_like(shard.value) for name, shard in shards.items()}
-    Checkpoint(path).read(shards, {"value": values})
-    assert all(torch.equal(values[name], shard.value) for name, shard in shards.items())
+    params = {name: torch.zeros_like(shard.param) for name, shard in shards.items()}
+    Checkpoint(path).read(shards, {"param": params})
+    assert all(torch.equal(params[name], shard.param) for name, shard in shards.items())
     assert os.listdir(tmp_path / "there") == ["step_00000050"]
     assert latest_checkpoint(tmp_path / "there", store) == (path, [])  # not fetched again
 
@@ -189,10 +189,10 @@ def test_what_is_being_copied_is_not_deleted_and_what_waits_gives_way(
         upload(self, name, path)
 
     monkeypatch.setattr(LocalStore, "upload", slow)
-    writer = CheckpointWriter(tmp_path / "here", rank=0, world_size=1, attempt="x", keep=1, mirror=mirror)
+    writer = CheckpointWriter(tmp_path / "here", rank=0, world_size=1, attempt_id="x", keep=1, mirror=mirror)
     (shards,) = cut(1)
     for step in (10, 20, 30):
-        writer.save(step, shards, average(shards), {})
+        writer.save(step, shards, ema_of(shards), {})
         assert writer.wait() == step  # none waits for the mirror
         assert begun.wait(5)
     assert sorted(os.listdir(tmp_path / "here")) == ["step_00000010", "step_00000030"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from shard_cuts import average, cut
+from shard_cuts import cut, ema_of
 
 from t2i.config.train import CheckpointConfig
 from t2i.engine.checkpoint import CheckpointWriter, checkpoints, newest
@@ -23,7 +23,7 @@ def written(
     there: dict[int, bool] = {}
     for step in steps:
         there[step] = step in ephemeral
-        for gone in retention.outdated(there, step, (before or {}).get(step)):
+        for gone in retention.expired(there, step, (before or {}).get(step)):
             del there[gone]
     return sorted(there)
 
@@ -46,8 +46,8 @@ def test_of_the_ephemeral_ones_the_newest_is_kept_until_a_regular_one_is_newer()
 
 
 def test_later_ones_neither_count_nor_go() -> None:
-    assert Retention(1).outdated({2: False, 4: False, 8: False}, latest=4) == [2]
-    assert Retention(2).outdated({2: False, 4: False, 8: True}, latest=4) == []
+    assert Retention(1).expired({2: False, 4: False, 8: False}, latest=4) == [2]
+    assert Retention(2).expired({2: False, 4: False, 8: True}, latest=4) == []
 
 
 def test_what_a_rollback_needs_is_kept() -> None:
@@ -58,17 +58,17 @@ def test_what_a_rollback_needs_is_kept() -> None:
     assert written(Retention(3), tens, before={50: 36}) == [30, 40, 50]
     assert written(Retention(1, 30), tens, before={50: 45}) == [30, 40, 50]  # not as far back as 30
     assert written(Retention(1), [10, 12, 20], frozenset({12}), before={12: 11, 20: 13}) == [12, 20]
-    assert Retention(1).outdated({10: False}, 10, needed_before=5) == []
+    assert Retention(1).expired({10: False}, 10, needed_before=5) == []
 
 
 def save(writer: CheckpointWriter, step: int, ephemeral: bool = False) -> None:
     (shards,) = cut(1)
-    writer.save(step, shards, average(shards), {}, ephemeral=ephemeral)
+    writer.save(step, shards, ema_of(shards), {}, ephemeral=ephemeral)
     assert writer.wait() == step
 
 
 def test_on_the_disk(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, rank=0, world_size=1, attempt="x", keep=1, keep_every=20)
+    writer = CheckpointWriter(tmp_path, rank=0, world_size=1, attempt_id="x", keep=1, keep_every=20)
     for step, ephemeral in ((10, False), (15, True), (16, True), (20, False), (25, True), (30, False), (35, True)):
         save(writer, step, ephemeral)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000020", "step_00000030", "step_00000035"]
@@ -77,7 +77,7 @@ def test_on_the_disk(tmp_path: Path) -> None:
 
 
 def test_a_rollback_takes_later_ones_away(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, rank=0, world_size=1, attempt="x", keep=9)
+    writer = CheckpointWriter(tmp_path, rank=0, world_size=1, attempt_id="x", keep=9)
     for step in (10, 20, 30):
         save(writer, step)
     writer.discard_after(10)

@@ -1,4 +1,4 @@
-"""All engines compute what plain PyTorch computes on the whole batch, and go on from each other's checkpoints.
+"""All engines compute what plain PyTorch computes on the whole batch, and resume from each other's checkpoints.
 
 One launch a world size: 4, then 1, which reads what 4 wrote, then 2, which reads what 1 wrote.
 """
@@ -31,27 +31,27 @@ def test_losses_and_norms_are_those_of_plain_pytorch(outcomes, world_size: int) 
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_weights_and_their_average_are_those_of_plain_pytorch(outcomes, world_size: int) -> None:
+def test_weights_and_ema_are_those_of_plain_pytorch(outcomes, world_size: int) -> None:
     for case in outcomes[world_size]["cases"]:
         assert case["masters_at_start"] == 0, case  # also under bf16: masters are not made from rounded weights
-        assert case["values"] < (1e-5 if case["exact"] else 1e-2), case
+        assert case["params"] < (1e-5 if case["exact"] else 1e-2), case
         assert case["ema"] < (1e-6 if case["exact"] else 1e-2), case
         assert case["weights_are_masters"] < 1e-6, case  # the same forward pass, in either dtype
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_nothing_non_finite_or_vetoed_reaches_weights(outcomes, world_size: int) -> None:
+def test_nothing_non_finite_or_skipped_reaches_weights(outcomes, world_size: int) -> None:
     for case in outcomes[world_size]["cases"]:
-        vetoes = case["vetoes"]
-        assert [step for step, veto in enumerate(vetoes) if veto is not None] == [4, 6], case
-        assert "gradient norm is" in vetoes[4]
-        bad = set(vetoes[4].partition(" in ")[2].split())
+        reasons = case["reasons"]
+        assert [step for step, reason in enumerate(reasons) if reason is not None] == [4, 6], case
+        assert "gradient norm is" in reasons[4]
+        bad = set(reasons[4].partition(" in ")[2].split())
         assert {"projector.layers.0.weight", "projector.layers.4.bias", "denoiser.blocks.0.attn.qkv.weight"} <= bad, (
             case
         )
         assert not any(".head." in name for name in bad), case
-        assert vetoes[6] == "vetoed by the test"
-        assert case["optimizer_steps"] == len(vetoes) - 2
+        assert reasons[6] == "skipped by the test"
+        assert case["optimizer_steps"] == len(reasons) - 2
 
 
 def test_gradients_are_clipped_only_where_configured(outcomes) -> None:
@@ -65,10 +65,10 @@ def test_gradients_are_summed_in_fp32(outcomes) -> None:
     assert all(share < 0.3 for share in outcomes[2]["rounded"].values()), outcomes[2]["rounded"]
 
 
-def test_moments_and_average_in_files_change_no_bit(outcomes) -> None:
+def test_moments_and_ema_in_files_change_no_bit(outcomes) -> None:
     assert len(outcomes[2]["mapped"]) == 5
     for case in outcomes[2]["mapped"]:
-        assert {case[key] for key in ("losses", "norms", "values", "ema")} == {0.0}, case
+        assert {case[key] for key in ("losses", "norms", "params", "ema")} == {0.0}, case
         assert case["shared"] == [[False], [True]], case
 
 
@@ -81,10 +81,10 @@ def test_a_backward_that_would_lose_gradients_is_refused(outcomes) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_resuming_is_exact_on_the_same_engine_and_within_rounding_on_others(outcomes, world_size: int) -> None:
     for case in outcomes[world_size]["resumed"]:
-        differences = {key: case[key] for key in ("losses", "norms", "values", "ema")}
+        differences = {key: case[key] for key in ("losses", "norms", "params", "ema")}
         if case["from"] == "itself":
             assert set(differences.values()) == {0.0}, case
         else:
             assert max(differences["losses"], differences["norms"]) < 1e-5, case
-            assert differences["values"] < 1e-5, case
+            assert differences["params"] < 1e-5, case
             assert differences["ema"] < 1e-6, case

@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Message
 
 from t2i.serving import limits
-from t2i.serving.limits import KeptFiles
+from t2i.serving.limits import FileCache
 
 META = {"meta": {"_type": "gradio.FileData"}}
 API = "/gradio_api"
@@ -54,9 +54,9 @@ class Visitor:
     def __post_init__(self) -> None:
         self.http = httpx.Client(base_url=self.base, timeout=30)
         config = self.get("/config").json()
-        self.ids = {it["props"].get("elem_id"): it["id"] for it in config["components"]}
+        self.ids = {component["props"].get("elem_id"): component["id"] for component in config["components"]}
         self.calls = {
-            name: next(it for it in config["dependencies"] if [self.ids[name], "click"] in it["targets"])
+            name: next(call for call in config["dependencies"] if [self.ids[name], "click"] in call["targets"])
             for name in ("draw", "edit")
         }
 
@@ -158,12 +158,12 @@ def test_a_file_that_was_not_uploaded_is_not_opened_nor_told_from_none(visitor: 
         {"value": {"path": path, **META}},
         {"background": {"path": path, **META}, "layers": [], "composite": {"path": path, **META}},
     ]
-    answers = [visitor.edit(it) for it in forged[:-2]]
-    assert all(it["success"] is False for it in answers)
-    assert {it["output"]["error"] for it in answers} == {
-        "image: there is none, or it is no longer kept: drop one into its place"
+    answers = [visitor.edit(image) for image in forged[:-2]]
+    assert all(answer["success"] is False for answer in answers)
+    assert {answer["output"]["error"] for answer in answers} == {
+        "image: there is none, or it is no longer stored: upload one"
     }
-    assert all(visitor.edit(it)["success"] is False for it in forged[-2:])
+    assert all(visitor.edit(image)["success"] is False for image in forged[-2:])
     own_answer = visitor.edit({"path": own, "url": f"{visitor.base}{API}/file={own}", "orig_name": "a.png", **META})
     assert own_answer["success"] is True
 
@@ -194,7 +194,7 @@ def test_only_kept_files_are_served(visitor: Visitor, tmp_path: Path) -> None:
     wrong += [f"{own}/../../../x", own.replace("image.png", "other.png"), own.rpartition("/")[0], "launch/serve.py"]
     wrong += [f"http://127.0.0.1:{visitor.http.base_url.port}/config", "https://example.org/", "/uploads", ""]
     answers = [visitor.get(f"{API}/file={path}") for path in wrong]
-    assert {(it.status_code, it.text) for it in answers} == {(404, "Not Found")}
+    assert {(answer.status_code, answer.text) for answer in answers} == {(404, "Not Found")}
 
 
 @pytest.mark.parametrize(
@@ -302,10 +302,10 @@ def test_one_who_leaves_in_the_middle_of_an_upload_takes_no_place(visitor: Visit
 
 
 def test_an_upload_that_stalls_gives_its_place_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MOST_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "UPLOAD_TIMEOUT_S", 0.1)
     monkeypatch.setattr(limits, "MOST_ARRIVING", 1000)
-    uploads = KeptFiles(tmp_path / "uploads", 9, 2**20)
-    entrance = limits.Gate(PlainTextResponse("never asked"), tmp_path, uploads, uploads)
+    uploads = FileCache(tmp_path / "uploads", 9, 2**20)
+    entrance = limits.RequestFilter(PlainTextResponse("never asked"), tmp_path, uploads, uploads)
     begun = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(700)
 
     async def upload(*pieces: bytes) -> int:
@@ -345,5 +345,5 @@ def test_neither_pictures_nor_answers_say_where_the_servers_files_are(visitor: V
         assert (settings["model"], settings["which"], len(settings["weights"])) == ("run", "ema", 32)
     assert len(visitor.answers) > 20
     places = {str(visitor.temporary), str(visitor.model), str(ROOT), sys.prefix, "t2i-serve-"}
-    spelled = {it.encode() for place in places for it in (place, json.dumps(place)[1:-1], quote(place))}
-    assert not [(it, answer) for answer in visitor.answers for it in spelled if it in answer]
+    spelled = {spelling.encode() for place in places for spelling in (place, json.dumps(place)[1:-1], quote(place))}
+    assert not [(spelling, answer) for answer in visitor.answers for spelling in spelled if spelling in answer]

@@ -20,15 +20,15 @@ from data.errors import UserError
 from t2i.config.loading import validate_config
 from t2i.pipeline import EditSettings, Pipeline, edit_image, edit_settings
 from t2i.serving.requests import EditForm, fit_image
-from t2i.serving.worker import Studio
+from t2i.serving.worker import Worker
 from t2i.size_limits import Limits
 
 
 @pytest.fixture
-def studio(tmp_path: Path) -> Studio:
+def worker(tmp_path: Path) -> Worker:
     pipeline = Pipeline.load(write_random_model(tmp_path / "model"), "ema", torch.device("cpu"))
     (tmp_path / "pictures").mkdir()
-    return Studio(pipeline, {}, Limits(4, 32 * 32, "the memory here"), tmp_path / "pictures")
+    return Worker(pipeline, {}, Limits(4, 32 * 32, "the memory here"), tmp_path / "pictures")
 
 
 def file(image: Image.Image, kind: str = "png") -> bytes:
@@ -43,9 +43,10 @@ def blank_png(side: int) -> bytes:
     row = bytes(1 + side // 8)
     pixels = b"".join([*(squeeze.compress(row) for _ in range(side)), squeeze.flush()])
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")
-    whole = (struct.pack(">I", len(it)) + kind + it + struct.pack(">I", zlib.crc32(kind + it)) for kind, it in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+    whole = b""
+    for kind, data in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
+        whole += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + whole
 
 
 def edit_form(**changes: Any) -> EditForm:
@@ -53,19 +54,19 @@ def edit_form(**changes: Any) -> EditForm:
     return replace(plain, **changes)
 
 
-def test_an_edit_is_edit_images(studio: Studio) -> None:
+def test_an_edit_is_edit_images(worker: Worker) -> None:
     given = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 16), np.uint8))
     image = Image.fromarray(given.permute(1, 2, 0).numpy())
-    request = studio.check_edit(edit_form(image=file(image)))
+    request = worker.check_edit(edit_form(image=file(image)))
     assert (request.image == given).all()
-    (edited,) = list(studio.edit(request))[-1].drawn
+    (edited,) = list(worker.edit(request))[-1].generated
     settings = EditSettings(
         steps=4, n_max=3, source_guidance=1.5, target_guidance=2.0, seed=5,
-        shift=studio.pipeline.config.sampling.shift,
+        shift=worker.pipeline.config.sampling.shift,
     )  # fmt: skip
-    wanted = edit_image(studio.pipeline, given, "a red circle", "a blue star", settings)
+    wanted = edit_image(worker.pipeline, given, "a red circle", "a blue star", settings)
     assert (np.asarray(Image.open(edited.path)) == wanted.permute(1, 2, 0).numpy()).all()
-    again = studio.check_edit(request.form)
+    again = worker.check_edit(request.form)
     assert (again.image == request.image).all()
     assert again.settings == request.settings == {key: edited.settings[key] for key in request.settings}
 
@@ -86,9 +87,9 @@ def test_an_edit_is_edit_images(studio: Studio) -> None:
         ),
     ],
 )
-def test_edits_that_are_refused(studio: Studio, changes: dict[str, Any], words: str) -> None:
+def test_edits_that_are_refused(worker: Worker, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        studio.check_edit(edit_form(**changes))
+        worker.check_edit(edit_form(**changes))
 
 
 @pytest.mark.parametrize(
@@ -102,10 +103,10 @@ def test_edits_that_are_refused(studio: Studio, changes: dict[str, Any], words: 
     ],
 )
 def test_images_are_brought_to_the_trained_area(
-    studio: Studio, given: tuple[int, int], fitted: tuple[int, int]
+    worker: Worker, given: tuple[int, int], fitted: tuple[int, int]
 ) -> None:
     image = Image.new("RGBA", given, "red")
-    found = fit_image(file(image), studio.pipeline.config, studio.limits)
+    found = fit_image(file(image), worker.pipeline.config, worker.limits)
     assert tuple(found.shape) == (3, *fitted)
     assert found[:, 0, 0].tolist() == [255, 0, 0]
 
@@ -113,7 +114,7 @@ def test_images_are_brought_to_the_trained_area(
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("side", "words"), [(13000, "13000 x 13000 pixels"), (20000, "too many pixels")])
 def test_an_image_with_too_many_pixels_is_not_decoded(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch, side: int, words: str
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, side: int, words: str
 ) -> None:
     def fail(*given: Any) -> None:
         raise AssertionError("decoded")
@@ -122,7 +123,7 @@ def test_an_image_with_too_many_pixels_is_not_decoded(
     assert len(data) < 60_000
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(UserError, match=f"image: has {words}: must have at most 67,108,864 in all"):
-        studio.check_edit(edit_form(image=data))
+        worker.check_edit(edit_form(image=data))
 
 
 def test_no_image_exceeds_the_limit_it_is_brought_to() -> None:
@@ -148,6 +149,6 @@ def test_an_image_is_upright() -> None:
     assert found.shape == (3, 80, 32)
 
 
-def test_the_page_opens_with_flowedits_defaults(studio: Studio) -> None:
-    config = studio.pipeline.config
+def test_the_page_opens_with_flowedits_defaults(worker: Worker) -> None:
+    config = worker.pipeline.config
     assert edit_settings(config, {}, "page") == EditSettings(shift=config.sampling.shift)

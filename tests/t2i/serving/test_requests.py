@@ -108,7 +108,7 @@ def test_sizes_that_are_offered_are_allowed_and_alike_in_area() -> None:
         limits.check(height, width)
         assert height * width == pytest.approx(512 * 512, rel=0.07)
     less = sizes_like((512, 512), Limits(16, 512 * 512, "the memory here"))
-    assert less == [it for it in offered if it[0] * it[1] <= 512 * 512] != offered
+    assert less == [size for size in offered if size[0] * size[1] <= 512 * 512] != offered
     assert sizes_like((16, 24), LIMITS)[0] == (16, 24)
 
 
