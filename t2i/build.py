@@ -6,9 +6,12 @@ import hashlib
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from data.randomness import key
 from t2i.config.run import ModelConfig, RunConfig
-from t2i.models.layers import Projector
+from t2i.diffusion.perceptual import PatchFeatures
+from t2i.models.layers import Prediction, Projector
 from t2i.models.pixel_pathway import PixelPathway
 from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 from t2i.models.pixelgen import ClassPixelGen, PixelGen
@@ -101,6 +104,40 @@ def _build_pixeldit(config: ModelConfig, text_width: int, text_length: int) -> P
 def build_projector(config: ModelConfig, target: int) -> Projector:
     """What aligns the network's features with those of an encoder of width `target`, fresh."""
     return Projector(config.width, config.repa_width or config.width, target)
+
+
+class TrainingNetwork(nn.Module):
+    """Everything that is trained: the denoiser and the projector of representation alignment."""
+
+    def __init__(self, denoiser: Denoiser, projector: Projector | None) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.projector = projector
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in the order in which they run."""
+        return self.denoiser.all_blocks
+
+    def forward(self, x_t: Tensor, t: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The denoiser's output (B, 3, H, W) and projected features (B, N, width).
+
+        Args:
+            condition: the captions' states or labels and, where the denoiser has dropout, its keys.
+        """
+        prediction: Prediction = self.denoiser(x_t, t, *condition)
+        projected = self.projector(prediction.features) if self.projector is not None else None
+        return prediction.output, projected
+
+
+def build_network(config: RunConfig, text_width: int, features: PatchFeatures | None) -> TrainingNetwork:
+    """The trained network with weights that depend on the run's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "weights"))
+        denoiser = build_denoiser(config.model, text_width, config.text.length)
+        aligned = features is not None and config.objective.repa_weight > 0
+        projector = build_projector(config.model, features.width) if aligned and features else None
+    return TrainingNetwork(denoiser, projector)
 
 
 def build_conditioner(

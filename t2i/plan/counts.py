@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i.build import Denoiser, build_denoiser, build_projector
+from t2i.build import Denoiser, TrainingNetwork, build_denoiser, build_projector
 from t2i.config.base import ConfigError
 from t2i.config.run import RunConfig
 from t2i.config.train import STAND_IN, ObjectiveConfig
@@ -31,7 +31,6 @@ from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 from t2i.models.pixelgen import PixelGen
 from t2i.models.text import auto_class, check_length, resolve_model, text_part
 from t2i.plan.meta import META, FusedKernels, Kept, count_flops, numel, saved_bytes
-from t2i.train.build import TrainingNetwork
 
 Checkpointing = bool | Literal["pixel"]
 """As engine.activation_checkpointing."""

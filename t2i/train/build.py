@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.files import refuse_lfs_pointers
-from data.randomness import key
-from t2i.build import Denoiser, build_denoiser, build_projector
+from t2i.build import TrainingNetwork, build_denoiser
 from t2i.config.base import ConfigError
 from t2i.config.run import EngineConfig, RunConfig
 from t2i.config.train import STAND_IN, ObjectiveConfig
@@ -34,47 +33,13 @@ from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, prepare_blocks
 from t2i.engine.fsdp import FsdpEngine
 from t2i.engine.optimizer import StateFolder, ZerosLike, build_optimizer
-from t2i.models.layers import Prediction, Projector, muon_takes
+from t2i.models.layers import muon_takes
 from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 
 NOISE_SHARE = 0.05
 """Of an average: more of the random first weights is worth a notice."""
 SPANS = 10
 """A stage of so many times the average's span leaves nothing of them."""
-
-
-class TrainingNetwork(nn.Module):
-    """Everything that is trained: the denoiser and the projector of representation alignment."""
-
-    def __init__(self, denoiser: Denoiser, projector: Projector | None) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.projector = projector
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, in the order in which they run."""
-        return self.denoiser.all_blocks
-
-    def forward(self, x_t: Tensor, t: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The denoiser's output (B, 3, H, W) and projected features (B, N, width).
-
-        Args:
-            condition: the captions' states or labels and, where the denoiser has dropout, its keys.
-        """
-        prediction: Prediction = self.denoiser(x_t, t, *condition)
-        projected = self.projector(prediction.features) if self.projector is not None else None
-        return prediction.output, projected
-
-
-def build_network(config: RunConfig, text_width: int, features: PatchFeatures | None) -> TrainingNetwork:
-    """The trained network with weights that depend on the run's seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(config.seed, "weights"))
-        denoiser = build_denoiser(config.model, text_width, config.text.length)
-        aligned = features is not None and config.objective.repa_weight > 0
-        projector = build_projector(config.model, features.width) if aligned and features else None
-    return TrainingNetwork(denoiser, projector)
 
 
 def stand_ins(config: ObjectiveConfig) -> list[str]:

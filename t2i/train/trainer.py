@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from data.loader import Batch, merge_states
-from t2i.build import build_conditioner, choose_dtype
+from t2i.build import build_conditioner, build_network, choose_dtype
 from t2i.config.run import RunConfig
 from t2i.distributed import Preempted, World
 from t2i.engine.checkpoint import CheckpointError, Mirror
 from t2i.pipeline import Pipeline
-from t2i.train.build import build_ema, build_engine, build_network, build_objective, denoiser_training_flops
+from t2i.train.build import build_ema, build_engine, build_objective, denoiser_training_flops
 from t2i.train.checkpointing import (
     Saver,
     build_mirror,

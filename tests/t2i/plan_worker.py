@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from launch.process import joined_world, quiet
-from t2i.build import build_text
+from t2i.build import build_network, build_text
 from t2i.config.loading import validate_config
 from t2i.config.run import RunConfig
 from t2i.diffusion.objective import Objective
@@ -26,7 +26,7 @@ from t2i.engine.ema import Ema
 from t2i.engine.engine import BUCKET_NUMEL, Engine
 from t2i.models.text import TextEncoder
 from t2i.plan.memory import CAPTION_CACHE, FP32, engine_of
-from t2i.train.build import build_engine, build_network, build_objective
+from t2i.train.build import build_engine, build_objective
 
 ENGINES = [{"zero_stage": stage} for stage in range(4)] + [{"name": "fsdp"}]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import t2i.models.layers as transformer
 import t2i.models.pixeldit as pixeldit
-from t2i.build import build_denoiser, build_projector
+from t2i.build import TrainingNetwork, build_denoiser, build_projector
 from t2i.config.run import RunConfig
 from t2i.diffusion.perceptual import cosine_distance
 from t2i.plan.counts import ImageCost, image_cost, on_meta
 from t2i.plan.meta import Kept, saved_bytes
-from t2i.train.build import TrainingNetwork, denoiser_training_flops
+from t2i.train.build import denoiser_training_flops
 
 TEXT_WIDTH, LENGTH, FEATURES, SIDE = 64, 24, 40, 64
 SMALL: dict[str, Any] = {"patch_size": 4, "width": 128, "depth": 3, "heads": 4, "repa_layer": 2}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from t2i.build import TrainingNetwork
 from t2i.diffusion.objective import LossWeights, Objective, Watch
 from t2i.engine import deepspeed
 from t2i.engine.ema import Ema
@@ -27,7 +28,6 @@ from t2i.engine.fsdp import FsdpEngine
 from t2i.engine.optimizer import StateFolder, ZerosLike, build_optimizer, orthogonalise
 from t2i.models.layers import Projector, patchify
 from t2i.models.pixelgen import PixelGen
-from t2i.train.build import TrainingNetwork
 
 STEPS, BATCH, DECAY = 10, 8, 0.9
 NAN_STEP, VETO_STEP = 4, 6

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from launch.process import joined_world, quiet
-from t2i.build import build_text
+from t2i.build import build_network, build_text
 from t2i.config.loading import validate_config
 from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.ema import Ema
-from t2i.train.build import build_engine, build_network, build_objective
+from t2i.train.build import build_engine, build_objective
 from t2i.train.preflight import dry_run, estimate, made_up_batch, no_update
 from t2i.train.step import TrainingStep
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from t2i.build import build_denoiser, build_projector
+from t2i.build import TrainingNetwork, build_denoiser, build_projector
 from t2i.config.base import ConfigError
 from t2i.config.loading import load_config, stage_config
 from t2i.config.run import RunConfig
@@ -16,7 +16,7 @@ from t2i.config.train import ObjectiveConfig
 from t2i.diffusion.objective import Objective
 from t2i.engine.optimizer import build_optimizer
 from t2i.models.layers import muon_takes
-from t2i.train.build import TrainingNetwork, build_objective, noisy_ema
+from t2i.train.build import build_objective, noisy_ema
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
