@@ -2,7 +2,7 @@
 
 Both weight files hold the denoiser under `denoiser.`, the projector of representation alignment under `projector.`
 (absent without it) and the null caption's states, which a library's update could otherwise change. What an imported
-checkpoint has besides, and no network of ours reads, is under `unread.` by its name there, to be exported again. The
+checkpoint has besides, and no network of ours reads, is under `unused.` by its name there, to be exported again. The
 folder is written aside, made durable and renamed: if it is there, it is whole.
 """
 
@@ -26,7 +26,7 @@ from t2i.config.run import RunConfig
 
 DENOISER = "denoiser."
 PROJECTOR = "projector."
-UNREAD = "unread."
+UNUSED = "unused."
 NULL_CAPTION = "null_caption"
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 

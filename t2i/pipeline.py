@@ -36,7 +36,7 @@ from t2i.config.run import RunConfig
 from t2i.config.train import SamplingConfig
 from t2i.diffusion.flow import image_from_velocity, slot_noise, to_pixels, to_unit_range
 from t2i.diffusion.sampling import (
-    FiniteWatch,
+    FiniteTracker,
     Velocity,
     choose_solver,
     flow_edit,
@@ -218,7 +218,7 @@ class Pipeline:
         batches = batches_of(pictures, sampling.batch_size)
         for batch, states in zip(batches, self.states(batches), strict=True):
             filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]
-            watch = FiniteWatch()
+            watch = FiniteTracker()
             velocity = watch.over(self.velocity(filled, states, sampling))
             if preview is not None:
                 velocity = previewed(velocity, preview, len(batch))
@@ -228,7 +228,7 @@ class Pipeline:
             self.check_finite(watch, images, [f"prompt {it.prompt[:80]!r}, picture {it.number}" for it in batch], times)
             yield to_pixels(images).cpu()
 
-    def check_finite(self, watch: FiniteWatch, images: Tensor, names: Sequence[str], times: Sequence[float]) -> None:
+    def check_finite(self, watch: FiniteTracker, images: Tensor, names: Sequence[str], times: Sequence[float]) -> None:
         """See that images that were drawn under a watch are finite.
 
         Args:
@@ -238,7 +238,7 @@ class Pipeline:
         Raises:
             NotFiniteError: one is not, unless `on_fault` hears of it.
         """
-        if (fault := watch.first_fault(images)) is None:
+        if (fault := watch.first_nonfinite(images)) is None:
             return
         image, t = fault
         steps = len(times) - 1
@@ -341,7 +341,7 @@ def edit_image(
         pipeline.velocity([it], states, config.sampling.model_copy(update={"guidance_scale": scale}))
         for it, scale in zip(words, (settings.source_guidance, settings.target_guidance), strict=True)
     )
-    watch = FiniteWatch()
+    watch = FiniteTracker()
     of_source, of_target = watch.over(of_source), watch.over(of_target)
     if preview is not None:
         of_target = previewed(of_target, preview, 1)

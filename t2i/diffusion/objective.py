@@ -34,7 +34,7 @@ from torch import Tensor
 
 from t2i.diffusion.flow import Array, PredictionKind, flow_matching_loss, image_from_velocity, interpolate
 from t2i.diffusion.perceptual import ImageDistance, PatchFeatures, cosine_distance
-from t2i.models.layers import upload
+from t2i.models.layers import to_device
 
 EPSILON = 1e-4
 """Added to the norm that divides."""
@@ -71,7 +71,7 @@ BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 TERMS = ("loss", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa")
 
 
-Watch = Callable[[Tensor, Tensor], None]
+GradientHook = Callable[[Tensor, Tensor], None]
 """Is given the gradients of L_FM and of the perceptual terms (b = 1) at the output, (b, 3, H, W) each."""
 
 
@@ -82,7 +82,7 @@ class LossWeights:
     lpips: float
     pdino: float
     repa: float
-    gate: float
+    perceptual_t_min: float
     t_eps: float
     pdino_gated: bool = True
     """Whether P-DINO heeds the gate; the mean is over all samples where it does not."""
@@ -93,7 +93,7 @@ class LossWeights:
 
 
 @dataclass
-class Terms:
+class LossTerms:
     """Sums and counts of each term over samples, detached: what the metrics are made of."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Terms:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + count
 
-    def merge(self, other: Terms) -> None:
+    def merge(self, other: LossTerms) -> None:
         """Enter another micro-batch's terms."""
         for name, total in other.sums.items():
             self.add(name, total, other.counts[name])
@@ -115,11 +115,11 @@ def band_names(term: str) -> list[str]:
     return [f"{term}_t{low}-{high}" for low, high in pairwise(BANDS)]
 
 
-def add_bands(terms: Terms, term: str, losses: Tensor, t: Array) -> None:
+def add_bands(terms: LossTerms, term: str, losses: Tensor, t: Array) -> None:
     """Enter per-sample losses (B,) by band of their host times t (B,)."""
     bands = np.clip(np.searchsorted(BANDS, t, side="right") - 1, 0, len(BANDS) - 2)
     counts = np.bincount(bands, minlength=len(BANDS) - 1)
-    sums = losses.new_zeros(len(counts)).index_add_(0, upload(bands, losses.device), losses.detach())
+    sums = losses.new_zeros(len(counts)).index_add_(0, to_device(bands, losses.device), losses.detach())
     for name, total, count in zip(band_names(term), sums, counts.tolist(), strict=True):
         if count > 0:
             terms.add(name, total, count)
@@ -131,35 +131,35 @@ def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """Some samples of a micro-batch: how many, and their rows on the device; None: all of them."""
+class _Subset:
+    """Some samples of a micro-batch: their number, and their rows on the device (None: all of them)."""
 
     count: int
     rows: Tensor | None
 
     @classmethod
-    def by(cls, wanted: NDArray[np.bool_], device: torch.device) -> _Chosen:
-        rows = np.flatnonzero(wanted)
-        return cls(len(rows), None if len(rows) == len(wanted) else upload(rows, device))
+    def from_mask(cls, mask: NDArray[np.bool_], device: torch.device) -> _Subset:
+        rows = np.flatnonzero(mask)
+        return cls(len(rows), None if len(rows) == len(mask) else to_device(rows, device))
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A micro-batch as its terms see it: which samples a term applies to, and what one sample counts."""
+_EMPTY = _Subset(0, None)
 
-    terms: Terms
-    everyone: _Chosen
-    open_gate: _Chosen
-    compared: _Chosen
-    """By P-DINO."""
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """The terms of a micro-batch, the samples that each is computed on, and the factors from a sum over samples to the
+    micro-batch's share of the loss."""
+
+    terms: LossTerms
+    everyone: _Subset
+    ungated: _Subset
+    pdino: _Subset
     per_sample: float
     per_ungated: float
-
-
-_NONE = _Chosen(0, None)
 
 
 class Objective:
@@ -203,8 +203,8 @@ class Objective:
         ungated: int,
         micro_batches: int,
         perceptual_weight: float = 1.0,
-        watch: Watch | None = None,
-    ) -> tuple[Tensor, Terms]:
+        gradient_hook: GradientHook | None = None,
+    ) -> tuple[Tensor, LossTerms]:
         """Loss of one micro-batch.
 
         Args:
@@ -218,24 +218,24 @@ class Objective:
             ungated: samples of the global batch with t >= gate.
             micro_batches: micro-batches in the global batch, over all ranks.
             perceptual_weight: b, what the perceptual terms are multiplied by besides their weights.
-            watch: is called with the two gradients before this returns.
+            gradient_hook: is called with the two gradients before this returns.
 
         Returns:
             The loss, and its terms; the term "loss" is the loss with b = 1.
         """
-        weights, everyone = self.weights, _Chosen(len(t), None)
-        open_gate = _Chosen.by(t >= weights.gate, image.device)
-        part = _Part(
-            Terms(),
+        weights, everyone = self.weights, _Subset(len(t), None)
+        above_t_min = _Subset.from_mask(t >= weights.perceptual_t_min, image.device)
+        part = _MicroBatch(
+            LossTerms(),
             everyone,
-            open_gate,
-            compared=_NONE if weights.pdino == 0 else open_gate if weights.pdino_gated else everyone,
+            above_t_min,
+            pdino=_EMPTY if weights.pdino == 0 else above_t_min if weights.pdino_gated else everyone,
             per_sample=micro_batches / batch_size,
             per_ungated=micro_batches / max(ungated, 1),
         )
-        # Watched, the terms depend on a copy of the output, and what they pull at it with is handed on.
-        source = output if watch is None else output.detach().requires_grad_()
-        times = upload(t, image.device)
+        # With a hook, the terms depend on a copy of the output, and the sum of their gradients at it is passed on.
+        source = output if gradient_hook is None else output.detach().requires_grad_()
+        times = to_device(t, image.device)
         flow = self._flow(part, source, image, noise, t, times)
         clean = self._clean_features(part, image, grid)
         predicted = source
@@ -243,23 +243,23 @@ class Objective:
             predicted = image_from_velocity(source, interpolate(image, noise, times), times)
         perceptual = self._lpips(part, predicted, image) + self._pdino(part, predicted, clean, grid)
         alignment = self._repa(part, projected, image, clean, grid)
-        # As if b were 1: what is judged by its past must not move with b.
+        # With b = 1: the spike guard compares the loss with its past, which must not move with b.
         part.terms.add("loss", (flow + perceptual + alignment) / part.per_sample, len(t))
         loss = flow + perceptual_weight * perceptual
-        if watch is not None:
-            pulls = [_gradient(flow, source), _gradient(perceptual, source)]
-            watch(*pulls)
-            loss = with_gradient(loss, output, pulls[0] + perceptual_weight * pulls[1])
+        if gradient_hook is not None:
+            gradients = [_gradient(flow, source), _gradient(perceptual, source)]
+            gradient_hook(*gradients)
+            loss = with_gradient(loss, output, gradients[0] + perceptual_weight * gradients[1])
         return loss + alignment, part.terms
 
-    def _flow(self, part: _Part, output: Tensor, image: Tensor, noise: Tensor, t: Array, times: Tensor) -> Tensor:
+    def _flow(self, part: _MicroBatch, output: Tensor, image: Tensor, noise: Tensor, t: Array, times: Tensor) -> Tensor:
         flow = flow_matching_loss(output, image, noise, times, self.prediction, self.weights.t_eps)
         part.terms.add("loss_fm", flow.sum(), len(t))
         add_bands(part.terms, "loss_fm", flow, t)
         return flow.sum() * part.per_sample
 
-    def _lpips(self, part: _Part, predicted: Tensor, image: Tensor) -> Tensor:
-        seen = part.open_gate
+    def _lpips(self, part: _MicroBatch, predicted: Tensor, image: Tensor) -> Tensor:
+        seen = part.ungated
         if self.weights.lpips == 0 or seen.count == 0:
             return predicted.new_zeros(())
         assert self.image_distance is not None
@@ -272,10 +272,10 @@ class Objective:
         side = self.weights.repa_grid
         return self.weights.repa > 0 and (side is None or (side, side) == grid)
 
-    def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
+    def _clean_features(self, part: _MicroBatch, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
         """Features of the clean images by layer; alignment needs those of all, P-DINO those that it compares."""
         shared = self._aligned_here(grid)
-        described = part.everyone if shared else part.compared
+        described = part.everyone if shared else part.pdino
         if described.count == 0:
             return {}
         assert self.patch_features is not None
@@ -284,8 +284,8 @@ class Objective:
             found = self.patch_features.tokens(described.of(image), grid, sorted(layers))
         return dict(zip(sorted(layers), found, strict=True))
 
-    def _pdino(self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
-        compared = part.compared
+    def _pdino(self, part: _MicroBatch, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
+        compared = part.pdino
         if compared.count == 0:
             return predicted.new_zeros(())
         assert self.patch_features is not None
@@ -300,7 +300,7 @@ class Objective:
 
     def _repa(
         self,
-        part: _Part,
+        part: _MicroBatch,
         projected: Tensor | None,
         image: Tensor,
         clean: dict[int, Tensor],

@@ -97,7 +97,7 @@ def guided_velocity(
     return velocity
 
 
-class FiniteWatch:
+class FiniteTracker:
     """Notes which images of a batch each call of a velocity keeps finite; the device is not waited for meanwhile."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class FiniteWatch:
 
         return watched
 
-    def first_fault(self, images: Tensor) -> tuple[int, float] | None:
+    def first_nonfinite(self, images: Tensor) -> tuple[int, float] | None:
         """Which of the images that came of it was the first not to be finite, and at which t; None: all are."""
         self._note(1.0, images)
         finite = torch.stack([it[: len(images)] for it in self._finite]).cpu()

@@ -351,30 +351,30 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden)
         self.adaln = nn.Linear(width, 6 * width)
 
-    def signals(self, given_B1D: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, cond_B1D: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of the attention, then of the MLP, (B, 1, D) each."""
-        return self.adaln(given_B1D).chunk(6, dim=-1)
+        return self.adaln(cond_B1D).chunk(6, dim=-1)
 
-    def enter(self, x_BND: Tensor, signals: tuple[Tensor, ...]) -> Tensor:
+    def pre(self, x_BND: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """What attention is given."""
-        return modulate(self.norm1(x_BND), signals[0], signals[1])
+        return modulate(self.norm1(x_BND), modulation[0], modulation[1])
 
-    def leave(self, x_BND: Tensor, attended_BND: Tensor, signals: tuple[Tensor, ...]) -> Tensor:
+    def post(self, x_BND: Tensor, attended_BND: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """The block's result, after attention."""
-        _, _, gate1, shift2, scale2, gate2 = signals
+        _, _, gate1, shift2, scale2, gate2 = modulation
         x_BND = x_BND + gate1 * attended_BND
         return x_BND + gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
 
     def forward(
         self,
         x_BND: Tensor,
-        given_B1D: Tensor,
+        cond_B1D: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         context: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        signals = self.signals(given_B1D)
-        return self.leave(x_BND, self.attn(self.enter(x_BND, signals), rope, context, mask), signals)
+        modulation = self.modulation(cond_B1D)
+        return self.post(x_BND, self.attn(self.pre(x_BND, modulation), rope, context, mask), modulation)
 
 
 def muon_takes(name: str) -> bool:
@@ -382,7 +382,7 @@ def muon_takes(name: str) -> bool:
     return ".attn." in name or (".mlp." in name and ".time." not in name)
 
 
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """The array on a device, in its own type; on a CPU it shares the array's memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":

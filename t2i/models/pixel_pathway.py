@@ -70,19 +70,19 @@ class PixelBlock(nn.Module):
             nn.Linear(pixel_width, 4 * pixel_width), nn.GELU(), nn.Linear(4 * pixel_width, pixel_width)
         )
 
-    def _signals(self, patches_BND: Tensor) -> list[Tensor | None]:
+    def _modulation(self, patches_BND: Tensor) -> list[Tensor | None]:
         """Of the attention and the MLP: what adaLN makes (B, N, P or 1, `per_branch`, C)."""
         if self.adaln is None:
             return [None, None]
         return [*self.adaln(patches_BND).unflatten(-1, (self.modulated, 2, self.per_branch, -1)).unbind(3)]
 
-    def _branch(self, x: Tensor, run: Callable[[Tensor], Tensor], signals: Tensor | None) -> Tensor:
-        if signals is None:
+    def _branch(self, x: Tensor, run: Callable[[Tensor], Tensor], modulation: Tensor | None) -> Tensor:
+        if modulation is None:
             return run(x)
         if self.post_modulation:
-            scale, shift = signals.unbind(3)
+            scale, shift = modulation.unbind(3)
             return modulate(run(x), shift, scale)
-        shift, scale, gate = signals.unbind(3)
+        shift, scale, gate = modulation.unbind(3)
         return gate * run(modulate(x, shift, scale))
 
     def _attend(self, x_BNPC: Tensor, patches_BND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -95,7 +95,7 @@ class PixelBlock(nn.Module):
     def forward(self, x_BNPC: Tensor, patches_BND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """`patches_BND` are the patches' tokens; `rope` is of the tokens that pixels are compacted to, N `tokens` of
         them."""
-        of_attention, of_mlp = self._signals(patches_BND)
+        of_attention, of_mlp = self._modulation(patches_BND)
         if self.norm1 is not None:
             x_BNPC = x_BNPC + self._branch(
                 self.norm1(x_BNPC), lambda x: self._attend(x, patches_BND, rope), of_attention

@@ -113,14 +113,14 @@ class ClassPixelDiT(nn.Module):
         dtype = label_BD.dtype
         height, width = x_BCHW.shape[-2:]
         time_BD = self.time(t_B, dtype)
-        given_B1D = F.silu(time_BD + label_BD)[:, None]
+        cond_B1D = F.silu(time_BD + label_BD)[:, None]
         rope = rope_table(
             height // self.patch_size, width // self.patch_size, self.head_width, x_BCHW.device, ROPE_EXTENT
         )
         x = self.patch_in(patchify(x_BCHW, self.patch_size).to(dtype))
         features = x
         for index, block in enumerate(self.blocks, start=1):
-            x = block(x, given_B1D, rope)
+            x = block(x, cond_B1D, rope)
             if index == self.repa_layer:
                 features = x
         return Prediction(self.pixels(x_BCHW, F.silu(time_BD[:, None] + x)), features)
@@ -153,9 +153,9 @@ class TextEnd(nn.Module):
         self.attn = KeysAndValues(width, heads)
         self.adaln = nn.Linear(width, 2 * width)
 
-    def forward(self, text_BLD: Tensor, given_B1D: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def forward(self, text_BLD: Tensor, cond_B1D: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys and values."""
-        return self.attn(modulate(self.norm1(text_BLD), *self.adaln(given_B1D).chunk(2, dim=-1)), rope)
+        return self.attn(modulate(self.norm1(text_BLD), *self.adaln(cond_B1D).chunk(2, dim=-1)), rope)
 
 
 class JointBlock(nn.Module):
@@ -167,16 +167,16 @@ class JointBlock(nn.Module):
         self.text = Block(width, heads, cross=False, hidden=8 * width // 3)
 
     def forward(
-        self, x_BND: Tensor, text_BLD: Tensor, given_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
+        self, x_BND: Tensor, text_BLD: Tensor, cond_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Patches and text after it. `mask` (B, L + N), bool: keys that take part, the text's first; None: all."""
-        text_signals, signals = self.text.signals(given_B1D), self.image.signals(given_B1D)
-        of_text = self.text.attn.project(self.text.enter(text_BLD, text_signals), text_rope)
-        of_image = self.image.attn.project(self.image.enter(x_BND, signals), rope)
+        text_modulation, modulation = self.text.modulation(cond_B1D), self.image.modulation(cond_B1D)
+        of_text = self.text.attn.project(self.text.pre(text_BLD, text_modulation), text_rope)
+        of_image = self.image.attn.project(self.image.pre(x_BND, modulation), rope)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_text, of_image, strict=True))
         text_attended, attended = attention(q, k, v, mask).split([text_BLD.shape[1], x_BND.shape[1]], dim=2)
-        text_BLD = self.text.leave(text_BLD, self.text.attn.merge(text_attended), text_signals)
-        return self.image.leave(x_BND, self.image.attn.merge(attended), signals), text_BLD
+        text_BLD = self.text.post(text_BLD, self.text.attn.merge(text_attended), text_modulation)
+        return self.image.post(x_BND, self.image.attn.merge(attended), modulation), text_BLD
 
 
 class LastJointBlock(nn.Module):
@@ -188,14 +188,14 @@ class LastJointBlock(nn.Module):
         self.text = TextEnd(width, heads)
 
     def forward(
-        self, x_BND: Tensor, text_BLD: Tensor, given_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
+        self, x_BND: Tensor, text_BLD: Tensor, cond_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Patches after it, and the text as it was."""
-        signals = self.image.signals(given_B1D)
-        q, k, v = self.image.attn.project(self.image.enter(x_BND, signals), rope)
-        text_k, text_v = self.text(text_BLD, given_B1D, text_rope)
+        modulation = self.image.modulation(cond_B1D)
+        q, k, v = self.image.attn.project(self.image.pre(x_BND, modulation), rope)
+        text_k, text_v = self.text(text_BLD, cond_B1D, text_rope)
         attended = attention(q, torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2), mask)
-        return self.image.leave(x_BND, self.image.attn.merge(attended), signals), text_BLD
+        return self.image.post(x_BND, self.image.attn.merge(attended), modulation), text_BLD
 
 
 class PixelDiT(nn.Module):
@@ -267,7 +267,7 @@ class PixelDiT(nn.Module):
         device, length = x_BCHW.device, text_BLE.shape[1]
         grid = (x_BCHW.shape[-2] // self.patch_size, x_BCHW.shape[-1] // self.patch_size)
         time_BD = self.time(1000.0 * (1.0 - t_B.float()), dtype)
-        given_B1D = F.silu(time_BD)[:, None]
+        cond_B1D = F.silu(time_BD)[:, None]
         text = self.text_norm(self.text_in(text_BLE.to(dtype))) + self.text_position[:, :length]
         text_rope = line_rope_table(length, self.head_width, device)
 
@@ -278,7 +278,7 @@ class PixelDiT(nn.Module):
             mask = F.pad((text_BLE != 0).any(-1), (0, x.shape[1]), value=True)
         features = x
         for index, block in enumerate(self.blocks, start=1):
-            x, text = block(x, text, given_B1D, rope, text_rope, mask)
+            x, text = block(x, text, cond_B1D, rope, text_rope, mask)
             if index == self.repa_layer:
                 features = x
         return Prediction(self.pixels(x_BCHW, F.silu(time_BD[:, None] + x)), features)

@@ -68,10 +68,10 @@ class ClassBlock(nn.Module):
         self.adaln = nn.Linear(width, 6 * width)
 
     def forward(
-        self, x_BND: Tensor, given_B1D: Tensor, rope: tuple[Tensor, Tensor], dropout_B: Tensor | None = None
+        self, x_BND: Tensor, cond_B1D: Tensor, rope: tuple[Tensor, Tensor], dropout_B: Tensor | None = None
     ) -> Tensor:
         """`dropout_B`: keys of the samples in this block; None drops nothing."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(given_B1D).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(cond_B1D).chunk(6, dim=-1)
 
         def drop(values: Tensor, place: int) -> Tensor:
             return values if dropout_B is None else dropout(values, derive(dropout_B, place), self.rate)
@@ -158,7 +158,7 @@ class ClassPixelGen(nn.Module):
         height, width = x_BCHW.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
         label_B1D = self.label(label_B)[:, None]
-        given_B1D = F.silu(self.time(t_B, dtype)[:, None] + label_B1D)
+        cond_B1D = F.silu(self.time(t_B, dtype)[:, None] + label_B1D)
 
         patches = patchify(x_BCHW, self.patch_size).to(dtype)
         x = self.patch_up(self.patch_down(patches) if self.patch_down is not None else patches)
@@ -171,11 +171,11 @@ class ClassPixelGen(nn.Module):
                 x, context = torch.cat([tokens, x], dim=1), tokens.shape[1]
                 rope = axial_rope_table(*grid, self.head_width, context, x.device)
             keys = derive(dropout_B, index) if dropout_B is not None and index in self.dropping else None
-            x = block(x, given_B1D, rope, keys)
+            x = block(x, cond_B1D, rope, keys)
             if index + 1 == self.repa_layer:
                 features = x[:, context:]
 
-        shift, scale = self.head_adaln(given_B1D).chunk(2, dim=-1)
+        shift, scale = self.head_adaln(cond_B1D).chunk(2, dim=-1)
         x = modulate(self.head_norm(x[:, context:].float()), shift.float(), scale.float())
         return Prediction(unpatchify(self.head(x), self.patch_size, height, width), features)
 

@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.errors import UserError
 from data.files import refuse_lfs_pointers
-from t2i.models.layers import upload
+from t2i.models.layers import to_device
 
 
 class Conditioner(Protocol):
@@ -102,7 +102,7 @@ class ClassLabels:
         Raises:
             UserError: a caption is no label.
         """
-        return list(upload(np.array([self._number(caption) for caption in captions], np.int64), self._device))
+        return list(to_device(np.array([self._number(caption) for caption in captions], np.int64), self._device))
 
     def cut(self, captions: Sequence[str], plain: bool = False) -> int:
         """None is."""
@@ -381,7 +381,7 @@ class TextEncoder(nn.Module):
         pads = [row + skipped - len(own) for own in filled]
         rows = [own + [pad] * count for own, count in zip(filled, pads, strict=True)]
         seen = [[1] * len(own) + [0] * count for own, count in zip(filled, pads, strict=True)]
-        ids, mask = (upload(np.array(it, np.int64), self._place.device) for it in (rows, seen))
+        ids, mask = (to_device(np.array(it, np.int64), self._place.device) for it in (rows, seen))
         states = net(input_ids=ids, attention_mask=mask).last_hidden_state
         states, mask = (torch.cat([it[:, :1], it[:, 1 + skipped :]], 1) for it in (states, mask))
         if self._masks:

@@ -30,7 +30,7 @@ from t2i.models.layers import muon_takes
 from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 from t2i.models.pixelgen import PixelGen
 from t2i.models.text import auto_class, check_length, resolve_model, text_part
-from t2i.plan.meta import META, FusedKernels, Kept, count_flops, numel, saved_bytes
+from t2i.plan.meta import META, FusedKernels, SavedTensors, count_flops, numel, saved_bytes
 
 Checkpointing = bool | Literal["pixel"]
 """As engine.activation_checkpointing."""
@@ -171,9 +171,9 @@ def image_cost(
         dtype: of the arithmetic; the network's weights become it.
     """
     network.to(dtype)
-    with FlopCounterMode(display=False) as counter, Kept(network, network.blocks) as kept_of_one:
+    with FlopCounterMode(display=False) as counter, SavedTensors(network, network.blocks) as kept_of_one:
         _forward(config, size, network, text_width, dtype, 1)
-    with Kept(network, network.blocks) as kept_of_two:
+    with SavedTensors(network, network.blocks) as kept_of_two:
         _forward(config, size, network, text_width, dtype, 2)
 
     denoiser, root, named = network.denoiser, type(network).__name__, counter.get_flop_counts()
@@ -198,7 +198,7 @@ def image_cost(
     )
 
 
-def _by_block(found: Kept) -> tuple[list[tuple[int, int, int]], int]:
+def _by_block(found: SavedTensors) -> tuple[list[tuple[int, int, int]], int]:
     """Of each block the bytes that it keeps, that it alone is given, and of the largest tensor kept; and the bytes
     outside, among them what several blocks are given, which is there whether or not they are checkpointed."""
     times = Counter(at for given in found.given for at in given)

@@ -90,7 +90,7 @@ def static_memory(engine: Engine, ranks: int, network: Trained, frozen: Bytes, d
         "gradients": FP32 * n // gradients_shared,
         "masters": FP32 * n // shared,
         "moments": moments_bytes(network) // shared,
-        "average": FP32 * n // shared,
+        "ema": FP32 * n // shared,
         **frozen,
         "sampling copy": dtype_bytes * network.denoiser,
     }
@@ -114,7 +114,7 @@ def reference_static_memory(network: Trained, frozen: Bytes) -> Bytes:
         "gradients": FP32 * n,
         "gradient buckets": FP32 * n,
         "moments": 2 * FP32 * n,
-        "average": FP32 * n,
+        "ema": FP32 * n,
         **frozen,
     }
 
@@ -141,7 +141,7 @@ def activation_memory(
     cost: ImageCost,
     pixels: int,
     micro_batch: int,
-    open_samples: int,
+    ungated_samples: int,
     compared_samples: int,
     distance: Frozen | None,
     features: Frozen | None,
@@ -156,17 +156,17 @@ def activation_memory(
         cost: what one image takes in the trained networks.
         pixels: of an image.
         micro_batch: samples at a time.
-        open_samples: those of them that LPIPS sees.
+        ungated_samples: those of them that LPIPS sees.
         compared_samples: those of them that P-DINO compares.
         distance: LPIPS; none where it has no weight.
         features: the network of P-DINO and alignment; none where neither has weight.
         checkpointing: the blocks that keep their input alone.
     """
     image_bytes = 3 * FP32 * pixels
-    perceptual = open_samples * (distance.saved_bytes if distance is not None else 0)
+    perceptual = ungated_samples * (distance.saved_bytes if distance is not None else 0)
     perceptual += compared_samples * (features.saved_bytes if features is not None else 0)
     first_map = 64 * FP32 * pixels if distance is not None else 0
-    in_perceptual = perceptual + WORKING_COPIES * open_samples * first_map
+    in_perceptual = perceptual + WORKING_COPIES * ungated_samples * first_map
     in_block = micro_batch * (cost.recomputed_bytes(checkpointing) + WORKING_COPIES * cost.largest)
     return {
         **{part: micro_batch * cost.kept(part, checkpointing) for part in PARTS},
@@ -187,7 +187,7 @@ def engine_of(config: EngineConfig) -> Engine:
     return names[config.zero_stage]
 
 
-def open_samples(micro_batch: int, seen: float) -> int:
+def ungated_samples(micro_batch: int, seen: float) -> int:
     """The most samples of a micro-batch over the gate that a run meets: three deviations over their mean."""
     expected = micro_batch * seen
     return min(micro_batch, round(expected + 3 * sqrt(expected * (1 - seen))))
@@ -309,7 +309,7 @@ class StageMemory:
         if self.config.engine.offload_dir is None:
             return {}
         parts = static_memory(engine, self.sharing, self.network, {}, self.dtype_bytes)
-        return {name: parts[name] for name in ("moments", "average")}
+        return {name: parts[name] for name in ("moments", "ema")}
 
     def activations(self, micro_batch: int, checkpointing: Checkpointing) -> Bytes:
         """Bytes at the fullest moment of a micro-step, by component."""
@@ -318,8 +318,8 @@ class StageMemory:
             self.cost,
             height * width,
             micro_batch,
-            open_samples(micro_batch, self.seen),
-            open_samples(micro_batch, self.compared),
+            ungated_samples(micro_batch, self.seen),
+            ungated_samples(micro_batch, self.compared),
             self.distance,
             self.features,
             checkpointing,

@@ -74,7 +74,7 @@ Storages = dict[int, int]
 """Bytes of each storage by its address."""
 
 
-class Kept:
+class SavedTensors:
     """The storages that autograd keeps for the backward of what runs under it, each once; a network's own do not count.
 
     Args:
@@ -97,7 +97,7 @@ class Kept:
         self.outside: Storages = {}
         self._now = self.outside
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> SavedTensors:
         self._hooks.enter_context(saved_tensors_hooks(self._keep, lambda tensor: tensor))
         for index, block in enumerate(self._blocks):
             self._hooks.enter_context(block.register_forward_pre_hook(self._begins(index), with_kwargs=True))
@@ -141,6 +141,6 @@ def _tensors(values: Iterable[object]) -> list[Tensor]:
 
 def saved_bytes(run: Callable[[], object], besides: nn.Module | None = None) -> int:
     """Bytes that autograd keeps for the backward of `run`, each storage once; a module's own tensors do not count."""
-    with Kept(besides) as kept:
+    with SavedTensors(besides) as kept:
         run()
     return sum(kept.outside.values())

@@ -27,7 +27,7 @@ from torch import Tensor
 from t2i.build import build_denoiser, build_projector
 from t2i.config.base import ConfigError
 from t2i.config.run import ModelConfig, RunConfig
-from t2i.model_folder import DENOISER, PROJECTOR, UNREAD, check_finite
+from t2i.model_folder import DENOISER, PROJECTOR, UNUSED, check_finite
 from t2i.models.layers import sincos_table
 from t2i.models.text import TextEncoder
 from t2i.released.checkpoint import AVERAGE, Checkpoint, StoredTensor, kind_name
@@ -46,7 +46,7 @@ from t2i.released.names import (
     released_shares,
     released_sizes,
     to_released,
-    unread,
+    unused_weights,
 )
 
 # The average of a constant drifts by rounding, up to half a unit in the last place / (1 - decay), which is 3e-4 near 1,
@@ -165,7 +165,7 @@ class _Part(NamedTuple):
 
 
 def _denoiser(which: str, model: ModelConfig) -> _Part:
-    others = (POSITIONS,) if model.family == "pixelgen" else unread(model)
+    others = (POSITIONS,) if model.family == "pixelgen" else unused_weights(model)
     return _Part(DENOISER, prefixes(model).denoiser[which], denoiser_table(model), others)
 
 
@@ -213,12 +213,12 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
     }
     if not projectors:
         report.notes.append("projector: the checkpoint has none; training with alignment would start a fresh one")
-    if unread(model):
+    if unused_weights(model):
         report.notes.append(
             "the last block's text: but for its keys and values it is kept to be exported again, and not trained"
         )
     _note_what_is_left(checkpoint, report)
-    kept = (it for part in found.values() for it in part.items() if it[0].startswith(UNREAD))
+    kept = (it for part in found.values() for it in part.items() if it[0].startswith(UNUSED))
     used = ((name, checkpoint.tensor(name).float()) for name in report.used)
     check_finite(chain(used, kept), str(checkpoint.path))
     raw, ema = ({**_either(found, which), **_either(projectors, which)} for which in _OTHER)
@@ -271,7 +271,7 @@ def _take(
                 report.left[f"{_place(released)}, the other rows"] = (
                     f"used are {first} to {last - 1} of {size[0]}; kept to be exported again"
                 )
-                taken[UNREAD + share.name] = checkpoint.tensor(released).float()
+                taken[UNUSED + share.name] = checkpoint.tensor(released).float()
         tensors = [checkpoint.tensor(part.released + share.name).float() for share in shares]
         taken[part.ours + name] = from_released(name, tensors, shares, model)
     return taken
@@ -280,13 +280,13 @@ def _take(
 def _keep(checkpoint: Checkpoint, prefix: str, model: ModelConfig, report: Report) -> dict[str, Tensor]:
     """Tensors of a denoiser that no network of ours reads, as far as the checkpoint has them."""
     kept = {}
-    for name, shape in unread(model).items():
+    for name, shape in unused_weights(model).items():
         if (released := prefix + name) in checkpoint.weights:
             size = checkpoint.weights[released].size
             if tuple(size) != shape:
                 raise ConfigError(f"{checkpoint.path}: {released} is {list(size)}, by the config {list(shape)}")
             report.left[_place(released)] = f"tensor {list(size)}, kept to be exported again"
-            kept[UNREAD + name] = checkpoint.tensor(released).float()
+            kept[UNUSED + name] = checkpoint.tensor(released).float()
     return kept
 
 
@@ -349,7 +349,7 @@ def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[st
     content = {"state_dict": own}
     if own.keys() != average.keys() or any(not torch.equal(own[name], average[name]) for name in own):
         content[AVERAGE] = average
-    if any(name.startswith(UNREAD) for name in raw):
+    if any(name.startswith(UNUSED) for name in raw):
         return Exported(content, [])
     zeros = "the last block's text: zeros, but for its keys and values; no picture depends on the rest"
     return Exported(content, [zeros])
@@ -361,8 +361,8 @@ def _besides(config: RunConfig, tensors: Mapping[str, Tensor], prefix: str) -> d
     model = config.model
     if model.family == "pixeldit":
         return {
-            prefix + name: tensors[UNREAD + name] if UNREAD + name in tensors else torch.zeros(shape)
-            for name, shape in unread(model).items()
+            prefix + name: tensors[UNUSED + name] if UNUSED + name in tensors else torch.zeros(shape)
+            for name, shape in unused_weights(model).items()
         }
     rows, columns = (side // model.patch_size for side in config.data.size)
     if rows != columns:
@@ -375,7 +375,7 @@ def _besides(config: RunConfig, tensors: Mapping[str, Tensor], prefix: str) -> d
 
 def _renamed(tensors: Mapping[str, Tensor], part: _Part, model: ModelConfig) -> dict[str, Tensor]:
     renamed = {}
-    kept = {name.removeprefix(UNREAD): tensor for name, tensor in tensors.items() if name.startswith(UNREAD)}
+    kept = {name.removeprefix(UNUSED): tensor for name, tensor in tensors.items() if name.startswith(UNUSED)}
     for name in (whole.removeprefix(part.ours) for whole in tensors if whole.startswith(part.ours)):
         try:
             shares = released_shares(part.table, name)

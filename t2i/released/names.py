@@ -7,7 +7,7 @@ and up in one matrix, the gate first, as we do; PixelDiT has two. What is shaped
 layout.py.
 
 The last block of PixelDiT for text to image has all of a block for its text, where we have keys and values alone: the
-rest, `unread`, has no effect on the picture.
+rest, `unused_weights`, has no effect on the picture.
 
 Names and shapes are those that the public code gives; they were not checked against a released file.
 
@@ -222,7 +222,7 @@ def denoiser_table(model: ModelConfig) -> Table:
     return PIXELGEN_CLASS if model.bottleneck else PIXELGEN_CLASS_DIRECT
 
 
-def unread(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def unused_weights(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the denoiser's tensors in a checkpoint that our network has no place for at all, by their names there,
     without a prefix."""
     if (model.family, model.condition) != ("pixeldit", "text"):

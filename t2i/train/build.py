@@ -93,7 +93,7 @@ def build_objective(
         lpips=config.lpips_weight,
         pdino=config.pdino_weight,
         repa=config.repa_weight,
-        gate=config.perceptual_t_min,
+        perceptual_t_min=config.perceptual_t_min,
         t_eps=config.t_eps,
         pdino_gated=config.pdino_gate == "masked",
         pdino_layers=tuple(config.pdino_layers),

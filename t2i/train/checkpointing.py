@@ -42,7 +42,7 @@ from t2i.engine.checkpoint import (
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, Shards, gather_full
 from t2i.engine.optimizer import StateFolder
-from t2i.model_folder import DENOISER, NULL_CAPTION, PROJECTOR, UNREAD, check_finite, read_model, write_model
+from t2i.model_folder import DENOISER, NULL_CAPTION, PROJECTOR, UNUSED, check_finite, read_model, write_model
 from t2i.models.text import Conditioner, check_same_text
 from t2i.train.guard import Guard, Rollback, Stop
 from t2i.train.metrics import Observer
@@ -174,7 +174,7 @@ def _fill(shards: Shards, targets: dict[str, Tensor], whole: dict[str, Tensor], 
     """Copy this rank's slices of whole tensors; a projector that is missing there keeps its fresh weights. What is not
     read here is not trained, and gone from what this run writes."""
     for name in whole.keys() - shards.keys():
-        if not name.startswith((PROJECTOR, UNREAD)):
+        if not name.startswith((PROJECTOR, UNUSED)):
             raise ConfigError(f"init.source {folder} is of another model: it has {name}, this model does not")
     for name, shard in shards.items():
         found = whole[name].shape if name in whole else None

@@ -41,7 +41,7 @@ from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.checkpoint import checkpoints, step_of
 from t2i.plan.counts import PARTS, ungated_fraction
-from t2i.plan.memory import CAPTION_CACHE, StageMemory, checkpoint_bytes, engine_of, open_samples, total
+from t2i.plan.memory import CAPTION_CACHE, StageMemory, checkpoint_bytes, engine_of, total, ungated_samples
 from t2i.train.data import StageData
 from t2i.train.metrics import memory_gib
 from t2i.train.run_dir import StageDir
@@ -79,7 +79,7 @@ def estimate(config: RunConfig, ranks: int, dtype: torch.dtype) -> Estimate:
     memory = StageMemory.of(config, max(1, ranks // engine.dp_replicate), dtype.itemsize)
     name = engine_of(engine)
     static = memory.static(name)
-    away = sum(static.pop(part) for part in ("masters", "moments", "average")) if engine.offload else 0
+    away = sum(static.pop(part) for part in ("masters", "moments", "ema")) if engine.offload else 0
     # A compiled block may keep less than an eager one.
     kept = memory.activations(micro, True if engine.compile else engine.activation_checkpointing)
     # Activations go as gradients come, and a text encoder that is released is gone before either.
@@ -170,7 +170,7 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
         training_times(config.objective, uniform(key(config.seed, stage, "time"), slots))
         >= config.objective.perceptual_t_min
     )
-    wanted = open_samples(train.micro_batch_size, ungated_fraction(config.objective))
+    wanted = ungated_samples(train.micro_batch_size, ungated_fraction(config.objective))
     seen, unseen = (slots[chosen] if chosen.any() else slots for chosen in (over, ~over))
     dealt = np.concatenate([np.resize(seen, wanted), np.resize(unseen, train.micro_batch_size - wanted)])
     pixels = np.random.default_rng(world.rank).integers(0, 256, (share, 3, height, width), np.uint8)

@@ -45,7 +45,7 @@ from data.randomness import key, permutation
 from t2i.config.run import RunConfig
 from t2i.config.train import ScoringConfig
 from t2i.diffusion.flow import flow_matching_loss, interpolate, slot_noise, to_unit_range
-from t2i.diffusion.objective import Terms, add_bands, band_names
+from t2i.diffusion.objective import LossTerms, add_bands, band_names
 from t2i.distributed import Preempted, World
 from t2i.models.text import stack_conditions
 from t2i.pipeline import Picture, Pipeline, batches_of
@@ -131,7 +131,7 @@ class Evaluator:
         noise_key = key(config.seed, "validation")
         t = training_times(config.objective, (permutation(noise_key, n) + 0.5) / n)
         mine = np.arange(self.world.rank, n, self.world.size)
-        terms = Terms()
+        terms = LossTerms()
         # At once: a language model that is released is then loaded once.
         self.alive("reading held-out captions")
         conditions = self.pipeline.conditioner([self.heldout.captions[i] for i in mine])

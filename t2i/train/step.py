@@ -35,10 +35,19 @@ from t2i.build import Denoiser
 from t2i.config.run import RunConfig
 from t2i.config.train import ObjectiveConfig, OptimizerConfig
 from t2i.diffusion.flow import Array, interpolate, logit_normal, shift_time, slot_noise, to_unit_range
-from t2i.diffusion.objective import TERMS, Objective, Terms, Watch, band_names, head_gradients, norm_ratio, smoothed
+from t2i.diffusion.objective import (
+    TERMS,
+    GradientHook,
+    LossTerms,
+    Objective,
+    band_names,
+    head_gradients,
+    norm_ratio,
+    smoothed,
+)
 from t2i.distributed import World
 from t2i.engine.engine import Engine, StepResult, all_reduce_sum
-from t2i.models.layers import KEY_BITS, patchify, upload
+from t2i.models.layers import KEY_BITS, patchify, to_device
 from t2i.models.pixelgen import ClassPixelGen, PixelGen
 from t2i.models.text import Conditioner, stack_conditions
 
@@ -55,12 +64,12 @@ class GlobalMeans:
         device: where the sums are.
     """
 
-    def __init__(self, terms: Terms, names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, terms: LossTerms, names: Sequence[str], device: torch.device) -> None:
         self._names = names
         nothing = torch.zeros((), device=device)
         sums = torch.stack([terms.sums.get(name, nothing) for name in names]).double()
         counts = np.array([terms.counts.get(name, 0) for name in names], np.float64)
-        table = all_reduce_sum(torch.stack([sums, upload(counts, device)]))
+        table = all_reduce_sum(torch.stack([sums, to_device(counts, device)]))
         self._arrived: torch.cuda.Event | None = None
         self._table: Tensor = table
         if device.type == "cuda":
@@ -128,7 +137,7 @@ class GradientBalance:
         if self._measuring:
             self._tokens = inputs[0].detach()
 
-    def begin(self, step: int) -> Watch | None:
+    def begin(self, step: int) -> GradientHook | None:
         """What the objective is to show the step's gradients to, if they are measured.
 
         Args:
@@ -275,9 +284,9 @@ class TrainingStep:
         if self._config.model.dropout == 0:
             return ()
         keys = hash_u64(self._keys["dropout"], slots) >> np.uint64(64 - KEY_BITS)
-        return (upload(keys.astype(np.int64), self._world.device),)
+        return (to_device(keys.astype(np.int64), self._world.device),)
 
-    def _accumulate(self, batch: Batch, step: int, own: _Stopwatch) -> Terms:
+    def _accumulate(self, batch: Batch, step: int, own: _Stopwatch) -> LossTerms:
         """All micro-steps; the sums of this rank's loss terms."""
         own.press()
         conditions = self._conditions(batch)
@@ -286,12 +295,12 @@ class TrainingStep:
         all_times = training_times(config.objective, uniform(self._keys["time"], range(first, first + size)))
         ungated = int((all_times >= config.objective.perceptual_t_min).sum())
         t = all_times[batch.slots - first]
-        balance, terms = self._balance, Terms()
-        watch = balance.begin(step) if balance is not None else None
+        balance, terms = self._balance, LossTerms()
+        gradient_hook = balance.begin(step) if balance is not None else None
         micro, patch = config.train.micro_batch_size, config.model.patch_size
         for part, pixels in batch.micro_batches(micro):
             image = to_unit_range(pixels.to(device, non_blocking=True))
-            times = upload(t[part].astype(np.float32), device)
+            times = to_device(t[part].astype(np.float32), device)
             scale = config.objective.noise_scale
             noise = slot_noise(self._keys["noise"], batch.slots[part], image.shape[1:], device, scale)
             condition = stack_conditions(conditions[part])
@@ -310,7 +319,7 @@ class TrainingStep:
                 ungated=ungated,
                 micro_batches=size // micro,
                 perceptual_weight=balance.weight if balance is not None else 1.0,
-                watch=watch,
+                gradient_hook=gradient_hook,
             )
             self._engine.backward(loss)
             terms.merge(part_terms)

@@ -187,8 +187,8 @@ def test_static_memory_identities(dtype_bytes: int) -> None:
         assert total(four[engine]) - whole == (total(one[engine]) - whole) // 4
     assert one["zero0"] == four["zero0"]
     sharded: dict[Engine, set[str]] = {
-        "zero1": {"masters", "moments", "average"},
-        "zero2": {"masters", "moments", "average", "gradients"},
+        "zero1": {"masters", "moments", "ema"},
+        "zero2": {"masters", "moments", "ema", "gradients"},
     }
     for engine, names in sharded.items():
         for name, size in one[engine].items():

@@ -22,7 +22,7 @@ def small(**engine: Any) -> RunConfig:
 def test_the_plan_counts_no_memory_for_what_is_in_files() -> None:
     plain, mapped = (StageMemory.of(it, 2, 4) for it in (small(), small(offload_dir="/scratch")))
     files = mapped.mapped("zero1")
-    assert set(files) == {"moments", "average"} and plain.mapped("zero1") == {}
+    assert set(files) == {"moments", "ema"} and plain.mapped("zero1") == {}
     assert total(files) == 12 * plain.network.total // 2
     assert total(plain.static("zero1")) - total(mapped.static("zero1")) == total(files)
     given = Assumptions.from_config(gpus=2, gpu="h100", mfu=0.3, sample_bytes=1e5, reference=False)

@@ -16,7 +16,7 @@ from t2i.build import TrainingNetwork, build_denoiser, build_projector
 from t2i.config.run import RunConfig
 from t2i.diffusion.perceptual import cosine_distance
 from t2i.plan.counts import ImageCost, image_cost, on_meta
-from t2i.plan.meta import Kept, saved_bytes
+from t2i.plan.meta import SavedTensors, saved_bytes
 from t2i.train.build import denoiser_training_flops
 
 TEXT_WIDTH, LENGTH, FEATURES, SIDE = 64, 24, 40, 64
@@ -138,11 +138,11 @@ def test_checkpointing_keeps_what_a_block_alone_is_given(name: str) -> None:
 def test_what_is_kept_is_booked_to_the_block_that_runs() -> None:
     first, second = torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)
     net = torch.nn.Sequential(first, torch.nn.Tanh(), second)
-    with Kept(net, [first, second]) as kept:
+    with SavedTensors(net, [first, second]) as kept:
         net(torch.randn(2, 4))
     assert [sum(block.values()) for block in kept.of_block] == [4 * 2 * 4, 0]  # tanh keeps what the second is given
     assert [sum(block.values()) for block in kept.given] == [4 * 2 * 4, 4 * 2 * 5]
     assert sum(kept.outside.values()) == 4 * 2 * 5
-    with Kept(net, [first, second]) as again, torch.no_grad():
+    with SavedTensors(net, [first, second]) as again, torch.no_grad():
         net(torch.randn(2, 4))
     assert not again.outside and sum(kept.outside.values()) == 4 * 2 * 5

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from t2i.build import TrainingNetwork
-from t2i.diffusion.objective import LossWeights, Objective, Watch
+from t2i.diffusion.objective import GradientHook, LossWeights, Objective
 from t2i.engine import deepspeed
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, gather_full, prepare_blocks
@@ -99,7 +99,7 @@ def loss_of(
     part: Tensor,
     micro_batches: int,
     objective: Objective = OBJECTIVE,
-    watch: Watch | None = None,
+    gradient_hook: GradientHook | None = None,
 ) -> Tensor:
     """The objective of some samples of a step's batch."""
     generator = torch.Generator().manual_seed(step)
@@ -122,7 +122,7 @@ def loss_of(
         batch_size=BATCH,
         ungated=int((host_t >= GATE).sum()),
         micro_batches=micro_batches,
-        watch=watch,
+        gradient_hook=gradient_hook,
     )
     return loss
 

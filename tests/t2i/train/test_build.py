@@ -38,10 +38,12 @@ def built(folder: str, **settings: Any) -> Objective:
 
 
 def test_the_objective_is_as_configured(dino_folder: str) -> None:
-    weights = built(dino_folder, pdino_gate="none", pdino_layers=[1, 3], perceptual_t_min=0.6, repa_weight=1).weights
-    assert (weights.pdino_gated, weights.pdino_layers, weights.gate, weights.repa) == (False, (1, 3), 0.6, 1)
-    weights = built(dino_folder).weights
-    assert (weights.pdino_gated, weights.pdino_layers, weights.gate, weights.repa) == (True, (), 0.3, 0.5)
+    changes = {"pdino_gate": "none", "pdino_layers": [1, 3], "perceptual_t_min": 0.6, "repa_weight": 1}
+    for weights, expected in (
+        (built(dino_folder, **changes).weights, (False, (1, 3), 0.6, 1)),
+        (built(dino_folder).weights, (True, (), 0.3, 0.5)),
+    ):
+        assert (weights.pdino_gated, weights.pdino_layers, weights.perceptual_t_min, weights.repa) == expected
 
 
 def test_layers_that_the_network_lacks_are_refused(dino_folder: str) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from data.loader import Batch
 from t2i.config.loading import validate_config
-from t2i.diffusion.objective import LossWeights, Objective, Terms
+from t2i.diffusion.objective import LossTerms, LossWeights, Objective
 from t2i.distributed import World
 from t2i.engine.engine import StepResult
-from t2i.models.layers import attention, upload
+from t2i.models.layers import attention, to_device
 from t2i.models.pixelgen import PixelGen
 from t2i.train.step import GlobalMeans, TrainingStep
 
@@ -28,10 +28,10 @@ def gpu() -> torch.device:
 
 def test_means_and_uploads(gpu: torch.device) -> None:
     array = np.arange(5.0)
-    assert upload(array, gpu).tolist() == array.tolist()
+    assert to_device(array, gpu).tolist() == array.tolist()
     found = []
     for device in (CPU, gpu):
-        terms = Terms()
+        terms = LossTerms()
         terms.add("a", torch.tensor([1.0, 4.0], device=device).sum(), 2)
         found.append(GlobalMeans(terms, ["a", "b"], device).read())
     assert found[0] == found[1] == {"a": 2.5}

@@ -70,14 +70,15 @@ def balance_of(network: Network, micro: int = BATCH, state: dict | None = None, 
 
 def step(network: Network, balance: GradientBalance, number: int, micro: int, t: np.ndarray = TIMES) -> bool:
     """One step's gradients, added up on the network as an engine does; whether it was measured."""
-    watch = balance.begin(number)
+    gradient_hook = balance.begin(number)
     for part in np.split(np.arange(BATCH), BATCH // micro):
         loss, _ = OBJECTIVE(
             network(0.3 * CLEAN[part]), None, CLEAN[part], NOISE[part], t[part], grid=(2, 2), batch_size=BATCH,
-            ungated=int((t >= 0.3).sum()), micro_batches=BATCH // micro, perceptual_weight=balance.weight, watch=watch,
+            ungated=int((t >= 0.3).sum()), micro_batches=BATCH // micro, perceptual_weight=balance.weight,
+            gradient_hook=gradient_hook,
         )  # fmt: skip
         (loss * micro / BATCH).backward()
-    return watch is not None
+    return gradient_hook is not None
 
 
 def two_backwards(network: Network) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.checkpoint.format import MANIFEST, folder_name
 from t2i.plan.counts import ungated_fraction
-from t2i.plan.memory import CONTEXT_BYTES, StageMemory, open_samples, total
+from t2i.plan.memory import CONTEXT_BYTES, StageMemory, total, ungated_samples
 from t2i.train import preflight
 from t2i.train.data import open_data
 from t2i.train.preflight import (
@@ -334,7 +334,7 @@ def test_a_made_up_batch_is_full_and_as_often_over_the_gate_as_ever(size: int, m
     assert set(batch.slots) <= set(range(5 * size, 6 * size))
     t = training_times(config.objective, uniform(key(3, "low", "time"), batch.slots))
     over = (t >= config.objective.perceptual_t_min).reshape(-1, micro).sum(1)
-    assert set(over) == {open_samples(micro, ungated_fraction(config.objective))}
+    assert set(over) == {ungated_samples(micro, ungated_fraction(config.objective))}
     assert torch.equal(before[0], torch.get_rng_state()) and str(before[1]) == str(np.random.get_state())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from t2i.diffusion.objective import Terms
+from t2i.diffusion.objective import LossTerms
 from t2i.train.scoring import tile
 from t2i.train.step import GlobalMeans
 
@@ -18,7 +18,7 @@ def test_tiles_are_row_by_row_and_the_rest_is_white() -> None:
 
 
 def test_means_are_over_samples_and_empty_terms_are_left_out() -> None:
-    terms = Terms()
+    terms = LossTerms()
     terms.add("a", torch.tensor(6.0), 2)
     terms.add("a", torch.tensor(0.0), 1)
     assert GlobalMeans(terms, ["a", "b"], torch.device("cpu")).read() == {"a": 2.0}
