@@ -218,17 +218,21 @@ class Pipeline:
         batches = batches_of(pictures, sampling.batch_size)
         for batch, states in zip(batches, self.states(batches), strict=True):
             filled = [*batch, *[batch[-1]] * (sampling.batch_size - len(batch))]
-            watch = FiniteTracker()
-            velocity = watch.over(self.velocity(filled, states, sampling))
+            tracker = FiniteTracker()
+            velocity = tracker.wrap(self.velocity(filled, states, sampling))
             if preview is not None:
                 velocity = previewed(velocity, preview, len(batch))
             scale = self.config.objective.noise_scale
             noise = [starting_noise(it, sampling.seed, (height, width), self.device, scale) for it in filled]
             images = solve(velocity, torch.stack(noise), times, guided)[: len(batch)]
-            self.check_finite(watch, images, [f"prompt {it.prompt[:80]!r}, picture {it.number}" for it in batch], times)
+            self.check_finite(
+                tracker, images, [f"prompt {it.prompt[:80]!r}, picture {it.number}" for it in batch], times
+            )
             yield to_pixels(images).cpu()
 
-    def check_finite(self, watch: FiniteTracker, images: Tensor, names: Sequence[str], times: Sequence[float]) -> None:
+    def check_finite(
+        self, tracker: FiniteTracker, images: Tensor, names: Sequence[str], times: Sequence[float]
+    ) -> None:
         """See that images that were drawn under a watch are finite.
 
         Args:
@@ -238,7 +242,7 @@ class Pipeline:
         Raises:
             NotFiniteError: one is not, unless `on_fault` hears of it.
         """
-        if (fault := watch.first_nonfinite(images)) is None:
+        if (fault := tracker.first_nonfinite(images)) is None:
             return
         image, t = fault
         steps = len(times) - 1
@@ -341,8 +345,8 @@ def edit_image(
         pipeline.velocity([it], states, config.sampling.model_copy(update={"guidance_scale": scale}))
         for it, scale in zip(words, (settings.source_guidance, settings.target_guidance), strict=True)
     )
-    watch = FiniteTracker()
-    of_source, of_target = watch.over(of_source), watch.over(of_target)
+    tracker = FiniteTracker()
+    of_source, of_target = tracker.wrap(of_source), tracker.wrap(of_target)
     if preview is not None:
         of_target = previewed(of_target, preview, 1)
 
@@ -361,5 +365,5 @@ def edit_image(
         n_min=settings.n_min,
         n_avg=settings.n_avg,
     )
-    pipeline.check_finite(watch, edited, [f"edit from {source[:80]!r} to {target[:80]!r}"], times)
+    pipeline.check_finite(tracker, edited, [f"edit from {source[:80]!r} to {target[:80]!r}"], times)
     return to_pixels(edited)[0].cpu()

@@ -2,22 +2,17 @@
 
 `L = L_FM + b (0.1 L_LPIPS + 0.01 L_P-DINO) + w L_REPA` (PixelGen eq. 6, where b = 1), one scalar for one backward.
 
-- Every mean is over the *global* batch. Flow matching and alignment average over all samples, the perceptual
-  terms over the un-gated ones (t at or above the gate), whose global number is known from the slots. The engine
-  averages gradients over `micro_batches` (ranks x accumulation steps), so a micro-batch contributes
-  `sum_i l_i / N_global * micro_batches`.
-- The perceptual networks see un-gated samples only; the clean image's patch features serve both P-DINO and REPA.
-- No term of a gated sample reaches its gradient. Gating selects samples; it never changes a collective.
-- Where the gradients of L_FM and of the perceptual terms are wanted apart, for b (gradient balancing), they are formed
-  at the network's output and their sum goes on from there: still one backward through each network.
-
-How strongly two losses pull at the head, the last linear layer, without a backward pass for each. Pure functions.
-
-The head makes image patches y (B, N, P) of tokens h (B, N, D): y = h W' + b. The gradient of a loss at W (P, D) is
-then the sum over tokens of dL/dy h', so h and the loss's gradient at the predicted image are all it takes; the rest of
-the network, and its one backward pass, never hear of it.
-
-Gradients add up over the micro-batches and ranks of a global batch. Their norms do not: sums come first.
+- Every mean is over the *global* batch. Flow matching and alignment average over all samples, the perceptual terms over
+  the ungated ones (t at or above perceptual_t_min), whose global number follows from the slots. The engine averages
+  gradients over `micro_batches` (ranks x accumulation steps), so a micro-batch contributes `sum_i l_i / N_global *
+  micro_batches`.
+- The perceptual networks run on ungated samples only; the clean image's patch features serve both P-DINO and REPA.
+  Gating never changes a collective.
+- Gradient balancing (b) needs the gradients of L_FM and of the perceptual terms separately: they are computed at the
+  network's output and their sum is passed on, so there is still one backward pass through each network.
+- Their norms are compared at the head, the last linear layer y = h W' + b from tokens h (B, N, D) to patches y (B, N,
+  P). A loss's gradient at W (P, D) is the sum over tokens of dL/dy h'. Gradients, not their norms, add up over
+  micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -41,21 +36,15 @@ EPSILON = 1e-4
 
 
 def head_gradients(tokens_BND: Tensor, *patches_BNP: Tensor) -> Tensor:
-    """Gradients (k, P, D) of k losses at the head's weight, fp32.
-
-    Args:
-        tokens_BND: what went into the head.
-        patches_BNP: each loss's gradient at what came out of it. The order of the P values does not matter to norms.
-    """
+    """Gradients (k, P, D) of k losses at the head's weight, fp32, from the head's input and each loss's gradient at its
+    output. The order of the P values does not matter to norms."""
     at_patches = torch.cat([patches.float() for patches in patches_BNP], dim=-1).flatten(0, 1)
     return (at_patches.T @ tokens_BND.float().flatten(0, 1)).unflatten(0, (len(patches_BNP), -1))
 
 
 def norm_ratio(numerator: Tensor, denominator: Tensor, most: float) -> float | None:
-    """Ratio of the norms of two gradients, at most `most`; None where the second is zero: there is nothing to balance.
-
-    Not finite where a gradient is not.
-    """
+    """Ratio of the norms of two gradients, at most `most`; None if the second is zero. Not finite if a gradient is
+    not."""
     if not denominator.any():
         return None
     ratio = numerator.double().norm() / (denominator.double().norm() + EPSILON)
@@ -72,12 +61,12 @@ TERMS = ("loss", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa")
 
 
 GradientHook = Callable[[Tensor, Tensor], None]
-"""Is given the gradients of L_FM and of the perceptual terms (b = 1) at the output, (b, 3, H, W) each."""
+"""Gets the gradients of L_FM and of the perceptual terms (b = 1) at the output, (b, 3, H, W) each."""
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms and the two thresholds; a weight of 0 leaves the term and its network out."""
+    """Weights of the terms, and their thresholds; a weight of 0 leaves the term and its network out."""
 
     lpips: float
     pdino: float
@@ -85,16 +74,16 @@ class LossWeights:
     perceptual_t_min: float
     t_eps: float
     pdino_gated: bool = True
-    """Whether P-DINO heeds the gate; the mean is over all samples where it does not."""
+    """Whether P-DINO is gated by perceptual_t_min, or is a mean over all samples."""
     pdino_layers: tuple[int, ...] = ()
-    """Layers of the feature network, from 1, that P-DINO is the mean over; none: the last. REPA has the last always."""
+    """Layers of the feature network, from 1, that P-DINO averages over; empty: the last. REPA always uses the last."""
     repa_grid: int | None = None
-    """Side of the grid of patches on which REPA compares; none: the model's own grid."""
+    """Side of the grid of patches on which REPA compares; None: the model's grid."""
 
 
 @dataclass
 class LossTerms:
-    """Sums and counts of each term over samples, detached: what the metrics are made of."""
+    """Sums and counts of each term over samples, detached, for the metrics."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -105,18 +94,17 @@ class LossTerms:
         self.counts[name] = self.counts.get(name, 0) + count
 
     def merge(self, other: LossTerms) -> None:
-        """Enter another micro-batch's terms."""
         for name, total in other.sums.items():
             self.add(name, total, other.counts[name])
 
 
 def band_names(term: str) -> list[str]:
-    """Names of a term restricted to the bands of t, e.g. `loss_fm_t0.2-0.4`."""
+    """Metric names of a term by band of t, e.g. `loss_fm_t0.2-0.4`."""
     return [f"{term}_t{low}-{high}" for low, high in pairwise(BANDS)]
 
 
 def add_bands(terms: LossTerms, term: str, losses: Tensor, t: Array) -> None:
-    """Enter per-sample losses (B,) by band of their host times t (B,)."""
+    """Add per-sample losses (B,) by band of their times t (B,), which are on the host."""
     bands = np.clip(np.searchsorted(BANDS, t, side="right") - 1, 0, len(BANDS) - 2)
     counts = np.bincount(bands, minlength=len(BANDS) - 1)
     sums = losses.new_zeros(len(counts)).index_add_(0, to_device(bands, losses.device), losses.detach())
@@ -126,7 +114,7 @@ def add_bands(terms: LossTerms, term: str, losses: Tensor, t: Array) -> None:
 
 
 def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
-    """The scalar `value` as a function of `at` that has this gradient there."""
+    """The scalar `value`, as a function of `at` with this gradient."""
     return value.detach() + ((at - at.detach()) * gradient).sum()
 
 
@@ -165,12 +153,9 @@ class _MicroBatch:
 class Objective:
     """The loss of PixelGen; with no weight on perceptual terms, that of PixelDiT (section 3.4).
 
-    Args:
-        weights: of the terms.
-        prediction: what the denoiser returns; the perceptual terms see the image that it means.
-        image_distance: LPIPS or a stand-in; needed where `weights.lpips` > 0.
-        patch_features: DINOv2 or a stand-in; needed where `weights.pdino` or `weights.repa` > 0. It has the layers that
-            `weights` names.
+    `image_distance` (LPIPS or a stand-in) is needed for `weights.lpips` > 0, `patch_features` (DINOv2 or a stand-in)
+    for `weights.pdino` or `weights.repa` > 0. `prediction` is the denoiser's; the perceptual terms get the image that
+    it implies.
     """
 
     def __init__(
@@ -205,23 +190,19 @@ class Objective:
         perceptual_weight: float = 1.0,
         gradient_hook: GradientHook | None = None,
     ) -> tuple[Tensor, LossTerms]:
-        """Loss of one micro-batch.
+        """Loss of one micro-batch, and its terms; the term "loss" is the loss with b = 1.
 
         Args:
             output: the denoiser's (b, 3, H, W), fp32.
             projected: its features after the projector (b, N, width); None without alignment.
-            image: the clean image (b, 3, H, W) in [-1, 1].
-            noise: what it was mixed with (b, 3, H, W).
+            image: the clean image (b, 3, H, W) in [-1, 1]; `noise` has its shape.
             t: times (b,) on the host.
             grid: rows and columns of the model's patches.
             batch_size: samples in the global batch.
-            ungated: samples of the global batch with t >= gate.
+            ungated: samples of the global batch with t >= perceptual_t_min.
             micro_batches: micro-batches in the global batch, over all ranks.
-            perceptual_weight: b, what the perceptual terms are multiplied by besides their weights.
-            gradient_hook: is called with the two gradients before this returns.
-
-        Returns:
-            The loss, and its terms; the term "loss" is the loss with b = 1.
+            perceptual_weight: b.
+            gradient_hook: called with the two gradients before this returns.
         """
         weights, everyone = self.weights, _Subset(len(t), None)
         above_t_min = _Subset.from_mask(t >= weights.perceptual_t_min, image.device)
@@ -268,12 +249,12 @@ class Objective:
         return self.weights.lpips * distance * part.per_ungated
 
     def _aligned_here(self, grid: tuple[int, int]) -> bool:
-        """Whether alignment compares on the model's own grid, and so shares P-DINO's clean features."""
+        """Whether alignment compares on the model's grid, and so shares P-DINO's clean features."""
         side = self.weights.repa_grid
         return self.weights.repa > 0 and (side is None or (side, side) == grid)
 
     def _clean_features(self, part: _MicroBatch, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
-        """Features of the clean images by layer; alignment needs those of all, P-DINO those that it compares."""
+        """Features of the clean images by layer: of all samples for alignment, else of P-DINO's."""
         shared = self._aligned_here(grid)
         described = part.everyone if shared else part.pdino
         if described.count == 0:
@@ -323,5 +304,5 @@ class Objective:
 
 
 def _gradient(loss: Tensor, at: Tensor) -> Tensor:
-    """Of a loss that may not depend on `at`, as where all samples are gated."""
+    """Zeros if the loss does not depend on `at`, as when all samples are gated."""
     return torch.autograd.grad(loss, at)[0] if loss.requires_grad else torch.zeros_like(at)

@@ -78,5 +78,5 @@ def test_a_text_encoder_may_move_and_not_change(tmp_path: Path, qwen: str) -> No
     moved, _ = run_of(tmp_path, str(tmp_path / "moved"), "attend")
     assert torch.equal(found(moved, place), states)
     other, _ = run_of(tmp_path, str(save_qwen(tmp_path / "other", seed=1)), "attend")
-    with pytest.raises(UserError, match=r"text.model .*other is another text encoder than that of .*null_caption"):
+    with pytest.raises(UserError, match=r"text.model .*other is not the text encoder of .*null_caption"):
         found(other, place)
