@@ -442,7 +442,7 @@ def _check_state(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
     saved = state["order"]
     if saved.get("buckets") != order.get("buckets"):
         raise DataError(
-            "data.filters has other sizes than when the data state was saved: keep them to go on, or start the stage "
+            "data.buckets has other sizes than when the data state was saved: keep them to go on, or start the stage "
             "anew"
         )
     for field in ("seed", "stage", "data.lanes", "data.shuffle_block", "data.group_size"):

@@ -43,7 +43,7 @@ def test_states_of_other_buckets_are_refused(case: Case, indices: list[SourceInd
     assert not without["order"].keys() & {"buckets", "group_size"}
     other = ImageSettings(8, buckets=Buckets(((8, 8), (8, 16)), 3))
     for images, saved in ((other, state), (plain, state), (other, without)):
-        with pytest.raises(DataError, match="data.filters has other sizes than when the data state was saved"):
+        with pytest.raises(DataError, match="data.buckets has other sizes than when the data state was saved"):
             case.loader(indices, images=images, state=saved)
     grouped = ImageSettings(8, buckets=Buckets(SIZES, 1))
     with pytest.raises(DataError, match="data.group_size is 1, but the data state was saved with 3"):
