@@ -207,7 +207,7 @@ def joined_world(
         deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
     cpu_group: Any = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
     try:
-        yield World(rank, size, device, cpu_group)
+        yield World(rank, size, device, cpu_group, local_size)
     finally:
         gc.collect()  # engines hold process groups in cycles; one that dies with the interpreter may abort it
         try:

@@ -40,7 +40,9 @@ class World:
     size: int
     device: torch.device
     cpu_group: dist.ProcessGroup | None = None
-    """The group for what concerns hosts alone, over gloo; none: the default group."""
+    """For objects on the hosts, over gloo; None: the default group."""
+    local_size: int = 1
+    """Ranks on this machine."""
 
     @property
     def is_rank0(self) -> bool:

@@ -142,7 +142,7 @@ class Dinov2(nn.Module):
         super().__init__()
         from transformers import Dinov2Model
 
-        # On a CPU plain operations are no slower than the fused kernel, and faster in bf16, mostly in the backward pass.
+        # On a CPU plain operations are no slower than the fused kernel, and faster in bf16, above all backward.
         kernel = "eager" if device.type == "cpu" else "sdpa"
         self.net = Dinov2Model.from_pretrained(name, dtype=dtype, attn_implementation=kernel)
         self.normalise = _ImageNetNormalise()

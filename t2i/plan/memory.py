@@ -1,23 +1,19 @@
-"""What a rank's device holds during training, in bytes: pure arithmetic.
+"""Memory of a rank's device during training, in bytes, from the counted networks; and a table of GPUs.
 
 Static memory, bytes a parameter in bf16, measured with DeepSpeed 0.19.8 and PyTorch 2.14 on 1 and 2 ranks (W):
 
-    engine  weights  gradients  masters  moments  average
-    zero0   -        4          4        8        4         fp32 weights, cast where they are used
-    zero1   2        4          4/W      8/W      4/W       gradients are whole on every rank until the step
-    zero2   2        4/W        4/W      8/W      4/W       and a bucket for what is being summed over ranks
-    zero3   2/W      4/W        4/W      8/W      4/W       and small weights whole, the weights under way, and a bucket
-    fsdp2   -        4/W        4/W      8/W      4/W       and the weights under way; the masters are the parameters
-    ddp     4        4 + 4      -        8        4         the public code: fp32, with copies of gradients in buckets
+    engine  weights  gradients  masters  moments  EMA
+    zero0   -        4          4        8        4    fp32 weights, cast where they are used
+    zero1   2        4          4/W      8/W      4/W  gradients are whole on every rank until the step
+    zero2   2        4/W        4/W      8/W      4/W  and a bucket for gradients being summed over ranks
+    zero3   2/W      4/W        4/W      8/W      4/W  and small weights whole, gathered weights, and a bucket
+    fsdp2   -        4/W        4/W      8/W      4/W  and gathered weights; the masters are the parameters
+    ddp     4        4 + 4      -        8        4    the public code: fp32, with copies of gradients in buckets
 
 In fp32 the weights of zero1 to zero3 take 4. Muon has one moment where AdamW has two.
 
-Activations are what autograd keeps in eager mode (`plan_trained.py`); `torch.compile` keeps less, so they are an upper
-bound for it.
-
-What one rank holds while it trains one stage: the networks, counted, put into the arithmetic of `plan_memory.py`.
-
-What GPUs can do, by name: the one table that the planner and the trainer's MFU share.
+Activations are what autograd keeps in eager mode (`counts.py`), an upper bound for `torch.compile`. The table of GPUs
+also serves the trainer's MFU.
 """
 
 from __future__ import annotations
@@ -55,29 +51,24 @@ FP32 = 4
 CONTEXT_BYTES = int(1.5 * 2**30)
 """Assumed: CUDA's context, the communication library's buffers, workspaces of matrix products."""
 BUCKET = BUCKET_NUMEL
-"""Values in the bucket in which DeepSpeed sums gradients over ranks, in fp32."""
+"""Values in DeepSpeed's bucket for summing gradients over ranks, in fp32."""
 IMAGE_COPIES = 5
 """Of a micro-batch in fp32: the image, noise, x_t, the prediction and its gradient."""
 WORKING_COPIES = 3
-"""Assumed: tensors of the largest size that exist at once inside an operation or its backward, besides what is kept."""
+"""Assumed: tensors of the largest size that exist at once inside an operation or its backward, besides kept ones."""
 
 Bytes = dict[str, int]
 
 
 def total(parts: Bytes) -> int:
-    """Sum of the parts."""
     return sum(parts.values())
 
 
 def static_memory(engine: Engine, ranks: int, network: Trained, frozen: Bytes, dtype_bytes: int) -> Bytes:
     """Bytes that a rank holds from its first step to its last, by component.
 
-    Args:
-        engine: see the table above.
-        ranks: that share the state.
-        network: what is trained.
-        frozen: bytes of the networks that are not, by name; whole on every rank.
-        dtype_bytes: of a weight that the network computes with: 2 or 4.
+    `ranks` share the state; `frozen` are the bytes of frozen networks by name, whole on every rank; `dtype_bytes` of a
+    weight in the network's arithmetic: 2 or 4.
     """
     n = network.total
     shared = 1 if engine == "zero0" else ranks
@@ -97,12 +88,12 @@ def static_memory(engine: Engine, ranks: int, network: Trained, frozen: Bytes, d
 
 
 def checkpoint_bytes(network: Trained) -> int:
-    """Of one checkpoint, all ranks' parts of it: masters, average and moments."""
+    """Bytes of one checkpoint over all ranks: masters, EMA and moments."""
     return 2 * FP32 * network.total + moments_bytes(network)
 
 
 def moments_bytes(network: Trained) -> int:
-    """Of all ranks together: two moments a parameter with AdamW, one with Muon."""
+    """Bytes over all ranks: two moments a parameter with AdamW, one with Muon."""
     return FP32 * (2 * network.total - network.by_muon)
 
 
@@ -120,11 +111,11 @@ def reference_static_memory(network: Trained, frozen: Bytes) -> Bytes:
 
 
 def buffers(engine: Engine, network: Trained, dtype_bytes: int) -> int:
-    """Bytes an engine needs only while it computes, to bring weights together and gradients apart.
+    """Bytes an engine needs only while it computes, to gather weights and reduce gradients.
 
-    zero0 in bf16: the weights as they are cast, which autograd keeps. zero2, zero3, and zero1 in fp32: a bucket of
-    gradients, allocated whole however small the network. zero3, fsdp2: the weights of two blocks, one in use and one on
-    its way, and of everything outside blocks; fsdp2 also the gradients of one block in fp32, on one rank too.
+    zero0 in bf16: the cast weights, which autograd keeps. zero2, zero3, and zero1 in fp32: a bucket of gradients,
+    allocated whole however small the network. zero3, fsdp2: the weights of two blocks, one in use and one prefetched,
+    and of everything outside blocks; fsdp2 also the gradients of one block in fp32, on one rank too.
     """
     under_way = (2 * network.block + network.rest + network.projector) * dtype_bytes
     bucket = FP32 * BUCKET
@@ -147,20 +138,11 @@ def activation_memory(
     features: Frozen | None,
     checkpointing: Checkpointing,
 ) -> Bytes:
-    """Bytes at the fullest moment of a micro-step, by component.
+    """Bytes at the peak of a micro-step, by component.
 
-    The backward goes through the perceptual networks first, while all of the denoiser is kept; then through the
-    blocks, of which checkpointing has one at a time. The larger of the two moments counts.
-
-    Args:
-        cost: what one image takes in the trained networks.
-        pixels: of an image.
-        micro_batch: samples at a time.
-        ungated_samples: those of them that LPIPS sees.
-        compared_samples: those of them that P-DINO compares.
-        distance: LPIPS; none where it has no weight.
-        features: the network of P-DINO and alignment; none where neither has weight.
-        checkpointing: the blocks that keep their input alone.
+    The backward goes through the perceptual networks first, while all of the denoiser's activations are kept; then
+    through the blocks, of which checkpointing recomputes one at a time. The larger of the two peaks counts.
+    `ungated_samples` are those that LPIPS sees, `compared_samples` those that P-DINO compares.
     """
     image_bytes = 3 * FP32 * pixels
     perceptual = ungated_samples * (distance.saved_bytes if distance is not None else 0)
