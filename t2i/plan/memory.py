@@ -170,7 +170,7 @@ def engine_of(config: EngineConfig) -> Engine:
 
 
 def ungated_samples(micro_batch: int, seen: float) -> int:
-    """The most samples of a micro-batch over the gate that a run meets: three deviations over their mean."""
+    """The most ungated samples of a micro-batch that a run meets: the mean plus three standard deviations."""
     expected = micro_batch * seen
     return min(micro_batch, round(expected + 3 * sqrt(expected * (1 - seen))))
 
@@ -240,7 +240,7 @@ class StageMemory:
 
     @property
     def text_width(self) -> int:
-        """Width of a caption's states; 0 where classes are drawn."""
+        """Width of a caption's states; 0 for classes."""
         return self.text.width if self.text is not None else 0
 
     @property
@@ -253,12 +253,12 @@ class StageMemory:
 
     @property
     def text_bytes(self) -> int:
-        """Of the text encoder; none where classes are drawn."""
+        """Bytes of the text encoder; 0 for classes."""
         return self.text.parameters * self.dtype_bytes if self.text is not None else 0
 
     @property
     def released_bytes(self) -> int:
-        """Bytes of the text encoder where it is let go before the first micro-step, else none."""
+        """Bytes of the text encoder if text.reload_every_step frees it before the first micro-step, else 0."""
         return self.text_bytes if self.config.text.reload_every_step else 0
 
     def frozen(self, perceptual_bytes: int | None = None) -> Bytes:
@@ -282,19 +282,19 @@ class StageMemory:
         return found
 
     def static(self, engine: Engine) -> Bytes:
-        """Bytes of memory from the first step to the last, by component; what is in files (`mapped`) counts nothing."""
+        """Bytes from the first step to the last, by component; those in files (`mapped`) count 0."""
         parts = static_memory(engine, self.sharing, self.network, self.frozen(), self.dtype_bytes)
         return parts | dict.fromkeys(self.mapped(engine), 0)
 
     def mapped(self, engine: Engine) -> Bytes:
-        """Bytes that lie in files of engine.offload_dir, by component."""
+        """Bytes in files of engine.offload_dir, by component."""
         if self.config.engine.offload_dir is None:
             return {}
         parts = static_memory(engine, self.sharing, self.network, {}, self.dtype_bytes)
         return {name: parts[name] for name in ("moments", "ema")}
 
     def activations(self, micro_batch: int, checkpointing: Checkpointing) -> Bytes:
-        """Bytes at the fullest moment of a micro-step, by component."""
+        """Bytes at the peak of a micro-step, by component."""
         height, width = self.size
         return activation_memory(
             self.cost,
@@ -308,20 +308,18 @@ class StageMemory:
         )
 
     def device_bytes(self, engine: Engine, micro_batch: int, checkpointing: Checkpointing) -> int:
-        """Everything on one device."""
+        """Bytes of everything on one device."""
         moving = buffers(engine, self.network, self.dtype_bytes) + total(self.activations(micro_batch, checkpointing))
         return CONTEXT_BYTES + total(self.static(engine)) + max(moving, self.released_bytes)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU model."""
-
     name: str
     peak_bf16: float
     """Dense bf16 FLOP/s of the vendor's data sheet, without sparsity."""
     memory_gib: float
-    """GiB that a process can see: the data sheet's less what the driver keeps, rounded down."""
+    """GiB that a process can use: the data sheet's without the driver's, rounded down."""
 
 
 _MODELS = (
@@ -342,6 +340,6 @@ GPUS = {gpu.name.lower(): gpu for gpu in _MODELS}
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The model that a device's name contains as a word ("NVIDIA H100 80GB HBM3"), if the table has it."""
+    """The model whose name is a word of a device's name ("NVIDIA H100 80GB HBM3"), or None."""
     words = set(re.findall(r"[A-Za-z0-9]+", device_name.lower()))
     return next((gpu for name, gpu in GPUS.items() if name in words), None)
