@@ -160,7 +160,7 @@ def test_the_other_null_caption(place: Path) -> None:
 
 
 def test_refusals(place: Path, refused: Callable[..., str], weights: dict[str, Tensor]) -> None:
-    assert "absent.ckpt cannot be read" in refused(file="absent.ckpt")
+    assert "absent.ckpt: cannot be read" in refused(file="absent.ckpt")
     assert "c.yaml is no checkpoint" in refused(file="c.yaml")
     other = {name: value[:, :9] if name.endswith(".pos_embed") else value for name, value in weights.items()}
     torch.save(lightning(other), place / "other.ckpt")
