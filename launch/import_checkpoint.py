@@ -92,7 +92,7 @@ def import_checkpoint(
 
 
 def _null_caption(conditioner: Conditioner, attention: NullAttention, settings: RunConfig, report: Report) -> Tensor:
-    """States of the empty caption, or the class that stands for none."""
+    """States of the empty caption, or the null class."""
     if isinstance(conditioner, TextEncoder):
         report.notes.append(f"null_caption: computed by {settings.text.model}, null_attention {attention}")
         if settings.model.family == "pixeldit":
@@ -106,7 +106,7 @@ def _null_caption(conditioner: Conditioner, attention: NullAttention, settings: 
 
 
 def _settings(config: RunConfig, resolution: int | None, path: str) -> RunConfig:
-    """Those of the config's last stage, or of the last at a resolution."""
+    """Settings of the config's last stage, or of the last at a resolution."""
     stages = [stage_config(config, number) for number in range(len(config.stages))] or [config]
     fitting = [stage for stage in stages if resolution is None or stage.data.size == (resolution, resolution)]
     if not fitting:

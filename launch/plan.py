@@ -31,15 +31,15 @@ from t2i.plan.memory import GPUS
 
 
 def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and the rest, which is the config's."""
+    """Our own options, and the other arguments, which are the config's."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="Besides, --config and any field of the config, as launch/stage1.py --help lists them.",
+        epilog="Also --config and any field of the config, as launch/stage1.py --help lists them.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, default=8, help="GPUs in all, over all machines (default: %(default)s)")
-    parser.add_argument("--gpu", default="h800", help=f"their model: {', '.join(GPUS)} (default: %(default)s)")
+    parser.add_argument("--gpu", default="h800", help=f"GPU model: {', '.join(GPUS)} (default: %(default)s)")
     utilisation = "share of the peak that the step reaches, over all its FLOPs (default: %(default)s, the paper's)"
     parser.add_argument("--mfu", type=float, default=0.22, help=utilisation)
     parser.add_argument("--sample_kb", type=float, default=100.0, help="mean KB of a sample (default: %(default)s)")

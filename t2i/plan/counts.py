@@ -162,7 +162,7 @@ def image_cost(
     flops = {module: sum(named.get(f"{root}.{name}", {}).values()) for name, module in network.named_modules()}
     text_stream = [m for n, m in denoiser.blocks.named_modules() if ".text." in n and isinstance(m, nn.Linear)]
     in_text_stream = sum(flops[module] for module in text_stream)
-    by_part: dict[str, int] = {part: sum(flops[it] for it in blocks) for part, blocks in _parts(denoiser).items()}
+    by_part: dict[str, int] = {part: sum(flops[block] for block in blocks) for part, blocks in _parts(denoiser).items()}
     by_part["image blocks"] -= in_text_stream
     by_part["text blocks"] += in_text_stream
     by_part["embeddings and head"] = flops[denoiser] - sum(by_part.values())

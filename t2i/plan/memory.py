@@ -177,20 +177,12 @@ def ungated_samples(micro_batch: int, seen: float) -> int:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A stage's networks, and what they come to on a rank.
+    """A stage's networks, and the memory they take on a rank.
 
-    Attributes:
-        config: the stage's settings.
-        size: height and width of its images, in pixels.
-        sharing: ranks that share the state out among them.
-        dtype_bytes: of a weight that the networks compute with: 2 or 4.
-        text: the text encoder; none where classes are drawn.
-        distance: LPIPS; none where it has no weight.
-        features: the network of P-DINO and alignment; none where neither has weight.
-        aligned: the same on the grid of objective.repa_grid; none where that is the model's.
-        network: what is trained.
-        cost: what an image takes in it.
-        seen: share of the samples that LPIPS sees.
+    `size`: of an image, in pixels; `sharing`: ranks that share the state; `dtype_bytes`: of a weight that the network
+    computes with. `distance` is LPIPS, `features` the network of P-DINO and alignment, `aligned` the same on the grid
+    of objective.repa_grid, or None on the model's; `cost` is that of one image, and `seen` the share of samples that
+    LPIPS sees.
     """
 
     config: RunConfig
@@ -209,11 +201,10 @@ class StageMemory:
     def of(
         cls, config: RunConfig, sharing: int, dtype_bytes: int, seen: float | None = None, size: Size | None = None
     ) -> StageMemory:
-        """Count a stage's networks; `seen` is the share over the gate, and `size` that of the largest bucket, unless
-        they are given.
+        """Count a stage's networks. By default `seen` is the ungated share and `size` that of the largest bucket.
 
         Raises:
-            UserError: what a network consists of is not known here.
+            UserError: a network is not known here.
         """
         dtype = torch.float32 if dtype_bytes == FP32 else torch.bfloat16
         size, side = size or config.data.largest, config.objective.repa_grid
@@ -262,10 +253,10 @@ class StageMemory:
         return self.text_bytes if self.config.text.reload_every_step else 0
 
     def frozen(self, perceptual_bytes: int | None = None) -> Bytes:
-        """Bytes of the frozen networks, one stand-in may be both perceptual ones; and of captions kept, at most.
+        """Bytes of the frozen networks, of which one stand-in may be both perceptual ones, and of the caption cache, at
+        most.
 
-        Args:
-            perceptual_bytes: of a weight of VGG16 and DINOv2; None: as of the others. A stand-in's are fp32.
+        `perceptual_bytes`: of a weight of VGG16 and DINOv2; None: as the others. A stand-in's weights are fp32.
         """
         each = perceptual_bytes or self.dtype_bytes
         found = {"text encoder": self.text_bytes} if self.text is not None and not self.released_bytes else {}

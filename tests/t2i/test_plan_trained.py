@@ -128,7 +128,7 @@ def test_checkpointing_keeps_what_a_block_alone_is_given(name: str) -> None:
     pixels = [block for block in cost.blocks if block.part == "pixel blocks"]
     assert all(block.given == 2 * 16 * SIDE**2 < block.kept / 10 for block in pixels)
     for part in ("image blocks", "text blocks", "pixel blocks"):
-        plain, pixel, whole = (cost.kept(part, it) for it in (False, "pixel", True))
+        plain, pixel, whole = (cost.kept(part, item) for item in (False, "pixel", True))
         assert pixel == (whole if part == "pixel blocks" else plain)
     assert cost.recomputed_bytes(False) == 0
     assert cost.recomputed_bytes("pixel") == max((block.kept for block in pixels), default=0)

@@ -45,7 +45,7 @@ class StandIn(nn.Module):
         if grid == GRID:
             return whole
         maps = (F.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(-1, GRID), grid) for tokens in whole)
-        return [it.flatten(2).transpose(1, 2) for it in maps]
+        return [item.flatten(2).transpose(1, 2) for item in maps]
 
     def layer(self, image: Tensor, number: int = depth) -> Tensor:
         return (number * self.conv(image)).sin().flatten(2).transpose(1, 2)
@@ -266,7 +266,7 @@ def test_alignment_on_a_grid_of_its_own_resizes_the_models_features(pdino: float
     assert means(terms)["loss_repa"] == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, torch.autograd.grad(0.5 * expected, projected)[0], atol=1e-8, rtol=1e-4)
     # P-DINO keeps to the model's grid, and its clean features are of ungated samples alone.
-    assert [len(it) for it in net.described] == [len(UNGATED)] * (2 if pdino else 0) + [len(TIMES)]
+    assert [len(item) for item in net.described] == [len(UNGATED)] * (2 if pdino else 0) + [len(TIMES)]
     assert loss.isfinite()
 
 
