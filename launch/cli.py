@@ -325,7 +325,7 @@ def check_memory(
     """
     advice = "give a smaller size, or a lower --sampling.batch_size"
     name = f"{option} {size[0]}x{size[1]}"
-    world.broadcast_from_rank0(lambda: check_fits(pipeline, size, sampling.batch_size, name, advice))
+    world.broadcast_from_rank0(lambda: check_fits(pipeline, size, sampling.batch_size, name, advice, world.local_size))
 
 
 def size_of(config: RunConfig, text: str | None) -> tuple[int, int]:

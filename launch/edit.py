@@ -116,7 +116,8 @@ def _edit_one(world: World, pipeline: Pipeline, options: Namespace, settings: Ed
     window = patch_window(image.shape[1], image.shape[2], pipeline.denoiser.patch_size, f"--image {options.image}")
     pixels = image[:, *window]
     _, height, width = pixels.shape
-    check_fits(pipeline, (height, width), 1, f"--image {options.image}, {height} x {width} pixels", SCALE_DOWN)
+    where = f"--image {options.image}, {height} x {width} pixels"
+    check_fits(pipeline, (height, width), 1, where, SCALE_DOWN, world.local_size)
     calls = (settings.n_max - settings.n_min) * settings.n_avg + settings.n_min
     with progress_bar(calls, "step", "editing") as bar:
 

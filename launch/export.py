@@ -4,8 +4,8 @@
     python launch/export.py runs/pixelgen_xl/imagenet256/model --out pixelgen_xl.ckpt
     python launch/export.py runs/pixeldit_t2i/shapes1024/model --out pixeldit.pth
 
-It holds weights, average and projector, and neither an optimizer nor the null caption, for which those layouts have no
-place: good to draw from there, and to import again, not to go on training with.
+It holds weights, EMA and projector, but no optimizer and no null caption, for which those layouts have no place: use it
+to generate with the public code or to import it again, not to resume training.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 
 import torch
 
-from data.files import FileLock, atomic_path, lock_beside
+from data.files import FileLock, atomic_path, lock_beside, name_in_errors, refuse_existing
 from launch.cli import run
-from t2i.config.base import ConfigError, PathText
+from t2i.config.base import PathText
 from t2i.model_folder import read_model
 from t2i.released.convert import export_weights
 
@@ -33,23 +33,16 @@ def export(model: PathText, /, out: PathText) -> None:
         out: The file to write: .ckpt, or .pth of PixelDiT for text to image.
     """
     file, folder = Path(out), Path(model)
-    _refuse_what_is_there(file)
+    refuse_existing(file, "out")
     raw, ema = read_model(folder, "raw"), read_model(folder, "ema")
     exported = export_weights(raw.config, raw.tensors, ema.tensors)
-    try:
-        with FileLock(lock_beside(file), f"out {out}"):
-            _refuse_what_is_there(file)
-            with atomic_path(file) as partial, partial.open("wb") as opened:  # else a full disk is no OSError
-                torch.save(exported.content, opened)
-    except OSError as error:
-        raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
+    with name_in_errors(f"out {out}"), FileLock(lock_beside(file), f"out {out}"):
+        refuse_existing(file, "out")
+        # An open file, since torch.save to a path raises no OSError for a full disk.
+        with atomic_path(file) as partial, partial.open("wb") as opened:
+            torch.save(exported.content, opened)
     count = len(exported.content["state_dict"])
     print("\n".join([f"{out}: {count} tensors", *exported.notes]))
-
-
-def _refuse_what_is_there(file: Path) -> None:
-    if file.exists():
-        raise ConfigError(f"out is {file}: it should not exist yet")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Turn a released PixelGen or PixelDiT checkpoint into a model folder, to draw from or to train on.
+"""Turn a released PixelGen or PixelDiT checkpoint into a model folder, to generate with or to train on.
 
     python launch/import_checkpoint.py PixelGen_XXL_T2I.ckpt --config configs/pixelgen_xxl.yaml --out models/xxl
     python launch/sample.py --model models/xxl --prompts prompts.txt --out pictures
@@ -10,9 +10,9 @@
     python launch/import_checkpoint.py PixelDiT_1024.pth --config configs/pixeldit_t2i.yaml --out models/pixeldit
     python launch/import_checkpoint.py XL.ckpt --config configs/pixeldit_xl.yaml --resolution 256 --out models/dit_xl
 
-Nothing in the file is run. The folder's import.json says what became of every key. The null caption of text to image is
-not in the file: it is computed by the config's text encoder, and stored; if a PixelGen's guided pictures look washed
-out, try --null_attention zero. The null class is in the file.
+Nothing in the file is run. The folder's import.json says what became of every key. For text to image, the config's text
+encoder computes the null caption, which is not in the file; if a PixelGen's guided images look washed out, try
+--null_attention zero.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from pathlib import Path
 if not __package__:  # run by its path: with the code beside it, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import json
 import shutil
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from data.files import FileLock, atomic_write, commit, lock_beside
+from data.files import FileLock, commit, lock_beside, name_in_errors, refuse_existing, write_json
 from launch.cli import run
 from launch.process import quiet
 from t2i.build import build_conditioner, choose_dtype
@@ -65,7 +64,7 @@ def import_checkpoint(
             trained.
     """
     folder = Path(out)
-    _refuse_what_is_there(folder)
+    refuse_existing(folder, "out")
     run_config, checkpoint = load_config(Path(config)), Checkpoint(Path(file))
     check_kind(checkpoint, run_config.model)  # before a text encoder is loaded
     if run_config.model.text_padding != "attend":
@@ -83,25 +82,17 @@ def import_checkpoint(
     null = _null_caption(conditioner, null_attention, settings, imported.report)
     check_finite([(NULL_CAPTION, null)], f"text.model {settings.text.model}")
     aside = folder.with_name(f".{folder.name}.importing")
-    try:
-        with FileLock(lock_beside(folder), f"out {out}"):
-            _refuse_what_is_there(folder)
-            shutil.rmtree(aside, ignore_errors=True)
-            write_model(aside, settings, imported.raw, imported.ema, null)
-            atomic_write(aside / "import.json", json.dumps(asdict(imported.report), indent=1).encode())
-            commit(aside, folder)
-    except OSError as error:
-        raise ConfigError(f"out is {out}: it cannot be written: {error.strerror}") from error
+    with name_in_errors(f"out {out}"), FileLock(lock_beside(folder), f"out {out}"):
+        refuse_existing(folder, "out")
+        shutil.rmtree(aside, ignore_errors=True)
+        write_model(aside, settings, imported.raw, imported.ema, null)
+        write_json(aside / "import.json", asdict(imported.report))
+        commit(aside, folder)
     print(_summary(folder, imported))
 
 
-def _refuse_what_is_there(folder: Path) -> None:
-    if folder.exists():
-        raise ConfigError(f"out is {folder}: it should not exist yet")
-
-
 def _null_caption(conditioner: Conditioner, attention: NullAttention, settings: RunConfig, report: Report) -> Tensor:
-    """States of the empty caption, or the class that stands for none."""
+    """States of the empty caption, or the null class."""
     if isinstance(conditioner, TextEncoder):
         report.notes.append(f"null_caption: computed by {settings.text.model}, null_attention {attention}")
         if settings.model.family == "pixeldit":
@@ -115,7 +106,7 @@ def _null_caption(conditioner: Conditioner, attention: NullAttention, settings: 
 
 
 def _settings(config: RunConfig, resolution: int | None, path: str) -> RunConfig:
-    """Those of the config's last stage, or of the last at a resolution."""
+    """Settings of the config's last stage, or of the last at a resolution."""
     stages = [stage_config(config, number) for number in range(len(config.stages))] or [config]
     fitting = [stage for stage in stages if resolution is None or stage.data.size == (resolution, resolution)]
     if not fitting:

@@ -1,9 +1,9 @@
 """A trained model's folder: `model.safetensors` (raw), `ema.safetensors` and `config.yaml`.
 
-Both weight files hold the denoiser under `denoiser.`, the projector of representation alignment under `projector.`
-(absent without it) and the null caption's states, which a library's update could otherwise change. What an imported
-checkpoint has besides, and no network of ours reads, is under `unread.` by its name there, to be exported again. The
-folder is written aside, made durable and renamed: if it is there, it is whole.
+Both weight files hold the denoiser under `denoiser.`, the REPA projector under `projector.` (absent without it), the
+null caption's states, which an update of a library could otherwise change, and under `unused.` the tensors of an
+imported checkpoint that our networks do not read, for export. A folder that exists is whole: it is written under
+another name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from t2i.config.run import RunConfig
 
 DENOISER = "denoiser."
 PROJECTOR = "projector."
-UNREAD = "unread."
+UNUSED = "unused."
 NULL_CAPTION = "null_caption"
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors"}
 
@@ -35,7 +35,7 @@ WhichWeights = Literal["raw", "ema"]
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What a folder holds: config, fp32 tensors by name, and the null caption's states (L, E)."""
+    """A folder's content: config, fp32 tensors by name, and the null caption's states (L, E)."""
 
     config: RunConfig
     tensors: dict[str, Tensor]
@@ -50,10 +50,10 @@ class SavedModel:
 def write_model(
     folder: Path, config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor], null_caption: Tensor
 ) -> None:
-    """Write a folder; an earlier attempt that was cut short is replaced.
+    """Write a folder; the rest of an interrupted attempt is replaced.
 
     Raises:
-        OSError: the disk does not take it; nothing of it stays there.
+        OSError: the disk refuses it; nothing of it stays.
     """
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -75,18 +75,14 @@ def _write_aside(
         save_file({name: tensor.contiguous().cpu() for name, tensor in whole.items()}, aside / FILES[which])
     settings = aside / "config.yaml"
     settings.write_text(dump_config(config))
-    for name in FILES.values():  # safetensors lets nobody else read what it writes
+    for name in FILES.values():  # safetensors makes files that only their owner can read
         (aside / name).chmod(settings.stat().st_mode)
     for path in (*aside.iterdir(), aside):
         sync(path)
 
 
 def check_model(folder: Path, which: WhichWeights) -> None:
-    """See that a folder is a model's and has these weights, without reading them.
-
-    Raises:
-        ConfigError: it is not, or it has not.
-    """
+    """Check that a folder is a model's and has these weights, without reading them."""
     there = [name for name, file in FILES.items() if (folder / file).exists()]
     if not there or not (folder / "config.yaml").exists():
         missing = "config.yaml" if there else FILES[which]
@@ -96,11 +92,7 @@ def check_model(folder: Path, which: WhichWeights) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
-    """See that all numbers of named tensors are finite; in one pass, without copies.
-
-    Raises:
-        ConfigError: they are not; it names the first tensor and says how many there are.
-    """
+    """Raise a ConfigError if a tensor is not finite; in one pass, without copies. `where` begins the message."""
     first, count = "", 0
     for name, tensor in tensors:
         if tensor.numel() == 0 or not tensor.is_floating_point() or torch.stack(tensor.aminmax()).isfinite().all():
@@ -114,11 +106,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
 
 
 def read_model(folder: Path, which: WhichWeights) -> SavedModel:
-    """Read a folder.
-
-    Raises:
-        ConfigError: it is not a model's, it is damaged, or it holds numbers that are not finite.
-    """
+    """Read a folder; a ConfigError if it is not a model's, is damaged, or has numbers that are not finite."""
     check_model(folder, which)
     file = folder / FILES[which]
     try:

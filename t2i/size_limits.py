@@ -1,11 +1,11 @@
-"""How large a picture may be here: what drawing one takes, against the memory that there is.
+"""Which image sizes fit into memory: the memory that generating takes, against what is free.
 
-- On a CPU the network's own code is run on the meta device: shapes without memory. Its attention holds all scores, so
-  what it takes grows with the square of the patches. It is counted in fp32 for bf16 too, whose kernels there take
-  copies in fp32: what was measured is 79 to 101 % of it in fp32, and 50 to 96 % in bf16.
-- On a GPU the network is run at two sizes that fit, and the allocator says what it took: fused attention grows as the
-  patches do, and which kernel is taken is the device's affair.
-- Both are of one picture with its guidance, as the page draws and as editing does, or of a batch.
+- On a CPU the network's own code runs on the meta device. Its attention holds all scores, so memory grows with the
+  square of the patches. It is counted in fp32 for bf16 too, whose CPU kernels take copies in fp32: measured were 79 to
+  101 % of it in fp32, and 50 to 96 % in bf16.
+- On a GPU the network runs at two sizes that fit, and the allocator reports the memory: fused attention grows linearly
+  in patches, and the device chooses the kernel.
+- Both are for one image with guidance, as the page generates and as editing does, or for a batch.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from t2i.diffusion.sampling import guided_velocity
 from t2i.pipeline import Picture, Pipeline
 
 USABLE = 0.8
-"""Share of the free memory that a picture may take; the rest is for fragments, captions and what is not foreseen."""
+"""Share of the free memory that an image may take; the rest is for fragments, captions and the unforeseen."""
 STATE_COPIES = 8
-"""Of a picture in fp32, beside what a call of the network takes: noise, state, slopes of four steps, sums."""
+"""Copies of an image in fp32 besides a call of the network: noise, state, slopes of four steps, sums."""
 MOST_PIXELS = 2**24
-"""However much memory there is: 4096 x 4096."""
+"""Upper limit for any memory: 4096 x 4096."""
 MOST_TRACED = 2**20
-"""Patches; beyond them no less than in proportion is assumed, since products of sizes would not fit into 64 bits."""
+"""Patches; beyond them memory is assumed proportional, since products of sizes would not fit into 64 bits."""
 META = torch.device("meta")
 
 
@@ -50,16 +50,12 @@ class Limits:
     patch: int
     """Sides are multiples of it, in pixels."""
     max_pixels: int
-    """Height times width, at most."""
+    """Largest height times width."""
     reason: str
-    """What allows no more, in words."""
+    """What sets the limit, in words."""
 
     def check(self, height: int, width: int) -> None:
-        """See that pictures of a size may be drawn.
-
-        Raises:
-            UserError: they may not; it says what is the largest that may.
-        """
+        """Raise a UserError, with the largest size that fits, for a size that does not."""
         p = self.patch
         for name, side in (("width", width), ("height", height)):
             if side <= 0 or side % p:
@@ -73,7 +69,7 @@ class Limits:
             )
 
     def largest_like(self, height: int, width: int) -> tuple[int, int]:
-        """The largest height and width that are allowed and of about this shape."""
+        """The largest allowed height and width of about this shape."""
         most = self.max_pixels // self.patch**2  # patches
         rows = min(most, max(1, math.floor(math.sqrt(most * height / width))))
         columns = max(1, min(most // rows, math.floor(rows * width / height)))
@@ -81,9 +77,9 @@ class Limits:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that live at once while it is on; `peak` is the most.
+    """Tracks the bytes of all live tensors; `peak` is the most at once.
 
-    What asks for the CPU, as tables of positions do, is made on the meta device, too.
+    Tensors that ask for the CPU, as tables of positions do, are made on the meta device.
     """
 
     def __init__(self) -> None:
@@ -105,14 +101,10 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def traced_bytes(config: RunConfig, text_width: int, together: int = 1) -> Callable[[int], int]:
-    """What one guided call of the network takes on a CPU beside its weights, in bytes, as a function of the patches.
+    """Bytes of one guided call of the network on a CPU besides its weights, as a function of the patches.
 
-    Tables of positions that a process keeps count at their size's first call, as they do when it draws.
-
-    Args:
-        config: of the model.
-        text_width: width E of a caption's states; 0 where it draws classes.
-        together: pictures in a batch.
+    Tables of positions that a process caches count in each size's first call. `text_width`: E of a caption's states, 0
+    for classes; `together`: images in a batch.
     """
     with META:
         denoiser = build_denoiser(config.model, text_width, config.text.length).eval()
@@ -120,7 +112,7 @@ def traced_bytes(config: RunConfig, text_width: int, together: int = 1) -> Calla
 
     @torch.no_grad()
     def peak(patches: int) -> int:
-        # Inputs are made before anything is counted: they are among STATE_COPIES, or small.
+        # Inputs are made before counting: they are among STATE_COPIES, or small.
         shape = () if config.model.condition == "class" else (config.text.length, text_width)
         kind = torch.long if config.model.condition == "class" else torch.float32
         condition = torch.zeros(together, *shape, dtype=kind, device=META)
@@ -137,7 +129,7 @@ def traced_bytes(config: RunConfig, text_width: int, together: int = 1) -> Calla
 
 
 def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
-    """The same on a GPU, as the allocator says: the trained size and twice its area, or halves of it if need be."""
+    """The same on a GPU, from the allocator, at the trained size and twice its area, or halves of it if need be."""
     patch = pipeline.denoiser.patch_size
     height, width = pipeline.config.data.size
     picture = Picture("0" if pipeline.config.model.condition == "class" else "a picture")
@@ -147,7 +139,7 @@ def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
     @torch.no_grad()
     def peak(columns: int) -> int:
         x = torch.zeros(1, 3, height, columns, device=pipeline.device)
-        for _ in range(2):  # the first run makes what stays: workspaces, tables of positions
+        for _ in range(2):  # the first run allocates what stays: workspaces, tables of positions
             torch.cuda.reset_peak_memory_stats(pipeline.device)
             before = torch.cuda.memory_allocated(pipeline.device)
             velocity(x, 0.5, True)
@@ -157,14 +149,10 @@ def measured_bytes(pipeline: Pipeline) -> Callable[[int], int]:
 
 
 def line_of_peaks(peak: Callable[[int], int], rows: int, columns: int) -> Callable[[int], int]:
-    """A line, in bytes by patches, through what two sizes took: twice `columns` and half of it, or smaller halves.
+    """A line, in bytes by patches, through the memory of two sizes: twice `columns` and half of that, or smaller
+    halves; more than any memory if not even one column fits.
 
-    Args:
-        peak: bytes that `rows` of so many patches take; raises torch.OutOfMemoryError where they do not fit.
-        rows, columns: of the trained size, in patches.
-
-    Returns:
-        more than any memory for all sizes, if not even one column fits.
+    `peak`: bytes of `rows` times a number of patches; raises torch.OutOfMemoryError where they do not fit.
     """
     found: list[tuple[int, int]] = []
     columns *= 2
@@ -179,7 +167,7 @@ def line_of_peaks(peak: Callable[[int], int], rows: int, columns: int) -> Callab
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses: a GPU's, with what PyTorch keeps for itself; or the host's, within its control group."""
+    """Free memory: a GPU's, with what PyTorch's allocator caches; or the host's, within its control group."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -192,7 +180,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _group_bytes(group: Path) -> int:
-    """What a control group leaves to its processes; cached files, which it counts as used, make way."""
+    """What a control group leaves to its processes; cached files, which it counts as used, can be evicted."""
     limit = group / "memory.max"
     if not limit.exists() or limit.read_text().strip() == "max":
         return sys.maxsize
@@ -202,12 +190,7 @@ def _group_bytes(group: Path) -> int:
 
 
 def drawing_bytes(pipeline: Pipeline, together: int = 1) -> Callable[[int], int]:
-    """What drawing or editing pictures takes beside the weights, in bytes, as a function of a picture's patches.
-
-    Args:
-        pipeline: the model.
-        together: pictures in a batch.
-    """
+    """Bytes of generating or editing `together` images besides the weights, as a function of an image's patches."""
     if pipeline.device.type == "cuda":
         peak, times = measured_bytes(pipeline), together
     else:
@@ -221,23 +204,22 @@ def drawing_bytes(pipeline: Pipeline, together: int = 1) -> Callable[[int], int]
     return total
 
 
-def check_fits(pipeline: Pipeline, size: tuple[int, int], together: int, name: str, advice: str) -> None:
-    """See that the memory that is free now holds pictures of a size, before any is drawn or edited.
+def check_fits(
+    pipeline: Pipeline, size: tuple[int, int], together: int, name: str, advice: str, ranks: int = 1
+) -> None:
+    """Raise a UserError if the free memory does not hold images of a size, before any is generated or edited.
 
     Args:
-        pipeline: the model.
         size: height and width in pixels, multiples of the patch.
-        together: pictures in a batch.
-        name: what has this size, for the error.
-        advice: what would be right.
-
-    Raises:
-        UserError: it does not.
+        together: images in a batch.
+        name: begins the message: what has this size.
+        advice: ends the message: what would be right.
+        ranks: processes that share the host's memory.
     """
     patch = pipeline.denoiser.patch_size
     free = free_bytes(pipeline.device)
-    if pipeline.device.type == "cpu":  # which the ranks of a machine share
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if pipeline.device.type == "cpu":
+        free //= ranks
     takes = drawing_bytes(pipeline, together)
     patches = size[0] * size[1] // patch**2
     needed = takes(patches)
@@ -255,13 +237,8 @@ def check_fits(pipeline: Pipeline, size: tuple[int, int], together: int, name: s
 
 
 def most_patches(takes: Callable[[int], int], available: int, at_most: int) -> int:
-    """The most patches whose picture fits; 0: not even one.
-
-    Args:
-        takes: bytes that a picture of so many patches takes; never falls.
-        available: bytes there are.
-        at_most: where the search ends.
-    """
+    """The most patches whose image fits, at most `at_most`; 0 if not even one does. `takes`, bytes by patches, never
+    falls."""
     fits, too_many = 0, at_most + 1
     guess = 1
     while too_many - fits > 1:
@@ -269,7 +246,7 @@ def most_patches(takes: Callable[[int], int], available: int, at_most: int) -> i
             fits = guess
         else:
             too_many = guess
-        # Doubled while all fit; then halved between the two.
+        # Double while all fit, then bisect.
         guess = min(2 * guess, at_most) if too_many > at_most else (fits + too_many) // 2
     return fits
 
@@ -277,13 +254,7 @@ def most_patches(takes: Callable[[int], int], available: int, at_most: int) -> i
 def find_limits(pipeline: Pipeline, available: int, max_pixels: int | None) -> Limits:
     """The sizes that a model may be asked for.
 
-    Args:
-        pipeline: the model.
-        available: bytes that a picture may take.
-        max_pixels: an upper limit of whoever serves the page; None: memory alone.
-
-    Raises:
-        UserError: a picture of the size that the model was trained at does not fit.
+    `available`: bytes that an image may take; `max_pixels`: a limit of whoever serves the page, or None.
     """
     config, patch = pipeline.config, pipeline.denoiser.patch_size
     wanted = MOST_PIXELS if max_pixels is None else min(max_pixels, MOST_PIXELS)

@@ -196,7 +196,7 @@ class EditJob:
             UserError: an image, box or mask is wrong, or the folder holds other edits.
         """
         with held(world, self.out):
-            missing = world.broadcast_from_rank0(lambda: self._begin(pipeline, fingerprint, beside))
+            missing = world.broadcast_from_rank0(lambda: self._begin(world, pipeline, fingerprint, beside))
             draw_together(
                 world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
             )
@@ -209,7 +209,9 @@ class EditJob:
                 lambda: finish(self.out, lines, {**beside, **fingerprint}, self.settings, detector)
             )
 
-    def _begin(self, pipeline: Pipeline, fingerprint: dict[str, Any], beside: dict[str, Any]) -> list[Edit]:
+    def _begin(
+        self, world: World, pipeline: Pipeline, fingerprint: dict[str, Any], beside: dict[str, Any]
+    ) -> list[Edit]:
         """Look at all that is given, make the folder or see that it is of the same edits; those that are missing."""
         if self.detector is not None:
             _check_classes(self.edits, self.detector)
@@ -220,7 +222,8 @@ class EditJob:
             digests[entry] = hashlib.sha256(image.tobytes()).hexdigest()
             sizes[image.shape[0], image.shape[1]] = edit
         largest = max(sizes, key=lambda size: size[0] * size[1])
-        check_fits(pipeline, largest, 1, f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels", SCALE_DOWN)
+        where = f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels"
+        check_fits(pipeline, largest, 1, where, SCALE_DOWN, world.local_size)
         contents = [[digests[it.entry], it.source, it.target] for it in self.edits]
         settings = {
             **fingerprint,

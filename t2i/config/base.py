@@ -1,10 +1,10 @@
-"""What every part of the config is made of."""
+"""The base of every config section: strict fields, words for none, and fields that other settings make useless."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -15,7 +15,7 @@ NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
 
 class ConfigError(UserError):
-    """A user's mistake, said in one sentence that names the field, its value and what would be right."""
+    """A user's mistake, in one sentence that names the field, its value and what would be right."""
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -24,13 +24,20 @@ PathText = Annotated[str, AfterValidator(expand_path)]
 ExpandedPath = Annotated[Path, AfterValidator(expand_path)]
 
 
+class Unused:
+    """Annotates a field that does nothing where another field of the section has one of the given values."""
+
+    def __init__(self, **others: Any) -> None:
+        self.others = {name: value if isinstance(value, tuple) else (value,) for name, value in others.items()}
+
+
 def parts_of(annotation: Any) -> set[Any]:
-    """All that an annotation is made of: types, what is inside them, and values of literals."""
+    """An annotation and everything inside it: types and values of literals."""
     return {annotation}.union(*map(parts_of, get_args(annotation))) if get_args(annotation) else {annotation}
 
 
 def read_none(value: Any, annotation: Any) -> Any:
-    """None, or the literal "none", for a word that says so, wherever a field may have it; any other value as it is."""
+    """None, or the literal "none", for the words none and null where a field may have it; any other value unchanged."""
     if value is not None and not (isinstance(value, str) and value.lower() in ("none", "null")):
         return value
     parts = parts_of(annotation)
@@ -38,7 +45,7 @@ def read_none(value: Any, annotation: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base of every part of the tree: unknown keys are errors, numbers are finite, docstrings are the help texts."""
+    """Base of every section: unknown keys are errors, numbers are finite, docstrings are the help texts."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
@@ -47,7 +54,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_values(cls, tree: Any) -> Any:
-        """Words for none; truth values are no numbers, also within lists and mappings."""
+        """Read words for none; refuse truth values for numbers, also within lists and mappings."""
         if not isinstance(tree, dict):
             return tree
         for name, field in cls.model_fields.items():
@@ -59,10 +66,22 @@ class Section(BaseModel):
         annotations = {name: field.annotation for name, field in cls.model_fields.items()}
         return {name: read_none(value, annotations.get(name)) for name, value in tree.items()}
 
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            value, default = getattr(self, name), field.default
+            others = [item.others for item in field.metadata if isinstance(item, Unused) and value != default]
+            for other, values in (pair for part in others for pair in part.items()):
+                if (cause := getattr(self, other)) in values:
+                    shown = "" if isinstance(value, Section) else f" {value}"
+                    right = "its defaults" if isinstance(value, Section) else "null" if default is None else default
+                    raise ValueError(f"{name}{shown} does nothing under {other} {cause}: leave it at {right}")
+        return self
+
 
 def _truth_value(value: Any) -> bool | None:
     """The first truth value in a tree of lists and mappings."""
     if isinstance(value, bool):
         return value
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return next((truth for it in inner if (truth := _truth_value(it)) is not None), None)
+    return next((truth for item in inner if (truth := _truth_value(item)) is not None), None)

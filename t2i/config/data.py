@@ -1,8 +1,8 @@
-"""The part of the config that says where samples come from, which of them count, and in which order."""
+"""The config's section about data: where samples come from, which are used, and in which order."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,19 +10,19 @@ from data.filters import Buckets, Filters, Size, pixeldit_sizes, sdxl_sizes
 from data.listing import IMAGE_EXTENSIONS
 from data.sample import Crop
 from data.store import StoreOptions
-from t2i.config.base import PathText, Section
+from t2i.config.base import PathText, Section, Unused
 
 
 class CaptionConfig(Section):
     """Which words a sample trains on."""
 
     members: dict[str, float] = Field({"txt": 1.0})
-    """Members that hold captions, or json:FIELD (a text or a list of texts), and their weights; each visit chooses one
-    of those that are there."""
+    """Members that hold captions, or json:FIELD (a text or a list of texts), and their weights; each visit of a sample
+    chooses one that it has."""
     min_words: int = 0
-    """Captions with fewer words are passed over."""
+    """Captions with fewer words are skipped."""
     max_words: int | None = None
-    """Captions with more words are passed over."""
+    """Captions with more words are skipped."""
     prefix_probability: float = 0.0
     """Probability that a short caption gets a prefix such as "A photo of"."""
     prefix_below_words: int = 30
@@ -37,23 +37,23 @@ class SourceConfig(Section):
     url: PathText
     """Directory or s3://bucket/prefix that holds the .tar shards (or image files)."""
     class_folders: bool = False
-    """The images lie in one folder a class, as ImageNet's do, and the folder's number, by name, is member cls."""
+    """The images lie in one folder a class, as ImageNet's do; the folder's number, in order of names, is member cls."""
     index: PathText | None = None
-    """Manifest that launch/index.py wrote; none takes index.json beside the shards, or indexes up to 1,000 of them."""
+    """Manifest written by launch/index.py; none takes index.json beside the shards, or indexes up to 1,000 of them."""
     heldout: PathText | None = None
-    """Directory or s3:// prefix, with its own index.json, that validation reads; none: no validation on this source."""
+    """Directory or s3:// prefix, with its own index.json, of the validation set; none: no validation on this source."""
     weight: float = Field(1.0, gt=0)
     """Share of the samples drawn from this source, relative to the other sources' weights."""
     images: list[str] = Field(list(IMAGE_EXTENSIONS))
-    """Extensions of image members; the first that a sample has is taken."""
+    """Extensions of image members; the first that a sample has is used."""
     captions: CaptionConfig = CaptionConfig()
     """Which words its samples train on."""
     metadata: str = "json"
     """Member with the fields that `fields` and json: captions name."""
     min_side: int = 0
-    """Images with a shorter side below it, in pixels, are passed over."""
+    """Images with a shorter side, in pixels, are skipped."""
     max_aspect_ratio: float | None = None
-    """Images whose longer side is more than this many times the shorter are passed over."""
+    """Images whose longer side is more than this many times the shorter are skipped."""
     fields: dict[str, tuple[float | None, float | None]] = Field({})
     """Metadata fields and the range, ends included, that each must lie in; null leaves an end open."""
     endpoint: str | None = None
@@ -65,16 +65,15 @@ class SourceConfig(Section):
     anonymous: bool = False
     """Read a public bucket without signing requests."""
     requester_pays: bool = False
-    """Agree to be charged for reading a requester-pays bucket."""
+    """Accept the charges for reading a requester-pays bucket."""
     licence: str = ""
     """Licence of the data, shown in the report."""
     credit: str = ""
-    """Whom to credit for the data, shown in the report."""
+    """Credit for the data, shown in the report."""
 
     @property
-    def filters(self) -> Filters:
-        """What `data` needs of this."""
-        return Filters(
+    def rules(self) -> Rules:
+        return Rules(
             images=tuple(self.images),
             captions=self.captions.members,
             metadata=self.metadata,
@@ -100,37 +99,38 @@ class DataConfig(Section):
     """The sources, mixed by weight."""
     resolution: int | tuple[int, int] = 256
     """Pixels of the training images: the side of squares, or [height, width]; multiples of model.patch_size. With
-    buckets, of the pictures that validation and scores look at."""
+    buckets, of the images of validation and scores."""
     buckets: Literal["none", "sdxl", "pixeldit"] | list[tuple[int, int]] = "none"
-    """Aspect-ratio buckets: each image trains at that of several sizes whose shape is nearest its own. sdxl: SDXL's 40
-    sizes of about resolution x resolution pixels; pixeldit: PixelDiT's 7, of up to 1.15 times as many; or a list of
-    [height, width]. Sides are multiples of model.patch_size."""
-    group_size: int = Field(8, gt=0)
-    """With buckets, samples of one size that stay together: train.micro_batch_size divides it, and lanes x group_size
-    the batch size. Up to one less wait in each bucket of each lane, and go into the state."""
+    """Aspect-ratio buckets: each image trains at the size whose shape is nearest its own. sdxl: SDXL's 40 sizes of
+    about resolution x resolution pixels; pixeldit: PixelDiT's 7, of up to 1.15 times as many; or a list of [height,
+    width]. Sides are multiples of model.patch_size."""
+    group_size: Annotated[int, Unused(buckets="none")] = Field(8, gt=0)
+    """Consecutive samples of one bucket: a multiple of train.micro_batch_size; lanes x group_size divides the batch
+    size. Up to group_size - 1 samples wait in each bucket of each lane, and are part of the state."""
     small_images: Literal["drop", "upscale"] = "drop"
     """What happens to images with a side below the resolution's, or their bucket's."""
     crop: Crop = "center"
-    """Which part of an image of another shape is taken; adm: the middle square, resized as ADM's reference statistics
-    of ImageNet want it, at full decoding cost."""
+    """Which part of an image of another shape is used; adm: the middle square, resized as for ADM's reference
+    statistics of ImageNet, at full decoding cost."""
     horizontal_flip: bool = False
-    """Mirror every second image, at random; captions that say left or right become wrong."""
+    """Mirror half of the images at random; captions that say left or right become wrong."""
     lanes: int = Field(128, gt=0)
-    """Independent orders the data is cut into. The number of ranks divides it; it divides the batch size."""
+    """Independent orders that the data is split into. The number of ranks divides it; it divides the batch size."""
     shuffle_block: int = Field(4096, gt=0)
     """Samples that are permuted together inside a lane (tests/benchmarks/shuffle_quality.py measures how well)."""
     workers: int = Field(4, ge=0)
     """Decoding threads a rank."""
     buffer_gib: float = Field(16.0, gt=0)
-    """Most GiB of encoded samples that a rank holds ahead; from S3, lanes / ranks x sources x shuffle_block of them."""
+    """GiB of encoded samples that a rank prefetches, at most; from S3, lanes / ranks x sources x shuffle_block
+    samples."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of samples with bad content past which the run stops, saved, judged over all ranks after 1,000 samples."""
+    """Share of samples with bad content above which the run saves and stops; over all ranks, after 1,000 samples."""
     connect_timeout_s: float = Field(StoreOptions.connect_timeout_s, gt=0)
     """Seconds to wait for an S3 server's connection."""
     read_timeout_s: float = Field(StoreOptions.read_timeout_s, gt=0)
-    """Seconds to wait for an S3 server's next bytes."""
+    """Seconds to wait for the next bytes of an S3 server."""
     retry_minutes: float = Field(StoreOptions.retry_minutes, ge=0)
-    """Minutes without progress after which a failing read stops the run, saved."""
+    """Minutes without progress after which a failing read makes the run save and stop."""
 
     @field_validator("resolution", mode="before")
     @classmethod
@@ -152,9 +152,6 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _buckets_fit(self) -> DataConfig:
-        default = type(self).model_fields["group_size"].default
-        if self.buckets == "none" and self.group_size != default:
-            raise ValueError(f"group_size {self.group_size} does nothing under buckets none: leave it at {default}")
         if self.buckets != "none" and not isinstance(self.resolution, int):
             raise ValueError(f"resolution {self.size_text} should be one side, since buckets give the shapes")
         if self.buckets != "none" and self.crop == "adm":
@@ -175,7 +172,7 @@ class DataConfig(Section):
 
     @property
     def aspect_buckets(self) -> Buckets | None:
-        """What `data` needs of buckets and group_size."""
+        """The sizes of `buckets`, or None."""
         if self.buckets == "none":
             return None
         assert isinstance(self.resolution, int)
@@ -191,11 +188,10 @@ class DataConfig(Section):
 
     @property
     def size_text(self) -> str:
-        """The same in print: 256 for squares, 256x384 for others."""
+        """`resolution` as text: 256 for squares, 256x384 for others."""
         return str(self.resolution) if isinstance(self.resolution, int) else "x".join(map(str, self.resolution))
 
     def store_options(self, source: SourceConfig) -> StoreOptions:
-        """How to reach one of the sources."""
         return StoreOptions(
             endpoint=source.endpoint,
             region=source.region,

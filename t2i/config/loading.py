@@ -1,4 +1,4 @@
-"""Reading, checking and merging configs. Every mistake is a `ConfigError` with one sentence that names the field."""
+"""Reading, merging and checking configs. Every mistake is a `ConfigError` with one sentence that names the field."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Section)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` entered, dictionaries joined level by level."""
+    """`base` with `changes`; dictionaries are merged level by level."""
     merged = dict(base)
     for name, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
@@ -29,7 +29,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _field_names(root: type[Section], path: tuple[str | int, ...]) -> list[str]:
-    """Names of the fields at a place in the tree below a section."""
+    """Names of the fields at a path in the tree below a section."""
     here: Any = root
     for part in path:
         if isinstance(part, int):
@@ -43,32 +43,27 @@ def _field_names(root: type[Section], path: tuple[str | int, ...]) -> list[str]:
 
 
 def _explain(section: type[Section], error: ValidationError, where: str) -> str:
-    """The first of pydantic's findings as one sentence."""
-    # A misspelt required field is also missing under its right name: say the misspelling.
+    """The first of pydantic's errors as one sentence."""
+    # A misspelt required field is also missing under its right name: report the misspelling.
     first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
     location = tuple(first["loc"])
     name = ".".join(map(str, location)) or "config"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _field_names(section, location[:-1]), n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(_field_names(section, location[:-1]))}"
-        )
+        known = _field_names(section, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
         return f"{where}: unknown field {name!r}; {hint}"
     message = first["msg"].removeprefix("Value error, ")
     value = first["input"]
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | type(None)) else ""
-    # A section's own check begins with the field's name, which is then said whole.
+    # A section's own check begins with the field's name: prefix its path.
     if message.partition(" ")[0] in _field_names(section, location):
         return f"{where}: {'.'.join(map(str, (*location, message)))}{shown}"
     return f"{where}: {name}: {message[0].lower() + message[1:]}{shown}"
 
 
 def validate_section(section: type[S], tree: dict[str, Any], where: str) -> S:
-    """A section from a plain tree.
-
-    Raises:
-        ConfigError: with one sentence; `where` says which file, stage or command line.
-    """
+    """A section from a plain tree. `where`, in messages, says which file, stage or command line."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:
@@ -76,11 +71,7 @@ def validate_section(section: type[S], tree: dict[str, Any], where: str) -> S:
 
 
 def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
-    """A config from a plain tree, every stage of it checked.
-
-    Raises:
-        ConfigError: with one sentence; `where` says which file, stage or command line.
-    """
+    """A config from a plain tree, with every stage checked. `where`, in messages, says which file or command line."""
     config = validate_section(RunConfig, tree, where)
     if any(side % config.model.patch_size for side in config.data.size):
         raise ConfigError(
@@ -96,7 +87,12 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
             f"{where}: objective.balance_from_step {config.objective.balance_from_step}: gradients are balanced at the "
             f"head of model.family pixelgen, not {config.model.family}: leave it at null"
         )
-    _check_buckets(config, where)
+    patch, buckets = config.model.patch_size, config.data.aspect_buckets
+    for height, width in buckets.sizes if buckets is not None else ():
+        if height % patch or width % patch:
+            raise ConfigError(
+                f"{where}: data.buckets: {height}x{width} must be a multiple of model.patch_size ({patch})"
+            )
     if config.scoring.every and config.model.condition != "text":
         raise ConfigError(
             f"{where}: scoring.every {config.scoring.every}: prompts are scored, so model.condition must be text, "
@@ -109,7 +105,7 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
         )
     for index, stage in enumerate(config.stages):
         _check_stage(stage, where)
-        # As the fields have it: paths filled in once, numbers and none as such.
+        # As the fields parse them: paths expanded, numbers and none converted.
         resolved = {**stage_config(config, index).model_dump(), "name": stage["name"]}
         config.stages[index] = _same_fields(stage, resolved)
     if len({stage["name"] for stage in config.stages}) < len(config.stages):
@@ -118,28 +114,14 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
 
 
 def _same_fields(changes: Any, tree: Any) -> Any:
-    """The values in `tree` of those fields that `changes` has."""
+    """The values in `tree` of the fields that `changes` has."""
     if not (isinstance(changes, dict) and isinstance(tree, dict)):
         return tree
     return {name: _same_fields(value, tree[name]) for name, value in changes.items()}
 
 
-def _check_buckets(config: RunConfig, where: str) -> None:
-    """Refuse buckets that the model cannot cut into patches."""
-    patch = config.model.patch_size
-    for height, width in config.data.aspect_buckets.sizes if config.data.aspect_buckets is not None else ():
-        if height % patch or width % patch:
-            raise ConfigError(
-                f"{where}: data.filters: {height}x{width} must be a multiple of model.patch_size ({patch})"
-            )
-
-
 def stage_config(config: RunConfig, index: int) -> RunConfig:
-    """The settings of one stage: the run's sections with the stage's overrides, and no stages.
-
-    Raises:
-        ConfigError: there is no such stage, or its settings are wrong.
-    """
+    """The settings of one stage: the run's sections with the stage's overrides, without stages."""
     if index >= len(config.stages):
         raise ConfigError(f"stages: the config has {len(config.stages)} stages, so there is no stage {index + 1}")
     changes = dict(config.stages[index])
@@ -148,7 +130,7 @@ def stage_config(config: RunConfig, index: int) -> RunConfig:
 
 
 def _check_stage(stage: dict[str, Any], where: str) -> None:
-    """Refuse a stage without a usable name or with a key that is none of its sections."""
+    """Refuse a stage without a valid name or with an unknown section."""
     name = stage.get("name")
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise ConfigError(f"{where}: stages: a stage needs a name of letters, digits, dots and dashes (got {name!r})")
@@ -159,14 +141,8 @@ def _check_stage(stage: dict[str, Any], where: str) -> None:
 
 
 def override(config: RunConfig, changes: dict[str, Any], only: int | None = None) -> RunConfig:
-    """A run with changes that count more than its stages' own.
-
-    Args:
-        only: index of the one stage that changes to a stage's sections are for; None: for all.
-
-    Raises:
-        ConfigError: with one sentence.
-    """
+    """A run with changes that override its stages' settings; `only` is the index of the one stage that they apply
+    to."""
     shared = {name: value for name, value in changes.items() if name in STAGE_SECTIONS}
     stages = [
         merge(stage, shared) if only in (None, index) else stage
@@ -178,8 +154,8 @@ def override(config: RunConfig, changes: dict[str, Any], only: int | None = None
 
 
 def fields_of(tree: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of a plain tree by dotted name. Trees in a list go by the names that they have, as stages and sources
-    do, and the list by those names' order."""
+    """The leaves of a plain tree by dotted name. Trees in a list go by their names, as stages and sources do, and the
+    list is the order of these names."""
     if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
         tree = {"": [item["name"] for item in tree], **{str(item["name"]): item for item in tree}}
     if not isinstance(tree, dict):
@@ -191,24 +167,20 @@ def fields_of(tree: Any, name: str = "") -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Dotted names of the fields in which two plain trees differ; what is missing in one counts as None."""
+    """Dotted names of the fields in which two plain trees differ; a missing field counts as None."""
     old, new = fields_of(before), fields_of(now)
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read a YAML file, and below it those that its `base` names.
-
-    Raises:
-        ConfigError: a file is missing, is no YAML mapping, leads back to itself, or its settings are wrong.
-    """
+    """Read a YAML file and its `base` files."""
     return validate_config(_read(path, ()), where=str(path))
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The tree of a file, entered into that of its base; `above` are the files on the way to it."""
+    """The tree of a file, merged into that of its base; `above`: the files that led to it."""
     if path.resolve() in above:
-        raise ConfigError(f"config {path}: base: it should not lead back to a file that begins with it")
+        raise ConfigError(f"config {path}: base: this file is its own base, perhaps by way of others")
     try:
         tree = read_yaml(path, f"config {path}" + (f", the base of {above[-1]}" if above else ""))
     except UserError as error:
@@ -219,13 +191,13 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     name = tree.pop("base")
     if not isinstance(name, str):
-        raise ConfigError(f"config {path}: base: must be the path of a config, seen from this file (got {name!r})")
+        raise ConfigError(f"config {path}: base: must be the path of a config, relative to this file (got {name!r})")
     try:
         base = path.parent / expand_path(name)
     except UserError as error:
         raise ConfigError(f"config {path}: base: {error}") from error
     below = _read(base, (*above, path.resolve()))
-    validate_config(below, where=str(base))  # so that its mistakes are not said to be of this file
+    validate_config(below, where=str(base))  # so that messages name the base for its mistakes
     return merge(below, tree)
 
 
@@ -235,11 +207,8 @@ def dump_config(config: RunConfig) -> str:
 
 
 def check_world_size(config: RunConfig, world_size: int, where: str) -> None:
-    """Refuse a number of ranks that cannot share a stage's batch evenly.
-
-    Raises:
-        ConfigError: naming the field and the nearest value that would do.
-    """
+    """Refuse a number of ranks that cannot share a stage's batch evenly; the message names the nearest value that
+    fits."""
     batch, micro = config.train.batch_size, config.train.micro_batch_size
     group = config.data.aspect_buckets.group_size if config.data.aspect_buckets is not None else 0
     try:

@@ -1,52 +1,42 @@
-"""The part of the config that says which network is trained."""
+"""The config's section about the network."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from t2i.config.base import Section
+from t2i.config.base import Section, Unused
 
-_USED = {
-    "text_depth": {("pixelgen", "text")},
-    "text_padding": {("pixelgen", "text"), ("pixeldit", "text")},
-    "bottleneck": {("pixelgen", "text"), ("pixelgen", "class")},
-    "classes": {("pixelgen", "class"), ("pixeldit", "class")},
-    "context_tokens": {("pixelgen", "class")},
-    "context_start": {("pixelgen", "class")},
-    "dropout": {("pixelgen", "class")},
-    "pixel": {("pixeldit", "text"), ("pixeldit", "class")},
-}
-"""Fields that do nothing under other families and conditions."""
+_ClassPixelGen = Unused(family="pixeldit", condition="text")
 
 
 class PixelConfig(Section):
-    """The pixel pathway of PixelDiT: blocks over single pixels, told by the patch tokens what they are part of."""
+    """The pixel pathway of PixelDiT: blocks over single pixels, conditioned by the patches' tokens."""
 
     depth: int = Field(4, gt=0)
     """Pixel blocks (M of Table 3)."""
     width: int = Field(16, gt=0)
-    """Values of a pixel's token; a multiple of 4."""
+    """Width of a pixel's token; a multiple of 4."""
     attention: bool = True
-    """Whether pixels attend, compacted to few tokens a patch; false is the paper's ablation of Table 6."""
-    attention_width: int | None = Field(None, gt=0)
+    """Whether pixels attend, compacted to few tokens a patch; false is the paper's ablation (Table 6)."""
+    attention_width: Annotated[int | None, Unused(attention=False)] = Field(None, gt=0)
     """Width of that attention; none takes model.width, as for classes. The public text model has 1152."""
-    attention_heads: int | None = Field(None, gt=0)
+    attention_heads: Annotated[int | None, Unused(attention=False)] = Field(None, gt=0)
     """Its heads; none takes model.heads. The public text model has 16."""
-    tokens_per_patch: int = Field(1, gt=0)
-    """Tokens that a patch's pixels are compacted to, each standing for an equal part of the patch: a power of two, 1, 2
-    or 4 in the paper (section C.3); patch_size squared is no compaction (Table 6)."""
+    tokens_per_patch: Annotated[int, Unused(attention=False)] = Field(1, gt=0)
+    """Tokens that a patch's pixels are compacted to, each for an equal part of the patch: a power of two, 1, 2 or 4 in
+    the paper (section C.3); patch_size squared is no compaction (Table 6)."""
     modulation: Literal["pixel", "patch", "additive"] = "pixel"
     """How a patch's token conditions its pixels: pixel gives each its own adaLN; patch gives all the same (B of Table
-    5); additive has no adaLN, the token is added where its pixels are compacted (section G.2)."""
+    5); additive has no adaLN, the token is added to the compacted tokens (section G.2)."""
     post_modulation: bool = False
-    """Scale and shift what a branch returns in place of what enters it, without gates: the authors' later remedy for
-    spikes of the loss. Not under modulation additive."""
+    """Scale and shift a branch's output in place of its input, without gates: the authors' later remedy for loss
+    spikes. Not with modulation additive."""
 
     @property
     def cut(self) -> tuple[int, int]:
-        """Into how many rows and columns of parts a patch is cut, one token a part."""
+        """Rows and columns of the parts of a patch, one token a part."""
         halvings = self.tokens_per_patch.bit_length() - 1
         return 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
 
@@ -58,10 +48,6 @@ class PixelConfig(Section):
             raise ValueError(f"tokens_per_patch {self.tokens_per_patch} must be a power of two")
         if self.modulation == "additive" and (self.post_modulation or not self.attention):
             raise ValueError("modulation additive needs attention, which the token enters by, and no post_modulation")
-        for field in ("attention_width", "attention_heads", "tokens_per_patch"):
-            value, default = getattr(self, field), type(self).model_fields[field].default
-            if not self.attention and value != default:
-                raise ValueError(f"{field} {value} does nothing without attention: leave it at {default}")
         return self
 
 
@@ -71,39 +57,40 @@ class ModelConfig(Section):
     family: Literal["pixelgen", "pixeldit"] = "pixelgen"
     """pixelgen: patches alone. pixeldit: patches, then pixels (`pixel`)."""
     condition: Literal["text", "class"] = "text"
-    """What is drawn: text takes a caption's states, class a number below `classes`, which is a sample's caption."""
+    """text: the network reads a caption's states; class: a number below `classes`, which is the sample's caption."""
     prediction: Literal["image", "velocity"] = "image"
-    """What the network returns: the clean image (PixelGen, JiT), or the velocity image - noise (PixelDiT)."""
+    """What the network predicts: the clean image (PixelGen, JiT), or the velocity image - noise (PixelDiT)."""
     patch_size: int = Field(16, gt=0)
     """Side of a square patch, in pixels; the resolution is a multiple of it."""
     width: int = Field(1536, gt=0)
     """Width D of the transformer; a multiple of 4 and of heads."""
     depth: int = Field(16, gt=0)
-    """Image blocks; of pixeldit, patch blocks (N of Table 3)."""
+    """Image blocks; with family pixeldit, patch blocks (N of Table 3)."""
     heads: int = Field(24, gt=0)
     """Attention heads; width / heads is a multiple of 4."""
-    text_depth: int = Field(4, ge=0)
-    """Of pixelgen from text: trainable blocks that refine the frozen text states."""
-    text_padding: Literal["attend", "mask"] = "attend"
-    """Of condition text: attend encodes a caption's pads and attends to them, as the public models do; mask leaves
-    them out, and computes no more of them than rounds the longest caption up to a multiple of 32 tokens (the metrics'
-    TFLOP/s and MFU count all of them)."""
-    bottleneck: int = Field(256, ge=0)
-    """Of pixelgen: width between the two matrices of the patch embedding; 0, of condition class alone: one matrix."""
+    text_depth: Annotated[int, Unused(family="pixeldit", condition="class")] = Field(4, ge=0)
+    """Trainable blocks that refine the text encoder's states; only family pixelgen, condition text."""
+    text_padding: Annotated[Literal["attend", "mask"], Unused(condition="class")] = "attend"
+    """attend encodes a caption's pads and attends to them, as the public models do; mask leaves them out, and computes
+    only those that round the longest caption up to a multiple of 32 tokens (TFLOP/s and MFU in the metrics count all).
+    Only condition text."""
+    bottleneck: Annotated[int, Unused(family="pixeldit")] = Field(256, ge=0)
+    """Width between the two matrices of the patch embedding; 0, only for condition class: one matrix. Only family
+    pixelgen."""
     repa_layer: int = Field(8, gt=0)
-    """Number of the block (from 1) whose output is aligned with the patch features."""
+    """Block (from 1) whose output is aligned with the patch features."""
     repa_width: int | None = Field(None, gt=0)
     """Width inside the projector of that alignment; none takes width. PixelDiT from text has 2048."""
-    classes: int = Field(1000, gt=0)
-    """Of condition class: how many there are, numbered from 0; one more stands for none."""
-    context_tokens: int = Field(32, gt=0)
-    """Of pixelgen from classes: tokens of the class that join the image's."""
-    context_start: int = Field(8, ge=0)
-    """Of pixelgen from classes: blocks before they do."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Of pixelgen from classes: share of values that the middle half of the blocks drops while training."""
-    pixel: PixelConfig = PixelConfig()
-    """Of pixeldit: the pixel pathway."""
+    classes: Annotated[int, Unused(condition="text")] = Field(1000, gt=0)
+    """Number of classes, numbered from 0; one more is the null class. Only condition class."""
+    context_tokens: Annotated[int, _ClassPixelGen] = Field(32, gt=0)
+    """Tokens of the class that join the image's; only family pixelgen, condition class."""
+    context_start: Annotated[int, _ClassPixelGen] = Field(8, ge=0)
+    """Blocks before they join; only family pixelgen, condition class."""
+    dropout: Annotated[float, _ClassPixelGen] = Field(0.0, ge=0, lt=1)
+    """Share of values that the middle half of the blocks drops in training; only family pixelgen, condition class."""
+    pixel: Annotated[PixelConfig, Unused(family="pixelgen")] = PixelConfig()
+    """The pixel pathway; only family pixeldit."""
 
     @property
     def pixel_attention(self) -> tuple[int, int]:
@@ -111,7 +98,7 @@ class ModelConfig(Section):
         return self.pixel.attention_width or self.width, self.pixel.attention_heads or self.heads
 
     @model_validator(mode="after")
-    def _widths(self) -> ModelConfig:
+    def _consistent(self) -> ModelConfig:
         _check_heads("width", self.width, "heads", self.heads)
         if self.repa_layer > self.depth:
             raise ValueError(f"repa_layer {self.repa_layer} must be at most depth ({self.depth})")
@@ -122,18 +109,6 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"pixel.tokens_per_patch {self.pixel.tokens_per_patch} must cut a patch of {self.patch_size} x "
                     f"{self.patch_size} pixels into equal parts"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _fits_family_and_condition(self) -> ModelConfig:
-        for field, uses in _USED.items():
-            value, default = getattr(self, field), type(self).model_fields[field].default
-            if (self.family, self.condition) not in uses and value != default:
-                shown = f"{field} {value}" if isinstance(value, str | int | float) else field
-                raise ValueError(
-                    f"{shown} does nothing under family {self.family} and condition {self.condition}: "
-                    f"leave it at {default if shown != field else 'its defaults'}"
                 )
         if self.condition == "text" and self.bottleneck == 0:
             raise ValueError("bottleneck 0 is for condition class: give a width of at least 1")

@@ -1,21 +1,19 @@
 """The typed tree of a run: one YAML file, strict, every field documented.
 
-A run is a list of stages. The sections below hold the settings that stages share; a stage names what differs.
-What counts, from weakest to strongest: the defaults here, the file's sections, the stage, the command line. A file
-with `base: other.yaml`, a path seen from itself, changes what that one says; lists, `stages` among them, are replaced.
-In paths `~`, `$NAME` and `${NAME}` are filled in; where a field may be none, null and none say so.
-`t2i/config/loading.py` reads, checks and merges them; `t2i/config/data.py` is the part about data,
-`t2i/config/model.py` that about the network.
+A run is a list of stages. The sections below hold the settings that stages share; a stage states what differs. The
+order of precedence, from weakest: defaults here, the file's sections, the stage, the command line. `base: other.yaml`,
+a path relative to the file, loads that file first; lists, `stages` among them, are replaced. Paths may contain `~`,
+`$NAME` and `${NAME}`; where a field may be none, null and none mean it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from t2i.config.base import NAME, ExpandedPath, PathText, Section
+from t2i.config.base import NAME, ExpandedPath, PathText, Section, Unused
 from t2i.config.data import DataConfig
 from t2i.config.model import ModelConfig
 from t2i.config.train import (
@@ -31,28 +29,27 @@ from t2i.config.train import (
 
 
 class TextConfig(Section):
-    """The frozen language model that reads captions."""
+    """The frozen text encoder that reads captions."""
 
     model: PathText = "Qwen/Qwen3-1.7B"
-    """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package. Of an
-    encoder-decoder the encoder reads captions, of a model of text and images its text tower or language model."""
+    """Hugging Face name, local folder, or `package:NAME/FOLDER` for a folder of an installed package. Encoder-decoders
+    use their encoder, models of text and images their text tower or language model."""
     length: int = Field(128, gt=0)
-    """Tokens a caption is padded or cut to; under model.text_padding mask, the most that it may have. At most what the
-    language model has positions for."""
+    """Tokens a caption is padded or cut to; under model.text_padding mask, the most that it may have. At most the
+    model's number of positions."""
     instruction: str = ""
-    """Words put before every caption, but not before the empty one and negative prompts; they end with a space. Their
-    tokens are not kept, but a decoder's states of the caption have seen them. Public weights that were trained under an
-    instruction are reproduced under that model's own alone, to the letter."""
+    """Words before every caption, ending in a space, but not before the empty caption and negative prompts. The states
+    of its own tokens are dropped. Public weights trained with an instruction need exactly that instruction."""
     cache: int = Field(0, ge=0)
-    """Captions whose states stay in memory on each rank; for data sets with few captions."""
+    """Captions whose states each rank caches; for data sets with few captions."""
     reload_every_step: bool = False
-    """Load the language model for the captions of each step and let it go after: for machines whose memory does not
-    hold it beside the denoiser; costs its loading time a step."""
+    """Load the text encoder for the captions of each step and free it after: for machines whose memory does not hold it
+    beside the denoiser; costs its loading time a step."""
 
     @model_validator(mode="after")
     def _ends_with_a_space(self) -> TextConfig:
         if self.instruction and not self.instruction.endswith(" "):
-            raise ValueError("instruction must end with a space, which stands between it and the caption")
+            raise ValueError("instruction must end with a space, which separates it from the caption")
         return self
 
 
@@ -64,44 +61,41 @@ class TrainConfig(Section):
     batch_size: int = Field(1536, gt=0)
     """Samples in a global batch, over all ranks and accumulation steps."""
     micro_batch_size: int = Field(64, gt=0)
-    """Samples a rank takes through the network at a time; divides batch_size / ranks."""
+    """Samples of one forward and backward pass on a rank; divides batch_size / ranks."""
 
 
 class EngineConfig(Section):
-    """How the training step runs and what the ranks share out. All engines compute the same numbers."""
+    """How the training step runs and what is sharded over ranks. All engines compute the same numbers."""
 
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
     """deepspeed: ZeRO. fsdp: PyTorch's FSDP2, which works block by block."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """Of deepspeed, what is shared out over ranks: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too."""
-    offload: bool = False
-    """Of deepspeed at zero_stage 3, with AdamW: keep gradients, masters, moments and average in host memory, and update
-    there: slow, for GPUs that are too small."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], Unused(name="fsdp")] = 1
+    """What is sharded over ranks: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too. Only name deepspeed."""
+    offload: Annotated[bool, Unused(name="fsdp")] = False
+    """Keep gradients, master weights, moments and EMA in host memory, and update there: slow, for GPUs that are too
+    small. Only name deepspeed, zero_stage 3, with AdamW."""
     offload_dir: ExpandedPath | None = None
-    """Folder for files in which the optimizer's moments, the average and what a checkpoint copies live, mapped into
-    memory: for machines whose memory does not hold them. The state must lie in host memory (a CPU run, or offload), the
-    folder on a local disk: a tmpfs such as /dev/shm is memory, too."""
-    reshard_after_forward: bool = True
-    """Of fsdp: drop a block's gathered weights after its forward pass, and gather them again for the backward pass;
-    false keeps them in between: less traffic, more memory."""
-    dp_replicate: int = Field(1, gt=0)
-    """Of fsdp: groups of ranks that each hold the whole state (HSDP), as one group per node; divides the ranks."""
+    """Folder for memory-mapped files of the optimizer's moments, the EMA and a checkpoint's copies: for machines whose
+    memory does not hold them. The state must be in host memory (a CPU run, or offload), the folder on a local disk: a
+    tmpfs such as /dev/shm is memory, too."""
+    reshard_after_forward: Annotated[bool, Unused(name="deepspeed")] = True
+    """Free a block's gathered weights after its forward pass, and gather them again for the backward pass; false keeps
+    them: less traffic, more memory. Only name fsdp."""
+    dp_replicate: Annotated[int, Unused(name="deepspeed")] = Field(1, gt=0)
+    """Groups of ranks that each hold the whole state (HSDP), for instance one a node; divides the ranks. Only name
+    fsdp."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of weights and arithmetic, VGG16's and DINOv2's too; masters are fp32. auto: bf16 where it is fast."""
+    """Dtype of weights and arithmetic, also of VGG16 and DINOv2; master weights are fp32. auto: bf16 where it is
+    fast."""
     compile: bool = False
-    """Compile transformer blocks, text encoder and perceptual networks; costs minutes at the start of a stage.
-    Under zero_stage 3 every gather breaks a block into pieces: more minutes, and little gain."""
+    """Compile transformer blocks, text encoder and perceptual networks; costs minutes at the start of a stage. Under
+    zero_stage 3 every gather breaks a block's graph: more minutes, and little gain."""
     activation_checkpointing: bool | Literal["pixel"] = False
-    """Keep only the input of each transformer block for the backward pass, which computes the rest again; pixel: of the
-    blocks of PixelDiT's pixel pathway alone, which keep the most."""
+    """Keep only the input of each transformer block for the backward pass, which recomputes the rest; pixel: only in
+    the blocks of PixelDiT's pixel pathway, which keep the most."""
 
     @model_validator(mode="after")
     def _fits_engine(self) -> EngineConfig:
-        fields = {"deepspeed": ("reshard_after_forward", "dp_replicate"), "fsdp": ("zero_stage", "offload")}[self.name]
-        for field in fields:
-            value, default = getattr(self, field), type(self).model_fields[field].default
-            if value != default:
-                raise ValueError(f"{field} {value} does nothing under name {self.name}: leave it at {default}")
         if self.offload and self.zero_stage != 3:
             raise ValueError(f"offload goes with zero_stage 3, not {self.zero_stage}")
         return self
@@ -111,24 +105,24 @@ class EmaConfig(Section):
     """The exponential moving average of the weights, in fp32, sharded over ranks."""
 
     decay: float = Field(0.9999, ge=0, lt=1)
-    """Share of the old average that an applied update keeps."""
+    """Share of the old EMA that an applied update keeps."""
 
 
 class InitConfig(Section):
     """What a stage starts from."""
 
     source: PathText = "previous"
-    """previous (the stage before; scratch in the first), scratch, or the path of a model/ folder."""
+    """previous (the stage before; scratch in the first stage), scratch, or the path of a model/ folder."""
     weights: Literal["raw", "ema"] = "raw"
     """Which weights of the source become this stage's."""
     optimizer: Literal["continue", "reset"] = "continue"
-    """Whether the optimizer's moments go on from the previous stage."""
+    """Whether the optimizer's moments continue from the previous stage."""
     ema: Literal["continue", "reset"] = "continue"
-    """Whether the average goes on, or starts at the stage's first weights."""
+    """Whether the EMA continues, or starts at the stage's first weights."""
 
 
 class ValidationConfig(Section):
-    """What is measured and drawn during training, with the EMA weights."""
+    """What is measured and sampled during training, with the EMA weights."""
 
     every: int = Field(5000, ge=0)
     """Steps between validations and sample grids (also at the start and end of a stage); 0 turns both off."""
@@ -137,7 +131,7 @@ class ValidationConfig(Section):
     prompts: list[str] = Field([])
     """Prompts of the sample grid; an empty list turns it off."""
     columns: int = Field(4, gt=0)
-    """Pictures in a row of the grid."""
+    """Images in a row of the grid."""
 
 
 class LoggingConfig(Section):
@@ -146,7 +140,8 @@ class LoggingConfig(Section):
     every: int = Field(10, gt=0)
     """Steps between lines of metrics.jsonl; each line is of one step, not an average."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; where online cannot begin, as without a login, it writes offline. A fault there ends no run."""
+    """Weights & Biases; if online cannot start, for instance without a login, it writes offline. A fault there ends no
+    run."""
     wandb_project: str = "pixel-t2i"
     """Project name there."""
 
@@ -167,7 +162,7 @@ STAGE_SECTIONS = (
     "spike_guard",
     "profiling",
 )
-"""What a stage may override. Not the model and the text encoder: they are the run's."""
+"""What a stage may override: all but the model and the text encoder."""
 
 
 class RunConfig(Section):

@@ -1,9 +1,6 @@
-"""The straight path between noise and image, as pure functions.
+"""Flow matching on the straight path between noise and image, as pure functions in fp32; and the noise of a slot.
 
-Convention everywhere: t = 0 is noise, t = 1 the image, `x_t = t x + (1 - t) noise`, velocity
-`v = dx_t/dt = x - noise`. All arithmetic here is fp32 whatever the networks run in.
-
-Gaussian noise that belongs to a slot: a function of a key and a number, whatever the batch around it.
+Convention everywhere: t = 0 is noise, t = 1 the image, `x_t = t x + (1 - t) noise`, velocity `v = dx_t/dt = x - noise`.
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ from data.randomness import hash_u64
 
 
 def slot_noise(key: int, slots: ArrayLike, shape: Sequence[int], device: torch.device, scale: float = 1.0) -> Tensor:
-    """Normal fp32 noise (len(slots), *shape) of standard deviation `scale`; the same slot gives the same noise on one
-    kind of device."""
+    """Normal fp32 noise (len(slots), *shape) of standard deviation `scale`, a function of key and slot on one kind of
+    device."""
     generator = torch.Generator(device)
     seeds = hash_u64(key, slots).tolist()
     drawn = [torch.randn(*shape, generator=generator.manual_seed(seed), device=device) for seed in seeds]
@@ -31,17 +28,17 @@ def slot_noise(key: int, slots: ArrayLike, shape: Sequence[int], device: torch.d
 Array = NDArray[np.float64]
 
 PredictionKind = Literal["image", "velocity"]
-"""What a network returns of a noisy image."""
+"""What a network predicts from a noisy image."""
 
 
 def logit_normal(uniform: Array, mean: float, std: float) -> Array:
-    """Times whose logit is normal, from uniforms in (0, 1), by the inverse of the distribution function."""
+    """Times whose logit is normal, from uniforms in (0, 1), by the inverse CDF."""
     logit = mean + std * torch.special.ndtri(torch.from_numpy(uniform))
     return torch.sigmoid(logit).numpy()
 
 
 def shift_time(t: Array, shift: float) -> Array:
-    """`t / (t + (1 - t) shift)`: a shift above 1 moves times towards noise, keeping 0 and 1."""
+    """`t / (t + (1 - t) shift)`: a shift above 1 moves times towards noise; 0 and 1 stay."""
     return t / (t + (1.0 - t) * shift)
 
 
@@ -56,27 +53,27 @@ def interpolate(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor, t_eps: float) -> Tensor:
-    """The velocity that a predicted image implies (PixelGen eq. 3), with 1 - t held at `t_eps` or above."""
+    """The velocity that a predicted image implies (PixelGen eq. 3), with 1 - t clamped to `t_eps` or above."""
     return (image - x_t) / (1.0 - _per_sample(t, x_t)).clamp(min=t_eps)
 
 
 def image_from_velocity(velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The image that a velocity leads to on a straight line: x_t + (1 - t) v."""
+    """The image that a velocity implies: x_t + (1 - t) v."""
     return x_t + velocity * (1.0 - _per_sample(t, x_t))
 
 
 def predicted_velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: PredictionKind, t_eps: float) -> Tensor:
-    """The velocity that a network's output means; `t_eps` is heeded where it follows from an image."""
+    """The velocity of a network's output; `t_eps` applies to predicted images."""
     return velocity_from_image(output, x_t, t, t_eps) if prediction == "image" else output
 
 
 def flow_matching_loss(
     output: Tensor, image: Tensor, noise: Tensor, t: Tensor, prediction: PredictionKind, t_eps: float
 ) -> Tensor:
-    """Squared error of the velocities (PixelGen eq. 5, PixelDiT eq. 8), the mean over each sample's pixels: (B,).
+    """Squared error of the velocity (PixelGen eq. 5, PixelDiT eq. 8), the mean over each sample's pixels: (B,).
 
-    Of predicted velocities, the true one is image - noise, and nothing divides. Of predicted images, both velocities
-    share x_t and the clamp, so their difference is that of the images over max(1 - t, t_eps).
+    For predicted images, both velocities share x_t and the clamp, so their difference is that of the images over max(1
+    - t, t_eps).
     """
     if prediction == "velocity":
         return (output.float() - (image.float() - noise.float())).square().flatten(1).mean(1)

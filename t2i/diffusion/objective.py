@@ -2,22 +2,17 @@
 
 `L = L_FM + b (0.1 L_LPIPS + 0.01 L_P-DINO) + w L_REPA` (PixelGen eq. 6, where b = 1), one scalar for one backward.
 
-- Every mean is over the *global* batch. Flow matching and alignment average over all samples, the perceptual
-  terms over the un-gated ones (t at or above the gate), whose global number is known from the slots. The engine
-  averages gradients over `micro_batches` (ranks x accumulation steps), so a micro-batch contributes
-  `sum_i l_i / N_global * micro_batches`.
-- The perceptual networks see un-gated samples only; the clean image's patch features serve both P-DINO and REPA.
-- No term of a gated sample reaches its gradient. Gating selects samples; it never changes a collective.
-- Where the gradients of L_FM and of the perceptual terms are wanted apart, for b (gradient balancing), they are formed
-  at the network's output and their sum goes on from there: still one backward through each network.
-
-How strongly two losses pull at the head, the last linear layer, without a backward pass for each. Pure functions.
-
-The head makes image patches y (B, N, P) of tokens h (B, N, D): y = h W' + b. The gradient of a loss at W (P, D) is
-then the sum over tokens of dL/dy h', so h and the loss's gradient at the predicted image are all it takes; the rest of
-the network, and its one backward pass, never hear of it.
-
-Gradients add up over the micro-batches and ranks of a global batch. Their norms do not: sums come first.
+- Every mean is over the *global* batch. Flow matching and alignment average over all samples, the perceptual terms over
+  the ungated ones (t at or above perceptual_t_min), whose global number follows from the slots. The engine averages
+  gradients over `micro_batches` (ranks x accumulation steps), so a micro-batch contributes `sum_i l_i / N_global *
+  micro_batches`.
+- The perceptual networks run on ungated samples only; the clean image's patch features serve both P-DINO and REPA.
+  Gating never changes a collective.
+- Gradient balancing (b) needs the gradients of L_FM and of the perceptual terms separately: they are computed at the
+  network's output and their sum is passed on, so there is still one backward pass through each network.
+- Their norms are compared at the head, the last linear layer y = h W' + b from tokens h (B, N, D) to patches y (B, N,
+  P). A loss's gradient at W (P, D) is the sum over tokens of dL/dy h'. Gradients, not their norms, add up over
+  micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -34,28 +29,22 @@ from torch import Tensor
 
 from t2i.diffusion.flow import Array, PredictionKind, flow_matching_loss, image_from_velocity, interpolate
 from t2i.diffusion.perceptual import ImageDistance, PatchFeatures, cosine_distance
-from t2i.models.layers import upload
+from t2i.models.layers import to_device
 
 EPSILON = 1e-4
 """Added to the norm that divides."""
 
 
 def head_gradients(tokens_BND: Tensor, *patches_BNP: Tensor) -> Tensor:
-    """Gradients (k, P, D) of k losses at the head's weight, fp32.
-
-    Args:
-        tokens_BND: what went into the head.
-        patches_BNP: each loss's gradient at what came out of it. The order of the P values does not matter to norms.
-    """
+    """Gradients (k, P, D) of k losses at the head's weight, fp32, from the head's input and each loss's gradient at its
+    output. The order of the P values does not matter to norms."""
     at_patches = torch.cat([patches.float() for patches in patches_BNP], dim=-1).flatten(0, 1)
     return (at_patches.T @ tokens_BND.float().flatten(0, 1)).unflatten(0, (len(patches_BNP), -1))
 
 
 def norm_ratio(numerator: Tensor, denominator: Tensor, most: float) -> float | None:
-    """Ratio of the norms of two gradients, at most `most`; None where the second is zero: there is nothing to balance.
-
-    Not finite where a gradient is not.
-    """
+    """Ratio of the norms of two gradients, at most `most`; None if the second is zero. Not finite if a gradient is
+    not."""
     if not denominator.any():
         return None
     ratio = numerator.double().norm() / (denominator.double().norm() + EPSILON)
@@ -71,30 +60,30 @@ BANDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 TERMS = ("loss", "loss_fm", "loss_lpips", "loss_pdino", "loss_repa")
 
 
-Watch = Callable[[Tensor, Tensor], None]
-"""Is given the gradients of L_FM and of the perceptual terms (b = 1) at the output, (b, 3, H, W) each."""
+GradientHook = Callable[[Tensor, Tensor], None]
+"""Gets the gradients of L_FM and of the perceptual terms (b = 1) at the output, (b, 3, H, W) each."""
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms and the two thresholds; a weight of 0 leaves the term and its network out."""
+    """Weights of the terms, and their thresholds; a weight of 0 leaves the term and its network out."""
 
     lpips: float
     pdino: float
     repa: float
-    gate: float
+    perceptual_t_min: float
     t_eps: float
     pdino_gated: bool = True
-    """Whether P-DINO heeds the gate; the mean is over all samples where it does not."""
+    """Whether P-DINO is gated by perceptual_t_min, or is a mean over all samples."""
     pdino_layers: tuple[int, ...] = ()
-    """Layers of the feature network, from 1, that P-DINO is the mean over; none: the last. REPA has the last always."""
+    """Layers of the feature network, from 1, that P-DINO averages over; empty: the last. REPA always uses the last."""
     repa_grid: int | None = None
-    """Side of the grid of patches on which REPA compares; none: the model's own grid."""
+    """Side of the grid of patches on which REPA compares; None: the model's grid."""
 
 
 @dataclass
-class Terms:
-    """Sums and counts of each term over samples, detached: what the metrics are made of."""
+class LossTerms:
+    """Sums and counts of each term over samples, detached, for the metrics."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -104,73 +93,69 @@ class Terms:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + count
 
-    def merge(self, other: Terms) -> None:
-        """Enter another micro-batch's terms."""
+    def merge(self, other: LossTerms) -> None:
         for name, total in other.sums.items():
             self.add(name, total, other.counts[name])
 
 
 def band_names(term: str) -> list[str]:
-    """Names of a term restricted to the bands of t, e.g. `loss_fm_t0.2-0.4`."""
+    """Metric names of a term by band of t, e.g. `loss_fm_t0.2-0.4`."""
     return [f"{term}_t{low}-{high}" for low, high in pairwise(BANDS)]
 
 
-def add_bands(terms: Terms, term: str, losses: Tensor, t: Array) -> None:
-    """Enter per-sample losses (B,) by band of their host times t (B,)."""
+def add_bands(terms: LossTerms, term: str, losses: Tensor, t: Array) -> None:
+    """Add per-sample losses (B,) by band of their times t (B,), which are on the host."""
     bands = np.clip(np.searchsorted(BANDS, t, side="right") - 1, 0, len(BANDS) - 2)
     counts = np.bincount(bands, minlength=len(BANDS) - 1)
-    sums = losses.new_zeros(len(counts)).index_add_(0, upload(bands, losses.device), losses.detach())
+    sums = losses.new_zeros(len(counts)).index_add_(0, to_device(bands, losses.device), losses.detach())
     for name, total, count in zip(band_names(term), sums, counts.tolist(), strict=True):
         if count > 0:
             terms.add(name, total, count)
 
 
 def with_gradient(value: Tensor, at: Tensor, gradient: Tensor) -> Tensor:
-    """The scalar `value` as a function of `at` that has this gradient there."""
+    """The scalar `value`, as a function of `at` with this gradient."""
     return value.detach() + ((at - at.detach()) * gradient).sum()
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """Some samples of a micro-batch: how many, and their rows on the device; None: all of them."""
+class _Subset:
+    """Some samples of a micro-batch: their number, and their rows on the device (None: all of them)."""
 
     count: int
     rows: Tensor | None
 
     @classmethod
-    def by(cls, wanted: NDArray[np.bool_], device: torch.device) -> _Chosen:
-        rows = np.flatnonzero(wanted)
-        return cls(len(rows), None if len(rows) == len(wanted) else upload(rows, device))
+    def from_mask(cls, mask: NDArray[np.bool_], device: torch.device) -> _Subset:
+        rows = np.flatnonzero(mask)
+        return cls(len(rows), None if len(rows) == len(mask) else to_device(rows, device))
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A micro-batch as its terms see it: which samples a term applies to, and what one sample counts."""
+_EMPTY = _Subset(0, None)
 
-    terms: Terms
-    everyone: _Chosen
-    open_gate: _Chosen
-    compared: _Chosen
-    """By P-DINO."""
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """The terms of a micro-batch, the samples that each is computed on, and the factors from a sum over samples to the
+    micro-batch's share of the loss."""
+
+    terms: LossTerms
+    everyone: _Subset
+    ungated: _Subset
+    pdino: _Subset
     per_sample: float
     per_ungated: float
-
-
-_NONE = _Chosen(0, None)
 
 
 class Objective:
     """The loss of PixelGen; with no weight on perceptual terms, that of PixelDiT (section 3.4).
 
-    Args:
-        weights: of the terms.
-        prediction: what the denoiser returns; the perceptual terms see the image that it means.
-        image_distance: LPIPS or a stand-in; needed where `weights.lpips` > 0.
-        patch_features: DINOv2 or a stand-in; needed where `weights.pdino` or `weights.repa` > 0. It has the layers that
-            `weights` names.
+    `image_distance` (LPIPS or a stand-in) is needed for `weights.lpips` > 0, `patch_features` (DINOv2 or a stand-in)
+    for `weights.pdino` or `weights.repa` > 0. `prediction` is the denoiser's; the perceptual terms get the image that
+    it implies.
     """
 
     def __init__(
@@ -203,39 +188,35 @@ class Objective:
         ungated: int,
         micro_batches: int,
         perceptual_weight: float = 1.0,
-        watch: Watch | None = None,
-    ) -> tuple[Tensor, Terms]:
-        """Loss of one micro-batch.
+        gradient_hook: GradientHook | None = None,
+    ) -> tuple[Tensor, LossTerms]:
+        """Loss of one micro-batch, and its terms; the term "loss" is the loss with b = 1.
 
         Args:
             output: the denoiser's (b, 3, H, W), fp32.
             projected: its features after the projector (b, N, width); None without alignment.
-            image: the clean image (b, 3, H, W) in [-1, 1].
-            noise: what it was mixed with (b, 3, H, W).
+            image: the clean image (b, 3, H, W) in [-1, 1]; `noise` has its shape.
             t: times (b,) on the host.
             grid: rows and columns of the model's patches.
             batch_size: samples in the global batch.
-            ungated: samples of the global batch with t >= gate.
+            ungated: samples of the global batch with t >= perceptual_t_min.
             micro_batches: micro-batches in the global batch, over all ranks.
-            perceptual_weight: b, what the perceptual terms are multiplied by besides their weights.
-            watch: is called with the two gradients before this returns.
-
-        Returns:
-            The loss, and its terms; the term "loss" is the loss with b = 1.
+            perceptual_weight: b.
+            gradient_hook: called with the two gradients before this returns.
         """
-        weights, everyone = self.weights, _Chosen(len(t), None)
-        open_gate = _Chosen.by(t >= weights.gate, image.device)
-        part = _Part(
-            Terms(),
+        weights, everyone = self.weights, _Subset(len(t), None)
+        above_t_min = _Subset.from_mask(t >= weights.perceptual_t_min, image.device)
+        part = _MicroBatch(
+            LossTerms(),
             everyone,
-            open_gate,
-            compared=_NONE if weights.pdino == 0 else open_gate if weights.pdino_gated else everyone,
+            above_t_min,
+            pdino=_EMPTY if weights.pdino == 0 else above_t_min if weights.pdino_gated else everyone,
             per_sample=micro_batches / batch_size,
             per_ungated=micro_batches / max(ungated, 1),
         )
-        # Watched, the terms depend on a copy of the output, and what they pull at it with is handed on.
-        source = output if watch is None else output.detach().requires_grad_()
-        times = upload(t, image.device)
+        # With a hook, the terms depend on a copy of the output, and the sum of their gradients at it is passed on.
+        source = output if gradient_hook is None else output.detach().requires_grad_()
+        times = to_device(t, image.device)
         flow = self._flow(part, source, image, noise, t, times)
         clean = self._clean_features(part, image, grid)
         predicted = source
@@ -243,23 +224,23 @@ class Objective:
             predicted = image_from_velocity(source, interpolate(image, noise, times), times)
         perceptual = self._lpips(part, predicted, image) + self._pdino(part, predicted, clean, grid)
         alignment = self._repa(part, projected, image, clean, grid)
-        # As if b were 1: what is judged by its past must not move with b.
+        # With b = 1: the spike guard compares the loss with its past, which must not move with b.
         part.terms.add("loss", (flow + perceptual + alignment) / part.per_sample, len(t))
         loss = flow + perceptual_weight * perceptual
-        if watch is not None:
-            pulls = [_gradient(flow, source), _gradient(perceptual, source)]
-            watch(*pulls)
-            loss = with_gradient(loss, output, pulls[0] + perceptual_weight * pulls[1])
+        if gradient_hook is not None:
+            gradients = [_gradient(flow, source), _gradient(perceptual, source)]
+            gradient_hook(*gradients)
+            loss = with_gradient(loss, output, gradients[0] + perceptual_weight * gradients[1])
         return loss + alignment, part.terms
 
-    def _flow(self, part: _Part, output: Tensor, image: Tensor, noise: Tensor, t: Array, times: Tensor) -> Tensor:
+    def _flow(self, part: _MicroBatch, output: Tensor, image: Tensor, noise: Tensor, t: Array, times: Tensor) -> Tensor:
         flow = flow_matching_loss(output, image, noise, times, self.prediction, self.weights.t_eps)
         part.terms.add("loss_fm", flow.sum(), len(t))
         add_bands(part.terms, "loss_fm", flow, t)
         return flow.sum() * part.per_sample
 
-    def _lpips(self, part: _Part, predicted: Tensor, image: Tensor) -> Tensor:
-        seen = part.open_gate
+    def _lpips(self, part: _MicroBatch, predicted: Tensor, image: Tensor) -> Tensor:
+        seen = part.ungated
         if self.weights.lpips == 0 or seen.count == 0:
             return predicted.new_zeros(())
         assert self.image_distance is not None
@@ -268,14 +249,14 @@ class Objective:
         return self.weights.lpips * distance * part.per_ungated
 
     def _aligned_here(self, grid: tuple[int, int]) -> bool:
-        """Whether alignment compares on the model's own grid, and so shares P-DINO's clean features."""
+        """Whether alignment compares on the model's grid, and so shares P-DINO's clean features."""
         side = self.weights.repa_grid
         return self.weights.repa > 0 and (side is None or (side, side) == grid)
 
-    def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
-        """Features of the clean images by layer; alignment needs those of all, P-DINO those that it compares."""
+    def _clean_features(self, part: _MicroBatch, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
+        """Features of the clean images by layer: of all samples for alignment, else of P-DINO's."""
         shared = self._aligned_here(grid)
-        described = part.everyone if shared else part.compared
+        described = part.everyone if shared else part.pdino
         if described.count == 0:
             return {}
         assert self.patch_features is not None
@@ -284,8 +265,8 @@ class Objective:
             found = self.patch_features.tokens(described.of(image), grid, sorted(layers))
         return dict(zip(sorted(layers), found, strict=True))
 
-    def _pdino(self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
-        compared = part.compared
+    def _pdino(self, part: _MicroBatch, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
+        compared = part.pdino
         if compared.count == 0:
             return predicted.new_zeros(())
         assert self.patch_features is not None
@@ -300,7 +281,7 @@ class Objective:
 
     def _repa(
         self,
-        part: _Part,
+        part: _MicroBatch,
         projected: Tensor | None,
         image: Tensor,
         clean: dict[int, Tensor],
@@ -323,5 +304,5 @@ class Objective:
 
 
 def _gradient(loss: Tensor, at: Tensor) -> Tensor:
-    """Of a loss that may not depend on `at`, as where all samples are gated."""
+    """Zeros if the loss does not depend on `at`, as when all samples are gated."""
     return torch.autograd.grad(loss, at)[0] if loss.requires_grad else torch.zeros_like(at)

@@ -1,15 +1,12 @@
 """Distances between images in the feature space of frozen networks.
 
-- `Lpips`: LPIPS on VGG16 (Zhang et al., 2018; PixelGen eq. 7), with the `lpips` package's weights; the package computes
-  in one dtype, here VGG16 may run in bf16 and the distances in fp32.
-- `Dinov2`: patch tokens of DINOv2 (PixelGen eq. 8) at any of its layers; the image is resized so that its patches match
-  the model's one to one.
-- `EfficientNetLite`: ImageNet features of EfficientNet-Lite0 from the package registry: a labelled stand-in
-  for both where their weights cannot be had.
+- `Lpips`: LPIPS on VGG16 (Zhang et al., 2018; PixelGen eq. 7), with the `lpips` package's weights.
+- `Dinov2`: patch tokens of DINOv2 (PixelGen eq. 8) at any of its layers.
+- `EfficientNetLite`: ImageNet features of EfficientNet-Lite0, from a Python package: a labelled stand-in for both.
 
-Images are fp32 in [-1, 1] and are not clamped. Networks are frozen, in eval mode, and kept out of the engine. Those
-that convolve are channels last (about half the time of channels first on a CPU). The weights of VGG16 and DINOv2 are in
-the dtype of the run, so that no step casts them; distances between their features are fp32.
+Images are fp32 in [-1, 1], not clamped. Networks are frozen, in eval mode, and not part of the engine. Convolutions are
+channels last, which takes about half the time on a CPU. VGG16 and DINOv2 run in the run's dtype, so that no step casts
+their weights; distances between features are fp32.
 """
 
 from __future__ import annotations
@@ -46,14 +43,12 @@ class PatchFeatures(Protocol):
     """Number of the last layer; the first is 1."""
 
     def tokens(self, image: Tensor, grid: tuple[int, int], layers: Sequence[int]) -> list[Tensor]:
-        """(B, 3, H, W) -> (B, rows * columns, width) a layer, in the order asked for; row-major, differentiable."""
+        """(B, 3, H, W) -> (B, rows * columns, width) for each layer in order; row-major, differentiable."""
 
 
 def compile_for_any_batch(net: ImageDistance | PatchFeatures) -> None:
-    """Compile a network's `distance` and `tokens` once for all numbers of samples above 1, and once for 1.
-
-    The number of un-gated samples varies from micro-batch to micro-batch; padded to a few sizes, each would be a graph.
-    """
+    """Compile a network's `distance` and `tokens` once for 1 sample and once for any larger number, since the number of
+    ungated samples varies from micro-batch to micro-batch."""
 
     def any_batch(compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -70,12 +65,12 @@ def compile_for_any_batch(net: ImageDistance | PatchFeatures) -> None:
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cos between the tokens of (B, N, D) tensors, in fp32, the mean over the tokens of a sample: (B,)."""
+    """1 - cos between tokens (B, N, D), in fp32, the mean over a sample's tokens: (B,)."""
     return (1.0 - F.cosine_similarity(a.float(), b.float(), dim=-1, eps=1e-6)).mean(1)
 
 
 class _ImageNetNormalise(nn.Module):
-    """[-1, 1] to ImageNet's mean 0 and deviation 1 a channel, in fp32."""
+    """From [-1, 1] to ImageNet's mean 0 and standard deviation 1 a channel, in fp32."""
 
     mean: Tensor
     std: Tensor
@@ -90,18 +85,13 @@ class _ImageNetNormalise(nn.Module):
 
 
 def _unit(features: Tensor, eps: float = 1e-10) -> Tensor:
-    """Features (B, C, H, W) over their length at each place, in fp32; where it is 0, so is its slope."""
+    """Features (B, C, H, W) divided by their norm at each position, in fp32; the gradient of a zero norm is 0."""
     features = features.float()
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + eps)
 
 
 class Lpips(nn.Module):
-    """LPIPS (VGG16, version 0.1) at full resolution.
-
-    Args:
-        net: the package's network; it is taken over.
-        dtype: of VGG16's weights and arithmetic.
-    """
+    """LPIPS (VGG16, version 0.1) at full resolution. Changes `net`, the package's network; `dtype` is that of VGG16."""
 
     def __init__(self, net: lpips.LPIPS, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -111,7 +101,6 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def _features(self, image: Tensor) -> list[Tensor]:
-        """Outputs of VGG16's five stages."""
         x = self.net.scaling_layer(image).to(self.dtype, memory_format=torch.channels_last)
         features = []
         for stage in self.net.net.children():
@@ -128,41 +117,32 @@ class Lpips(nn.Module):
 
 
 def load_lpips(vgg16: Path | None, dtype: torch.dtype = torch.float32) -> Lpips:
-    """LPIPS with real weights.
-
-    Args:
-        vgg16: a file with torchvision's VGG16 weights; None takes torchvision's cached or downloaded ones.
-        dtype: of VGG16's weights and arithmetic.
-    """
+    """LPIPS with trained weights. `vgg16`: a file with torchvision's VGG16 weights; None takes torchvision's cached or
+    downloaded ones."""
     import lpips
 
     net = lpips.LPIPS(net="vgg", pnet_rand=vgg16 is not None, verbose=False)
     if vgg16 is not None:
         weights = torch.load(vgg16, map_location="cpu", weights_only=True)
-        # The package cuts torchvision's `features` into five slices and keeps the layers' numbers.
+        # The package splits torchvision's `features` into five stages and keeps the layers' numbers.
         for part in net.net.children():
             part.load_state_dict({name: weights[f"features.{name}"] for name in part.state_dict()})
     return Lpips(net, dtype)
 
 
 class Dinov2(nn.Module):
-    """Patch tokens of DINOv2 after any of its layers, each through the final norm, as DINOv2's own code hands them out.
+    """Patch tokens of DINOv2 after any of its layers, each through the final norm, as DINOv2's own code returns them.
 
     The image is resized (bicubic, no antialias) so that DINOv2's 14-pixel patches form exactly `grid`: to 14/16 of its
-    size for a model of 16-pixel patches. Position embeddings are resized as Facebook's code does it, whose features the
-    released projectors were trained on: by a scale that 0.1 patches are added for, not to a size.
-
-    Args:
-        name: a Hugging Face name or a local folder, e.g. `facebook/dinov2-base`.
-        dtype: of its weights and arithmetic.
-        device: where it runs.
+    size for a model of 16-pixel patches. Position embeddings are resized as in Facebook's code, with which the released
+    projectors were trained: by a scale factor of patches plus 0.1, not to a size.
     """
 
     def __init__(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> None:
         super().__init__()
         from transformers import Dinov2Model
 
-        # On a CPU the plain operations are no slower than the fused kernel, and faster in bf16, backward above all.
+        # On a CPU plain operations are no slower than the fused kernel, and faster in bf16, above all backward.
         kernel = "eager" if device.type == "cpu" else "sdpa"
         self.net = Dinov2Model.from_pretrained(name, dtype=dtype, attn_implementation=kernel)
         self.normalise = _ImageNetNormalise()
@@ -171,10 +151,10 @@ class Dinov2(nn.Module):
         self.patch = int(self.net.config.patch_size)  # type: ignore[arg-type]
         self.eval().requires_grad_(False).to(device)
 
-    # A scale would be a constant of the compiled graph, which each size of images would then need anew.
+    # Compiled, the scale would be a constant of the graph, and each image size would need its own graph.
     @torch.compiler.disable
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings (1, 1 + N, width) of the class token and of a grid's patches."""
+        """Position embeddings (1, 1 + N, width): of the class token, then of a grid's patches."""
         table = self.net.embeddings.position_embeddings
         side = math.isqrt(table.shape[1] - 1)
         if grid == (side, side):
@@ -198,12 +178,10 @@ class Dinov2(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """ImageNet features of EfficientNet-Lite0: a stand-in for VGG16 and for DINOv2, never to be compared
-    with either. `distance` is an unweighted LPIPS over three depths, `tokens` the stride-8 features of the
-    image resized so that they form exactly `grid`.
-    """
+    """ImageNet features of EfficientNet-Lite0: a stand-in for VGG16 and DINOv2, not comparable with either. `distance`
+    is an unweighted LPIPS over three depths, `tokens` the stride-8 features of the image resized to form `grid`."""
 
-    LAYERS = (0, 2, 4)  # blocks that end at strides 2, 4 and 8
+    LAYERS = (0, 2, 4)  # the last blocks of strides 2, 4 and 8
 
     def __init__(self) -> None:
         super().__init__()

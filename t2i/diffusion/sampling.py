@@ -1,17 +1,12 @@
-"""From noise to an image: time grids, classifier-free guidance and solvers.
+"""From noise to an image: time grids, classifier-free guidance, solvers; and editing by FlowEdit.
 
 A solver integrates `dx/dt = velocity(x, t)` from t = 0 (noise) to t = 1 (image) over a given grid. The state and the
-t that a network is told are fp32, grids and coefficients are computed in float64. Calls of the network for N steps:
-Euler N, Heun 2N - 1, Adams N, DPM-Solver++ N.
+network's t are fp32, grids and coefficients float64. Calls of the network for N steps: Euler N, Heun 2N - 1, Adams N,
+DPM-Solver++ N.
 
-FlowEdit: from an image of one caption to an image of another, by the flow alone, without inverting it.
-
-The image is noised, the flow asked where it leads from there for either caption, and the edit moves by the difference:
-what the captions have in common cancels, and with it most of the picture. Where both velocities are one function the
-difference is 0 to the last bit, and nothing moves.
-
-Source: Kulikov et al., "FlowEdit: Inversion-Free Text-Based Editing Using Pre-Trained Flow Models" (2025), algorithm 1.
-There t = 1 is noise and steps are counted down to the image; here t = 0 is noise, as everywhere.
+FlowEdit (Kulikov et al., "FlowEdit: Inversion-Free Text-Based Editing Using Pre-Trained Flow Models", 2025, algorithm
+1) noises an image and moves it by the difference of its velocities under two captions. For equal captions the
+difference is 0 to the last bit, and the image does not change. In the paper t = 1 is noise; here t = 0 is.
 """
 
 from __future__ import annotations
@@ -34,14 +29,13 @@ Solver = Callable[[Velocity, Tensor, list[float], list[bool]], Tensor]  # (veloc
 Coefficients = Literal["variable", "fixed"]
 
 _DPMPP_START = 0.001
-"""Where DPM-Solver++ starts before the shift: in logarithms of t / (1 - t), 0 would be infinitely far away."""
+"""Where DPM-Solver++ starts, before the shift: at t = 0 its ln(t / (1 - t)) is infinite."""
 
 
 def time_grid(steps: int, shift: float = 1.0, solver: str = "euler") -> list[float]:
     """The steps + 1 times of a solver up to 1, linear before `shift_time`.
 
-    They begin at 0, those of dpmpp at 0.001 before the shift, as in Sana's public code; there, too, what it starts from
-    is pure noise.
+    They begin at 0, for dpmpp at 0.001 before the shift, as in Sana's public code, which also starts from pure noise.
     """
     return shift_time(np.linspace(_DPMPP_START if solver == "dpmpp" else 0.0, 1.0, steps + 1), shift).tolist()
 
@@ -49,11 +43,11 @@ def time_grid(steps: int, shift: float = 1.0, solver: str = "euler") -> list[flo
 def rescale_guidance(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
     """Move `share` of a guided prediction to the standard deviation of the conditional one, sample by sample.
 
-    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", equations 15 and 16. As there, the
-    prediction is a velocity: guidance raises its spread, and with it the contrast of the image.
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", equations 15 and 16, on velocities
+    as there: guidance raises their standard deviation, and with it the contrast of the image.
     """
     spread, wanted = (x.flatten(1).std(1).view(-1, *[1] * (x.ndim - 1)) for x in (guided, conditional))
-    spread = spread.clamp(min=torch.finfo(spread.dtype).tiny)  # of a network that returns zeros yet
+    spread = spread.clamp(min=torch.finfo(spread.dtype).tiny)  # an untrained network returns zeros
     return guided * (share * wanted / spread + (1.0 - share))
 
 
@@ -68,18 +62,15 @@ def guided_velocity(
 ) -> Velocity:
     """Classifier-free guidance on velocities, `v_null + scale (v - v_null)`, then `rescale_guidance`.
 
-    Both halves go through the network as one batch, the unconditional one first; where guidance is off, the
-    unconditional half is not computed.
+    Both halves go through the network as one batch, the unconditional one first, which is skipped where guidance is off
+    or 1. Predictions are not clamped, as in the public code.
 
     Args:
-        denoiser: its predictions are not clamped, here or in the public code.
-        condition: text states (B, L, E) of the prompts.
-        null_condition: those of what guidance leads away from, the empty caption or negative prompts.
-        guidance_scale: 1 is none.
-        prediction: what the denoiser returns.
-        t_eps: lower bound of 1 - t where a predicted image becomes a velocity. The public code has 0.05 for every
-            call of the network, before guidance: a step that starts at t above 0.95 goes too short a way, so that
-            Euler's 50 even steps leave 36 % of what is missing at t = 0.96. 0 is none.
+        condition: text states (B, L, E) of the prompts, or classes.
+        null_condition: those of the empty caption or of negative prompts.
+        t_eps: lower bound of 1 - t where a predicted image becomes a velocity; 0 is none. The public code has 0.05 for
+            every call of the network, before guidance: a step that starts at t above 0.95 is then too short, so that
+            Euler's 50 even steps leave 36 % of what is missing at t = 0.96.
         rescale: share of the guided velocity that is rescaled.
     """
 
@@ -97,31 +88,31 @@ def guided_velocity(
     return velocity
 
 
-class FiniteWatch:
-    """Notes which images of a batch each call of a velocity keeps finite; the device is not waited for meanwhile."""
+class FiniteTracker:
+    """Records which images of a batch are finite after each call of a velocity, without waiting for the device."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
         self._finite: list[Tensor] = []
 
-    def _note(self, t: float, images: Tensor) -> None:
+    def _record(self, t: float, images: Tensor) -> None:
         self._times.append(t)
-        self._finite.append(images.flatten(1).sum(1).isfinite())  # a sum is as long as every term is
+        self._finite.append(images.flatten(1).sum(1).isfinite())  # a sum is finite only if all its terms are
 
-    def over(self, velocity: Velocity) -> Velocity:
-        """The same velocity, watched."""
+    def wrap(self, velocity: Velocity) -> Velocity:
+        """The same velocity, recorded."""
 
-        def watched(x_t: Tensor, t: float, guided: bool) -> Tensor:
+        def recorded(x_t: Tensor, t: float, guided: bool) -> Tensor:
             slope = velocity(x_t, t, guided)
-            self._note(t, slope)
+            self._record(t, slope)
             return slope
 
-        return watched
+        return recorded
 
-    def first_fault(self, images: Tensor) -> tuple[int, float] | None:
-        """Which of the images that came of it was the first not to be finite, and at which t; None: all are."""
-        self._note(1.0, images)
-        finite = torch.stack([it[: len(images)] for it in self._finite]).cpu()
+    def first_nonfinite(self, images: Tensor) -> tuple[int, float] | None:
+        """Index of the image that was the first not to be finite, and the t; None if all resulting images are."""
+        self._record(1.0, images)
+        finite = torch.stack([flags[: len(images)] for flags in self._finite]).cpu()
         if finite.all():
             return None
         call, image = (~finite).nonzero()[0].tolist()
@@ -136,7 +127,7 @@ def euler(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool])
 
 
 def heun(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool]) -> Tensor:
-    """Second order, two calls a step; the last step is Euler's, whose corrector would sit at t = 1."""
+    """Second order, two calls a step; the last step is Euler's, since its corrector would be at t = 1."""
     for i, (t, t_next) in enumerate(pairwise(times)):
         slope = velocity(x, t, guided[i])
         if t_next < times[-1]:
@@ -148,8 +139,8 @@ def heun(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool]) 
 def adams_weights(times: Sequence[float]) -> list[float]:
     """Weights of the slopes at times[:-1] in the step from times[-2] to times[-1]; they sum to 1.
 
-    Adams-Bashforth for uneven steps: the mean over the step of the polynomial through the slopes, that is of each
-    one's Lagrange polynomial. For two slopes, r being the step over the one before: -r / 2 and 1 + r / 2.
+    Adams-Bashforth for uneven steps: each weight is the mean over the step of the slope's Lagrange polynomial. For two
+    slopes, with r the ratio of the step to the one before: -r / 2 and 1 + r / 2.
     """
     start, end = times[-2:]
     nodes = (np.array(times[:-1]) - start) / (end - start)  # the step is from 0 to 1
@@ -171,12 +162,9 @@ def adams(
 ) -> Tensor:
     """Adams-Bashforth of `order` slopes for uneven steps; "Adams-2nd" of the PixelGen paper (Table 7) has two.
 
-    The first steps combine the slopes there are, so the very first is Euler's; its error, of the second order in its
-    length, stays.
-
-    Args:
-        coefficients: fixed are those of even steps on any grid, 3/2 and -1/2 for two slopes, as in PixelDiT's
-            class-conditional code; with 25 steps and shift 3 the grid's own differ from them by up to 0.08.
+    The first steps combine the slopes there are, so the very first is Euler's, with its second-order local error.
+    `coefficients` fixed uses those of even steps on any grid, 3/2 and -1/2 for two slopes, as PixelDiT's
+    class-conditional code does; with 25 steps and shift 3 they differ from the variable ones by up to 0.08.
     """
     slopes: deque[Tensor] = deque(maxlen=order)
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -190,36 +178,36 @@ def adams(
 def dpmpp(velocity: Velocity, x: Tensor, times: list[float], guided: list[bool]) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) on the straight path: the "FlowDPM-Solver" of Sana and PixelDiT.
 
-    With alpha = t and sigma = 1 - t, its step goes the share (t_next - t) / (1 - t) of the way to an image. The first
-    and the last step take the image predicted at t, so they are Euler's, and the last one ends at that image. The
-    others extrapolate it by half a step in lambda = ln(t / (1 - t)), from the image predicted before.
+    With alpha = t and sigma = 1 - t, a step goes the fraction (t_next - t) / (1 - t) of the way to an image. The first
+    and the last step use the image predicted at t, so they are Euler's, and the last one ends at that image. The others
+    extrapolate it by half a step in lambda = ln(t / (1 - t)), from the image predicted before.
     """
-    with np.errstate(divide="ignore"):  # infinite at t = 1, which no step looks at
+    with np.errstate(divide="ignore"):  # infinite at t = 1, which no step reads
         lambdas = (np.log(times) - np.log1p(np.negative(times))).tolist()
     last, previous = len(times) - 2, x
     for i, (t, t_next) in enumerate(pairwise(times)):
         image = predicted = x + (1.0 - t) * velocity(x, t, guided[i])
         if 0 < i < last:
-            ahead = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1]) / 2
-            image = predicted + ahead * (predicted - previous)
+            ratio = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1]) / 2
+            image = predicted + ratio * (predicted - previous)
         x = torch.lerp(x, image, (t_next - t) / (1.0 - t))
         previous = predicted
     return x
 
 
 def choose_solver(name: str, order: int, coefficients: Coefficients = "variable") -> Solver:
-    """The solver of a name; `order` and `coefficients` are those of adams."""
+    """The solver by name; `order` and `coefficients` apply to adams."""
     of_adams = partial(adams, order=order, coefficients=coefficients)
     solvers: dict[str, Solver] = {"euler": euler, "heun": heun, "adams": of_adams, "dpmpp": dpmpp}
     return solvers[name]
 
 
 def guided_steps(times: list[float], interval: tuple[float, float], solver: str) -> list[bool]:
-    """Which steps are guided: those whose start t has low < t <= high, and under adams and dpmpp low < t < high.
+    """Which steps are guided: those that start at low < t <= high, for adams and dpmpp at low < t < high.
 
-    As in the public codes; that of dpmpp gives its bounds in 1 - t. From t = 0 the first step is never guided. As
-    there, all are compared in fp32. A time of our grids that is a bound, such as 0.1 and 0.9 of 100 even steps, equals
-    it then; in PixelDiT's class-conditional code rounding decides, and leaves out these two as well.
+    As in the public codes, where those of dpmpp give the bounds in 1 - t. From t = 0 the first step is never guided.
+    Comparison in fp32 makes a time of our grids equal to a bound such as 0.1 or 0.9 of 100 even steps; in PixelDiT's
+    class-conditional code rounding decides, and leaves these two out as well.
     """
     starts, (low, high) = np.array(times[:-1], np.float32), np.array(interval, np.float32)
     below = starts < high if solver in ("adams", "dpmpp") else starts <= high
@@ -244,15 +232,14 @@ def flow_edit(
     Every call is guided. Calls of `source`: (n_max - n_min) n_avg; of `target`: n_min more.
 
     Args:
-        source: the velocity for the caption of the image.
-        target: for the caption of the edit.
+        source: the velocity under the caption of the image.
+        target: the velocity under the caption of the edit.
         image: fp32 (B, 3, H, W) in [-1, 1].
-        noise: fresh for each step and average; steps are numbered as in `times`.
+        noise: new for each step and average; steps are numbered as in `times`.
         times: a sampler's whole grid, from noise to image.
-        n_max: how many of its steps are taken, the last ones: the fewer, the closer the edit stays to the image.
-        n_min: in how many of these, again the last ones, the edit is drawn as any noisy image is, and not held to the
-            source any more.
-        n_avg: over how many noises a step's difference of velocities is averaged.
+        n_max: the number of last steps that are taken: with fewer, the edit stays closer to the image.
+        n_min: the number of last steps that sample freely, without the source.
+        n_avg: noises over which a step's difference of velocities is averaged.
     """
     steps = len(times) - 1
     assert 0 <= n_min <= n_max <= steps and n_avg > 0
@@ -262,7 +249,7 @@ def flow_edit(
         difference = torch.zeros_like(image)
         for average in range(n_avg):
             x_t = _noised(image, noise(step, average), t)
-            # The edit is kept as how far it has moved, so that what has not moved is x_t itself, unrounded.
+            # The edit is stored as its offset from the image: where that is 0, x_t is not rounded.
             difference = difference + target(x_t + moved, t, True) - source(x_t, t, True)
         moved = moved + (t_next - t) / n_avg * difference
     if n_min == 0:

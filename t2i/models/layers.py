@@ -1,27 +1,15 @@
-"""Layers that the pixel transformers share.
+"""Layers and blocks that the pixel transformers share.
 
-Shape suffixes: B batch, N image tokens, L text tokens, M keys, H heads, K head width, D model width.
+Shape suffixes: B batch, C channels, N image tokens, L text tokens, M keys, H heads, K head width, D model width.
 
-- Rotary embedding in real arithmetic: complex tensors keep a compiler from fusing it.
-- Attention on CUDA is PyTorch's fused kernel, or flash-attn where that is installed and nothing is masked. On a CPU it
-  is three plain operations, as the fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py). On the
-  meta device, where the planner counts, it is what it would be on CUDA.
+- Rotary embedding uses real arithmetic: complex tensors keep a compiler from fusing it.
+- Attention on CUDA is PyTorch's fused kernel, or flash-attn where it is installed and nothing is masked. On a CPU it is
+  three plain operations, since the fused kernel takes twice as long in bfloat16 (tests/benchmarks/attention.py). On the
+  meta device, where the planner counts, it is the same as on CUDA.
 - Norms and the rotation are computed in fp32 and cast back.
-
-Dropout whose masks are a function of the sample: the same for any micro-batch, rank, recomputation or compiler.
-
-A mask is a hash of (key of the sample, layer, place in the layer, token, channel), on whatever device the activations
-are. The key is 62 random bits that belong to a slot of the run. Nothing is drawn and nothing is kept, so activation
-checkpointing computes the same mask again.
-
-The hash works on 31 bits held in int64: products of two such numbers do not overflow, so that every device and
-compiler agrees to the bit. It is not cryptographic; its rounds are those of an xor-shift-multiply mixer.
-
-The transformer blocks that the families share, and what every denoiser returns.
-
-Shape suffixes: B batch, C channels, N tokens, M keys, D width.
-
-Arrays from the host to a device, without waiting for the device.
+- A dropout mask is a hash of (key of the sample, layer, place in the layer, token, channel), so it is the same for any
+  micro-batch, rank or compiler, and activation checkpointing recomputes it. The hash works on 31 bits held in int64:
+  products of two such numbers do not overflow, so all devices agree to the bit.
 """
 
 from __future__ import annotations
@@ -58,16 +46,16 @@ class RMSNorm(nn.Module):
 
 
 class Fp32Linear(nn.Linear):
-    """A linear layer that computes in fp32, whatever the type of its weights, under autocast too."""
+    """A linear layer that computes in fp32 whatever its weights' dtype, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type  # the planner's has no autocast
+        device = x.device.type  # the planner's meta device has no autocast
         with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate) * up)`, where one matrix makes gate and up (first half: gate)."""
+    """`down(silu(gate) * up)`; one matrix computes gate (the first half) and up."""
 
     def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
@@ -107,12 +95,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attention(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask_BM: Tensor | None = None) -> Tensor:
-    """Softmax attention, scaled by 1/sqrt(K). Returns (B, H, N, K).
-
-    Args:
-        mask_BM: bool, true for the keys that take part, at least one a sample; the share of others is exactly 0. None:
-            all do.
-    """
+    """Softmax attention, scaled by 1/sqrt(K): (B, H, N, K). `mask_BM` is true for the keys attended to, at least one a
+    sample; the weight of others is exactly 0. None attends to all."""
     mask_B11M = mask_BM[:, None, None] if mask_BM is not None else None
     # flash-attn takes no mask of keys.
     flash_takes = q_BHNK.is_cuda and mask_BM is None and q_BHNK.dtype in (torch.float16, torch.bfloat16)
@@ -124,25 +108,25 @@ def attention(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask_BM: Tensor | 
     scores = q_BHNK @ k_BHMK.transpose(-1, -2) * q_BHNK.shape[-1] ** -0.5
     if mask_B11M is not None:
         scores = scores.masked_fill(~mask_B11M, -math.inf)
-    # The largest score is subtracted for range alone: it cancels, so its gradient is zero.
+    # The largest score is subtracted against overflow only: it cancels, so its gradient is zero.
     weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
     # Dividing after the product keeps the compiler from turning this back into the slow fused kernel.
     return (weights @ v_BHMK) / weights.sum(-1, keepdim=True)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels by its angle. x (B, H, N, K); cos, sin (N, K), fp32, of `turns`."""
+    """Rotate each pair of neighbouring channels. x (B, H, N, K); cos, sin (N, K), fp32, from `turns`."""
     values = x.float()
-    # Every channel is a product of itself and one of its partner, and so is its gradient. Stacked from even and odd
-    # channels instead, the gradient of keys is strided stores of transposed tiles in compiled code, and came out of it
-    # as NaN on a processor with AVX512 and without bf16 (torch 2.14).
+    # Each channel, and its gradient, is one product of itself plus one of its partner. Stacking even and odd channels
+    # instead gives strided stores of transposed tiles in the compiled gradient of keys, which was NaN on a processor
+    # with AVX512 and without bf16 (torch 2.14).
     partners = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(values * cos, partners, sin).to(x.dtype)
 
 
 def turns(angles: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, K), fp32, of one angle a channel pair (N, K/2): of each channel the factor of itself and
-    that of its partner, whose sign is the rotation's."""
+    """The factors (N, K), fp32, of each channel and of its partner, from one angle a channel pair (N, K/2). The second
+    is the sine with the rotation's sign."""
     cos, sin = angles.cos(), angles.sin()
     return (
         cos.repeat_interleave(2, dim=-1).float().to(device),
@@ -156,9 +140,9 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """`turns` (N, K) of the 2-D rotary embedding of PixelGen and PixelDiT for a grid of patches, row-major.
 
-    Positions along an axis of n patches are linspace(0, extent, n), both ends included; none is an extent of n, as in
-    PixelGen, whose spacing is n/(n-1). PixelDiT has 16 whatever the grid. Channel pairs alternate x, y, x, y, ...; pair
-    2k and 2k+1 share the frequency 10000^(-4k/K).
+    Positions along an axis of n patches are linspace(0, extent, n), both ends included. None is an extent of n, as in
+    PixelGen (a spacing of n/(n-1)); PixelDiT has 16 for any grid. Channel pairs alternate x, y, x, y, ...; pairs 2k and
+    2k+1 share the frequency 10000^(-4k/K).
     """
     frequencies = 10000.0 ** (-torch.arange(0, head_width, 4, dtype=torch.float64, device="cpu") / head_width)
     y, x = torch.meshgrid(
@@ -172,8 +156,7 @@ def rope_table(
 
 @lru_cache(maxsize=64)
 def line_rope_table(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`turns` (L, K) of the rotary embedding of tokens in a line (Su et al. 2021): pair k of token n turns
-    by n 10000^(-2k/K)."""
+    """`turns` (L, K) of the 1-D rotary embedding (Su et al. 2021): pair k of token n rotates by n 10000^(-2k/K)."""
     frequencies = 10000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width)
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies
     return turns(angles, device)
@@ -185,8 +168,8 @@ def axial_rope_table(
 ) -> tuple[Tensor, Tensor]:
     """`turns` (unturned + N, K) of the 2-D rotary embedding of EVA-02 (Fang et al. 2023) and JiT.
 
-    The first half of the channel pairs turns with the row, the second with the column; pair k of either turns by its
-    position 0, 1, 2, ... times 10000^(-4k/K). `unturned` tokens that are no patches come first and are not turned.
+    The first half of the channel pairs encodes the row, the second the column; pair k of either rotates by the position
+    0, 1, 2, ... times 10000^(-4k/K). `unturned` context tokens come first and are not rotated.
     """
     frequencies = 10000.0 ** (-torch.arange(0, head_width, 4, dtype=torch.float64, device="cpu") / head_width)
     y, x = torch.meshgrid(
@@ -201,7 +184,7 @@ def axial_rope_table(
 
 @lru_cache(maxsize=64)
 def _sincos_axis(length: int, width: int, device: torch.device) -> Tensor:
-    """Sines, then cosines (n, C) of the positions 0 ... n - 1 of one axis."""
+    """Sines, then cosines, of the positions 0 ... n - 1 of one axis: (n, C)."""
     omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width // 2))
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float().to(device)
@@ -216,7 +199,7 @@ def sincos_grid(rows: int, columns: int, width: int, device: torch.device) -> Te
 
 @lru_cache(maxsize=64)
 def sincos_table(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """`sincos_grid` as tokens (N, D), row by row; kept."""
+    """`sincos_grid` as tokens (N, D), row by row; cached."""
     return sincos_grid(rows, columns, width, device).flatten(0, 1)
 
 
@@ -235,7 +218,7 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
 
 
 class Projector(nn.Module):
-    """Three-layer SiLU network from a block's features to a frozen encoder's width (REPA, Yu et al. 2024)."""
+    """Three-layer SiLU MLP from a block's features to a frozen encoder's width (REPA, Yu et al. 2024)."""
 
     def __init__(self, width: int, hidden: int, target: int) -> None:
         super().__init__()
@@ -260,7 +243,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def derive(key_B: Tensor, number: int) -> Tensor:
-    """Another key for each key (B,), int64 below 2**62: that of a layer, say."""
+    """A new key for each key (B,), int64 below 2**62, for instance one for a layer."""
     low = _mix(_mix(key_B & _LOW) ^ number)
     high = _mix((key_B >> _BITS) ^ low)
     return (high << _BITS) | low
@@ -269,19 +252,18 @@ def derive(key_B: Tensor, number: int) -> Tensor:
 def keep_mask(key_B: Tensor, tokens: int, channels: int, rate: float) -> Tensor:
     """Which of (B, tokens, channels) are kept: each with probability 1 - `rate`, to within 2**-31.
 
-    Args:
-        key_B: random or derived; plain numbers in a row would share rows of their masks.
+    Keys must be random or derived: consecutive numbers would share rows of their masks.
     """
     token = torch.arange(tokens, device=key_B.device)
     channel = torch.arange(channels, device=key_B.device)
-    # Two numbers a row: of one alone, some of a step's millions of rows would be equal.
+    # Two numbers a row: with one alone, some of a step's millions of rows would be equal.
     first = _mix((key_B & _LOW)[:, None] ^ token)
     second = _mix((key_B >> _BITS)[:, None] ^ first)
     return _mix(_mix(first[..., None] ^ channel) ^ second[..., None]) >= round(rate * 2**_BITS)
 
 
 def dropout(x_BND: Tensor, key_B: Tensor, rate: float) -> Tensor:
-    """Set a share `rate` of the values to zero and scale the others so that the mean stays."""
+    """Set a share `rate` of the values to zero and scale the others so that the mean stays the same."""
     keep = keep_mask(key_B, x_BND.shape[1], x_BND.shape[2], rate)
     return torch.where(keep, x_BND * (1.0 / (1.0 - rate)), 0.0).to(x_BND.dtype)
 
@@ -290,14 +272,13 @@ class Prediction(NamedTuple):
     """What a denoiser returns, in the order of its fields."""
 
     output: Tensor
-    """(B, C, H, W), fp32: the clean image, in [-1, 1] once trained, or the velocity; the config's model.prediction says
-    which, the network does not know."""
+    """(B, C, H, W), fp32: the clean image, in [-1, 1] once trained, or the velocity, as model.prediction says."""
     features: Tensor
-    """(B, N, D): of the block that representation alignment taps."""
+    """(B, N, D), after the block `repa_layer`."""
 
 
 class Attention(nn.Module):
-    """Self-attention with QK-RMSNorm; with `cross`, its keys and values are joined by those of a context."""
+    """Self-attention with QK-RMSNorm; with `cross`, a context adds its keys and values."""
 
     def __init__(self, width: int, heads: int, cross: bool, bias: bool = False) -> None:
         super().__init__()
@@ -309,17 +290,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts D) -> parts tensors (B, H, N, K)."""
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normalised and turned, and values, (B, H, N, K) each, of (B, N, D)."""
+        """Queries and keys, normalised and rotated, and values of (B, N, D); each (B, H, N, K)."""
         q, k, v = self._heads(self.qkv(x), 3)
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if rope is None else (rotate(q, *rope), rotate(k, *rope), v)
 
     def merge(self, attended: Tensor) -> Tensor:
-        """The result (B, N, D) of what attention gave the heads (B, H, N, K)."""
+        """(B, H, N, K) -> (B, N, D)."""
         return self.out(attended.transpose(1, 2).flatten(-2))
 
     def forward(
@@ -329,7 +309,7 @@ class Attention(nn.Module):
         context: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """`mask` (B, M), bool: keys that take part, the context's last; None: all."""
+        """`mask` (B, M), bool: the keys attended to, the context's last; None: all."""
         q, k, v = self.project(x, rope)
         if self.context_kv is not None:
             assert context is not None
@@ -340,8 +320,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block modulated by time, or what else is given once a sample; `cross` makes it an image block that
-    also reads the text. `hidden`: width inside the MLP."""
+    """A transformer block with adaLN, driven by one condition a sample (time, perhaps with a class); with `cross`, its
+    attention also reads the text. `hidden`: width inside the MLP."""
 
     def __init__(self, width: int, heads: int, cross: bool, hidden: int) -> None:
         super().__init__()
@@ -351,40 +331,40 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden)
         self.adaln = nn.Linear(width, 6 * width)
 
-    def signals(self, given_B1D: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of the attention, then of the MLP, (B, 1, D) each."""
-        return self.adaln(given_B1D).chunk(6, dim=-1)
+    def modulation(self, cond_B1D: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the attention, then of the MLP; each (B, 1, D)."""
+        return self.adaln(cond_B1D).chunk(6, dim=-1)
 
-    def enter(self, x_BND: Tensor, signals: tuple[Tensor, ...]) -> Tensor:
-        """What attention is given."""
-        return modulate(self.norm1(x_BND), signals[0], signals[1])
+    def pre(self, x_BND: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """The input of attention."""
+        return modulate(self.norm1(x_BND), modulation[0], modulation[1])
 
-    def leave(self, x_BND: Tensor, attended_BND: Tensor, signals: tuple[Tensor, ...]) -> Tensor:
-        """The block's result, after attention."""
-        _, _, gate1, shift2, scale2, gate2 = signals
+    def post(self, x_BND: Tensor, attended_BND: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """The block's output, from that of attention."""
+        _, _, gate1, shift2, scale2, gate2 = modulation
         x_BND = x_BND + gate1 * attended_BND
         return x_BND + gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
 
     def forward(
         self,
         x_BND: Tensor,
-        given_B1D: Tensor,
+        cond_B1D: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         context: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        signals = self.signals(given_B1D)
-        return self.leave(x_BND, self.attn(self.enter(x_BND, signals), rope, context, mask), signals)
+        modulation = self.modulation(cond_B1D)
+        return self.post(x_BND, self.attn(self.pre(x_BND, modulation), rope, context, mask), modulation)
 
 
 def muon_takes(name: str) -> bool:
-    """Whether Muon is to update a parameter: the matrices of attention and MLP, not adaLN, embeddings or head."""
+    """Whether Muon updates a parameter: matrices of attention and MLP, not adaLN, embeddings or head."""
     return ".attn." in name or (".mlp." in name and ".time." not in name)
 
 
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on a device, in its own type; on a CPU it shares the array's memory."""
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on a device, without waiting for the device; on a CPU it shares the array's memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # a copy from other memory waits for all work before it
+        tensor = tensor.pin_memory()  # a copy from pageable memory waits for all work queued before it
     return tensor.to(device, non_blocking=True)

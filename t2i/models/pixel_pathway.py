@@ -1,15 +1,15 @@
 """The pixel pathway of PixelDiT (paper section 3.2): every pixel is a token, conditioned by its patch's token.
 
 Design, as measured in the public code (and counted in tests):
-- A pixel's token is 16 wide: one matrix of its colours plus a fixed sin-cos table of its place, in pixels.
-- Pixel-wise adaLN: one matrix makes all scales, shifts and gates of a patch's pixels of the patch's token, most of a
-  block's parameters.
-- Compaction: one matrix turns a patch's pixels into one token, as wide as the patch pathway's or what the config
-  says; these attend, with neither norm, modulation nor residual at that width; another matrix turns them back.
-- The MLP is of single pixels. The head is a norm and one matrix, without adaLN, in fp32; it starts at zero.
+- A pixel's token is 16 wide: a linear layer of its colours plus a fixed sin-cos table of its position in pixels.
+- Pixel-wise adaLN: one matrix computes all scales, shifts and gates of a patch's pixels from the patch's token; it has
+  most of a block's parameters.
+- Compaction: one matrix turns a patch's pixels into one token (or several, `cut`); these attend, with no norm,
+  modulation or residual at that width; another matrix turns them back.
+- The MLP works on single pixels. The head is a norm and one matrix in fp32, without adaLN; it starts at zero.
 
-The pixels of a patch lie next to one another, part by part where a patch is cut into several tokens (`cut`), row by row
-inside a part. A part's token turns by its place in the grid of all parts.
+The pixels of a patch are adjacent: part by part where a patch is cut into several tokens, row by row inside a part. The
+rotary position of a part's token is its place in the grid of all parts.
 
 Shape suffixes: B batch, C pixel width, N patches, P pixels of a patch, D width.
 """
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from t2i.models.layers import Attention, Fp32Linear, RMSNorm, modulate, rope_table, sincos_grid
 
 ROPE_EXTENT = 16.0
-"""Rotary positions of an axis lie between 0 and it, whatever the resolution."""
+"""Rotary positions of an axis span [0, ROPE_EXTENT] at any resolution."""
 
 Modulation = Literal["pixel", "patch", "additive"]
 
 
 class PixelBlock(nn.Module):
-    """A PiT block. `pixels`: P; `tokens`: parts of a patch that attend; the rest as of `PixelPathway`."""
+    """A PiT block. `pixels`: P; `tokens`: tokens a patch in attention; the rest as in `PixelPathway`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class PixelBlock(nn.Module):
         super().__init__()
         self.tokens = tokens
         self.post_modulation = post_modulation
-        self.per_branch = 2 if post_modulation else 3  # scale and shift; before a branch shift, scale and gate
+        self.per_branch = 2 if post_modulation else 3  # scale and shift; or shift, scale and gate
         self.modulated = pixels if modulation == "pixel" else 1
         self.add_patch: nn.Linear | None = None
         self.adaln: nn.Linear | None = None
@@ -70,32 +70,30 @@ class PixelBlock(nn.Module):
             nn.Linear(pixel_width, 4 * pixel_width), nn.GELU(), nn.Linear(4 * pixel_width, pixel_width)
         )
 
-    def _signals(self, patches_BND: Tensor) -> list[Tensor | None]:
-        """Of the attention and the MLP: what adaLN makes (B, N, P or 1, `per_branch`, C)."""
+    def _modulation(self, patches_BND: Tensor) -> list[Tensor | None]:
+        """Of the attention and the MLP: adaLN's output (B, N, P or 1, `per_branch`, C), or None without adaLN."""
         if self.adaln is None:
             return [None, None]
         return [*self.adaln(patches_BND).unflatten(-1, (self.modulated, 2, self.per_branch, -1)).unbind(3)]
 
-    def _branch(self, x: Tensor, run: Callable[[Tensor], Tensor], signals: Tensor | None) -> Tensor:
-        if signals is None:
+    def _branch(self, x: Tensor, run: Callable[[Tensor], Tensor], modulation: Tensor | None) -> Tensor:
+        if modulation is None:
             return run(x)
         if self.post_modulation:
-            scale, shift = signals.unbind(3)
+            scale, shift = modulation.unbind(3)
             return modulate(run(x), shift, scale)
-        shift, scale, gate = signals.unbind(3)
+        shift, scale, gate = modulation.unbind(3)
         return gate * run(modulate(x, shift, scale))
 
     def _attend(self, x_BNPC: Tensor, patches_BND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Compact, attend over all tokens of the image, expand."""
         compact = self.compress(x_BNPC.unflatten(2, (self.tokens, -1)).flatten(3))
         if self.add_patch is not None:
             compact = compact + self.add_patch(patches_BND)[:, :, None]
         return self.expand(self.attn(compact.flatten(1, 2), rope)).reshape(x_BNPC.shape)
 
     def forward(self, x_BNPC: Tensor, patches_BND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """`patches_BND` are the patches' tokens; `rope` is of the tokens that pixels are compacted to, N `tokens` of
-        them."""
-        of_attention, of_mlp = self._signals(patches_BND)
+        """`patches_BND`: the patches' tokens; `rope`: of the N x `tokens` compacted tokens."""
+        of_attention, of_mlp = self._modulation(patches_BND)
         if self.norm1 is not None:
             x_BNPC = x_BNPC + self._branch(
                 self.norm1(x_BNPC), lambda x: self._attend(x, patches_BND, rope), of_attention
@@ -104,18 +102,16 @@ class PixelBlock(nn.Module):
 
 
 class PixelPathway(nn.Module):
-    """From a noisy image and its patches' tokens to what the network returns.
+    """From a noisy image and its patches' tokens to the network's output.
 
     Args:
-        width: D of the patches' tokens.
         depth: M, blocks.
-        patch_size: side of a patch, in pixels.
         pixel_width: C.
-        attention: width and heads of the attention; none leaves it out.
-        cut: rows and columns of the parts into which a patch is cut, one token a part.
+        attention: width and heads of the attention; None leaves it out.
+        cut: rows and columns of the parts of a patch, one token a part.
         modulation: how a patch's token conditions its pixels: by adaLN, one for each pixel or the same for all, or
             added to their tokens.
-        post_modulation: adaLN scales and shifts what a branch returns, in place of what enters it, and has no gates.
+        post_modulation: adaLN scales and shifts a branch's output in place of its input, without gates.
     """
 
     def __init__(
@@ -133,7 +129,7 @@ class PixelPathway(nn.Module):
         super().__init__()
         self.patch_size, self.cut = patch_size, cut
         self.pixel_width = pixel_width
-        self.head_width = attention[0] // attention[1] if attention is not None else 4  # without, nobody turns
+        self.head_width = attention[0] // attention[1] if attention is not None else 4  # then the table is not used
         self.embed = nn.Linear(3, pixel_width)
         self.blocks = nn.ModuleList(
             PixelBlock(
@@ -153,16 +149,11 @@ class PixelPathway(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x_BCHW: Tensor, patches_BND: Tensor) -> Tensor:
-        """The network's output (B, 3, H, W), fp32.
-
-        Args:
-            x_BCHW: the noisy image.
-            patches_BND: its patches' tokens, row by row.
-        """
+        """The network's output (B, 3, H, W), fp32, from the noisy image and its patches' tokens, row by row."""
         height, width = x_BCHW.shape[-2:]
         grid = height // self.patch_size, width // self.patch_size
         device, dtype = x_BCHW.device, patches_BND.dtype
-        # Made anew: kept, it would be 64 bytes a pixel for every size that images come in.
+        # Not cached: a table takes 64 bytes a pixel, and there is one for each image size.
         place = sincos_grid(height, width, self.pixel_width, device).to(dtype).permute(2, 0, 1)[None]
         place = to_pixels_of_patches(place, self.patch_size, self.cut)
         x = self.embed(to_pixels_of_patches(x_BCHW, self.patch_size, self.cut).to(dtype)) + place
@@ -173,7 +164,7 @@ class PixelPathway(nn.Module):
 
 
 def to_pixels_of_patches(image: Tensor, patch: int, cut: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) -> (B, N, P, C): patches row by row; in a patch its parts, row by row; in a part its pixels."""
+    """(B, C, H, W) -> (B, N, P, C): patches row by row; parts of a patch row by row; pixels of a part row by row."""
     rows, columns = cut
     batch, channels, height, width = image.shape
     parts = image.reshape(
@@ -196,10 +187,7 @@ def from_pixels_of_patches(pixels: Tensor, patch: int, cut: tuple[int, int], hei
 def parts_rope_table(
     rows: int, columns: int, parts_down: int, parts_across: int, head_width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`turns` (N parts, K) for a grid of patches that are cut into parts, patch by patch.
-
-    A part turns by its place in the grid of all parts; one part a patch is `rope_table` itself.
-    """
+    """`rope_table` (N x parts, K) of the grid of all parts, reordered patch by patch."""
     cos, sin = rope_table(rows * parts_down, columns * parts_across, head_width, device, ROPE_EXTENT)
 
     def by_patch(table: Tensor) -> Tensor:

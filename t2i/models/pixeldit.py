@@ -1,32 +1,18 @@
-"""PixelDiT, the text-conditional denoiser: patches beside text, then pixels (paper section 3.3, Table 8).
+"""PixelDiT for classes (paper section 3, Table 7) and for text (section 3.3, Table 8): patches, then pixels.
 
 Design, as measured in the public code (and counted in tests):
-- A caption's states are projected, normed, and get a learned position; they are a stream of their own, with its own
-  weights, that attends together with the patches' (MM-DiT, Esser et al. 2024).
-- Patches turn by their place in the grid, text tokens by their number. QK-RMSNorm; SwiGLU of hidden width 8/3 D.
-- adaLN is driven by time alone; there is no pooled caption.
-- Pads are attended to, as in the public model, or masked: then they are zero in the states, which alone say where they
-  are, and there may be any number of them.
-- The text stream ends in the last block's keys and values. The public model has the rest of that block as well, where
-  no gradient comes and nothing is read.
-- Time is embedded as the public model's: thousandths of the noise, 1000 (1 - t).
-- The pixel pathway is as in `pixeldit_class.py`; its attention has a width and heads of its own.
-- The head starts at zero, adaLN does not.
+- Patches enter through one matrix, without a position table; rotary positions span [0, 16] on both axes for any grid.
+- QK-RMSNorm; SwiGLU of hidden width 8/3 D. The head starts at zero.
+- SiLU(patch tokens + time) conditions the pixel pathway (`pixel_pathway.py`), their only way to the output.
+- Classes: the sum of class and time embeddings drives adaLN, which starts at zero.
+- Text: a caption's states are projected, normalised and get a learned position; they are a stream with its own weights
+  in a joint attention (MM-DiT, Esser et al. 2024), rotated by their number. Time alone drives adaLN, embedded as
+  1000 (1 - t); adaLN does not start at zero.
+- Pads are attended to, as in the public model, or masked: then their states are zero, which marks them as pads.
+- The last block computes only keys and values of the text. The public model has the rest of that block too, which
+  nothing reads.
 
 Shape suffixes: B batch, C channels, N patches, L text tokens, D width, E width of the text states.
-
-PixelDiT, the class-conditional denoiser: patches, then pixels (paper section 3, configurations of Table 7).
-
-Design, as measured in the public code (and counted in tests):
-- Patches enter through one matrix, without a position table; rotary positions span [0, 16] on both axes whatever the
-  grid.
-- Class and time embeddings are added up and drive adaLN in every patch block, whose scales follow one SiLU.
-- QK-RMSNorm; SwiGLU of hidden width 8/3 D.
-- The patches' tokens and time, added up, after a SiLU, condition the pixel pathway (`pixel_pathway.py`); nothing else
-  of them reaches the output.
-- adaLN and the head start at zero, so the network's first output is exactly zero; the rest as PyTorch has it.
-
-Shape suffixes: B batch, C channels, N patches, D width.
 """
 
 from __future__ import annotations
@@ -53,14 +39,7 @@ from t2i.models.pixel_pathway import ROPE_EXTENT, PixelPathway
 
 
 class ClassPixelDiT(nn.Module):
-    """The denoiser of PixelDiT for class to image.
-
-    Any image whose sides are multiples of `patch_size`.
-
-    Args:
-        depth: N, patch blocks.
-        pixels: the pixel pathway.
-    """
+    """The denoiser of PixelDiT for class to image, at any size whose sides are multiples of `patch_size`."""
 
     def __init__(
         self,
@@ -90,7 +69,7 @@ class ClassPixelDiT(nn.Module):
         return [*self.blocks, *self.pixels.blocks]
 
     def reset_parameters(self) -> None:
-        """Xavier for the patches, 0.02 for labels and time, zero for adaLN; the head has its own, also zero."""
+        """Xavier for the patches, 0.02 for labels and time, zero for adaLN; the head sets itself to zero."""
         nn.init.xavier_uniform_(self.patch_in.weight)
         nn.init.zeros_(self.patch_in.bias)
         for parameter in (*self.time.mlp.parameters(), *self.label.parameters()):
@@ -101,26 +80,21 @@ class ClassPixelDiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, label_B: Tensor) -> Prediction:
-        """Predict, in the sense of the config's model.prediction.
-
-        Args:
-            x_BCHW: the noisy image `t x + (1 - t) noise`.
-            t_B: times in [0, 1]; 0 is noise, 1 the image.
-            label_B: classes, int64; the number of classes is the null class.
-        """
-        # Each parameter is read by the module that owns it: elsewhere it may be a shard (ZeRO-3, FSDP2).
+        """Predict from the noisy image `t x + (1 - t) noise`, times in [0, 1] and classes (int64; the number of classes
+        is the null class)."""
+        # The module that owns a parameter reads it: elsewhere it may be a shard (ZeRO-3, FSDP2).
         label_BD = self.label(label_B)
         dtype = label_BD.dtype
         height, width = x_BCHW.shape[-2:]
         time_BD = self.time(t_B, dtype)
-        given_B1D = F.silu(time_BD + label_BD)[:, None]
+        cond_B1D = F.silu(time_BD + label_BD)[:, None]
         rope = rope_table(
             height // self.patch_size, width // self.patch_size, self.head_width, x_BCHW.device, ROPE_EXTENT
         )
         x = self.patch_in(patchify(x_BCHW, self.patch_size).to(dtype))
         features = x
         for index, block in enumerate(self.blocks, start=1):
-            x = block(x, given_B1D, rope)
+            x = block(x, cond_B1D, rope)
             if index == self.repa_layer:
                 features = x
         return Prediction(self.pixels(x_BCHW, F.silu(time_BD[:, None] + x)), features)
@@ -130,7 +104,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class KeysAndValues(nn.Module):
-    """The half of an attention that others look into."""
+    """The keys and values of an attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -139,13 +113,13 @@ class KeysAndValues(nn.Module):
         self.k_norm = RMSNorm(width // heads)
 
     def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Keys, normalised and turned, and values, (B, H, L, K) each, of (B, L, D)."""
+        """Keys, normalised and rotated, and values of (B, L, D); each (B, H, L, K)."""
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return rotate(self.k_norm(k), *rope), v
 
 
 class TextEnd(nn.Module):
-    """The text's part of the last block."""
+    """The text's part of the last block: keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -153,13 +127,12 @@ class TextEnd(nn.Module):
         self.attn = KeysAndValues(width, heads)
         self.adaln = nn.Linear(width, 2 * width)
 
-    def forward(self, text_BLD: Tensor, given_B1D: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
-        return self.attn(modulate(self.norm1(text_BLD), *self.adaln(given_B1D).chunk(2, dim=-1)), rope)
+    def forward(self, text_BLD: Tensor, cond_B1D: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        return self.attn(modulate(self.norm1(text_BLD), *self.adaln(cond_B1D).chunk(2, dim=-1)), rope)
 
 
 class JointBlock(nn.Module):
-    """Patches and text in one attention, each with weights of its own."""
+    """Patches and text in one attention, each with its own weights."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -167,20 +140,20 @@ class JointBlock(nn.Module):
         self.text = Block(width, heads, cross=False, hidden=8 * width // 3)
 
     def forward(
-        self, x_BND: Tensor, text_BLD: Tensor, given_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
+        self, x_BND: Tensor, text_BLD: Tensor, cond_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Patches and text after it. `mask` (B, L + N), bool: keys that take part, the text's first; None: all."""
-        text_signals, signals = self.text.signals(given_B1D), self.image.signals(given_B1D)
-        of_text = self.text.attn.project(self.text.enter(text_BLD, text_signals), text_rope)
-        of_image = self.image.attn.project(self.image.enter(x_BND, signals), rope)
+        """The new patches and text. `mask` (B, L + N), bool: keys attended to, the text's first; None: all."""
+        text_modulation, modulation = self.text.modulation(cond_B1D), self.image.modulation(cond_B1D)
+        of_text = self.text.attn.project(self.text.pre(text_BLD, text_modulation), text_rope)
+        of_image = self.image.attn.project(self.image.pre(x_BND, modulation), rope)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_text, of_image, strict=True))
         text_attended, attended = attention(q, k, v, mask).split([text_BLD.shape[1], x_BND.shape[1]], dim=2)
-        text_BLD = self.text.leave(text_BLD, self.text.attn.merge(text_attended), text_signals)
-        return self.image.leave(x_BND, self.image.attn.merge(attended), signals), text_BLD
+        text_BLD = self.text.post(text_BLD, self.text.attn.merge(text_attended), text_modulation)
+        return self.image.post(x_BND, self.image.attn.merge(attended), modulation), text_BLD
 
 
 class LastJointBlock(nn.Module):
-    """The same where no text follows."""
+    """A joint block whose text is not read any more."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -188,26 +161,20 @@ class LastJointBlock(nn.Module):
         self.text = TextEnd(width, heads)
 
     def forward(
-        self, x_BND: Tensor, text_BLD: Tensor, given_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
+        self, x_BND: Tensor, text_BLD: Tensor, cond_B1D: Tensor, rope: Rope, text_rope: Rope, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Patches after it, and the text as it was."""
-        signals = self.image.signals(given_B1D)
-        q, k, v = self.image.attn.project(self.image.enter(x_BND, signals), rope)
-        text_k, text_v = self.text(text_BLD, given_B1D, text_rope)
+        """The new patches, and the text unchanged."""
+        modulation = self.image.modulation(cond_B1D)
+        q, k, v = self.image.attn.project(self.image.pre(x_BND, modulation), rope)
+        text_k, text_v = self.text(text_BLD, cond_B1D, text_rope)
         attended = attention(q, torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2), mask)
-        return self.image.leave(x_BND, self.image.attn.merge(attended), signals), text_BLD
+        return self.image.post(x_BND, self.image.attn.merge(attended), modulation), text_BLD
 
 
 class PixelDiT(nn.Module):
-    """The denoiser of PixelDiT for text to image.
+    """The denoiser of PixelDiT for text to image, at any size whose sides are multiples of `patch_size`.
 
-    Any image whose sides are multiples of `patch_size`.
-
-    Args:
-        depth: N, patch blocks.
-        text_length: tokens of a caption's states, or under mask the most of them.
-        text_padding: attend reads a caption's pads like its tokens; mask leaves out the rows of states that are zero.
-        pixels: the pixel pathway.
+    `text_padding`: attend reads a caption's pads like its tokens; mask leaves out the rows of states that are zero.
     """
 
     def __init__(
@@ -254,31 +221,25 @@ class PixelDiT(nn.Module):
         nn.init.normal_(self.text_position)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor) -> Prediction:
-        """Predict, in the sense of the config's model.prediction.
-
-        Args:
-            x_BCHW: the noisy image `t x + (1 - t) noise`.
-            t_B: times in [0, 1]; 0 is noise, 1 the image.
-            text_BLE: states of the frozen language model, padded to `text_length` tokens, pads included; under mask,
-                zeros in the pads' place, and at most `text_length` of all.
-        """
-        # Each parameter is read by the module that owns it: elsewhere it may be a shard (ZeRO-3, FSDP2).
+        """Predict from the noisy image `t x + (1 - t) noise`, times in [0, 1] and states of the text encoder, padded to
+        `text_length` tokens; under mask to at most so many, with zeros for pads."""
+        # The module that owns a parameter reads it: elsewhere it may be a shard (ZeRO-3, FSDP2).
         dtype = self.text_position.dtype
         device, length = x_BCHW.device, text_BLE.shape[1]
         grid = (x_BCHW.shape[-2] // self.patch_size, x_BCHW.shape[-1] // self.patch_size)
         time_BD = self.time(1000.0 * (1.0 - t_B.float()), dtype)
-        given_B1D = F.silu(time_BD)[:, None]
+        cond_B1D = F.silu(time_BD)[:, None]
         text = self.text_norm(self.text_in(text_BLE.to(dtype))) + self.text_position[:, :length]
         text_rope = line_rope_table(length, self.head_width, device)
 
         x = self.patch_in(patchify(x_BCHW, self.patch_size).to(dtype))
         rope = rope_table(*grid, self.head_width, device, ROPE_EXTENT)
         mask: Tensor | None = None
-        if self.masks_text:  # of the joined keys, the image's take part in any case
+        if self.masks_text:  # the image's keys are always attended to
             mask = F.pad((text_BLE != 0).any(-1), (0, x.shape[1]), value=True)
         features = x
         for index, block in enumerate(self.blocks, start=1):
-            x, text = block(x, text, given_B1D, rope, text_rope, mask)
+            x, text = block(x, text, cond_B1D, rope, text_rope, mask)
             if index == self.repa_layer:
                 features = x
         return Prediction(self.pixels(x_BCHW, F.silu(time_BD[:, None] + x)), features)

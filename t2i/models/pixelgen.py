@@ -1,31 +1,18 @@
-"""PixelGen, the text-conditioned denoiser: a noisy image and a caption's states in, the clean image out.
+"""PixelGen for text (paper section 3) and for classes (section 4.2): a noisy image in, the clean image out.
 
-Design, as measured in the public model (and counted in tests):
-- Patches enter through a bottleneck (768 -> 256 -> D for patch 16) plus a fixed sin-cos position table.
-- The frozen language model's states are refined by trainable, time-modulated blocks of self-attention.
-- A caption's pads are attended to, as in the public model, or masked: then they are zero in the states, which alone
-  say where they are, and there may be any number of them.
-- Image blocks attend from image queries to image keys and text keys at once; each block projects the
-  refined text with its own matrix, and the image never writes back to the text.
-- adaLN is driven by time alone; QK-RMSNorm; SwiGLU of hidden width 4 D; 2-D rotary embedding on the image.
-- adaLN and the head start at zero, so the network's first output is exactly zero.
-- The head runs in fp32: a bf16 image would be off by up to 0.04 in velocity near t = 1.
+Design, as measured in the public models (and counted in tests); that for classes is JiT's (Li and He, 2025):
+- Patches enter through a bottleneck (768 -> 256 -> D for patch 16; XL for classes has one matrix) plus a fixed sin-cos
+  position table. QK-RMSNorm; SwiGLU of hidden width 4 D, for classes 8/3 D; 2-D rotary embedding.
+- adaLN and the head start at zero, so the first output is exactly zero. The head runs in fp32: a bf16 image would be
+  off by up to 0.04 in velocity near t = 1.
+- Text: trainable, time-modulated self-attention blocks refine the text encoder's states. Image blocks attend to image
+  and text keys at once; each projects the refined text with its own matrix, and the text never reads the image. Time
+  alone drives adaLN. Pads are attended to, as in the public model, or masked: then their states are zero.
+- Classes: the sum of class and time embeddings drives adaLN in every block and in the head. After some blocks, 32
+  copies of the class embedding with learned positions join the image's tokens; they are not rotated, and are removed
+  before the head. The middle half of the blocks has dropout, after attention and inside the MLP.
 
 Shape suffixes: B batch, C channels, N image tokens, L text tokens, D width, E width of the text states.
-
-PixelGen, the class-conditional denoiser: a noisy image and a class label in, the clean image out.
-
-Design, as measured in the public model (and counted in tests); it is JiT's (Li and He, 2025):
-- Patches enter through a bottleneck (768 -> 128 -> D) or, in XL, through one matrix, plus a fixed sin-cos position
-  table.
-- Class and time embeddings are added up and drive adaLN in every block and in the head.
-- After some blocks, 32 copies of the class's embedding, each with a learned position, are put before the image's
-  tokens; they take part in attention, are not rotated, and are left out before the head.
-- Dropout in the middle half of the blocks, on the attention's result and inside the MLP (`dropout.py`).
-- QK-RMSNorm; SwiGLU of hidden width 8/3 D; 2-D rotary embedding, one half of a head's channels for either axis.
-- adaLN and the head start at zero, so the network's first output is exactly zero. The head runs in fp32.
-
-Shape suffixes: B batch, C channels, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -56,7 +43,7 @@ from t2i.models.layers import (
 
 
 class ClassBlock(nn.Module):
-    """A transformer block modulated by class and time. `rate` is the share that its dropout sets to zero."""
+    """A transformer block with dropout of `rate`; class and time drive its adaLN."""
 
     def __init__(self, width: int, heads: int, rate: float) -> None:
         super().__init__()
@@ -68,10 +55,10 @@ class ClassBlock(nn.Module):
         self.adaln = nn.Linear(width, 6 * width)
 
     def forward(
-        self, x_BND: Tensor, given_B1D: Tensor, rope: tuple[Tensor, Tensor], dropout_B: Tensor | None = None
+        self, x_BND: Tensor, cond_B1D: Tensor, rope: tuple[Tensor, Tensor], dropout_B: Tensor | None = None
     ) -> Tensor:
-        """`dropout_B`: keys of the samples in this block; None drops nothing."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(given_B1D).chunk(6, dim=-1)
+        """`dropout_B`: the samples' dropout keys in this block; None drops nothing."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(cond_B1D).chunk(6, dim=-1)
 
         def drop(values: Tensor, place: int) -> Tensor:
             return values if dropout_B is None else dropout(values, derive(dropout_B, place), self.rate)
@@ -83,14 +70,9 @@ class ClassBlock(nn.Module):
 
 
 class ClassPixelGen(nn.Module):
-    """The denoiser of PixelGen for class to image (paper section 4.2, configuration of Table 7).
+    """The denoiser of PixelGen for class to image (paper Table 7), for sides that are multiples of `patch_size`.
 
-    Any image whose sides are multiples of `patch_size`; the position tables are computed for its grid.
-
-    Args:
-        bottleneck: width between the two matrices of the patch embedding; 0: one matrix.
-        context_start: blocks before the class's tokens join.
-        dropout: share of values that the middle half of the blocks drops while training.
+    `bottleneck` 0 makes the patch embedding one matrix; the class's tokens join before block `context_start`.
     """
 
     def __init__(
@@ -145,20 +127,15 @@ class ClassPixelGen(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, label_B: Tensor, dropout_B: Tensor | None = None) -> Prediction:
-        """Predict the clean image.
-
-        Args:
-            x_BCHW: the noisy image `t x + (1 - t) noise`.
-            t_B: times in [0, 1]; 0 is noise, 1 the image.
-            label_B: classes, int64; the number of classes is the null class.
-            dropout_B: keys of the samples' dropout masks, int64 below 2**62; None, as in evaluation, drops nothing.
-        """
-        # Each parameter is read by the module that owns it: elsewhere it may be a shard (ZeRO-3, FSDP2).
+        """Predict the clean image from the noisy image `t x + (1 - t) noise`, times in [0, 1], classes (int64; the
+        number of classes is the null class) and dropout keys (int64 below 2**62; None, as in evaluation, drops
+        nothing)."""
+        # The module that owns a parameter reads it: elsewhere it may be a shard (ZeRO-3, FSDP2).
         dtype = self.context_position.dtype
         height, width = x_BCHW.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
         label_B1D = self.label(label_B)[:, None]
-        given_B1D = F.silu(self.time(t_B, dtype)[:, None] + label_B1D)
+        cond_B1D = F.silu(self.time(t_B, dtype)[:, None] + label_B1D)
 
         patches = patchify(x_BCHW, self.patch_size).to(dtype)
         x = self.patch_up(self.patch_down(patches) if self.patch_down is not None else patches)
@@ -171,23 +148,19 @@ class ClassPixelGen(nn.Module):
                 x, context = torch.cat([tokens, x], dim=1), tokens.shape[1]
                 rope = axial_rope_table(*grid, self.head_width, context, x.device)
             keys = derive(dropout_B, index) if dropout_B is not None and index in self.dropping else None
-            x = block(x, given_B1D, rope, keys)
+            x = block(x, cond_B1D, rope, keys)
             if index + 1 == self.repa_layer:
                 features = x[:, context:]
 
-        shift, scale = self.head_adaln(given_B1D).chunk(2, dim=-1)
+        shift, scale = self.head_adaln(cond_B1D).chunk(2, dim=-1)
         x = modulate(self.head_norm(x[:, context:].float()), shift.float(), scale.float())
         return Prediction(unpatchify(self.head(x), self.patch_size, height, width), features)
 
 
 class PixelGen(nn.Module):
-    """The denoiser of PixelGen for text to image (paper section 3, configuration of Table 7).
+    """The denoiser of PixelGen for text to image (paper Table 7), for sides that are multiples of `patch_size`.
 
-    Any image whose sides are multiples of `patch_size`; the position tables are computed for its grid.
-
-    Args:
-        text_length: tokens of a caption's states, or under mask the most of them.
-        text_padding: attend reads a caption's pads like its tokens; mask leaves out the rows of states that are zero.
+    `text_padding`: attend reads a caption's pads like its tokens; mask leaves out the rows of states that are zero.
     """
 
     def __init__(
@@ -242,15 +215,9 @@ class PixelGen(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor) -> Prediction:
-        """Predict the clean image.
-
-        Args:
-            x_BCHW: the noisy image `t x + (1 - t) noise`.
-            t_B: times in [0, 1]; 0 is noise, 1 the image.
-            text_BLE: states of the frozen language model, padded to `text_length` tokens, pads included; under mask,
-                zeros in the pads' place, and at most `text_length` of all.
-        """
-        # Each parameter is read by the module that owns it: elsewhere it may be a shard (ZeRO-3, FSDP2).
+        """Predict the clean image from the noisy image `t x + (1 - t) noise`, times in [0, 1] and states of the text
+        encoder, padded to `text_length` tokens; under mask to at most so many, with zeros for pads."""
+        # The module that owns a parameter reads it: elsewhere it may be a shard (ZeRO-3, FSDP2).
         dtype = self.text_position.dtype
         height, width = x_BCHW.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
@@ -267,7 +234,7 @@ class PixelGen(nn.Module):
         x = self.patch_up(self.patch_down(patchify(x_BCHW, self.patch_size).to(dtype)))
         x = x + sincos_table(*grid, x.shape[-1], x.device).to(dtype)
         rope = rope_table(*grid, self.head_width, x.device)
-        # Of the joined keys, the image's take part in any case.
+        # The image's keys are always attended to.
         mask = F.pad(text_mask, (x.shape[1], 0), value=True) if text_mask is not None else None
         features = x
         for index, block in enumerate(self.blocks, start=1):

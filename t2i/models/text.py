@@ -1,21 +1,15 @@
-"""The frozen language model that reads captions.
+"""Conditions of a denoiser: states of a caption from a frozen text encoder, or a class.
 
-- Any Hugging Face text model; its last hidden states (after the final norm) of a caption padded on the right, without
-  a chat template. Of an encoder-decoder the encoder, of a model of text and images the part that reads text.
-- An instruction may come before a caption ("complex human instruction" of SANA, Xie et al. 2024): words that tell a
-  language model what the caption is for. Its own tokens are not kept: a decoder's later tokens have seen them.
-- Under padding attend a caption is padded to a fixed number of tokens; the denoiser sees the states of the pads too.
-- Under padding mask a caption is padded to a multiple of 32 tokens, and the states of the pads are zero.
-- The null caption of guidance and caption dropout is the empty caption, without instruction. Where a tokeniser makes no
-  token of it, a pad is its token, under attend all pads are: what a fully masked row gives is a library's choice.
-- Captions are encoded in batches of one fixed size, so that a caption's states do not depend on its neighbours, and may
-  be cached: a small data set repeats its captions.
-
-What a denoiser is told of a sample: states of its caption, or its class.
-
-Class labels as a condition: what takes the text encoder's place where a network draws classes.
-
-A sample's caption is its label in digits, "207"; the empty caption stands for no class, as it does for text.
+- The text encoder is any Hugging Face text model: its last hidden states (after the final norm) of a caption, without a
+  chat template. Encoder-decoders use their encoder, models of text and images the part that reads text.
+- An instruction may precede a caption ("complex human instruction" of SANA, Xie et al. 2024). The states of its own
+  tokens are dropped; those of a decoder's later tokens depend on them.
+- Padding attend pads a caption on the right to a fixed number of tokens, whose states the denoiser reads. Padding mask
+  pads it to a multiple of 32 tokens, and the states of pads are zero.
+- The null caption (guidance, caption dropout) is the empty caption without instruction. A tokenizer that makes no token
+  of it gets pads, since the states of a fully masked row are a library's choice.
+- Captions are encoded in batches of one fixed size, so that a caption's states do not depend on its neighbours.
+- With classes, a caption is the label in digits, "207", and the empty caption is the null class.
 """
 
 from __future__ import annotations
@@ -34,41 +28,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data.errors import UserError
+from data.errors import UserError, shortened
 from data.files import refuse_lfs_pointers
-from t2i.models.layers import upload
+from t2i.models.layers import to_device
 
 
 class Conditioner(Protocol):
-    """Turns captions into what a denoiser is told of them: `TextEncoder` or `ClassLabels`."""
+    """Turns captions into a denoiser's conditions: `TextEncoder` or `ClassLabels`."""
 
     width: int
-    """Width E of a caption's states; 0 where a caption is a number."""
+    """Width E of a caption's states; 0 for classes."""
     dtype: torch.dtype
-    """Of what it returns."""
+    """Of the conditions."""
 
     def __call__(self, captions: list[str], plain: bool = False) -> list[Tensor]:
-        """Each caption's states (L, E), whose lengths may differ, or class (), on its device; not to be written to.
+        """Each caption's states (L, E), whose lengths may differ, or class (), on its device; do not write to them.
 
-        Args:
-            plain: without the instruction that captions have before them otherwise (text.instruction): negative prompts
-                are read like this, and the empty caption always is.
+        `plain` leaves out text.instruction, as negative prompts do; the empty caption never has it.
         """
 
     def cut(self, captions: Sequence[str], plain: bool = False) -> int:
-        """How many captions are longer than what is read of them."""
+        """How many captions are longer than the encoder reads."""
 
     def null_caption(self) -> Tensor:
-        """What stands for no caption: states or a class."""
+        """The condition of the empty caption: states or a class."""
 
 
 def stack_conditions(conditions: Sequence[Tensor], length: int = 0) -> Tensor:
-    """Captions' states as one tensor (B, L, E), or their classes (B,).
-
-    Args:
-        conditions: as a conditioner gives them.
-        length: the least L; it is that of the longest states. Shorter ones are filled up with zeros.
-    """
+    """Captions' states as one tensor (B, L, E), padded with zeros to the longest and at least to `length`, or their
+    classes (B,)."""
     if conditions[0].ndim == 0:
         return torch.stack(list(conditions))
     states = pad_sequence(list(conditions), batch_first=True)
@@ -91,7 +79,7 @@ class ClassLabels:
         label = int(caption) if caption.isascii() and caption.isdigit() else self.classes
         if label >= self.classes:
             raise UserError(
-                f"the caption {caption[:80]!r} is no class: model.condition is class and model.classes "
+                f"the caption {shortened(caption)!r} is no class: model.condition is class and model.classes "
                 f"{self.classes}, so a caption is a number from 0 to {self.classes - 1}"
             )
         return label
@@ -102,7 +90,7 @@ class ClassLabels:
         Raises:
             UserError: a caption is no label.
         """
-        return list(upload(np.array([self._number(caption) for caption in captions], np.int64), self._device))
+        return list(to_device(np.array([self._number(caption) for caption in captions], np.int64), self._device))
 
     def cut(self, captions: Sequence[str], plain: bool = False) -> int:
         """None is."""
@@ -115,22 +103,18 @@ class ClassLabels:
 
 ENCODE_BATCH = 16
 ENCODERS_ALONE = ("t5", "mt5", "umt5")
-"""Encoder-decoders whose encoder transformers loads without the decoder, which may be the larger part."""
+"""Encoder-decoders whose encoder transformers can load without the decoder."""
 LENGTH_STEP = 32
-"""Under padding mask, lengths are multiples of it: few shapes for a compiler."""
+"""Padding mask rounds lengths up to multiples of it, so that a compiler sees few shapes."""
 
 SAME_STATES = 0.1
-"""States whose relative distance is below this are of one encoder: bf16 makes about 0.01, another model about 1."""
+"""States at a smaller relative distance come from the same encoder: bf16 gives about 0.01, another model about 1."""
 
 Key = tuple[str, bool]  # a caption, and whether the instruction comes before it
 
 
 def resolve_model(name: str) -> str:
-    """A Hugging Face name or folder as it is; `package:NAME/FOLDER` becomes a folder of an installed package.
-
-    Raises:
-        UserError: the package or folder is not there.
-    """
+    """A Hugging Face name or folder unchanged; `package:NAME/FOLDER` as a folder of an installed package."""
     if not name.startswith("package:"):
         return name
     package, _, folder = name.removeprefix("package:").partition("/")
@@ -144,68 +128,60 @@ def resolve_model(name: str) -> str:
 
 
 def _load(auto: Any, name: str, **options: Any) -> Any:
-    """What one of transformers' Auto classes makes of a model's name."""
     folder = resolve_model(name)
     try:
         return auto.from_pretrained(folder, **options)
     except MemoryError:
         raise
-    except Exception as error:  # a tokeniser's package that is missing, torn weights, a model that is not known, ...
+    except Exception as error:  # a missing tokenizer package, torn weights, an unknown model, ...
         refuse_lfs_pointers(Path(folder), f"text.model {name!r}")
         reason = [*str(error).splitlines(), type(error).__name__][0]
         raise UserError(f"text.model {name!r} cannot be loaded: {reason}") from error
 
 
 def check_same_text(stored: Tensor, computed: Tensor, where: str, of: str) -> None:
-    """See that a text encoder is the one that a null caption was computed by, whatever its name is now.
+    """Raise a UserError if a text encoder is not the one that computed a stored null caption.
 
     Args:
-        stored, computed: states (L, E) of the empty caption, perhaps computed in different precision.
+        stored, computed: states (L, E) of the empty caption, perhaps in different precision.
         where: the field or option that names the encoder.
         of: what the stored states belong to.
-
-    Raises:
-        UserError: it is another one.
     """
     computed = computed.to(stored)
     if stored.shape != computed.shape or (stored - computed).norm() > SAME_STATES * stored.norm():
         raise UserError(
-            f"{where} is another text encoder than that of {of}: it reads the empty caption differently (of a model "
-            "imported with --null_attention zero it does so in any case: link the folder to where it was)"
+            f"{where} is not the text encoder of {of}: its states of the empty caption differ (they always do for a "
+            "model imported with --null_attention zero: put a link at the old path instead)"
         )
 
 
 def auto_class(config: Any) -> Any:
-    """Which of transformers' Auto classes makes a model of this configuration, with no more than need be."""
+    """The Auto class of transformers that loads no more of this model than its text encoder needs."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
     return AutoModelForTextEncoding if config.model_type in ENCODERS_ALONE else AutoModel
 
 
 def text_part(net: Any) -> Any:
-    """The module that reads text: an encoder-decoder's encoder, the text tower or language model of a model of several
-    kinds of input, or the model itself."""
+    """The module that reads text: an encoder-decoder's encoder, a multimodal model's text tower or language model, or
+    the model itself."""
     if net.config.is_encoder_decoder:
         return net.get_encoder()
     if net.config.get_text_config() is net.config:
         return net
-    part = net.get_decoder()  # as transformers calls what comes of `text_config`
+    part = net.get_decoder()  # transformers' name for the module of `text_config`
     return part if part is not net else net.get_encoder()
 
 
 def load_text_model(name: str, dtype: torch.dtype, **options: Any) -> Any:
-    """A model's part that reads text, with its weights.
-
-    Raises:
-        UserError: they cannot be loaded, some of them are missing, or there is no such part.
-    """
+    """The part of a model that reads text, with its weights."""
     from transformers import AutoConfig
 
     auto = auto_class(_load(AutoConfig, name, **options))
     net, found = _load(auto, name, dtype=dtype, output_loading_info=True, **options)
     try:
         part = text_part(net)
-    except ValueError:  # several kinds of text
+    except ValueError:  # several text configurations
         part = net
     if not {"input_ids", "attention_mask"} <= signature(part.forward).parameters.keys():
         raise UserError(f"text.model {name!r}: {type(net).__name__} has no part that reads text alone: take another")
@@ -222,17 +198,13 @@ def load_text_model(name: str, dtype: torch.dtype, **options: Any) -> Any:
 
 
 def check_length(name: str, net: Any, length: int, instruction: int = 0) -> None:
-    """Refuse captions of `length` tokens, after those of an instruction, that a model has no positions for.
-
-    Raises:
-        UserError: naming text.length.
-    """
+    """Refuse captions of `length` tokens, after `instruction` tokens, for which a model has no positions."""
     most = getattr(net.config.get_text_config(), "max_position_embeddings", None) or 0
-    if most <= 0:  # none, or none that ends
+    if most <= 0:  # unlimited
         return
     words = net.get_input_embeddings()
     for table in net.modules():
-        # RoBERTa and its kind do not use the positions up to the pad's number.
+        # RoBERTa-like models do not use the positions up to the pad's index.
         if isinstance(table, nn.Embedding) and table is not words and table.num_embeddings == most:
             most -= 0 if table.padding_idx is None else table.padding_idx + 1
             break
@@ -245,20 +217,18 @@ def check_length(name: str, net: Any, length: int, instruction: int = 0) -> None
 
 
 class TextEncoder(nn.Module):
-    """A frozen text model with its tokeniser.
+    """A frozen text model with its tokenizer.
 
     Args:
         name: see `resolve_model`.
         length: tokens a caption is padded or cut to; under mask, the most it may have.
-        dtype: of the weights and of the states.
-        cache: captions whose states are kept in memory (the latest used); 0 keeps none.
-        padding: whether pads are encoded, too.
-        reload_every_step: hold the weights only while there are captions to encode.
-        compiled: compile the model; eager, transformers waits for the device at each batch to look at its mask.
-        instruction: what comes before captions, up to and with a space; "" is nothing.
+        cache: captions whose states are cached (the latest used).
+        reload_every_step: hold the weights only while captions are encoded.
+        compiled: compile the model; without, transformers waits for the device at each batch to look at its mask.
+        instruction: words before captions, ending in a space.
 
     Raises:
-        UserError: the weights or the tokeniser cannot be loaded, or the length does not go with them.
+        UserError: the weights or the tokenizer cannot be loaded, or `length` does not fit them.
     """
 
     def __init__(
@@ -287,13 +257,13 @@ class TextEncoder(nn.Module):
         self._masks = padding == "mask"
         self._compiled = compiled
         self._instruction = instruction
-        # Of the instruction's tokens the first stays (a decoder's mark of the beginning, a constant), and what it ends
-        # with takes no place: a last space melts into the caption's first word, an end mark comes after the caption.
+        # The instruction's first token stays (a decoder's begin token, a constant). Its last one takes no place: a
+        # final space merges with the caption's first word, and an end token comes after the caption.
         self._skipped = max(0, len(self.tokenizer(instruction)["input_ids"]) - 2) if instruction else 0
         self._cache_size = cache
         self._cache: OrderedDict[Key, Tensor] = OrderedDict()
         self._place: Tensor
-        self.register_buffer("_place", torch.empty(0), persistent=False)  # where the model belongs, loaded or not
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # on the model's device, loaded or not
         if (own := self.tokenizer.num_special_tokens_to_add()) >= length:
             raise UserError(
                 f"text.length {length} leaves no place for a caption: the tokenizer of text.model {name!r} adds {own} "
@@ -302,12 +272,10 @@ class TextEncoder(nn.Module):
         net = self._load_net()
         check_length(name, net, length, self._skipped)
         self.width = self._measured_width(net)
-        """Of a state."""
         self.net: nn.Module | None = None if reload_every_step else net
 
     @torch.no_grad()
     def _measured_width(self, net: Any) -> int:
-        """The width of a state, of one pad."""
         pad, rows = self.tokenizer.pad_token_id, net.get_input_embeddings().num_embeddings
         if pad >= rows:
             raise UserError(
@@ -325,18 +293,18 @@ class TextEncoder(nn.Module):
 
     @contextmanager
     def loaded(self) -> Iterator[nn.Module]:
-        """The language model: under `reload_every_step` loaded now, unless it is, and let go at the end."""
+        """The language model; `reload_every_step` loads it now and frees it at the end."""
         if self.net is not None:
             yield self.net
             return
-        self.net = self._load_net(local_files_only=True)  # once found, no hub is asked again
+        self.net = self._load_net(local_files_only=True)  # found before: no request to the hub
         try:
             yield self.net
         finally:
             self.net = None
 
     def _tokens(self, captions: list[str], instructed: bool) -> list[list[int]]:
-        """Tokens of each caption and of what comes before it, one at least."""
+        """Tokens of each caption, with the instruction's; at least one."""
         pads = [self.tokenizer.pad_token_id] * (1 if self._masks else self.length)
         words = [self._instruction + caption for caption in captions] if instructed else captions
         found = self.tokenizer(words, truncation=True, max_length=self._most_tokens(instructed))["input_ids"]
@@ -346,11 +314,7 @@ class TextEncoder(nn.Module):
         return self.length + (self._skipped if instructed else 0)
 
     def cut(self, captions: Sequence[str], plain: bool = False) -> int:
-        """How many captions have more tokens than `length`, and are cut there.
-
-        Args:
-            plain: see `forward`.
-        """
+        """How many captions have more tokens than `length`, and are cut there."""
         count = 0
         for caption in captions:
             instructed = bool(self._instruction and caption) and not plain
@@ -359,9 +323,9 @@ class TextEncoder(nn.Module):
         return count
 
     def _alike(self, captions: list[str], instructed: bool) -> Iterator[tuple[int, list[str], list[list[int]]]]:
-        """Captions that may be encoded together: how many states a row keeps, and they with their tokens.
+        """Batches of captions of one length: how many states a row keeps, the captions and their tokens.
 
-        Under mask those without pads are apart: where nothing is masked, transformers takes another kernel.
+        Under mask, captions without pads are batched apart: where nothing is masked, transformers uses another kernel.
         """
         groups: dict[tuple[int, bool], list[tuple[str, list[int]]]] = defaultdict(list)
         for caption, own in zip(captions, self._tokens(captions, instructed), strict=True):
@@ -375,33 +339,30 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode_batch(self, net: nn.Module, row: int, tokens: list[list[int]], instructed: bool) -> Tensor:
-        """States (B, row, width) of at most ENCODE_BATCH captions."""
+        """States (B, row, width) of at most ENCODE_BATCH captions; the batch is filled up to it."""
         filled = tokens + tokens[:1] * (ENCODE_BATCH - len(tokens))
         pad, skipped = self.tokenizer.pad_token_id, self._skipped if instructed else 0
         pads = [row + skipped - len(own) for own in filled]
         rows = [own + [pad] * count for own, count in zip(filled, pads, strict=True)]
         seen = [[1] * len(own) + [0] * count for own, count in zip(filled, pads, strict=True)]
-        ids, mask = (upload(np.array(it, np.int64), self._place.device) for it in (rows, seen))
+        ids, mask = (to_device(np.array(table, np.int64), self._place.device) for table in (rows, seen))
         states = net(input_ids=ids, attention_mask=mask).last_hidden_state
-        states, mask = (torch.cat([it[:, :1], it[:, 1 + skipped :]], 1) for it in (states, mask))
+        states, mask = (torch.cat([table[:, :1], table[:, 1 + skipped :]], 1) for table in (states, mask))
         if self._masks:
             states = states.masked_fill(mask[..., None] == 0, 0)
         return states[: len(tokens)]
 
     def _encode(self, net: nn.Module, captions: list[str], instructed: bool) -> None:
-        """Put their states into the cache."""
         for row, texts, tokens in self._alike(captions, instructed):
             for caption, states in zip(texts, self._encode_batch(net, row, tokens, instructed), strict=True):
                 self._cache[caption, instructed] = states.clone()
 
     def forward(self, captions: list[str], plain: bool = False) -> list[Tensor]:
-        """Each caption's states (L, width), on the encoder's device; they are the cache's, not to be written to.
+        """Each caption's states (L, width), on the encoder's device; they are the cache's: do not write to them.
 
         L is `length`; under mask, the caption's own tokens rounded up to a multiple of LENGTH_STEP, at most `length`.
-        Under an instruction, the first of the states is that of the instruction's first token.
-
-        Args:
-            plain: without the instruction, as guidance wants what it leads away from; the empty caption never has it.
+        With an instruction, the first state is that of the instruction's first token. `plain` leaves the instruction
+        out, as negative prompts do; the empty caption never has it.
         """
         keys = [(caption, bool(self._instruction and caption) and not plain) for caption in captions]
         missing = [key for key in dict.fromkeys(keys) if key not in self._cache]

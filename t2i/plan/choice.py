@@ -1,4 +1,4 @@
-"""Which engine, checkpointing and micro-batch a stage may have on given GPUs, and which of them computes least."""
+"""Which engine, activation checkpointing and micro-batch a stage may have on given GPUs, and which compute least."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from t2i.plan.counts import Checkpointing
 from t2i.plan.memory import ENGINES, FP32, GPUS, Engine, Gpu, StageMemory
 
 USABLE = 0.9
-"""Share of a device's memory that a plan may fill; the rest is for fragments and what is not foreseen."""
+"""Share of a device's memory that a plan may fill; the rest is for fragments and the unforeseen."""
 FED_TOKENS = 8192
-"""Assumed: image tokens in a micro-batch from which matrix products keep a GPU busy."""
+"""Assumed: image tokens in a micro-batch that keep a GPU's matrix products busy."""
 PREFERENCE: tuple[Engine, ...] = ("zero1", "zero2", "fsdp2", "zero3")
-"""Engines from the least communication to the most; zero0 holds more than zero1 and computes the same."""
+"""Engines from the least communication to the most; zero0 uses more memory than zero1 and computes the same."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,14 @@ class Assumptions:
     gpus: int
     gpu: Gpu
     utilisation: float
-    """Share of the peak that the step reaches, over all FLOPs it computes."""
+    """Share of the peak FLOP/s, over all FLOPs that the step computes."""
     sample_bytes: float
     """Mean bytes of a sample as it is read."""
     reference: bool = False
 
     @classmethod
     def from_config(cls, gpus: int, gpu: str, mfu: float, sample_bytes: float, reference: bool) -> Assumptions:
-        """From the command line's words.
-
-        Raises:
-            ConfigError: one of them is out of range, or the GPU is not known.
-        """
+        """From the command line's options; a ConfigError names one that is out of range, or an unknown GPU."""
         if gpu.lower() not in GPUS:
             raise ConfigError(f"--gpu {gpu} is not in the table: give one of {', '.join(GPUS)}")
         if gpus < 1:
@@ -51,14 +47,15 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Option:
-    """An engine with or without activation checkpointing: the largest micro-batch that fits, and what it fills."""
+    """An engine with or without activation checkpointing, its largest micro-batch that fits, and the memory it
+    takes."""
 
     engine: Engine
     checkpointing: Checkpointing
     micro_batch_size: int
-    """0 where not even one sample fits."""
+    """0 if not even one sample fits."""
     bytes: int
-    """On each device, at that micro-batch (at 1 where nothing fits)."""
+    """On each device, at that micro-batch (at 1 if nothing fits)."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,9 @@ class PlannedStage:
     name: str
     given: Assumptions
     memory: StageMemory
-    """Of images of the largest bucket."""
+    """For images of the largest bucket."""
     square: StageMemory
-    """Of images of the resolution, whose FLOPs count: buckets have about its area."""
+    """For images of the resolution, whose FLOPs count: buckets have about its area."""
 
     @classmethod
     def of(cls, config: RunConfig, index: int, given: Assumptions) -> PlannedStage:
@@ -92,12 +89,12 @@ class PlannedStage:
 
     @property
     def share(self) -> int:
-        """Samples of a global batch that a rank has."""
+        """Samples of a global batch on a rank."""
         return self.config.train.batch_size // self.given.gpus
 
     @property
     def together(self) -> int:
-        """Samples that a micro-batch divides: a rank's share of a batch, or of one size in buckets."""
+        """Samples that a micro-batch divides: a rank's share of a batch, or of one size with buckets."""
         buckets = self.config.data.aspect_buckets
         return buckets.group_size if buckets is not None else self.share
 
@@ -122,14 +119,13 @@ class PlannedStage:
 
     @property
     def checkpointings(self) -> dict[str, Checkpointing]:
-        """What engine.activation_checkpointing may be, by name."""
+        """The values of engine.activation_checkpointing, by name."""
         if self.config.model.family == "pixeldit":
             return {"plain": False, "pixel checkpointed": "pixel", "checkpointed": True}
         return {"plain": False, "checkpointed": True}
 
     def options(self) -> list[Option]:
-        """All there are."""
-        return [self.option(engine, it) for it in self.checkpointings.values() for engine in ENGINES]
+        return [self.option(engine, blocks) for blocks in self.checkpointings.values() for engine in ENGINES]
 
     @property
     def budget(self) -> int:
@@ -144,7 +140,7 @@ class PlannedStage:
         return Option(engine, checkpointing, best, self.memory.device_bytes(engine, max(best, 1), checkpointing))
 
     def executed_flops(self, checkpointing: Checkpointing) -> float:
-        """FLOPs of an image as computed: checkpointing runs the blocks' forward again."""
+        """FLOPs of an image with recomputation: checkpointing runs the blocks' forward again."""
         return sum(self.flops().values()) + self.square.cost.recomputed_flops(checkpointing)
 
     def images_per_s(self, checkpointing: Checkpointing) -> float:
@@ -153,19 +149,16 @@ class PlannedStage:
 
 
 def recommend(stage: PlannedStage, options: list[Option]) -> Option | None:
-    """The option that computes least: no checkpointing, then that of pixel blocks alone, then that of all, and of each
-    the least communication, as long as its micro-batch feeds the GPU; failing that, the one with the largest
-    micro-batch. None where nothing fits."""
+    """The option that computes least, and of those the one that communicates least, whose micro-batch keeps the GPU
+    busy; else the one with the largest micro-batch. None if nothing fits."""
     height, width = stage.memory.size
     tokens = height * width // stage.config.model.patch_size**2
     wanted = min(stage.share, -(-FED_TOKENS // tokens))
 
-    def cost(it: Option) -> tuple[int, int]:
-        return stage.memory.cost.recomputed_flops(it.checkpointing), (*PREFERENCE, "zero0").index(it.engine)
+    def cost(option: Option) -> tuple[int, int]:
+        again = stage.memory.cost.recomputed_flops(option.checkpointing)
+        return again, (*PREFERENCE, "zero0").index(option.engine)
 
-    ranked = sorted(options, key=cost)
-    fitting = [it for it in ranked if it.micro_batch_size]
-    for it in fitting:
-        if it.micro_batch_size >= wanted:
-            return it
-    return max(fitting, key=lambda it: it.micro_batch_size, default=None)
+    fitting = sorted((option for option in options if option.micro_batch_size), key=cost)
+    busy = [option for option in fitting if option.micro_batch_size >= wanted]
+    return busy[0] if busy else max(fitting, key=lambda option: option.micro_batch_size, default=None)

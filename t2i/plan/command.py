@@ -1,12 +1,9 @@
-"""What a run will need, before anything is spent: parameters, memory, FLOPs, days, bandwidth, disk.
+"""The plan of a run, as JSON and as tables: parameters, memory, FLOPs, days, bandwidth, disk.
 
-Arithmetic from the config and from networks counted on the meta device (`plan_meta.py`): no weights, no data, no GPU, a
-few seconds. `BASIS` says of each figure whether it is counted, derived or assumed.
-
-The FLOPs are those of our training step: the perceptual networks see the samples over the gate alone. With
-`reference`, those of the public code, whose perceptual networks see every sample; its memory is then listed as well.
-
-A plan as aligned tables.
+Arithmetic from the config and from networks counted on the meta device (`meta.py`): no weights, no data, no GPU, a few
+seconds. `BASIS` says of each figure whether it is counted, derived or assumed. FLOPs are those of our training step,
+whose perceptual networks see ungated samples only; with `reference`, those of the public code, whose perceptual
+networks see every sample, and its memory is listed too.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ _CHECKPOINTING = {
 
 
 def tables(plan: dict[str, Any]) -> str:
-    """What `plan.plan` returns, for a person: run, parameters, FLOPs, time, memory, data, storage, advice, basis."""
+    """A plan as text: run, parameters, FLOPs, time, memory, data, storage, advice, basis."""
     stages = plan["stages"]
     gpu = plan["gpu"]
     head = (
@@ -56,7 +53,7 @@ def tables(plan: dict[str, Any]) -> str:
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lines with the first column to the left and the others to the right, as wide as their widest cell."""
+    """Aligned columns: the first to the left, the others to the right."""
     cells = [[title, *head], *([*row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = [
@@ -73,7 +70,7 @@ def _gib(value: float) -> str:
 
 
 def _alike(stages: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Stages whose memory is the same as one, with their names."""
+    """Stages grouped by equal memory, with their names."""
     groups: list[tuple[list[str], dict[str, Any]]] = []
     for stage in stages:
         for names, first in groups:
@@ -150,7 +147,8 @@ def _hours(hours: float) -> str:
 
 
 def _memory(names: str, stage: dict[str, Any]) -> list[str]:
-    """Static memory by engine, activations at the config's micro-batch, and what fits, of stages that are alike."""
+    """Static memory by engine, activations at the config's micro-batch, and the largest micro-batches, of stages that
+    are alike."""
     engines = stage["static_bytes"]
     held = list(dict.fromkeys(name for parts in engines.values() for name in parts if name != "total"))
     rows = [[name, *(_gib(parts.get(name, 0)) for parts in engines.values())] for name in [*held, "total"]]
@@ -240,59 +238,59 @@ BASIS = {
     "the memory may be filled",
     "time": "derived from the assumed utilisation: FLOPs that are computed, recomputed ones too, over the data sheet's "
     "peak; the paper's 6 days on 8 H800 are 22 %; validation, checkpoints and communication are in it alone",
-    "data": "derived from the assumed bytes a sample; samples that filters pass over come on top",
+    "data": "derived from the assumed bytes a sample; samples that filters skip are not included",
     "storage": "derived: exact but for the trainer's state, some KB a lane",
 }
 
 
 def _advice(stage: PlannedStage, options: list[Option], chosen: Option | None) -> list[str]:
-    """Sentences: whether the config's own settings fit, and what would be cheaper."""
+    """Sentences: whether the config's settings fit, and what would be cheaper."""
     micro, gib = stage.config.train.micro_batch_size, 2**30
-    said = []
+    advice = []
     if stage.together % micro:
         of = "data.group_size" if stage.config.data.aspect_buckets else "a rank's share of the batch"
-        said.append(f"train.micro_batch_size {micro} does not divide {of}, {stage.together}")
+        advice.append(f"train.micro_batch_size {micro} does not divide {of}, {stage.together}")
     else:
         need = stage.memory.device_bytes("zero1", micro, False)
         verdict = "fits" if need <= stage.budget else "does not fit"
-        said.append(
+        advice.append(
             f"train.micro_batch_size {micro} with zero1 and no checkpointing takes {need / gib:.1f} GiB: it {verdict} "
             f"into {USABLE:.0%} of {stage.given.gpu.memory_gib:g} GiB"
         )
     if (folder := stage.config.engine.offload_dir) is not None:
         mapped = total(stage.memory.mapped("zero1"))
-        said.append(f"moments and average, {mapped / gib:.1f} GiB a rank at zero1, are files in {folder}, not memory")
+        advice.append(f"moments and EMA, {mapped / gib:.1f} GiB a rank at zero1, are files in {folder}, not memory")
     flops = stage.flops()
     whole = sum(flops.values())
     if chosen is None:
-        least = min(options, key=lambda it: it.bytes)
-        said.append(
+        least = min(options, key=lambda option: option.bytes)
+        advice.append(
             f"nothing fits: one sample takes {least.bytes / gib:.1f} GiB or more ({least.engine}, checkpointing): "
             "take more or larger GPUs, or a smaller model"
         )
     else:
-        alike = [it for it in options if it.checkpointing == chosen.checkpointing]
-        roomiest = max(alike, key=lambda it: it.micro_batch_size)
-        if roomiest.micro_batch_size > chosen.micro_batch_size:
-            said.append(f"{roomiest.engine} would hold {roomiest.micro_batch_size}, for more communication")
+        alike = [option for option in options if option.checkpointing == chosen.checkpointing]
+        largest = max(alike, key=lambda option: option.micro_batch_size)
+        if largest.micro_batch_size > chosen.micro_batch_size:
+            advice.append(f"{largest.engine} would hold {largest.micro_batch_size}, for more communication")
         if chosen.checkpointing:
             again = stage.square.cost.recomputed_flops(chosen.checkpointing)
-            said.append(f"checkpointing computes {again / whole:.0%} more: GPUs with more memory save it")
+            advice.append(f"checkpointing computes {again / whole:.0%} more: GPUs with more memory save it")
     encoding = flops.get("text encoder", 0.0) / whole
     if stage.memory.text is None:
-        said.append("classes cost nothing to encode")
+        advice.append("classes cost nothing to encode")
     elif stage.config.text.cache:
-        said.append(f"text.cache saves up to {encoding:.1%} of these FLOPs where captions come again soon")
+        advice.append(f"text.cache saves up to {encoding:.1%} of these FLOPs where captions come again soon")
     else:
-        said.append(f"caption states computed once and kept would save {encoding:.1%} of FLOPs")
+        advice.append(f"caption states computed once and kept would save {encoding:.1%} of FLOPs")
     clean = sum(flops.get(name, 0.0) for name in ("lpips, clean", "dino, clean"))
     if clean:
-        said.append(f"the clean images' perceptual features are {clean / whole:.1%} of FLOPs")
-    return said
+        advice.append(f"the clean images' perceptual features are {clean / whole:.1%} of FLOPs")
+    return advice
 
 
 def _stage_plan(stage: PlannedStage) -> dict[str, Any]:
-    """One stage's plan, in plain values; bytes, seconds, FLOPs."""
+    """One stage's plan in plain values: bytes, seconds, FLOPs."""
     config, given = stage.config, stage.given
     memory = stage.memory
     options = stage.options()
@@ -358,7 +356,7 @@ def _data(stage: PlannedStage, rate: float) -> dict[str, float]:
     """Bandwidth of all ranks, and host memory of one rank's loader."""
     data, given, (height, width) = stage.config.data, stage.given, stage.memory.size
     remote = sum(source.url.startswith("s3://") for source in data.sources)
-    # A request to S3 brings neighbours that a block needs later; from a disk each sample is read when it is due.
+    # A request to S3 also brings samples that a block needs later; from a disk each sample is read when it is due.
     ahead = data.lanes // given.gpus * remote * data.shuffle_block * given.sample_bytes
     pixels = stage.share * 3 * height * width
     return {
@@ -372,7 +370,7 @@ def _data(stage: PlannedStage, rate: float) -> dict[str, float]:
 
 
 def _storage(stage: PlannedStage) -> dict[str, float]:
-    """Bytes on disk, and those of the snapshot in a rank's host memory."""
+    """Bytes on disk, and of the snapshot in a rank's host memory."""
     network, checkpoint = stage.memory.network, stage.config.checkpoint
     one = checkpoint_bytes(network)
     saves = -(-stage.config.train.steps // checkpoint.every)
@@ -386,10 +384,10 @@ def _storage(stage: PlannedStage) -> dict[str, float]:
 
 
 def plan(config: RunConfig, given: Assumptions) -> dict[str, Any]:
-    """The plan of a run's stages, in plain values: what `--json` prints.
+    """The plan of a run's stages in plain values, as `--json` prints it.
 
     Raises:
-        ConfigError: the config has no stage, or a network it names is not known here.
+        ConfigError: the config has no stage, or names a network that is not known here.
         DataError: the GPUs cannot share a stage's batch or lanes evenly.
     """
     if not config.stages:

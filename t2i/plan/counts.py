@@ -1,12 +1,9 @@
-"""What a step's frozen networks hold and compute, counted on the meta device.
+"""What a step's networks hold and compute for one image, counted on the meta device for every family.
 
-- A backward pass counts twice its forward, a frozen network's backward to its input once (PaLM, Chowdhery et al. 2022).
-- They are built from their configuration: nothing is downloaded and no weight is read.
-
-What the trained networks hold, compute and keep for one image, counted on the meta device for every family.
-
-The forward pass of a training step runs there with one sample and with two. The FLOPs are those of one; what autograd
-keeps is what the second sample adds, so that tables and cast weights, which samples share, do not count.
+- A backward pass counts twice its forward; a frozen network's backward to its input once (PaLM, Chowdhery et al. 2022).
+  Frozen networks are built from their configuration: nothing is downloaded and no weight is read.
+- The trained networks' forward pass runs with one sample and with two. FLOPs are those of one; what autograd keeps is
+  what the second sample adds, so that tables and cast weights, which samples share, do not count.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i.build import Denoiser, build_denoiser, build_projector
+from t2i.build import Denoiser, TrainingNetwork, build_denoiser, build_projector
 from t2i.config.base import ConfigError
 from t2i.config.run import RunConfig
 from t2i.config.train import STAND_IN, ObjectiveConfig
@@ -30,8 +27,7 @@ from t2i.models.layers import muon_takes
 from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 from t2i.models.pixelgen import PixelGen
 from t2i.models.text import auto_class, check_length, resolve_model, text_part
-from t2i.plan.meta import META, FusedKernels, Kept, count_flops, numel, saved_bytes
-from t2i.train.build import TrainingNetwork
+from t2i.plan.meta import META, FusedKernels, SavedTensors, count_flops, numel, saved_bytes
 
 Checkpointing = bool | Literal["pixel"]
 """As engine.activation_checkpointing."""
@@ -41,21 +37,21 @@ PARTS: tuple[Part, ...] = ("image blocks", "text blocks", "pixel blocks")
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained: parameters by part, and how many of them."""
+    """Numbers of trained parameters, by part."""
 
     image_blocks: int
-    """Of PixelDiT from text, with the captions' stream in them."""
+    """With PixelDiT from text, these include the text stream."""
     text_blocks: int
     pixel_blocks: int
     rest: int
-    """Embeddings, the text's entrance and the head of the denoiser."""
+    """Embeddings, the text's input layer and the head of the denoiser."""
     projector: int
     by_muon: int
-    """Those of them that Muon takes: they have one moment, others two."""
+    """Parameters that Muon updates: they have one moment, others two."""
     block: int
-    """Parameters of the largest block, the largest part that FSDP2 and ZeRO-3 put together at a time."""
+    """Parameters of the largest block: FSDP2 and ZeRO-3 gather one block at a time."""
     small: int
-    """Those of tensors so small that ZeRO-3 leaves them whole on every rank."""
+    """Parameters of tensors so small that ZeRO-3 does not shard them."""
 
     @property
     def denoiser(self) -> int:
@@ -76,12 +72,12 @@ class BlockCost:
     kept: int
     """Bytes that autograd keeps inside it."""
     given: int
-    """Bytes that it alone is given, which checkpointing keeps in their place."""
+    """Bytes of inputs of this block only, which checkpointing keeps instead."""
     largest: int
     """Bytes of the largest tensor that autograd keeps inside it."""
 
     def checkpointed(self, checkpointing: Checkpointing) -> bool:
-        """Whether its insides are computed again."""
+        """Whether its inside is recomputed."""
         return self.part == "pixel blocks" if checkpointing == "pixel" else checkpointing
 
 
@@ -91,10 +87,10 @@ class ImageCost:
 
     blocks: tuple[BlockCost, ...]
     outside: int
-    """Bytes that autograd keeps outside blocks, with alignment's, and of what several blocks are given."""
+    """Bytes that autograd keeps outside blocks, with alignment's, and of inputs that several blocks share."""
     flops: dict[str, int]
-    """The denoiser's, by part. The text's matrices inside PixelDiT's image blocks are text blocks; the attention that
-    joins text and patches is not."""
+    """The denoiser's, by part. The text's matrices inside PixelDiT's image blocks count as text blocks; the joint
+    attention does not."""
     projector_flops: int
 
     @property
@@ -102,7 +98,6 @@ class ImageCost:
         return sum(self.flops.values())
 
     def recomputed_flops(self, checkpointing: Checkpointing) -> int:
-        """What checkpointing computes again."""
         return sum(block.flops for block in self.blocks if block.checkpointed(checkpointing))
 
     def kept(self, part: Part, checkpointing: Checkpointing) -> int:
@@ -111,7 +106,7 @@ class ImageCost:
         return sum(block.given if block.checkpointed(checkpointing) else block.kept for block in blocks)
 
     def recomputed_bytes(self, checkpointing: Checkpointing) -> int:
-        """Bytes of the largest block whose insides come again for its backward."""
+        """Bytes of the largest block that is recomputed for its backward."""
         return max((block.kept for block in self.blocks if block.checkpointed(checkpointing)), default=0)
 
     @property
@@ -121,13 +116,8 @@ class ImageCost:
 
 
 def on_meta(config: RunConfig, text_width: int, features_width: int) -> TrainingNetwork:
-    """What a stage trains, on the meta device.
-
-    Args:
-        config: its settings.
-        text_width: of a caption's states; like `features_width`, nothing where there are none.
-        features_width: of the features that the denoiser's are aligned with.
-    """
+    """What a stage trains, on the meta device. Widths of a caption's states and of the aligned features; 0 without
+    them."""
     aligned = config.objective.repa_weight > 0
     with META:
         denoiser = build_denoiser(config.model, text_width, config.text.length)
@@ -151,8 +141,7 @@ def trained(config: RunConfig, network: TrainingNetwork) -> Trained:
 
 
 def _parts(denoiser: Denoiser) -> dict[Part, list[nn.Module]]:
-    """Its blocks by part."""
-    return {
+    return {  # its blocks by part
         "image blocks": [*denoiser.blocks],
         "text blocks": [*denoiser.text_blocks] if isinstance(denoiser, PixelGen) else [],
         "pixel blocks": [*denoiser.pixels.blocks] if isinstance(denoiser, PixelDiT | ClassPixelDiT) else [],
@@ -162,26 +151,18 @@ def _parts(denoiser: Denoiser) -> dict[Part, list[nn.Module]]:
 def image_cost(
     config: RunConfig, size: tuple[int, int], network: TrainingNetwork, text_width: int, dtype: torch.dtype
 ) -> ImageCost:
-    """Count what an image takes.
-
-    Args:
-        config: the stage's settings.
-        size: height and width of the image, in pixels.
-        network: what the stage trains, on the meta device.
-        text_width: of a caption's states.
-        dtype: of the arithmetic; the network's weights become it.
-    """
+    """Count what an image of `size` (height, width) takes. The network, on the meta device, becomes `dtype`."""
     network.to(dtype)
-    with FlopCounterMode(display=False) as counter, Kept(network, network.blocks) as kept_of_one:
+    with FlopCounterMode(display=False) as counter, SavedTensors(network, network.blocks) as kept_of_one:
         _forward(config, size, network, text_width, dtype, 1)
-    with Kept(network, network.blocks) as kept_of_two:
+    with SavedTensors(network, network.blocks) as kept_of_two:
         _forward(config, size, network, text_width, dtype, 2)
 
     denoiser, root, named = network.denoiser, type(network).__name__, counter.get_flop_counts()
     flops = {module: sum(named.get(f"{root}.{name}", {}).values()) for name, module in network.named_modules()}
     text_stream = [m for n, m in denoiser.blocks.named_modules() if ".text." in n and isinstance(m, nn.Linear)]
     in_text_stream = sum(flops[module] for module in text_stream)
-    by_part: dict[str, int] = {part: sum(flops[it] for it in blocks) for part, blocks in _parts(denoiser).items()}
+    by_part: dict[str, int] = {part: sum(flops[block] for block in blocks) for part, blocks in _parts(denoiser).items()}
     by_part["image blocks"] -= in_text_stream
     by_part["text blocks"] += in_text_stream
     by_part["embeddings and head"] = flops[denoiser] - sum(by_part.values())
@@ -199,9 +180,9 @@ def image_cost(
     )
 
 
-def _by_block(found: Kept) -> tuple[list[tuple[int, int, int]], int]:
-    """Of each block the bytes that it keeps, that it alone is given, and of the largest tensor kept; and the bytes
-    outside, among them what several blocks are given, which is there whether or not they are checkpointed."""
+def _by_block(found: SavedTensors) -> tuple[list[tuple[int, int, int]], int]:
+    """For each block the bytes that it keeps, of inputs of its own, and of the largest tensor kept; and the bytes
+    outside, among them inputs that several blocks share, which stay with or without checkpointing."""
     times = Counter(at for given in found.given for at in given)
     shared = {at: n for given in found.given for at, n in given.items() if times[at] > 1}
     blocks = []
@@ -250,12 +231,12 @@ KNOWN_TEXT: dict[str, dict[str, Any]] = {
     "Efficient-Large-Model/gemma-2-2b-it": {"model_type": "gemma2"},
 }
 KNOWN_FEATURES: dict[str, dict[str, Any]] = {"facebook/dinov2-base": {"image_size": 518, "patch_size": 14}}
-"""Configurations, as far as they differ from transformers' defaults, of what a config names and may not be at hand."""
+"""Differences from transformers' default configurations, for models that may not be on this machine."""
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen network: `forward_flops` of one image or caption, `saved_bytes` that its backward to one image needs."""
+    """A frozen network: `forward_flops` of one image or caption, `saved_bytes` that autograd keeps for one image."""
 
     name: str
     parameters: int
@@ -281,11 +262,7 @@ def _described(name: str, field: str, known: dict[str, dict[str, Any]], default_
 
 
 def text_encoder(config: RunConfig) -> Frozen | None:
-    """The language model, on one caption of `text.length` tokens; none where classes are drawn.
-
-    Raises:
-        UserError: what it consists of is not known here.
-    """
+    """The text encoder, on one caption of `text.length` tokens; None for classes."""
     if config.model.condition == "class":
         return None
     described = _described(config.text.model, "text.model", KNOWN_TEXT)
@@ -311,7 +288,7 @@ def _stand_in() -> EfficientNetLite:
 
 
 def image_distance(config: RunConfig, size: tuple[int, int], dtype: torch.dtype) -> Frozen | None:
-    """LPIPS, VGG16 in `dtype`, or its stand-in on one image of a size: FLOPs of the predicted image's half."""
+    """LPIPS, VGG16 in `dtype`, or its stand-in, on one image of a size; FLOPs of the predicted image's half."""
     if config.objective.lpips_weight == 0:
         return None
     image, predicted = _images(size)
@@ -360,9 +337,9 @@ def _images(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def ungated_fraction(objective: ObjectiveConfig) -> float:
-    """Share of the samples with t at or above the gate, exactly, from the time density."""
+    """Exact share of the samples with t at or above perceptual_t_min, from the density of t."""
     if objective.perceptual_t_min in (0.0, 1.0):
         return 1.0 - objective.perceptual_t_min
-    # The gate before the shift of times, which is undone by the inverse shift.
+    # The threshold before the shift of times.
     shifted = math.log(objective.perceptual_t_min / (1.0 - objective.perceptual_t_min)) + math.log(objective.shift)
     return 0.5 * math.erfc((shifted - objective.logit_mean) / objective.logit_std / math.sqrt(2.0))

@@ -1,23 +1,19 @@
-"""What a rank's device holds during training, in bytes: pure arithmetic.
+"""Memory of a rank's device during training, in bytes, from the counted networks; and a table of GPUs.
 
 Static memory, bytes a parameter in bf16, measured with DeepSpeed 0.19.8 and PyTorch 2.14 on 1 and 2 ranks (W):
 
-    engine  weights  gradients  masters  moments  average
-    zero0   -        4          4        8        4         fp32 weights, cast where they are used
-    zero1   2        4          4/W      8/W      4/W       gradients are whole on every rank until the step
-    zero2   2        4/W        4/W      8/W      4/W       and a bucket for what is being summed over ranks
-    zero3   2/W      4/W        4/W      8/W      4/W       and small weights whole, the weights under way, and a bucket
-    fsdp2   -        4/W        4/W      8/W      4/W       and the weights under way; the masters are the parameters
-    ddp     4        4 + 4      -        8        4         the public code: fp32, with copies of gradients in buckets
+    engine  weights  gradients  masters  moments  EMA
+    zero0   -        4          4        8        4    fp32 weights, cast where they are used
+    zero1   2        4          4/W      8/W      4/W  gradients are whole on every rank until the step
+    zero2   2        4/W        4/W      8/W      4/W  and a bucket for gradients being summed over ranks
+    zero3   2/W      4/W        4/W      8/W      4/W  and small weights whole, gathered weights, and a bucket
+    fsdp2   -        4/W        4/W      8/W      4/W  and gathered weights; the masters are the parameters
+    ddp     4        4 + 4      -        8        4    the public code: fp32, with copies of gradients in buckets
 
 In fp32 the weights of zero1 to zero3 take 4. Muon has one moment where AdamW has two.
 
-Activations are what autograd keeps in eager mode (`plan_trained.py`); `torch.compile` keeps less, so they are an upper
-bound for it.
-
-What one rank holds while it trains one stage: the networks, counted, put into the arithmetic of `plan_memory.py`.
-
-What GPUs can do, by name: the one table that the planner and the trainer's MFU share.
+Activations are what autograd keeps in eager mode (`counts.py`), an upper bound for `torch.compile`. The table of GPUs
+also serves the trainer's MFU.
 """
 
 from __future__ import annotations
@@ -55,29 +51,24 @@ FP32 = 4
 CONTEXT_BYTES = int(1.5 * 2**30)
 """Assumed: CUDA's context, the communication library's buffers, workspaces of matrix products."""
 BUCKET = BUCKET_NUMEL
-"""Values in the bucket in which DeepSpeed sums gradients over ranks, in fp32."""
+"""Values in DeepSpeed's bucket for summing gradients over ranks, in fp32."""
 IMAGE_COPIES = 5
 """Of a micro-batch in fp32: the image, noise, x_t, the prediction and its gradient."""
 WORKING_COPIES = 3
-"""Assumed: tensors of the largest size that exist at once inside an operation or its backward, besides what is kept."""
+"""Assumed: tensors of the largest size that exist at once inside an operation or its backward, besides kept ones."""
 
 Bytes = dict[str, int]
 
 
 def total(parts: Bytes) -> int:
-    """Sum of the parts."""
     return sum(parts.values())
 
 
 def static_memory(engine: Engine, ranks: int, network: Trained, frozen: Bytes, dtype_bytes: int) -> Bytes:
     """Bytes that a rank holds from its first step to its last, by component.
 
-    Args:
-        engine: see the table above.
-        ranks: that share the state.
-        network: what is trained.
-        frozen: bytes of the networks that are not, by name; whole on every rank.
-        dtype_bytes: of a weight that the network computes with: 2 or 4.
+    `ranks` share the state; `frozen` are the bytes of frozen networks by name, whole on every rank; `dtype_bytes` of a
+    weight in the network's arithmetic: 2 or 4.
     """
     n = network.total
     shared = 1 if engine == "zero0" else ranks
@@ -90,19 +81,19 @@ def static_memory(engine: Engine, ranks: int, network: Trained, frozen: Bytes, d
         "gradients": FP32 * n // gradients_shared,
         "masters": FP32 * n // shared,
         "moments": moments_bytes(network) // shared,
-        "average": FP32 * n // shared,
+        "ema": FP32 * n // shared,
         **frozen,
         "sampling copy": dtype_bytes * network.denoiser,
     }
 
 
 def checkpoint_bytes(network: Trained) -> int:
-    """Of one checkpoint, all ranks' parts of it: masters, average and moments."""
+    """Bytes of one checkpoint over all ranks: masters, EMA and moments."""
     return 2 * FP32 * network.total + moments_bytes(network)
 
 
 def moments_bytes(network: Trained) -> int:
-    """Of all ranks together: two moments a parameter with AdamW, one with Muon."""
+    """Bytes over all ranks: two moments a parameter with AdamW, one with Muon."""
     return FP32 * (2 * network.total - network.by_muon)
 
 
@@ -114,17 +105,17 @@ def reference_static_memory(network: Trained, frozen: Bytes) -> Bytes:
         "gradients": FP32 * n,
         "gradient buckets": FP32 * n,
         "moments": 2 * FP32 * n,
-        "average": FP32 * n,
+        "ema": FP32 * n,
         **frozen,
     }
 
 
 def buffers(engine: Engine, network: Trained, dtype_bytes: int) -> int:
-    """Bytes an engine needs only while it computes, to bring weights together and gradients apart.
+    """Bytes an engine needs only while it computes, to gather weights and reduce gradients.
 
-    zero0 in bf16: the weights as they are cast, which autograd keeps. zero2, zero3, and zero1 in fp32: a bucket of
-    gradients, allocated whole however small the network. zero3, fsdp2: the weights of two blocks, one in use and one on
-    its way, and of everything outside blocks; fsdp2 also the gradients of one block in fp32, on one rank too.
+    zero0 in bf16: the cast weights, which autograd keeps. zero2, zero3, and zero1 in fp32: a bucket of gradients,
+    allocated whole however small the network. zero3, fsdp2: the weights of two blocks, one in use and one prefetched,
+    and of everything outside blocks; fsdp2 also the gradients of one block in fp32, on one rank too.
     """
     under_way = (2 * network.block + network.rest + network.projector) * dtype_bytes
     bucket = FP32 * BUCKET
@@ -141,32 +132,23 @@ def activation_memory(
     cost: ImageCost,
     pixels: int,
     micro_batch: int,
-    open_samples: int,
+    ungated_samples: int,
     compared_samples: int,
     distance: Frozen | None,
     features: Frozen | None,
     checkpointing: Checkpointing,
 ) -> Bytes:
-    """Bytes at the fullest moment of a micro-step, by component.
+    """Bytes at the peak of a micro-step, by component.
 
-    The backward goes through the perceptual networks first, while all of the denoiser is kept; then through the
-    blocks, of which checkpointing has one at a time. The larger of the two moments counts.
-
-    Args:
-        cost: what one image takes in the trained networks.
-        pixels: of an image.
-        micro_batch: samples at a time.
-        open_samples: those of them that LPIPS sees.
-        compared_samples: those of them that P-DINO compares.
-        distance: LPIPS; none where it has no weight.
-        features: the network of P-DINO and alignment; none where neither has weight.
-        checkpointing: the blocks that keep their input alone.
+    The backward goes through the perceptual networks first, while all of the denoiser's activations are kept; then
+    through the blocks, of which checkpointing recomputes one at a time. The larger of the two peaks counts.
+    `ungated_samples` are those that LPIPS sees, `compared_samples` those that P-DINO compares.
     """
     image_bytes = 3 * FP32 * pixels
-    perceptual = open_samples * (distance.saved_bytes if distance is not None else 0)
+    perceptual = ungated_samples * (distance.saved_bytes if distance is not None else 0)
     perceptual += compared_samples * (features.saved_bytes if features is not None else 0)
     first_map = 64 * FP32 * pixels if distance is not None else 0
-    in_perceptual = perceptual + WORKING_COPIES * open_samples * first_map
+    in_perceptual = perceptual + WORKING_COPIES * ungated_samples * first_map
     in_block = micro_batch * (cost.recomputed_bytes(checkpointing) + WORKING_COPIES * cost.largest)
     return {
         **{part: micro_batch * cost.kept(part, checkpointing) for part in PARTS},
@@ -187,28 +169,20 @@ def engine_of(config: EngineConfig) -> Engine:
     return names[config.zero_stage]
 
 
-def open_samples(micro_batch: int, seen: float) -> int:
-    """The most samples of a micro-batch over the gate that a run meets: three deviations over their mean."""
+def ungated_samples(micro_batch: int, seen: float) -> int:
+    """The most ungated samples of a micro-batch that a run meets: the mean plus three standard deviations."""
     expected = micro_batch * seen
     return min(micro_batch, round(expected + 3 * sqrt(expected * (1 - seen))))
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A stage's networks, and what they come to on a rank.
+    """A stage's networks, and the memory they take on a rank.
 
-    Attributes:
-        config: the stage's settings.
-        size: height and width of its images, in pixels.
-        sharing: ranks that share the state out among them.
-        dtype_bytes: of a weight that the networks compute with: 2 or 4.
-        text: the text encoder; none where classes are drawn.
-        distance: LPIPS; none where it has no weight.
-        features: the network of P-DINO and alignment; none where neither has weight.
-        aligned: the same on the grid of objective.repa_grid; none where that is the model's.
-        network: what is trained.
-        cost: what an image takes in it.
-        seen: share of the samples that LPIPS sees.
+    `size`: of an image, in pixels; `sharing`: ranks that share the state; `dtype_bytes`: of a weight that the network
+    computes with. `distance` is LPIPS, `features` the network of P-DINO and alignment, `aligned` the same on the grid
+    of objective.repa_grid, or None on the model's; `cost` is that of one image, and `seen` the share of samples that
+    LPIPS sees.
     """
 
     config: RunConfig
@@ -227,11 +201,10 @@ class StageMemory:
     def of(
         cls, config: RunConfig, sharing: int, dtype_bytes: int, seen: float | None = None, size: Size | None = None
     ) -> StageMemory:
-        """Count a stage's networks; `seen` is the share over the gate, and `size` that of the largest bucket, unless
-        they are given.
+        """Count a stage's networks. By default `seen` is the ungated share and `size` that of the largest bucket.
 
         Raises:
-            UserError: what a network consists of is not known here.
+            UserError: a network is not known here.
         """
         dtype = torch.float32 if dtype_bytes == FP32 else torch.bfloat16
         size, side = size or config.data.largest, config.objective.repa_grid
@@ -258,7 +231,7 @@ class StageMemory:
 
     @property
     def text_width(self) -> int:
-        """Width of a caption's states; 0 where classes are drawn."""
+        """Width of a caption's states; 0 for classes."""
         return self.text.width if self.text is not None else 0
 
     @property
@@ -271,19 +244,19 @@ class StageMemory:
 
     @property
     def text_bytes(self) -> int:
-        """Of the text encoder; none where classes are drawn."""
+        """Bytes of the text encoder; 0 for classes."""
         return self.text.parameters * self.dtype_bytes if self.text is not None else 0
 
     @property
     def released_bytes(self) -> int:
-        """Bytes of the text encoder where it is let go before the first micro-step, else none."""
+        """Bytes of the text encoder if text.reload_every_step frees it before the first micro-step, else 0."""
         return self.text_bytes if self.config.text.reload_every_step else 0
 
     def frozen(self, perceptual_bytes: int | None = None) -> Bytes:
-        """Bytes of the frozen networks, one stand-in may be both perceptual ones; and of captions kept, at most.
+        """Bytes of the frozen networks, of which one stand-in may be both perceptual ones, and of the caption cache, at
+        most.
 
-        Args:
-            perceptual_bytes: of a weight of VGG16 and DINOv2; None: as of the others. A stand-in's are fp32.
+        `perceptual_bytes`: of a weight of VGG16 and DINOv2; None: as the others. A stand-in's weights are fp32.
         """
         each = perceptual_bytes or self.dtype_bytes
         found = {"text encoder": self.text_bytes} if self.text is not None and not self.released_bytes else {}
@@ -300,46 +273,44 @@ class StageMemory:
         return found
 
     def static(self, engine: Engine) -> Bytes:
-        """Bytes of memory from the first step to the last, by component; what is in files (`mapped`) counts nothing."""
+        """Bytes from the first step to the last, by component; those in files (`mapped`) count 0."""
         parts = static_memory(engine, self.sharing, self.network, self.frozen(), self.dtype_bytes)
         return parts | dict.fromkeys(self.mapped(engine), 0)
 
     def mapped(self, engine: Engine) -> Bytes:
-        """Bytes that lie in files of engine.offload_dir, by component."""
+        """Bytes in files of engine.offload_dir, by component."""
         if self.config.engine.offload_dir is None:
             return {}
         parts = static_memory(engine, self.sharing, self.network, {}, self.dtype_bytes)
-        return {name: parts[name] for name in ("moments", "average")}
+        return {name: parts[name] for name in ("moments", "ema")}
 
     def activations(self, micro_batch: int, checkpointing: Checkpointing) -> Bytes:
-        """Bytes at the fullest moment of a micro-step, by component."""
+        """Bytes at the peak of a micro-step, by component."""
         height, width = self.size
         return activation_memory(
             self.cost,
             height * width,
             micro_batch,
-            open_samples(micro_batch, self.seen),
-            open_samples(micro_batch, self.compared),
+            ungated_samples(micro_batch, self.seen),
+            ungated_samples(micro_batch, self.compared),
             self.distance,
             self.features,
             checkpointing,
         )
 
     def device_bytes(self, engine: Engine, micro_batch: int, checkpointing: Checkpointing) -> int:
-        """Everything on one device."""
+        """Bytes of everything on one device."""
         moving = buffers(engine, self.network, self.dtype_bytes) + total(self.activations(micro_batch, checkpointing))
         return CONTEXT_BYTES + total(self.static(engine)) + max(moving, self.released_bytes)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU model."""
-
     name: str
     peak_bf16: float
     """Dense bf16 FLOP/s of the vendor's data sheet, without sparsity."""
     memory_gib: float
-    """GiB that a process can see: the data sheet's less what the driver keeps, rounded down."""
+    """GiB that a process can use: the data sheet's without the driver's, rounded down."""
 
 
 _MODELS = (
@@ -360,6 +331,6 @@ GPUS = {gpu.name.lower(): gpu for gpu in _MODELS}
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The model that a device's name contains as a word ("NVIDIA H100 80GB HBM3"), if the table has it."""
+    """The model whose name is a word of a device's name ("NVIDIA H100 80GB HBM3"), or None."""
     words = set(re.findall(r"[A-Za-z0-9]+", device_name.lower()))
     return next((gpu for name, gpu in GPUS.items() if name in words), None)

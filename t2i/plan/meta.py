@@ -1,9 +1,9 @@
 """Counting on PyTorch's meta device: shapes without memory, in seconds.
 
-- FLOPs are those of matrix products and convolutions (two a multiply-add); what is element by element, norms, softmax
-  and resizing are not counted.
-- What autograd keeps is what eager PyTorch keeps on a GPU, where attention and RMSNorm are one kernel each; on the meta
-  device both would be several operations, each with intermediate results.
+- FLOPs are those of matrix products and convolutions (two a multiply-add), not of elementwise operations, norms,
+  softmax and resizing.
+- Saved tensors are those of eager PyTorch on a GPU, where attention and RMSNorm are one kernel each; on the meta device
+  both would be several operations with intermediate results.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ META = torch.device("meta")
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs of `run`."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def numel(module: nn.Module) -> int:
-    """How many parameters it has."""
     return sum(p.numel() for p in module.parameters())
 
 
 class FusedKernels(TorchFunctionMode):
-    """Of attention and RMSNorm, save what a GPU's fused kernels save. Only a forward pass runs under it."""
+    """Attention and RMSNorm save what a GPU's fused kernels save. Only a forward pass runs under it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
@@ -47,11 +45,11 @@ class FusedKernels(TorchFunctionMode):
 class _ForwardAlone(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise AssertionError("only what the forward pass keeps is wanted")
+        raise AssertionError("only a forward pass may run under FusedKernels")
 
 
 class _Attention(_ForwardAlone):
-    """Queries, keys, values, the result and the logarithm of each row's sum are kept."""
+    """Saves queries, keys, values, the result and the logarithm of each row's sum."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,7 +60,7 @@ class _Attention(_ForwardAlone):
 
 
 class _RMSNorm(_ForwardAlone):
-    """The input and each row's scale are kept."""
+    """Saves the input and each row's scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -74,17 +72,17 @@ Storages = dict[int, int]
 """Bytes of each storage by its address."""
 
 
-class Kept:
-    """The storages that autograd keeps for the backward of what runs under it, each once; a network's own do not count.
+class SavedTensors:
+    """The storages that autograd saves for the backward pass under it, each once, without the network's own.
 
     Args:
         network: whose parameters and buffers are left out.
-        blocks: modules of it, none inside another: what is kept while one runs is booked to it.
+        blocks: modules of it, none inside another; storages saved while one runs count for it.
 
     Attributes:
-        of_block: what each block keeps.
+        of_block: what each block saves.
         given: the tensors that each block is called with.
-        outside: what is kept while no block runs.
+        outside: what is saved while no block runs.
     """
 
     def __init__(self, network: nn.Module | None = None, blocks: Sequence[nn.Module] = ()) -> None:
@@ -97,7 +95,7 @@ class Kept:
         self.outside: Storages = {}
         self._now = self.outside
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> SavedTensors:
         self._hooks.enter_context(saved_tensors_hooks(self._keep, lambda tensor: tensor))
         for index, block in enumerate(self._blocks):
             self._hooks.enter_context(block.register_forward_pre_hook(self._begins(index), with_kwargs=True))
@@ -120,7 +118,7 @@ class Kept:
     def _storages(self, tensors: Iterable[Tensor]) -> Storages:
         found = list(tensors)
         self._alive += found
-        return {it.untyped_storage()._cdata: it.untyped_storage().nbytes() for it in found}
+        return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
 
     def _keep(self, tensor: Tensor) -> Tensor:
         found = self._storages([tensor])
@@ -131,7 +129,7 @@ class Kept:
 
 
 def _tensors(values: Iterable[object]) -> list[Tensor]:
-    """Those among a call's arguments, tables of two being one argument."""
+    """The tensors among a call's arguments and in its tuples."""
     found = []
     for value in values:
         parts = value if isinstance(value, tuple) else (value,)
@@ -140,7 +138,7 @@ def _tensors(values: Iterable[object]) -> list[Tensor]:
 
 
 def saved_bytes(run: Callable[[], object], besides: nn.Module | None = None) -> int:
-    """Bytes that autograd keeps for the backward of `run`, each storage once; a module's own tensors do not count."""
-    with Kept(besides) as kept:
+    """Bytes that autograd saves for the backward of `run`, each storage once, without a module's own tensors."""
+    with SavedTensors(besides) as kept:
         run()
     return sum(kept.outside.values())

@@ -1,1 +1,1 @@
-"""The checkpoints that the authors of PixelGen and PixelDiT release, to our model folders and back."""
+"""Checkpoints as the authors of PixelGen and PixelDiT release them, to our model folders and back."""

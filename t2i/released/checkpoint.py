@@ -1,12 +1,12 @@
-"""Checkpoints as PyTorch and Lightning write them, read without running anything that is in them.
+"""Checkpoints as PyTorch and Lightning write them, read without running anything in them.
 
 - Three containers: torch.save's zip, torch.save's older format without one, and safetensors.
-- A pickle runs code by naming functions. Here a name is looked up in one table, of a dictionary, ways to rebuild a
-  tensor, and types; any other becomes `Inert`, which takes every call and does nothing. Nothing is imported.
-- torch.load(weights_only=True) would not do: it refuses a whole file for one class that it does not know, and
-  Lightning stores hyper-parameters of any class, some of them dictionaries, which its list cannot be extended with.
-- Tensors stay in the file, mapped into memory: an optimizer's state, two thirds of a checkpoint, is never read.
-- What is no tensor, or one that cannot be read, is listed in `unusable` with the cause: it matters to whom needs it.
+- A pickle runs code by naming functions. Here one table maps names to a dictionary, ways to rebuild a tensor, and
+  types; any other name becomes `Inert`, which accepts every call and does nothing. Nothing is imported.
+- torch.load(weights_only=True) refuses a whole file for one unknown class, and Lightning stores hyper-parameters of any
+  class, some of them dictionaries, which its list cannot be extended with.
+- Tensors are mapped from the file: an optimizer's state, two thirds of a checkpoint, is never read.
+- Values that are no tensor, or cannot be read, are listed in `unusable` with the cause.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from data.files import refuse_lfs_pointer
 from t2i.config.base import ConfigError
 
 AVERAGE = "state_dict_ema"
-"""Where a checkpoint without Lightning keeps the average of its state_dict, if it does."""
+"""Key of the EMA of the state_dict in a checkpoint without Lightning, if it has one."""
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of a name that DDP, torch.compile, FSDP and activation checkpointing add."""
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MOST_HEADER = 100_000_000
-"""Bytes of a header of safetensors, as that library has it."""
+"""Bytes of a header of safetensors, as in that library."""
 
 
 class Inert(dict[Any, Any]):
-    """What stands for a class or function of a file: it takes any call and any state, and keeps only items."""
+    """Stands for a class or function of a file: it accepts any call and any state, and keeps only items."""
 
     __slots__ = ()
 
@@ -58,14 +58,14 @@ class Inert(dict[Any, Any]):
 
 
 class Storage(NamedTuple):
-    """The memory of one or more tensors: its type, and the entry of the zip that holds it."""
+    """The memory of one or more tensors: its type, and the key of its bytes in the file."""
 
     dtype: Any
     key: Any
 
 
 class StoredTensor(NamedTuple):
-    """A tensor that lies in a file. Offset and strides count elements. Nothing in it is to be trusted."""
+    """A tensor in a file. Offset and strides count elements. Its values are not trusted."""
 
     storage: Any
     offset: Any
@@ -88,7 +88,7 @@ class _Parameter(Inert):
 
 
 class Unreadable(NamedTuple):
-    """What stands for a tensor that cannot be read."""
+    """Stands for a tensor that cannot be read."""
 
     cause: str
 
@@ -100,7 +100,7 @@ def _unreadable(function: str, *arguments: Any) -> Unreadable:
 
 
 class _TypedTensor(Inert):
-    """torch._utils._rebuild_tensor_v3, of types that came after the storages by type, fp8 for one."""
+    """torch._utils._rebuild_tensor_v3, for dtypes newer than typed storages, such as fp8."""
 
     __slots__ = ()
 
@@ -110,7 +110,7 @@ class _TypedTensor(Inert):
 
 
 class _OfType(Inert):
-    """torch._utils._rebuild_from_type_v2, of a subclass of Tensor: what it is made of is read, its type is not."""
+    """torch._utils._rebuild_from_type_v2, for a subclass of Tensor: its data is read, its type is not."""
 
     __slots__ = ()
 
@@ -164,7 +164,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
 }
 _READ = tuple(_SAFETENSORS.values())
-"""Types of the tensors that are read. Of others the size is known, where torch knows the type."""
+"""Dtypes of tensors that are read. For others the size is known if torch knows the dtype."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -194,7 +194,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Place(NamedTuple):
-    """Where a storage's bytes lie in the file, and their CRC-32 where the file has one."""
+    """Where a storage's bytes are in the file, and their CRC-32 if the file has one."""
 
     start: int
     size: int
@@ -202,15 +202,8 @@ class _Place(NamedTuple):
 
 
 class Checkpoint:
-    """A checkpoint file.
-
-    Args:
-        path: as torch.save writes it, with or without a zip, or as safetensors does. Its weights are under
-            "state_dict"; a file without that key is the state dict itself.
-
-    Raises:
-        ConfigError: it is no such file, or it is damaged.
-    """
+    """A checkpoint file: torch.save's, with or without a zip, or safetensors. Its weights are under "state_dict"; a
+    file without that key is the state dict itself. A ConfigError is raised for any other file, or a damaged one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -231,16 +224,16 @@ class Checkpoint:
                 self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if head else None
                 content = self._read(file, head)
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (zipfile.BadZipFile, StopIteration) as error:
             raise ConfigError(
                 f"{path} is no checkpoint as torch.save or safetensors writes it, or not all of one"
             ) from error
         except UserError:
             raise
-        except Exception as error:  # a spoilt pickle may raise anything
+        except Exception as error:  # a damaged pickle may raise anything
             raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        if isinstance(content, dict) and any(isinstance(it, StoredTensor | Unreadable) for it in content.values()):
+        if isinstance(content, dict) and any(isinstance(v, StoredTensor | Unreadable) for v in content.values()):
             content = content if "state_dict" in content else {"state_dict": content}
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise ConfigError(f"{path} is not a checkpoint of PixelGen or PixelDiT: it has no state_dict")
@@ -251,7 +244,7 @@ class Checkpoint:
             self._add(key, content.get(key, {}), prefix)
 
     def _read(self, file: BinaryIO, head: bytes) -> Any:
-        """What the file holds, with `StoredTensor` for tensors."""
+        """The file's content, with `StoredTensor` for tensors."""
         if head[:2] == b"PK":
             return self._read_zip(file)
         if head[8:9] == b"{":
@@ -333,11 +326,7 @@ class Checkpoint:
                 self.weights[own] = value
 
     def tensor(self, name: str) -> Tensor:
-        """One of the weights, as a view of the file: it must not be written to.
-
-        Raises:
-            ConfigError: it is damaged.
-        """
+        """One of the weights, as a view of the file: do not write to it. A ConfigError if it is damaged."""
         stored = self.weights[name]
         try:
             if 0 in stored.size:
@@ -362,14 +351,14 @@ class Checkpoint:
 
 
 def kind_name(value: Any) -> str:
-    """The type of a value of a file, by a name that means something to its reader."""
+    """The type of a value of a file, in words."""
     if isinstance(value, Inert):
         return "dict" if value else "object"
     return type(value).__name__
 
 
 def _type_name(dtype: Any) -> str:
-    """A tensor's type, by torch's name, known or not: "complex64"."""
+    """A dtype by torch's name, known or not: "complex64"."""
     return getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
 
 

@@ -1,15 +1,11 @@
-"""Weights between the released layouts and that of our model folders.
+"""Weights between the released layouts and our model folders.
 
-A released checkpoint holds the denoiser as trained, perhaps its average, and the projector, which has no average in
-Lightning's: where there is but one of two, both of our files get it.
-
-The position table in PixelGen's checkpoints, which our networks compute: it is compared, not taken over.
-
-The null caption of the released models, which their checkpoints do not hold.
-
-PixelGen was trained on what Qwen3 makes of an empty caption: 128 pads, all of them masked. What attention then returns
-was a library's choice, and one of two: the mean of the values, as without a mask, or zero. No record says which.
-PixelDiT's is what Gemma-2 makes of one, which has a first token to attend to.
+- A released checkpoint holds the denoiser as trained, perhaps its EMA, and the projector, of which Lightning's has no
+  EMA: if there is only one of two, both of our files get it.
+- The position table in PixelGen's checkpoints, which our networks compute, is compared with ours.
+- Released checkpoints do not hold the null caption. PixelGen was trained on Qwen3's states of an empty caption: 128
+  pads, all masked. What attention returned then was a library's choice of two: the mean of the values, as without a
+  mask, or zero. No record says which. PixelDiT's null caption is Gemma-2's, whose first token is not masked.
 """
 
 from __future__ import annotations
@@ -27,7 +23,7 @@ from torch import Tensor
 from t2i.build import build_denoiser, build_projector
 from t2i.config.base import ConfigError
 from t2i.config.run import ModelConfig, RunConfig
-from t2i.model_folder import DENOISER, PROJECTOR, UNREAD, check_finite
+from t2i.model_folder import DENOISER, PROJECTOR, UNUSED, check_finite
 from t2i.models.layers import sincos_table
 from t2i.models.text import TextEncoder
 from t2i.released.checkpoint import AVERAGE, Checkpoint, StoredTensor, kind_name
@@ -46,7 +42,7 @@ from t2i.released.names import (
     released_shares,
     released_sizes,
     to_released,
-    unread,
+    unused_weights,
 )
 
 # The average of a constant drifts by rounding, up to half a unit in the last place / (1 - decay), which is 3e-4 near 1,
@@ -55,8 +51,7 @@ _TOLERANCE = 5e-3
 
 
 def trained_resolution(checkpoint: Checkpoint, patch_size: int) -> int | None:
-    """Side in pixels of the images that a checkpoint was trained on, by its position table; None without one, as of
-    PixelDiT."""
+    """Side in pixels of a checkpoint's training images, by its position table; None without one, as in PixelDiT."""
     for prefix in LIGHTNING.denoiser.values():
         stored = checkpoint.weights.get(prefix + POSITIONS)
         if stored is not None and len(stored.size) == 3:
@@ -65,11 +60,8 @@ def trained_resolution(checkpoint: Checkpoint, patch_size: int) -> int | None:
 
 
 def compare_positions(checkpoint: Checkpoint, name: str, width: int) -> str:
-    """See that the table stored under `name` is the one that our network computes, and say so.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """A sentence about the stored position table `name`; a ConfigError if it is not the one that our network
+    computes."""
     size = list(checkpoint.weights[name].size)
     side = math.isqrt(size[1]) if len(size) == 3 else 0
     if size != [1, side * side, width]:
@@ -88,16 +80,9 @@ NullAttention = Literal["mean", "zero"]
 
 
 def null_caption(encoder: TextEncoder, attention: NullAttention) -> Tensor:
-    """States (L, E) of the empty caption.
-
-    Args:
-        attention: what it returns where every token is masked.
-
-    Raises:
-        ConfigError: zero is asked of an encoder to which it does not apply.
-    """
+    """States (L, E) of the empty caption; `attention`: the result of attention where every token is masked."""
     if attention == "mean":
-        # All pads are one token, and their values alike: any weights over them give the mean.
+        # All pads are the same token with the same values: any attention weights give the mean.
         return encoder.null_caption()
     with encoder.loaded() as net:
         outputs = [module for name, module in net.named_modules() if name.endswith("self_attn.o_proj")]
@@ -120,7 +105,7 @@ def _nothing(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, 
 
 _OTHER = {"raw": "ema", "ema": "raw"}
 _LIGHTNING = "2.4.0"
-"""The version that PixelGen's public configuration names; Lightning refuses a checkpoint without one."""
+"""The version in PixelGen's public configuration; Lightning refuses a checkpoint without one."""
 
 
 @dataclass
@@ -128,18 +113,18 @@ class Report:
     """What became of every key of a checkpoint."""
 
     used: dict[str, str] = field(default_factory=dict)
-    """Our name, by the checkpoint's; of the average, in ema.safetensors."""
+    """Our name by the checkpoint's; for the EMA, in ema.safetensors."""
     recomputed: dict[str, str] = field(default_factory=dict)
-    """Not taken over, since the network computes it."""
+    """Not imported, since the network computes it."""
     left: dict[str, str] = field(default_factory=dict)
-    """Not taken over, or not all rows of it."""
+    """Not imported, or not all rows of it."""
     notes: list[str] = field(default_factory=list)
     """What the checkpoint does not hold, what stands in for it, and what our network has no place for."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """Tensors for a model folder's two files, in fp32; those of the checkpoint's memory must not be written to."""
+    """Tensors of a model folder's two files, in fp32; they may be views of the checkpoint: do not write to them."""
 
     raw: dict[str, Tensor]
     ema: dict[str, Tensor]
@@ -148,15 +133,15 @@ class Imported:
 
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint for torch.save, and what is to be said of it."""
+    """A checkpoint for torch.save, and notes about it."""
 
     content: dict[str, Any]
     notes: list[str]
 
 
 class _Part(NamedTuple):
-    """A network in a model folder and in a checkpoint: the prefixes of its names, the table between them, and what else
-    the checkpoint may have under its prefix."""
+    """A network in a model folder and in a checkpoint: the prefixes of its names, the table between them, and other
+    names that the checkpoint may have under its prefix."""
 
     ours: str
     released: str
@@ -165,7 +150,7 @@ class _Part(NamedTuple):
 
 
 def _denoiser(which: str, model: ModelConfig) -> _Part:
-    others = (POSITIONS,) if model.family == "pixelgen" else unread(model)
+    others = (POSITIONS,) if model.family == "pixelgen" else unused_weights(model)
     return _Part(DENOISER, prefixes(model).denoiser[which], denoiser_table(model), others)
 
 
@@ -176,14 +161,11 @@ def _projector(prefix: str) -> _Part:
 def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -> Imported:
     """The weights of a released checkpoint under our names.
 
-    What no weight tells is taken from the config: where the class's tokens join, and what training drops.
-
-    Args:
-        config: of a run whose `model` and `text` are the checkpoint's.
-        text_width: of the text encoder's states; nothing to a network that draws classes.
+    Settings that no weight shows come from the config: where the class's tokens join, and dropout. `config`: of a run
+    with the checkpoint's `model` and `text`; `text_width`: of the text encoder's states, ignored for classes.
 
     Raises:
-        ConfigError: the checkpoint is damaged, of another network, or holds numbers that are not finite.
+        ConfigError: the checkpoint is damaged, of another network, or has numbers that are not finite.
     """
     model, named = config.model, prefixes(config.model)
     check_released(model)
@@ -213,12 +195,12 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
     }
     if not projectors:
         report.notes.append("projector: the checkpoint has none; training with alignment would start a fresh one")
-    if unread(model):
+    if unused_weights(model):
         report.notes.append(
             "the last block's text: but for its keys and values it is kept to be exported again, and not trained"
         )
     _note_what_is_left(checkpoint, report)
-    kept = (it for part in found.values() for it in part.items() if it[0].startswith(UNREAD))
+    kept = (item for part in found.values() for item in part.items() if item[0].startswith(UNUSED))
     used = ((name, checkpoint.tensor(name).float()) for name in report.used)
     check_finite(chain(used, kept), str(checkpoint.path))
     raw, ema = ({**_either(found, which), **_either(projectors, which)} for which in _OTHER)
@@ -226,12 +208,12 @@ def import_weights(checkpoint: Checkpoint, config: RunConfig, text_width: int) -
 
 
 def _holds(checkpoint: Checkpoint, prefix: str) -> bool:
-    """Whether there is a tensor with something in it whose name begins so; all placeholders are none."""
+    """Whether a tensor with this prefix is not empty: placeholders of sharded weights are."""
     return any(name.startswith(prefix) and 0 not in stored.size for name, stored in checkpoint.weights.items())
 
 
 def _refuse_unusable(checkpoint: Checkpoint, name: str) -> None:
-    """Refuse a weight that is needed and cannot be read, by its cause."""
+    """Raise a ConfigError with the cause if a needed weight cannot be read."""
     cause = checkpoint.unusable.get(name)
     if name in checkpoint.weights and 0 in checkpoint.weights[name].size:
         cause = "empty, a placeholder as ZeRO-3 leaves: gather the weights first, by zero_to_fp32.py for one"
@@ -246,7 +228,7 @@ def _either(found: Mapping[str, dict[str, Tensor]], which: str) -> dict[str, Ten
 def _take(
     checkpoint: Checkpoint, part: _Part, network: torch.nn.Module, model: ModelConfig, report: Report
 ) -> dict[str, Tensor]:
-    """A network's tensors; all of them, in the shapes that the checkpoint should give them, and none besides."""
+    """A network's tensors: all of them, in the expected shapes, and no others."""
     ours = network.state_dict()
     sources = {name: released_shares(part.table, name) for name in ours}
     expected = {share.name for shares in sources.values() for share in shares}
@@ -271,22 +253,22 @@ def _take(
                 report.left[f"{_place(released)}, the other rows"] = (
                     f"used are {first} to {last - 1} of {size[0]}; kept to be exported again"
                 )
-                taken[UNREAD + share.name] = checkpoint.tensor(released).float()
+                taken[UNUSED + share.name] = checkpoint.tensor(released).float()
         tensors = [checkpoint.tensor(part.released + share.name).float() for share in shares]
         taken[part.ours + name] = from_released(name, tensors, shares, model)
     return taken
 
 
 def _keep(checkpoint: Checkpoint, prefix: str, model: ModelConfig, report: Report) -> dict[str, Tensor]:
-    """Tensors of a denoiser that no network of ours reads, as far as the checkpoint has them."""
+    """Tensors of a denoiser that our networks do not read, as far as the checkpoint has them."""
     kept = {}
-    for name, shape in unread(model).items():
+    for name, shape in unused_weights(model).items():
         if (released := prefix + name) in checkpoint.weights:
             size = checkpoint.weights[released].size
             if tuple(size) != shape:
                 raise ConfigError(f"{checkpoint.path}: {released} is {list(size)}, by the config {list(shape)}")
             report.left[_place(released)] = f"tensor {list(size)}, kept to be exported again"
-            kept[UNREAD + name] = checkpoint.tensor(released).float()
+            kept[UNUSED + name] = checkpoint.tensor(released).float()
     return kept
 
 
@@ -317,21 +299,15 @@ def _described(value: Any) -> str:
 
 
 def _place(name: str) -> str:
-    """Where in the file one of the weights lies."""
+    """Where one of the weights is in the file."""
     return name if name.startswith(f"{AVERAGE}.") else f"state_dict.{name}"
 
 
 def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> Exported:
-    """A checkpoint in the released layout, without an optimizer.
+    """A checkpoint in the released layout, without an optimizer, from a model folder's weights.
 
-    That of PixelDiT for text to image has an average only where it is not the weights themselves.
-
-    Args:
-        config, raw, ema: of a model folder, the weights under their names there.
-
-    Raises:
-        ConfigError: a weight is not of the config's network, the network is of no released kind, or PixelGen's pictures
-            are not square.
+    For PixelDiT from text, the EMA is written only if it differs from the weights. A ConfigError is raised if a weight
+    is not of the config's network, the network is of no released kind, or PixelGen's images are not square.
     """
     model, named = config.model, prefixes(config.model)
     check_released(model)
@@ -349,20 +325,20 @@ def export_weights(config: RunConfig, raw: Mapping[str, Tensor], ema: Mapping[st
     content = {"state_dict": own}
     if own.keys() != average.keys() or any(not torch.equal(own[name], average[name]) for name in own):
         content[AVERAGE] = average
-    if any(name.startswith(UNREAD) for name in raw):
+    if any(name.startswith(UNUSED) for name in raw):
         return Exported(content, [])
     zeros = "the last block's text: zeros, but for its keys and values; no picture depends on the rest"
     return Exported(content, [zeros])
 
 
 def _besides(config: RunConfig, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What a checkpoint's denoiser has and our network does not: PixelGen's position table, and what nothing reads, as
-    it was imported, or zeros."""
+    """Tensors of a checkpoint's denoiser that our network has not: PixelGen's position table, and the unused weights as
+    they were imported, or zeros."""
     model = config.model
     if model.family == "pixeldit":
         return {
-            prefix + name: tensors[UNREAD + name] if UNREAD + name in tensors else torch.zeros(shape)
-            for name, shape in unread(model).items()
+            prefix + name: tensors[UNUSED + name] if UNUSED + name in tensors else torch.zeros(shape)
+            for name, shape in unused_weights(model).items()
         }
     rows, columns = (side // model.patch_size for side in config.data.size)
     if rows != columns:
@@ -375,7 +351,7 @@ def _besides(config: RunConfig, tensors: Mapping[str, Tensor], prefix: str) -> d
 
 def _renamed(tensors: Mapping[str, Tensor], part: _Part, model: ModelConfig) -> dict[str, Tensor]:
     renamed = {}
-    kept = {name.removeprefix(UNREAD): tensor for name, tensor in tensors.items() if name.startswith(UNREAD)}
+    kept = {name.removeprefix(UNUSED): tensor for name, tensor in tensors.items() if name.startswith(UNUSED)}
     for name in (whole.removeprefix(part.ours) for whole in tensors if whole.startswith(part.ours)):
         try:
             shares = released_shares(part.table, name)

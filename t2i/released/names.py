@@ -1,27 +1,17 @@
-"""How the released checkpoints call what our networks hold.
+"""Names, shapes and orders of the released checkpoints' tensors, and the networks that they belong to.
 
-Every network has a table from our modules and parameters to theirs, where `*` is a block's number. Both sides fuse
-alike: queries, keys and values of a block in one matrix, in this order; keys and values of the text; adaLN's shift,
-scale and gate of attention, then of the MLP. Both rotate neighbouring channels as pairs. Of SwiGLU, PixelGen has gate
-and up in one matrix, the gate first, as we do; PixelDiT has two. What is shaped or ordered in another way is in
-layout.py.
+- Each network has a table from our modules and parameters to theirs, where `*` is a block's number. Both fuse queries,
+  keys and values in one matrix, keys and values of the text, and adaLN's shift, scale and gate of attention, then of
+  the MLP. Both rotate neighbouring channels as pairs. SwiGLU's gate and up are one matrix in PixelGen, as here, and two
+  in PixelDiT.
+- The last block of PixelDiT from text has a whole block for its text, of which we have keys and values only: the rest,
+  `unused_weights`, has no effect on the image.
+- PixelGen for classes has convolutions as patch embedding: (O, 3, p, p) for pixels, (O, I, 1, 1) between bottleneck and
+  width; flattened they are our matrices. Its head orders a patch's values by (row, column, channel), ours by channel
+  first.
+- PixelDiT from text predicts noise - image, so its head is ours negated.
 
-The last block of PixelDiT for text to image has all of a block for its text, where we have keys and values alone: the
-rest, `unread`, has no effect on the picture.
-
-Names and shapes are those that the public code gives; they were not checked against a released file.
-
-Which network a released checkpoint is of, by the names and shapes in it.
-
-Tensors that the public code shapes, orders or means in another way than our networks.
-
-- PixelGen for class to image makes its patch embedding of convolutions: (O, 3, p, p) for pixels, (O, I, 1, 1) between
-  bottleneck and width. Flattened they are our matrices, since our patches are channel-major. Its head's outputs are the
-  values of a patch pixel by pixel (row, column, channel), ours channel by channel.
-- PixelDiT for text to image predicts noise - image, so its head is ours negated. (Its time, 1000 where all is noise, is
-  our network's own affair.)
-
-The other two take their patches apart and put them together as we do.
+Names and shapes come from the public code; they were not checked against a released file.
 """
 
 from __future__ import annotations
@@ -44,25 +34,25 @@ PREDICTIONS: dict[str, str] = {"pixelgen": "image", "pixeldit": "velocity"}
 
 
 class Prefixes(NamedTuple):
-    """What names begin with in a checkpoint, by our files: raw and ema."""
+    """Prefixes of names in a checkpoint, by our files: raw and ema."""
 
     denoiser: dict[str, str]
     projector: dict[str, str]
-    """Of representation alignment; Lightning's has no average."""
+    """Of representation alignment; Lightning's has no EMA."""
 
 
 LIGHTNING = Prefixes({"raw": "denoiser.", "ema": "ema_denoiser."}, {"raw": "diffusion_trainer.proj.0."})
 PLAIN = Prefixes(
     {"raw": "core.", "ema": f"{AVERAGE}.core."}, {"raw": "_repa_projector.", "ema": f"{AVERAGE}._repa_projector."}
 )
-"""Of PixelDiT for text to image."""
+"""Of PixelDiT from text."""
 
 POSITIONS = "pos_embed"
 """The position table of PixelGen, which our networks compute."""
 
 
 class Share(NamedTuple):
-    """Of a released tensor, cut along its first axis into `of` equal parts, those from `first` up to, not including,
+    """Rows of a released tensor: cut along its first axis into `of` equal parts, those from `first` to before
     `last`."""
 
     name: str
@@ -77,7 +67,7 @@ class Share(NamedTuple):
 
 
 Table = Mapping[str, tuple[Share, ...]]
-"""From our modules or parameters to what they are made of, one after the other along the first axis."""
+"""From our modules or parameters to the shares that they consist of, concatenated along the first axis."""
 
 
 def _table(names: Mapping[str, str]) -> Table:
@@ -209,7 +199,6 @@ _NUMBER = re.compile(r"(?<=blocks\.)\d+")
 
 
 def prefixes(model: ModelConfig) -> Prefixes:
-    """Those of a config's network."""
     return PLAIN if (model.family, model.condition) == ("pixeldit", "text") else LIGHTNING
 
 
@@ -222,9 +211,9 @@ def denoiser_table(model: ModelConfig) -> Table:
     return PIXELGEN_CLASS if model.bottleneck else PIXELGEN_CLASS_DIRECT
 
 
-def unread(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the denoiser's tensors in a checkpoint that our network has no place for at all, by their names there,
-    without a prefix."""
+def unused_weights(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a released denoiser's tensors that our network has no place for, by their names there without a
+    prefix."""
     if (model.family, model.condition) != ("pixeldit", "text"):
         return {}
     width, hidden = model.width, 8 * model.width // 3
@@ -241,15 +230,7 @@ def unread(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def released_shares(table: Table, name: str) -> tuple[Share, ...]:
-    """What one of our parameters is made of in a checkpoint.
-
-    Args:
-        table: one of this module's.
-        name: ours.
-
-    Raises:
-        KeyError: the table does not have it.
-    """
+    """The shares of a checkpoint that make one of our parameters; a KeyError if the table does not have it."""
     general, number = _NUMBER.sub("*", name), _NUMBER.search(name)
     module, _, parameter = name.rpartition(".")
     general_module = general.rpartition(".")[0]
@@ -263,7 +244,7 @@ def released_shares(table: Table, name: str) -> tuple[Share, ...]:
 
 
 class Network(NamedTuple):
-    """What tells released networks apart; `family` and `condition` are the config's."""
+    """What distinguishes released networks; `family` and `condition` are the config's."""
 
     family: str
     condition: str
@@ -272,7 +253,7 @@ class Network(NamedTuple):
 
 
 class _Sign(NamedTuple):
-    """The tensor that shows a kind of network, the axis of it that is the width, and what its blocks are called."""
+    """The tensor that identifies a kind of network, the axis of it that is the width, and the name of its blocks."""
 
     prefixes: Prefixes
     name: str
@@ -298,7 +279,7 @@ _SHIPPED = {
 
 
 def network_of(checkpoint: Checkpoint) -> Network | None:
-    """None where the weights are not those of a PixelGen or PixelDiT."""
+    """The checkpoint's network; None if it is not a PixelGen or PixelDiT."""
     for (family, condition), sign in _SIGNS.items():
         for prefix in sign.prefixes.denoiser.values():
             stored = checkpoint.weights.get(prefix + sign.name)
@@ -310,7 +291,7 @@ def network_of(checkpoint: Checkpoint) -> Network | None:
 
 
 def network_name(checkpoint: Checkpoint) -> str:
-    """The network in words, with the config that it goes with where there is one."""
+    """The network in words, with its config if there is one."""
     network = network_of(checkpoint)
     if network is None:
         return "an unknown network"
@@ -319,11 +300,7 @@ def network_name(checkpoint: Checkpoint) -> str:
 
 
 def check_released(model: ModelConfig) -> None:
-    """See that networks of a config's kind are ones that were released.
-
-    Raises:
-        ConfigError: they were not.
-    """
+    """Raise a ConfigError if networks of a config's kind were not released."""
     prediction = PREDICTIONS[model.family]
     if model.prediction != prediction:
         raise ConfigError(
@@ -337,14 +314,10 @@ def check_released(model: ModelConfig) -> None:
 
 
 def check_kind(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """See that a checkpoint is of the config's family and draws from what its model draws from, and that such networks
-    were released.
-
-    Raises:
-        ConfigError: it is another, or they were not.
-    """
+    """Raise a ConfigError if a checkpoint is not of the config's family, condition and prediction, or none such was
+    released."""
     if (network := network_of(checkpoint)) is not None:
-        # All that is to be changed is said at once.
+        # Name all needed changes at once.
         expected = {"family": network.family, "condition": network.condition, "prediction": PREDICTIONS[network.family]}
         wrong = [
             f"model.{field} should be {value}, not {getattr(model, field)}"
@@ -373,13 +346,7 @@ def _is_negated(name: str, model: ModelConfig) -> bool:
 
 
 def released_sizes(name: str, size: Sequence[int], shares: Sequence[Share], model: ModelConfig) -> list[list[int]]:
-    """Shapes that the tensors have in a checkpoint of which one of our denoiser's is made.
-
-    Args:
-        name: ours.
-        size: its shape here.
-        shares: what it is made of.
-    """
+    """Shapes in a checkpoint of the `shares` that make our parameter `name` of shape `size`."""
     rest = [*size[1:]]
     if _is_convolution(name, model):
         of_pixels = name == "patch_down.weight" or not model.bottleneck
@@ -390,7 +357,7 @@ def released_sizes(name: str, size: Sequence[int], shares: Sequence[Share], mode
 
 
 def from_released(name: str, tensors: Sequence[Tensor], shares: Sequence[Share], model: ModelConfig) -> Tensor:
-    """Tensors of a checkpoint, of `released_sizes`, as our denoiser has them. `name` is ours."""
+    """Our denoiser's parameter `name` from tensors of a checkpoint, which have `released_sizes`."""
     tensor = tensors[0]
     if len(shares) > 1 or not shares[0].whole:
         tensor = torch.cat([_rows(tensor, share) for tensor, share in zip(tensors, shares, strict=True)])
@@ -405,8 +372,8 @@ def from_released(name: str, tensors: Sequence[Tensor], shares: Sequence[Share],
 def to_released(
     name: str, tensor: Tensor, shares: Sequence[Share], model: ModelConfig, kept: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    """The reverse of `from_released`. Where our network has nothing, it is what was `kept` of the checkpoint by names
-    there, else zero."""
+    """The reverse of `from_released`. Rows that our network has not come from `kept`, tensors of the imported
+    checkpoint by their names there, else they are zero."""
     sizes = released_sizes(name, tensor.shape, shares, model)
     if _is_pixelwise(name, model):
         channelwise = tensor.unflatten(0, (_CHANNELS, model.patch_size, model.patch_size))

@@ -15,12 +15,12 @@ import time
 import numpy as np
 import torch
 
+from t2i.build import TrainingNetwork
 from t2i.config.run import RunConfig
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.diffusion.perceptual import EfficientNetLite
 from t2i.models.layers import Projector
 from t2i.models.pixelgen import PixelGen
-from t2i.train.build import TrainingNetwork
 from t2i.train.step import GradientBalance
 
 SAMPLES, SIDE, PATCH, WIDTH, ROUNDS = 8, 48, 4, 192, 20

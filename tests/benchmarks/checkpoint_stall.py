@@ -33,12 +33,12 @@ from steps.applied import applied
 from torch import Tensor
 
 from launch.process import joined_world, quiet
-from t2i.build import choose_dtype
+from t2i.build import build_network, choose_dtype
 from t2i.config.loading import load_config
 from t2i.distributed import World
 from t2i.engine.checkpoint import Checkpoint, CheckpointWriter, moments_of, newest, params_of
 from t2i.engine.ema import Ema
-from t2i.train.build import build_engine, build_network
+from t2i.train.build import build_engine
 
 ROOT = Path(__file__).parents[2]
 SLOW_BYTES_S = 20e6

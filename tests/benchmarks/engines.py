@@ -27,10 +27,11 @@ from steps.applied import applied
 from torch.func import functional_call
 
 from launch.process import joined_world, quiet
+from t2i.build import TrainingNetwork
 from t2i.config.run import EngineConfig, RunConfig
 from t2i.engine.ema import Ema
 from t2i.models.pixelgen import PixelGen
-from t2i.train.build import TrainingNetwork, build_engine
+from t2i.train.build import build_engine
 
 SIDE, PATCH, TEXT, TEXT_WIDTH, BATCH, STEPS, WARM_UP = 32, 4, 16, 64, 8, 12, 4
 ENGINES = {

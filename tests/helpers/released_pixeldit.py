@@ -86,7 +86,7 @@ def projector_shapes(s: DiTSizes) -> Shapes:
     return {f"{n}.weight": shape for n, shape in widths.items()} | {f"{n}.bias": (w,) for n, (w, _) in widths.items()}
 
 
-def ends_unread(s: DiTSizes) -> set[str]:
+def ends_unused(s: DiTSizes) -> set[str]:
     """The keys of a text denoiser that have no bearing on the picture, whole ones."""
     names = {"attn.proj_y.weight", "attn.proj_y.bias", "attn.q_norm_y.weight", "norm_y2.weight"}
     names |= {f"mlp_y.{matrix}.weight" for matrix in ("w1", "w2", "w3")}

@@ -160,13 +160,13 @@ def test_the_other_null_caption(place: Path) -> None:
 
 
 def test_refusals(place: Path, refused: Callable[..., str], weights: dict[str, Tensor]) -> None:
-    assert "absent.ckpt cannot be read" in refused(file="absent.ckpt")
+    assert "absent.ckpt: cannot be read" in refused(file="absent.ckpt")
     assert "c.yaml is no checkpoint" in refused(file="c.yaml")
     other = {name: value[:, :9] if name.endswith(".pos_embed") else value for name, value in weights.items()}
     torch.save(lightning(other), place / "other.ckpt")
     assert "data.resolution should be 12 in one of its stages" in refused(file="other.ckpt")
     (place / "file").touch()
-    assert "it cannot be written: Not a directory" in refused("--out", str(place / "file" / "model"))
+    assert "cannot be written: Not a directory" in refused("--out", str(place / "file" / "model"))
     tree = yaml.safe_load((place / "c.yaml").read_text())
     (place / "c.yaml").write_text(yaml.safe_dump(tree | {"model": tree["model"] | {"text_padding": "mask"}}))
     assert "text_padding mask: it should be attend" in refused()
@@ -174,14 +174,14 @@ def test_refusals(place: Path, refused: Callable[..., str], weights: dict[str, T
     (place / "c.yaml").write_text(yaml.safe_dump(tree))
     assert "it lacks denoiser.blocks.2.adaLN_modulation.0.bias and 11 more" in refused()
     (place / "model").mkdir()
-    assert "model: it should not exist yet" in refused()
+    assert "model exists: remove it" in refused()
 
 
 def test_export_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.export.main([str(place), "--out", str(place / "y.ckpt")]) == 2
     assert "is not a model folder" in capsys.readouterr().err
     assert launch.export.main([str(place), "--out", str(place / "x.ckpt")]) == 2
-    assert "it should not exist yet" in capsys.readouterr().err
+    assert "exists: remove it" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -62,14 +62,14 @@ def test_a_stage_starts_from_an_imported_folder(trained: Path, scenes: Path, tmp
     source = shutil.copytree(trained / "low" / "model", tmp_path / "imported")
     for name in ("model", "ema"):
         file = source / f"{name}.safetensors"
-        save_file(load_file(file) | {"unread.patch_blocks.2.norm_y2.weight": torch.ones(48)}, file)
+        save_file(load_file(file) | {"unused.patch_blocks.2.norm_y2.weight": torch.ones(48)}, file)
     train = {"steps": 1, "batch_size": 8, "micro_batch_size": 2}
     file = config(scenes, tmp_path, train=train, checkpoint={"every": 1})
     run("forked", "stage1.py", "--config", str(file), "--init.source", str(source), ranks=1)
     began = losses(tmp_path / "tiny")["low", "validation", 0]["loss"]
     assert began == pytest.approx(losses(trained)["low", "validation", 8]["loss"], rel=1e-5)
     weights = load_file(tmp_path / "tiny" / "low" / "model" / "model.safetensors")
-    assert not any(name.startswith("unread.") for name in weights)
+    assert not any(name.startswith("unused.") for name in weights)
 
 
 @pytest.mark.parametrize(

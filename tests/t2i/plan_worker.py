@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from launch.process import joined_world, quiet
-from t2i.build import build_text
+from t2i.build import build_network, build_text
 from t2i.config.loading import validate_config
 from t2i.config.run import RunConfig
 from t2i.diffusion.objective import Objective
@@ -26,7 +26,7 @@ from t2i.engine.ema import Ema
 from t2i.engine.engine import BUCKET_NUMEL, Engine
 from t2i.models.text import TextEncoder
 from t2i.plan.memory import CAPTION_CACHE, FP32, engine_of
-from t2i.train.build import build_engine, build_network, build_objective
+from t2i.train.build import build_engine, build_objective
 
 ENGINES = [{"zero_stage": stage} for stage in range(4)] + [{"name": "fsdp"}]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -96,7 +96,7 @@ def inside(config: RunConfig, text_width: int, features: PatchFeatures, world: W
     parameters, shards = list(engine.network.parameters()), engine.shards.values()
     account.claim("masters", storages(shard.param for shard in shards))
     account.claim("moments", storages(moment for shard in shards for moment in shard.state.values()))
-    account.claim("average", storages(ema.params.values()))
+    account.claim("ema", storages(ema.values.values()))
     account.claim("weights", storages([*parameters, *(getattr(p, "ds_tensor", None) for p in parameters)]))
     everything = live()
     account.claim("bucket", {at: size for at, size in everything.items() if size >= FP32 * BUCKET_NUMEL})

@@ -229,7 +229,7 @@ def test_none_is_none_in_a_file(tmp_path: Path, word: str) -> None:
 @pytest.mark.parametrize("word", ["none", "None", "null"])
 def test_none_is_none_on_the_command_line(file: str, word: str) -> None:
     fields = ("--checkpoint.mirror", "--model.repa_width", "--objective.lpips_path", "--model.pixel.attention_width")
-    config = parse("", file, [f"{field}={word}" for field in (*fields, "--data.filters", "--scoring.min_delta")])
+    config = parse("", file, [f"{field}={word}" for field in (*fields, "--data.buckets", "--scoring.min_delta")])
     assert (config.checkpoint.mirror, config.model.repa_width, config.objective.lpips_path) == (None, None, None)
     assert (config.model.pixel.attention_width, config.scoring.min_delta) == (None, None)
     assert config.data.buckets == "none"

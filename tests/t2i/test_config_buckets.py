@@ -64,20 +64,20 @@ def test_a_plan_is_of_the_largest_bucket() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"buckets": "sdlx"}, ["data.filters", "none, sdxl, pixeldit or a list of [height, width]", "got 'sdlx'"]),
-        ({"buckets": 7}, ["data.filters", "a list of [height, width]", "got 7"]),
-        ({"buckets": [64, 64]}, ["data.filters", "a list of [height, width]"]),
-        ({"buckets": [[64, 64, 3]]}, ["data.filters", "a list of [height, width]"]),
-        ({"buckets": [[64, 64.5]]}, ["data.filters", "whole numbers"]),
+        ({"buckets": "sdlx"}, ["data.buckets", "none, sdxl, pixeldit or a list of [height, width]", "got 'sdlx'"]),
+        ({"buckets": 7}, ["data.buckets", "a list of [height, width]", "got 7"]),
+        ({"buckets": [64, 64]}, ["data.buckets", "a list of [height, width]"]),
+        ({"buckets": [[64, 64, 3]]}, ["data.buckets", "a list of [height, width]"]),
+        ({"buckets": [[64, 64.5]]}, ["data.buckets", "whole numbers"]),
         ({"buckets": [[64, True]]}, ["data", "buckets must hold numbers, not true"]),
         ({"buckets": []}, ["data", "buckets []", "name at least one"]),
         ({"buckets": [[64, 0]]}, ["data", "buckets [[64, 0]]", "name at least one"]),
         ({"buckets": [[64, 64], [32, 32]]}, ["data", "[64, 64] and [32, 32] have the same ratio"]),
-        ({"buckets": [[64, 72]]}, ["data.filters", "64x72", "multiple of model.patch_size (16)"]),
-        ({"buckets": "sdxl", "resolution": 128}, ["data.filters", "must be a multiple of model.patch_size (16)"]),
+        ({"buckets": [[64, 72]]}, ["data.buckets", "64x72", "multiple of model.patch_size (16)"]),
+        ({"buckets": "sdxl", "resolution": 128}, ["data.buckets", "must be a multiple of model.patch_size (16)"]),
         ({"buckets": "sdxl", "resolution": 1000}, ["resolution 1000", "multiple of 16", "sdxl"]),
         ({"buckets": "pixeldit", "resolution": 528}, ["resolution 528", "multiple of 64", "pixeldit"]),
-        ({"buckets": "pixeldit", "resolution": 512}, ["data.filters", "376x672", "model.patch_size (16)"]),
+        ({"buckets": "pixeldit", "resolution": 512}, ["data.buckets", "376x672", "model.patch_size (16)"]),
         ({"buckets": "sdxl", "resolution": [512, 256]}, ["data", "resolution 512x256 should be one side"]),
         ({"buckets": "sdxl", "resolution": 512, "crop": "adm"}, ["data", "crop adm makes squares", "buckets to none"]),
         ({"group_size": 4}, ["data", "group_size 4 does nothing under buckets none: leave it at 8"]),
@@ -126,4 +126,4 @@ def test_files_stages_and_the_command_line_have_them(tmp_path: Path) -> None:
     path.write_text(dump_config(run))
     assert load_config(path) == run
     for words, expected in (("sdxl", "sdxl"), ("[[64,32],[48,48]]", [(64, 32), (48, 48)])):
-        assert stage_config(parse("", str(path), ["--data.filters", words]), 0).data.buckets == expected
+        assert stage_config(parse("", str(path), ["--data.buckets", words]), 0).data.buckets == expected

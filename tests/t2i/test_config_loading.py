@@ -39,9 +39,9 @@ def test_a_file_changes_what_its_base_says(files: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "tree", "sentence"),
     [
-        ("bottom", {"base": "top.yaml"}, "top.yaml: base: it should not lead back to a file that begins with it"),
+        ("bottom", {"base": "top.yaml"}, "top.yaml: base: this file is its own base, perhaps by way of others"),
         ("top", {"base": "absent.yaml"}, "absent.yaml, the base of {folder}/top.yaml: cannot be read: No such file"),
-        ("top", {"base": None}, "top.yaml: base: must be the path of a config, seen from this file (got None)"),
+        ("top", {"base": None}, "top.yaml: base: must be the path of a config, relative to this file (got None)"),
         ("bottom", {"train": {"stepz": 1}}, "{folder}/deep/../bottom.yaml: unknown field 'train.stepz'"),
         ("bottom", [], "deep/../bottom.yaml: must be a mapping"),
         ("top", {"base": "bottom.yaml", "train": {"steps": 0}}, "{folder}/top.yaml: train.steps"),

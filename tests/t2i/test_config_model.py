@@ -16,23 +16,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"dropout": 0.1}, "dropout 0.1 does nothing under family pixelgen and condition text"),
-        ({"classes": 10}, "classes 10 does nothing under family pixelgen and condition text"),
+        ({"dropout": 0.1}, "dropout 0.1 does nothing under condition text: leave it at 0.0"),
+        ({"classes": 10}, "classes 10 does nothing under condition text: leave it at 1000"),
         ({"bottleneck": 0}, "bottleneck 0 is for condition class"),
-        (
-            {"condition": "class", "text_depth": 2},
-            "text_depth 2 does nothing under family pixelgen and condition class",
-        ),
-        (
-            {"condition": "class", "text_padding": "mask"},
-            "text_padding mask does nothing under family pixelgen and condition class",
-        ),
+        ({"condition": "class", "text_depth": 2}, "text_depth 2 does nothing under condition class"),
+        ({"condition": "class", "text_padding": "mask"}, "text_padding mask does nothing under condition class"),
         ({"condition": "class", "context_start": 16}, "context_start 16 must be below depth (16)"),
         ({"condition": "label"}, "model.condition"),
-        (
-            {"pixel": {"depth": 2}},
-            "pixel does nothing under family pixelgen and condition text: leave it at its defaults",
-        ),
+        ({"pixel": {"depth": 2}}, "pixel does nothing under family pixelgen: leave it at its defaults"),
         ({"family": "pixeldit", "bottleneck": 128}, "bottleneck 128 does nothing under family pixeldit"),
         ({"family": "pixeldit", "pixel": {"tokens_per_patch": 3}}, "model.pixel.tokens_per_patch 3 must be a power"),
         (
@@ -42,7 +33,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ({"family": "pixeldit", "pixel": {"attention_heads": 7}}, "pixel.attention_width 1536 must be a multiple"),
         (
             {"family": "pixeldit", "pixel": {"attention": False, "tokens_per_patch": 2}},
-            "does nothing without attention",
+            "tokens_per_patch 2 does nothing under attention False",
         ),
         ({"family": "pixeldit", "pixel": {"modulation": "additive", "attention": False}}, "additive needs attention"),
     ],

@@ -101,10 +101,10 @@ def test_a_rectangle_costs_what_a_square_of_as_many_pixels_does() -> None:
 
 def test_the_gate_saves_what_it_saves(ours, reference) -> None:
     for stage, saving in ((0, 0.057), (1, 0.075)):
-        gated, whole = (it["stages"][stage]["flops_per_image"]["total"] for it in (ours, reference))
+        gated, whole = (item["stages"][stage]["flops_per_image"]["total"] for item in (ours, reference))
         assert 1 - gated / whole == pytest.approx(saving, abs=5e-4)
         # REPA aligns every sample with the clean image's features.
-        clean = [it["stages"][stage]["flops_per_image"]["dino, clean"] for it in (ours, reference)]
+        clean = [item["stages"][stage]["flops_per_image"]["dino, clean"] for item in (ours, reference)]
         assert clean[0] == clean[1]
 
 
@@ -187,8 +187,8 @@ def test_static_memory_identities(dtype_bytes: int) -> None:
         assert total(four[engine]) - whole == (total(one[engine]) - whole) // 4
     assert one["zero0"] == four["zero0"]
     sharded: dict[Engine, set[str]] = {
-        "zero1": {"masters", "moments", "average"},
-        "zero2": {"masters", "moments", "average", "gradients"},
+        "zero1": {"masters", "moments", "ema"},
+        "zero2": {"masters", "moments", "ema", "gradients"},
     }
     for engine, names in sharded.items():
         for name, size in one[engine].items():
@@ -281,11 +281,11 @@ def sizes_by_option(found: dict) -> list[int]:
 
 def test_more_memory_or_more_ranks_hold_more() -> None:
     config = validate_config({**xxl().model_dump(), "stages": xxl().stages[1:2]}, "test")
-    small, large, many = (plan(config, given(*it)) for it in ((8, "l40s"), (8, "h200"), (16, "l40s")))
+    small, large, many = (plan(config, given(*item)) for item in ((8, "l40s"), (8, "h200"), (16, "l40s")))
     pairs = list(zip(sizes_by_option(small), sizes_by_option(large), strict=True))
     assert all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
     for engine in ("zero1", "zero2", "zero3", "fsdp2"):
-        few, more = (it["stages"][0]["static_bytes"][engine]["total"] for it in (small, many))
+        few, more = (item["stages"][0]["static_bytes"][engine]["total"] for item in (small, many))
         assert more < few
     # On 23.5 GiB it takes checkpointing, which costs the blocks' forward again.
     stage = plan(config, given(gpu="4090"))["stages"][0]

@@ -20,13 +20,13 @@ def small(**engine: Any) -> RunConfig:
 
 
 def test_the_plan_counts_no_memory_for_what_is_in_files() -> None:
-    plain, mapped = (StageMemory.of(it, 2, 4) for it in (small(), small(offload_dir="/scratch")))
+    plain, mapped = (StageMemory.of(item, 2, 4) for item in (small(), small(offload_dir="/scratch")))
     files = mapped.mapped("zero1")
-    assert set(files) == {"moments", "average"} and plain.mapped("zero1") == {}
+    assert set(files) == {"moments", "ema"} and plain.mapped("zero1") == {}
     assert total(files) == 12 * plain.network.total // 2
     assert total(plain.static("zero1")) - total(mapped.static("zero1")) == total(files)
     given = Assumptions.from_config(gpus=2, gpu="h100", mfu=0.3, sample_bytes=1e5, reference=False)
-    said = [" ".join(plan(it, given)["stages"][0]["advice"]) for it in (plain.config, mapped.config)]
+    said = [" ".join(plan(item, given)["stages"][0]["advice"]) for item in (plain.config, mapped.config)]
     assert ["files in /scratch" in advice for advice in said] == [False, True]
 
 

@@ -100,9 +100,9 @@ def test_each_way_of_checkpointing_keeps_less_and_computes_more(megapixel: dict[
     totals = [kept["total"] for kept in stage["activation_bytes"].values()]
     assert list(stage["activation_bytes"]) == ["plain", "pixel checkpointed", "checkpointed"]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == 3
-    sizes = {(it["engine"], it["checkpointing"]): it["micro_batch_size"] for it in stage["options"]}
+    sizes = {(item["engine"], item["checkpointing"]): item["micro_batch_size"] for item in stage["options"]}
     for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp2"):
-        plain, pixel, whole = (sizes[engine, it] for it in (False, "pixel", True))
+        plain, pixel, whole = (sizes[engine, item] for item in (False, "pixel", True))
         assert plain <= pixel <= whole and plain < whole
     recomputed = stage["recomputed_flops"]
     assert 0 < recomputed["pixel checkpointed"] < recomputed["checkpointed"] < stage["forward_flops"]["total"]
@@ -114,7 +114,7 @@ def test_pixel_blocks_alone_are_recomputed_before_all_are() -> None:
 
     def chosen(*full: object) -> object:
         found = recommend(
-            stage, [replace(it, micro_batch_size=0) if it.checkpointing in full else it for it in options]
+            stage, [replace(item, micro_batch_size=0) if item.checkpointing in full else item for item in options]
         )
         return found.checkpointing if found is not None else None
 
@@ -122,7 +122,7 @@ def test_pixel_blocks_alone_are_recomputed_before_all_are() -> None:
     assert chosen(False) == "pixel"
     assert chosen(False, "pixel") is True
     assert chosen(False, "pixel", True) is None
-    paces = [stage.images_per_s(it) for it in (False, "pixel", True)]
+    paces = [stage.images_per_s(item) for item in (False, "pixel", True)]
     assert paces == sorted(paces, reverse=True) and len(set(paces)) == 3
 
 
@@ -148,9 +148,9 @@ def test_a_stage_is_told_of_pixel_blocks() -> None:
             config(model, train=train, engine={"activation_checkpointing": activation_checkpointing}), 0
         )
 
-    plain, pixel, whole = (estimate(of(it), 8, torch.bfloat16) for it in (False, "pixel", True))
+    plain, pixel, whole = (estimate(of(item), 8, torch.bfloat16) for item in (False, "pixel", True))
     assert whole.expected < pixel.expected < plain.expected and whole.least < pixel.least < plain.least
-    said = [remedy(of(it)) for it in (False, "pixel", True)]
+    said = [remedy(of(item)) for item in (False, "pixel", True)]
     assert (
         "engine.activation_checkpointing to pixel" in said[0] and "engine.activation_checkpointing to true" in said[1]
     )

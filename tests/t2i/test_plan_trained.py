@@ -12,12 +12,12 @@ from torch import Tensor
 
 import t2i.models.layers as transformer
 import t2i.models.pixeldit as pixeldit
-from t2i.build import build_denoiser, build_projector
+from t2i.build import TrainingNetwork, build_denoiser, build_projector
 from t2i.config.run import RunConfig
 from t2i.diffusion.perceptual import cosine_distance
 from t2i.plan.counts import ImageCost, image_cost, on_meta
-from t2i.plan.meta import Kept, saved_bytes
-from t2i.train.build import TrainingNetwork, denoiser_training_flops
+from t2i.plan.meta import SavedTensors, saved_bytes
+from t2i.train.build import denoiser_training_flops
 
 TEXT_WIDTH, LENGTH, FEATURES, SIDE = 64, 24, 40, 64
 SMALL: dict[str, Any] = {"patch_size": 4, "width": 128, "depth": 3, "heads": 4, "repa_layer": 2}
@@ -128,7 +128,7 @@ def test_checkpointing_keeps_what_a_block_alone_is_given(name: str) -> None:
     pixels = [block for block in cost.blocks if block.part == "pixel blocks"]
     assert all(block.given == 2 * 16 * SIDE**2 < block.kept / 10 for block in pixels)
     for part in ("image blocks", "text blocks", "pixel blocks"):
-        plain, pixel, whole = (cost.kept(part, it) for it in (False, "pixel", True))
+        plain, pixel, whole = (cost.kept(part, item) for item in (False, "pixel", True))
         assert pixel == (whole if part == "pixel blocks" else plain)
     assert cost.recomputed_bytes(False) == 0
     assert cost.recomputed_bytes("pixel") == max((block.kept for block in pixels), default=0)
@@ -138,11 +138,11 @@ def test_checkpointing_keeps_what_a_block_alone_is_given(name: str) -> None:
 def test_what_is_kept_is_booked_to_the_block_that_runs() -> None:
     first, second = torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)
     net = torch.nn.Sequential(first, torch.nn.Tanh(), second)
-    with Kept(net, [first, second]) as kept:
+    with SavedTensors(net, [first, second]) as kept:
         net(torch.randn(2, 4))
     assert [sum(block.values()) for block in kept.of_block] == [4 * 2 * 4, 0]  # tanh keeps what the second is given
     assert [sum(block.values()) for block in kept.given] == [4 * 2 * 4, 4 * 2 * 5]
     assert sum(kept.outside.values()) == 4 * 2 * 5
-    with Kept(net, [first, second]) as again, torch.no_grad():
+    with SavedTensors(net, [first, second]) as again, torch.no_grad():
         net(torch.randn(2, 4))
     assert not again.outside and sum(kept.outside.values()) == 4 * 2 * 5

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from data.randomness import uniform
-from t2i.diffusion.objective import Objective, _Chosen, _Part
+from t2i.diffusion.objective import Objective, _MicroBatch, _Subset
 from t2i.diffusion.perceptual import cosine_distance
 from t2i.models import text
 from t2i.train.step import TrainingStep
@@ -26,15 +26,15 @@ class SpendthriftObjective(Objective):
         super().__init__(objective.weights, objective.image_distance, objective.patch_features, objective.prediction)
         self._all_samples, self._features_twice = all_samples, features_twice
 
-    def _seen(self, part: _Part, counted: _Chosen) -> _Chosen:
+    def _seen(self, part: _MicroBatch, counted: _Subset) -> _Subset:
         """The samples that are computed."""
         return part.everyone if self._all_samples else counted
 
-    def _sum(self, distances: Tensor, counted: _Chosen) -> Tensor:
+    def _sum(self, distances: Tensor, counted: _Subset) -> Tensor:
         return (counted.of(distances) if self._all_samples else distances).sum()
 
-    def _lpips(self, part: _Part, predicted: Tensor, image: Tensor) -> Tensor:
-        counted, seen = part.open_gate, self._seen(part, part.open_gate)
+    def _lpips(self, part: _MicroBatch, predicted: Tensor, image: Tensor) -> Tensor:
+        counted, seen = part.ungated, self._seen(part, part.ungated)
         if seen.count == 0:
             return predicted.new_zeros(())
         assert self.image_distance is not None
@@ -42,8 +42,8 @@ class SpendthriftObjective(Objective):
         part.terms.add("loss_lpips", distance, counted.count)
         return self.weights.lpips * distance * part.per_ungated
 
-    def _pdino(self, part: _Part, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
-        counted, seen = part.compared, self._seen(part, part.compared)
+    def _pdino(self, part: _MicroBatch, predicted: Tensor, clean: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
+        counted, seen = part.pdino, self._seen(part, part.pdino)
         if seen.count == 0:
             return predicted.new_zeros(())
         assert self.patch_features is not None
@@ -58,7 +58,7 @@ class SpendthriftObjective(Objective):
         part.terms.add("loss_pdino", distance, counted.count)
         return self.weights.pdino * distance * (part.per_ungated if self.weights.pdino_gated else part.per_sample)
 
-    def _clean_features(self, part: _Part, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
+    def _clean_features(self, part: _MicroBatch, image: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
         self._image = image
         return super()._clean_features(part, image, grid)
 

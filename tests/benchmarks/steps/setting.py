@@ -14,11 +14,11 @@ import launch  # noqa: F401  # it names DeepSpeed's accelerator, which else says
 from data.loader import Batch
 from data.packing import shapes
 from steps import networks
-from t2i.build import build_text, choose_dtype
+from t2i.build import build_network, build_text, choose_dtype
 from t2i.config.loading import load_config, merge, override, stage_config
 from t2i.config.run import RunConfig
 from t2i.distributed import World
-from t2i.train.build import build_ema, build_engine, build_network, build_objective
+from t2i.train.build import build_ema, build_engine, build_objective
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = "configs/pixelgen_xxl.yaml"

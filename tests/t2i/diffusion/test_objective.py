@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2i.diffusion.flow import flow_matching_loss, interpolate
-from t2i.diffusion.objective import BANDS, LossWeights, Objective, Terms, add_bands, band_names
+from t2i.diffusion.objective import BANDS, LossTerms, LossWeights, Objective, add_bands, band_names
 
-PAPER = LossWeights(lpips=0.1, pdino=0.01, repa=0.5, gate=0.3, t_eps=0.05)
+PAPER = LossWeights(lpips=0.1, pdino=0.01, repa=0.5, perceptual_t_min=0.3, t_eps=0.05)
 GRID, WIDTH = (2, 3), 5
 TIMES = np.array([0.05, 0.31, 0.1, 0.9, 0.299, 0.2, 0.3, 0.97])
 UNGATED = [1, 3, 6, 7]
@@ -45,7 +45,7 @@ class StandIn(nn.Module):
         if grid == GRID:
             return whole
         maps = (F.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(-1, GRID), grid) for tokens in whole)
-        return [it.flatten(2).transpose(1, 2) for it in maps]
+        return [item.flatten(2).transpose(1, 2) for item in maps]
 
     def layer(self, image: Tensor, number: int = depth) -> Tensor:
         return (number * self.conv(image)).sin().flatten(2).transpose(1, 2)
@@ -65,7 +65,7 @@ def weights(**changes: Any) -> LossWeights:
 
 def whole(
     weights_: LossWeights, t: np.ndarray = TIMES, **balance: Any
-) -> tuple[Tensor, Terms, Tensor, Tensor, StandIn]:
+) -> tuple[Tensor, LossTerms, Tensor, Tensor, StandIn]:
     """The loss of the whole batch in one piece; its gradients are on the leaves."""
     net, (predicted, projected, image) = StandIn(), batch(len(t))
     sizes = {"batch_size": len(t), "ungated": int((t >= 0.3).sum()), "micro_batches": 1}
@@ -76,7 +76,7 @@ def whole(
     return loss, terms, predicted.grad, projected.grad, net
 
 
-def means(terms: Terms) -> dict[str, float]:
+def means(terms: LossTerms) -> dict[str, float]:
     return {name: (total / terms.counts[name]).item() for name, total in terms.sums.items()}
 
 
@@ -127,7 +127,7 @@ def test_alignment_applies_at_every_t_and_never_to_the_image() -> None:
 def test_micro_batches_average_to_the_whole_batch(cuts: list[int], weights_: LossWeights) -> None:
     loss, terms, predicted_gradient, projected_gradient, _ = whole(weights_)
     predicted, projected, image = batch()
-    objective, parts, losses = Objective(weights_, StandIn(), StandIn()), Terms(), []
+    objective, parts, losses = Objective(weights_, StandIn(), StandIn()), LossTerms(), []
     for part in np.split(np.arange(len(TIMES)), np.cumsum(cuts)[:-1]):
         index = torch.from_numpy(part)
         part_loss, part_terms = objective(
@@ -266,7 +266,7 @@ def test_alignment_on_a_grid_of_its_own_resizes_the_models_features(pdino: float
     assert means(terms)["loss_repa"] == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, torch.autograd.grad(0.5 * expected, projected)[0], atol=1e-8, rtol=1e-4)
     # P-DINO keeps to the model's grid, and its clean features are of ungated samples alone.
-    assert [len(it) for it in net.described] == [len(UNGATED)] * (2 if pdino else 0) + [len(TIMES)]
+    assert [len(item) for item in net.described] == [len(UNGATED)] * (2 if pdino else 0) + [len(TIMES)]
     assert loss.isfinite()
 
 
@@ -304,7 +304,7 @@ def test_an_exact_velocity_has_no_loss_at_any_t() -> None:
 @pytest.mark.parametrize("balance", [1.0, 0.0, 7.5])
 def test_watching_changes_neither_loss_nor_gradients(balance: float, t: np.ndarray) -> None:
     plain = whole(PAPER, t, perceptual_weight=balance)
-    watched = whole(PAPER, t, perceptual_weight=balance, watch=lambda *_: None)
+    watched = whole(PAPER, t, perceptual_weight=balance, gradient_hook=lambda *_: None)
     assert watched[0].item() == pytest.approx(plain[0].item(), rel=1e-6)
     assert means(watched[1]) == pytest.approx(means(plain[1]), rel=1e-6)
     for a, b in zip(watched[2:4], plain[2:4], strict=True):
@@ -322,14 +322,14 @@ def test_the_perceptual_weight_multiplies_the_perceptual_terms_alone() -> None:
 
 def test_a_watcher_sees_the_gradients_of_flow_and_of_unweighted_perceptual_terms() -> None:
     seen: list[Tensor] = []
-    whole(PAPER, perceptual_weight=7.5, watch=lambda *pulls: seen.extend(pulls))
+    whole(PAPER, perceptual_weight=7.5, gradient_hook=lambda *pulls: seen.extend(pulls))
     _, _, flow, _, _ = whole(weights(lpips=0.0, pdino=0.0))
     _, _, both, _, _ = whole(PAPER)
     torch.testing.assert_close(seen[0], flow)
     torch.testing.assert_close(seen[1], both - flow, atol=1e-7, rtol=1e-4)
     assert seen[1][UNGATED].abs().amax(dim=(1, 2, 3)).min() > 1e-6
     seen.clear()
-    whole(PAPER, np.array([0.01, 0.1]), watch=lambda *pulls: seen.extend(pulls))
+    whole(PAPER, np.array([0.01, 0.1]), gradient_hook=lambda *pulls: seen.extend(pulls))
     assert not seen[1].any()
 
 
@@ -350,7 +350,7 @@ def test_bands_split_the_flow_loss() -> None:
 
 
 def test_band_edges_belong_to_the_band_above_and_one_to_the_last() -> None:
-    terms = Terms()
+    terms = LossTerms()
     add_bands(terms, "x", torch.arange(1.0, 7.0), np.array(BANDS))
     assert terms.counts == {name: 2 if name.endswith("1.0") else 1 for name in band_names("x")}
     assert terms.sums["x_t0.2-0.4"] == 2 and terms.sums["x_t0.8-1.0"] == 11

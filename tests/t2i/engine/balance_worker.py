@@ -35,9 +35,9 @@ def measured(case: Case) -> float:
         }
     )
     balance = GradientBalance(config, head)
-    watch = balance.begin(0)
+    gradient_hook = balance.begin(0)
     for part in parts:
-        loss = loss_of(engine.network, STEP, part, len(parts) * dist.get_world_size(), watch=watch)
+        loss = loss_of(engine.network, STEP, part, len(parts) * dist.get_world_size(), gradient_hook=gradient_hook)
         engine.backward(loss)
     result = engine.step(lambda _: LR, lambda _: None)
     balance.finish(result.skip_reason is None)

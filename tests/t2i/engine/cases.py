@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from t2i.diffusion.objective import LossWeights, Objective, Watch
+from t2i.build import TrainingNetwork
+from t2i.diffusion.objective import GradientHook, LossWeights, Objective
 from t2i.engine import deepspeed
 from t2i.engine.ema import Ema
 from t2i.engine.engine import Engine, gather_full, prepare_blocks
@@ -28,7 +29,6 @@ from t2i.engine.muon import orthogonalise
 from t2i.engine.optimizer import OffloadDir, ZerosLike, build_optimizer
 from t2i.models.layers import Projector, patchify
 from t2i.models.pixelgen import PixelGen
-from t2i.train.build import TrainingNetwork
 
 STEPS, BATCH, DECAY = 10, 8, 0.9
 NAN_STEP, SKIPPED_STEP = 4, 6
@@ -100,7 +100,7 @@ def loss_of(
     part: Tensor,
     micro_batches: int,
     objective: Objective = OBJECTIVE,
-    watch: Watch | None = None,
+    gradient_hook: GradientHook | None = None,
 ) -> Tensor:
     """The objective of some samples of a step's batch."""
     generator = torch.Generator().manual_seed(step)
@@ -123,7 +123,7 @@ def loss_of(
         batch_size=BATCH,
         ungated=int((host_t >= GATE).sum()),
         micro_batches=micro_batches,
-        watch=watch,
+        gradient_hook=gradient_hook,
     )
     return loss
 

@@ -91,14 +91,14 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., list[Any]]]] = {
 
 def outcome(forward: Callable[..., Any], block: nn.Module, given: list[Any], weights: list[Tensor]) -> list[Tensor]:
     """Results, and the gradients of what is given and of all parameters."""
-    leaves = [*(it for it in given if isinstance(it, Tensor) and it.requires_grad), *block.parameters()]
+    leaves = [*(item for item in given if isinstance(item, Tensor) and item.requires_grad), *block.parameters()]
     out = forward(*given)
     results = list(out) if isinstance(out, tuple) else [out]
     if not weights:
-        weights += [torch.randn_like(it) for it in results]
-    total = torch.stack([(it.float() * weight.float()).sum() for it, weight in zip(results, weights, strict=True)])
+        weights += [torch.randn_like(item) for item in results]
+    total = torch.stack([(result.float() * weight.float()).sum() for result, weight in zip(results, weights, strict=True)])
     gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
-    return [*(it.detach() for it in results), *(it for it in gradients if it is not None)]
+    return [*(item.detach() for item in results), *(item for item in gradients if item is not None)]
 
 
 def in_fp32(value: Any) -> Any:
@@ -136,6 +136,6 @@ def test_compiled_is_eager(kind: str, dtype: torch.dtype, grids: list[tuple[int,
     for grid in grids:
         given, weights = inputs(dtype, *grid), []
         found = outcome(compiled, block, given, weights)
-        expected = outcome(exact.forward, exact, [in_fp32(it) for it in given], [in_fp32(it) for it in weights])
+        expected = outcome(exact.forward, exact, [in_fp32(item) for item in given], [in_fp32(item) for item in weights])
         off = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
         assert all(share < tolerance for share in off), (grid, off)  # NaN is not

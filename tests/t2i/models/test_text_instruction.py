@@ -65,7 +65,7 @@ def test_a_folder_with_the_sentencepiece_model_alone(gemma: str, tmp_path: Path)
     (folder / "tokenizer.json").unlink()
     about = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    converted, saved = (AutoTokenizer.from_pretrained(it) for it in (folder, gemma))
+    converted, saved = (AutoTokenizer.from_pretrained(item) for item in (folder, gemma))
     for text in [*CAPTIONS, "", INSTRUCTION + CAPTIONS[0]]:
         assert converted(text)["input_ids"] == saved(text)["input_ids"]
     for ours, expected in zip(text_encoder(str(folder))(CAPTIONS), text_encoder(gemma)(CAPTIONS), strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from released_cases import compare, part
-from released_pixeldit import DiTSizes, dit_shapes, dit_weights, ends_unread, projector_shapes
+from released_pixeldit import DiTSizes, dit_shapes, dit_weights, ends_unused, projector_shapes
 from released_pixeldit_cases import T2I, TINY, TINY_CLASS, TINY_TEXT, XL, B, Given, L, dit_config, dit_stored
 from released_pixeldit_cases import dit_velocity as reference
 from torch import Tensor
@@ -18,7 +18,7 @@ from t2i.build import build_denoiser, build_projector
 from t2i.config.base import ConfigError
 from t2i.released.checkpoint import Checkpoint
 from t2i.released.convert import Imported, export_weights, import_weights
-from t2i.released.names import check_kind, denoiser_table, released_shares, released_sizes, unread
+from t2i.released.names import check_kind, denoiser_table, released_shares, released_sizes, unused_weights
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_every_key_and_shape_of_the_public_networks_has_its_place(s: DiTSizes, p
         for share, size in zip(shares, released_sizes(name, tensor.shape, shares, model), strict=True):
             assert share.name not in found
             found[share.name] = tuple(size)
-    assert found.keys() & unread(model).keys() == set()
-    assert found | unread(model) == shapes
+    assert found.keys() & unused_weights(model).keys() == set()
+    assert found | unused_weights(model) == shapes
     assert sum(p.numel() for p in projector.parameters()) == sum(
         torch.Size(shape).numel() for shape in projector_shapes(s).values()
     )
@@ -108,7 +108,7 @@ def test_output_features_and_gradients_are_the_references(s: DiTSizes, which: st
     prefixes = ("denoiser.", "diffusion_trainer.proj.0.") if s.classes else ("core.", "_repa_projector.")
     names = [f"{prefix}{name}" for prefix, w in zip(prefixes, (theirs, theirs_projector), strict=True) for name in w]
     for name, gradient in zip(names, found[2:], strict=True):
-        if name.removeprefix("core.") in ends_unread(s):
+        if name.removeprefix("core.") in ends_unused(s):
             assert not released[name].any() and (gradient is None or not gradient.any())
         else:
             assert gradient is not None
@@ -139,13 +139,13 @@ def test_what_no_network_reads_is_zero_once_it_is_gone(tmp_path: Path) -> None:
     """As after training: of the last block's text the keys and values are left, and what modulates them."""
     s = TINY_TEXT
     weights, _, result = imported(s, tmp_path, average=False)
-    trained = {name: value for name, value in result.raw.items() if not name.startswith("unread.")}
-    assert len(result.raw) - len(trained) == len(ends_unread(s)) + 3
+    trained = {name: value for name, value in result.raw.items() if not name.startswith("unused.")}
+    assert len(result.raw) - len(trained) == len(ends_unused(s)) + 3
     exported = export_weights(dit_config(s), trained, trained)
     last = f"core.patch_blocks.{s.blocks - 1}."
     for name, value in exported.content["state_dict"].items():
         expected = weights[name].clone()
-        if name.removeprefix("core.") in ends_unread(s):
+        if name.removeprefix("core.") in ends_unused(s):
             expected[:] = 0
         elif name == f"{last}attn.qkv_y.weight":
             expected[: s.hidden] = 0
@@ -157,7 +157,7 @@ def test_what_no_network_reads_is_zero_once_it_is_gone(tmp_path: Path) -> None:
 
 def test_every_key_is_accounted_for(tmp_path: Path) -> None:
     weights, average, result = imported(TINY_TEXT, tmp_path)
-    report, end = result.report, {f"core.{name}" for name in ends_unread(TINY_TEXT)}
+    report, end = result.report, {f"core.{name}" for name in ends_unused(TINY_TEXT)}
     everything = weights.keys() | {f"state_dict_ema.{name}" for name in average}
     unused = end | {f"state_dict_ema.{name}" for name in end}
     assert report.used.keys() == everything - unused and report.recomputed == {}
@@ -185,7 +185,7 @@ def test_every_key_is_accounted_for(tmp_path: Path) -> None:
 
 def test_without_the_part_that_nothing_reads(tmp_path: Path) -> None:
     weights, _, result = imported(TINY_TEXT, tmp_path, average=False)
-    end = {f"core.{name}" for name in ends_unread(TINY_TEXT)}
+    end = {f"core.{name}" for name in ends_unused(TINY_TEXT)}
     checkpoint = dit_stored(tmp_path / "y.pth", {name: weights[name] for name in weights.keys() - end}, {})
     shorter = import_weights(checkpoint, dit_config(TINY_TEXT), TINY_TEXT.text_width)
     assert len(shorter.raw) == len(result.raw) - len(end)

@@ -284,9 +284,9 @@ def test_types_that_are_not_read_matter_to_nobody_who_does_not_need_them(tmp_pat
     names = ("complex64", "complex128", "uint16", "uint32", "float8_e4m3fnuz", "float8_e5m2fnuz")
     others = {name: torch.ones(3).to(getattr(torch, name)) for name in names}
     quantized = [
-        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, it) for it in (torch.qint8, torch.quint8, torch.qint32)
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, item) for item in (torch.qint8, torch.quint8, torch.qint32)
     ]
-    weights = {**others, **{str(it.dtype): it for it in quantized}, **WEIGHTS}
+    weights = {**others, **{str(item.dtype): item for item in quantized}, **WEIGHTS}
     torch.save(lightning(weights), tmp_path / "x", _use_new_zipfile_serialization=not legacy)
     checkpoint = Checkpoint(tmp_path / "x")
     assert checkpoint.weights.keys() == WEIGHTS.keys()
@@ -346,7 +346,7 @@ def test_other_zips_and_missing_files(tmp_path: Path) -> None:
         archive.writestr("a.txt", "a")
     with pytest.raises(ConfigError, match="is no checkpoint"):
         Checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(ConfigError, match=r"absent cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"absent: cannot be read: No such file"):
         Checkpoint(tmp_path / "absent")
     with pytest.raises(ConfigError, match="is damaged: "):
         Checkpoint(with_pickle(tmp_path / "y.ckpt", b"\x80\x02}K"))
