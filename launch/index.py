@@ -47,12 +47,12 @@ def index(sources: list[PathText], /, options: StoreOptions, out: PathText | Non
         except OSError as error:
             raise UserError(f"out is {out}: its folder cannot be made: {error.strerror}") from error
     built = build_manifest(stores, *open_place(out, options), workers)
-    damaged = "; ".join(built.damaged[:_NAMED])
-    if built.damaged:
-        more = f"; and {len(built.damaged) - _NAMED} more, see the manifest" if len(built.damaged) > _NAMED else ""
-        damaged = f"; {len(built.damaged)} damaged: {damaged}{more}"
+    corrupt = "; ".join(built.corrupt[:_NAMED])
+    if built.corrupt:
+        more = f"; and {len(built.corrupt) - _NAMED} more, see the manifest" if len(built.corrupt) > _NAMED else ""
+        corrupt = f"; {len(built.corrupt)} corrupt: {corrupt}{more}"
     size = size_of(built.bytes)
-    print(f"{out}: {built.shards:,} shards, {built.samples:,} samples, {size}{damaged}{told(built.left_out)}")
+    print(f"{out}: {built.shards:,} shards, {built.samples:,} samples, {size}{corrupt}{told(built.left_out)}")
 
 
 def main(args: list[str] | None = None) -> int:

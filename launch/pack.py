@@ -29,7 +29,7 @@ import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
 from data.listing import is_parquet, told, why_not_parquet
-from data.packing.contents import Contents, Recipe
+from data.packing.spec import DatasetSpec, PackOptions
 from data.store import Store, StoreOptions, open_store
 from launch.cli import run
 from t2i.config.base import PathText
@@ -49,7 +49,7 @@ class Target:
     shard_size: int = 1000
     workers: int | None = None
 
-    def pack(self, contents: Contents, options: StoreOptions) -> None:
+    def pack(self, contents: DatasetSpec, options: StoreOptions) -> None:
         """Write the shards and say so."""
         workers = self.workers if self.workers is not None else len(os.sched_getaffinity(0))
         # Those two are for reading what others have made public.
@@ -61,7 +61,7 @@ class Target:
         print(f"{self.out} {verb}: {counts}{captions}{told(done.summary['left_out'])}")
 
 
-def folder(source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions) -> None:
+def folder(source: PathText, /, target: Target, recipe: PackOptions, options: StoreOptions) -> None:
     """Pack a folder's images, at any depth, with the files beside them of the same name, such as .txt and .json.
 
     Captions may also be named a.jpg.txt or a.caption. What is left out is counted by reason.
@@ -69,13 +69,13 @@ def folder(source: PathText, /, target: Target, recipe: Recipe, options: StoreOp
     Args:
         source: A folder or s3://bucket/prefix.
     """
-    from data.packing.output import samples_of_folder
+    from data.packing.tars import samples_of_folder
 
     target.pack(samples_of_folder(open_store(source, options), recipe), options)
 
 
 def tars(
-    source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions, manifest: PathText | None = None
+    source: PathText, /, target: Target, recipe: PackOptions, options: StoreOptions, manifest: PathText | None = None
 ) -> None:
     """Pack the samples of existing tars anew, with all their members.
 
@@ -83,7 +83,7 @@ def tars(
         source: A folder or s3://bucket/prefix with .tar shards, at any depth.
         manifest: Path or s3:// URL of their index.json (launch/index.py), if that is not at the source's root.
     """
-    from data.packing.output import samples_of_tars
+    from data.packing.tars import samples_of_tars
     from data.shards.index import index_source, open_index
     from data.shards.manifest import MANIFEST
 
@@ -97,7 +97,7 @@ def parquet(
     source: PathText,
     /,
     target: Target,
-    recipe: Recipe,
+    recipe: PackOptions,
     options: StoreOptions,
     image_column: str = "image",
     caption_column: str = "caption",
@@ -126,7 +126,7 @@ def csv(
     source: PathText,
     /,
     target: Target,
-    recipe: Recipe,
+    recipe: PackOptions,
     options: StoreOptions,
     image_column: str = "path",
     caption_column: str = "caption",
@@ -158,7 +158,7 @@ def openmoji(target: Target, options: StoreOptions, size: int = 64, heldout: flo
         heldout: Share of the drawings that goes into OUT/heldout, an emoji always with all its variants.
         seed: Decides the order and which are held out.
     """
-    target.pack(data.packing.openmoji.contents(size, heldout, seed), options)
+    target.pack(data.packing.openmoji.dataset_spec(size, heldout, seed), options)
 
 
 def shapes(
@@ -179,7 +179,7 @@ def shapes(
         seed: Decides the scenes, and which captions are held out.
         heldout_captions: Share of the captions that never come up in OUT/train, for scores on what is new.
     """
-    target.pack(data.packing.shapes.contents(count, size, heldout, seed, heldout_captions), options)
+    target.pack(data.packing.shapes.dataset_spec(count, size, heldout, seed, heldout_captions), options)
 
 
 def _parquet_files(source: str, options: StoreOptions, left_out: Counter[str]) -> tuple[Store, list[str]]:

@@ -207,17 +207,17 @@ class Report:
             Row((name, *(show(np.quantile(values, at, method="inverted_cdf").item()) for at in _SHARES.values())))
             for name, values, show in measured
         ]
-        note = "No shard is damaged."
-        if index.damage:
-            note = f"{count(len(index.damage))} damaged; what they hold before the fault is read:"
+        note = "No shard is corrupt."
+        if index.corruption:
+            note = f"{count(len(index.corruption))} corrupt; what they hold before the fault is read:"
             lines = [
                 f"{index.names[shard]}: {words}; {index.counts[shard]} samples kept"
-                for shard, words in sorted(index.damage.items())[:_NAMED_SHARDS]
+                for shard, words in sorted(index.corruption.items())[:_NAMED_SHARDS]
             ]
-            if len(index.damage) > _NAMED_SHARDS:
-                lines.append(f"and {count(len(index.damage) - _NAMED_SHARDS)} more")
+            if len(index.corruption) > _NAMED_SHARDS:
+                lines.append(f"and {count(len(index.corruption) - _NAMED_SHARDS)} more")
             blank = ("",) * len(_SHARES)
-            rows.append(Row(("damaged", *blank), tuple(printable(line)[:_MOST_DETAIL] for line in lines)))
+            rows.append(Row(("corrupt", *blank), tuple(printable(line)[:_MOST_DETAIL] for line in lines)))
         if self.left_out:
             note = f"Left out: {printable(listed(self.left_out))}. {note}"
         return Table("Shards", ("", *_SHARES), rows, note)

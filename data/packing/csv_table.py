@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from data.errors import DataError
 from data.listing import is_image, kind_of
-from data.packing.contents import Contents, Images, LeftOut, Recipe, Sample, ahead
+from data.packing.spec import DatasetSpec, Images, Skipped, PackOptions, Sample, ahead
 from data.packing.table import Columns, Files, ObjectFile, Row, beginning, look_up, once, row_sample
 from data.store import ObjectInfo, Store, changed
 
@@ -212,10 +212,10 @@ class _CsvReader:
     files: Files
     images: Images
 
-    def __call__(self, items: Sequence[int]) -> Iterator[Sample | LeftOut]:
+    def __call__(self, items: Sequence[int]) -> Iterator[Sample | Skipped]:
         return ahead(lambda row: row_sample(row, self.files, self.images), self._rows(items))
 
-    def _rows(self, items: Sequence[int]) -> Iterator[Row | LeftOut]:
+    def _rows(self, items: Sequence[int]) -> Iterator[Row | Skipped]:
         rows: Iterator[_Cells] = iter(())
         at = -1  # the next row that `rows` gives
         for number in items:
@@ -229,15 +229,15 @@ class _CsvReader:
             at = number + 1
             yield self._made(number, row)
 
-    def _made(self, number: int, row: _Cells) -> Row | LeftOut:
+    def _made(self, number: int, row: _Cells) -> Row | Skipped:
         where = f"line {row.line.number}"
         if row.reason:
-            return LeftOut(f"{where}: {row.detail}", row.reason)
+            return Skipped(f"{where}: {row.detail}", row.reason)
         cells = dict(zip(self.form.header, row.cells, strict=True))
         path, caption = cells.pop(self.columns.image), cells.pop(self.columns.caption)
         where = f"{where} ({path})"
         if any('\\"' in cell or cell.endswith("\\") for cell in (path, caption)):
-            return LeftOut(f"{where}: a backslash before a quote or a newline; RFC 4180 doubles quotes", "bad_quotes")
+            return Skipped(f"{where}: a backslash before a quote or a newline; RFC 4180 doubles quotes", "bad_quotes")
         values = {name: _plain(cells[name]) for name in once(self.form.header) if name in cells}
         return Row(number, self.info.name, where, None if caption == _NULL else caption, path, None, values)
 
@@ -254,9 +254,9 @@ def csv_table(
     name: str,
     columns: Columns,
     files: Files,
-    recipe: Recipe,
+    recipe: PackOptions,
     notice: Callable[[str], None] = print,
-) -> Contents:
+) -> DatasetSpec:
     """Count the rows of a CSV or TSV with a header, whose image column holds paths.
 
     Args:

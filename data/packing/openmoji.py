@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
-from data.packing.contents import Contents, Each, Sample, check_common, picture
+from data.packing.spec import DatasetSpec, Each, Sample, check_common, picture
 from data.randomness import key, permutation
 
 LICENCE = "CC BY-SA 4.0"
@@ -132,7 +132,7 @@ def rasterise(path: str, size: int) -> NDArray[np.uint8]:
     return image.astype(np.uint8, copy=False)
 
 
-def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
+def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> DatasetSpec:
     """List the named drawings to pack.
 
     Args:
@@ -150,7 +150,7 @@ def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
     # Neighbours in code point look alike, and a loader shuffles only within its buffer.
     mixed = [named[i] for i in permutation(key(seed, "openmoji", "order"), len(named))]
     kept = heldout_bases(named, heldout, seed)
-    return Contents(
+    return DatasetSpec(
         name="openmoji",
         about={"licence": LICENCE, "credit": CREDIT},
         arguments={"size": size, "heldout": heldout, "seed": seed},

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.packing.contents import Contents, LeftOut, Reader, Sample, check, json_bytes
-from data.packing.output import SUMMARY, Output
+from data.packing.spec import DatasetSpec, Skipped, Reader, Sample, check, json_bytes
+from data.packing.tars import SUMMARY, Output
 from data.progress import progress_bar
 from data.shards.manifest import build_manifest
 from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, scan_shard, write_offsets
@@ -45,7 +45,7 @@ _ROWS_A_STEP = 50
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ShardRange:
     """Neighbouring shards of a split, written by one process: their reader finds its place once for all of them."""
 
     split: str
@@ -62,9 +62,9 @@ _Progress = Callable[[int, int], None]
 """Takes the rows read and the rows left out since it was called last; may raise to stop the writing."""
 
 
-def write_all(output: Output, read: Reader, stretches: list[Stretch], rows: int, workers: int) -> None:
-    workers = min(workers, len(stretches))
-    to_do = sum(sum(stretch.rows) for stretch in stretches)
+def write_all(output: Output, read: Reader, shard_ranges: list[ShardRange], rows: int, workers: int) -> None:
+    workers = min(workers, len(shard_ranges))
+    to_do = sum(sum(shard_range.rows) for shard_range in shard_ranges)
     with progress_bar(rows, "image", "packing", initial=rows - to_do) as bar:
         left_out = 0
 
@@ -76,22 +76,22 @@ def write_all(output: Output, read: Reader, stretches: list[Stretch], rows: int,
                 bar.set_postfix_str(f"{left_out} left out", refresh=False)
 
         if workers <= 1:
-            for stretch in stretches:
-                _write_stretch(output, read, stretch, progress)
+            for shard_range in shard_ranges:
+                _write_shards(output, read, shard_range, progress)
         else:
-            _write_in_processes(output, read, stretches, workers, progress)
+            _write_in_processes(output, read, shard_ranges, workers, progress)
 
 
-def _write_stretch(output: Output, read: Reader, stretch: Stretch, progress: _Progress) -> None:
-    rows = iter(read(stretch.items))
-    for shard, count in enumerate(stretch.rows, stretch.first):
-        _write_shard(output, shard_stem(stretch.split, shard), _counted(islice(rows, count), count, progress))
+def _write_shards(output: Output, read: Reader, shard_range: ShardRange, progress: _Progress) -> None:
+    rows = iter(read(shard_range.items))
+    for shard, count in enumerate(shard_range.rows, shard_range.first):
+        _write_shard(output, shard_stem(shard_range.split, shard), _counted(islice(rows, count), count, progress))
 
 
-def _counted(rows: Iterable[Sample | LeftOut], count: int, progress: _Progress) -> Iterator[Sample | LeftOut]:
+def _counted(rows: Iterable[Sample | Skipped], count: int, progress: _Progress) -> Iterator[Sample | Skipped]:
     number = lacking = reported = 0
     for number, row in enumerate(rows, 1):
-        lacking += isinstance(row, LeftOut)
+        lacking += isinstance(row, Skipped)
         if number % _ROWS_A_STEP == 0 or number == count:
             progress(number - reported, lacking)
             reported, lacking = number, 0
@@ -99,7 +99,7 @@ def _counted(rows: Iterable[Sample | LeftOut], count: int, progress: _Progress) 
     assert number == count, "a reader gives one result for each item"
 
 
-def _write_shard(output: Output, stem: str, rows: Iterable[Sample | LeftOut]) -> None:
+def _write_shard(output: Output, stem: str, rows: Iterable[Sample | Skipped]) -> None:
     # Imported here: it takes seconds, and who imports the contents may only want captions.
     from webdataset import TarWriter
 
@@ -107,7 +107,7 @@ def _write_shard(output: Output, stem: str, rows: Iterable[Sample | LeftOut]) ->
     with output.scratch(stem + SHARD_SUFFIX) as path:
         with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for row in rows:
-                if isinstance(row, LeftOut):
+                if isinstance(row, Skipped):
                     left_out.setdefault(row.reason, []).append(row.row)
                     continue
                 if not row.members.get("txt", b"").strip():
@@ -133,12 +133,12 @@ class _Stopped(Exception):
 
 
 def _write_in_processes(
-    output: Output, read: Reader, stretches: list[Stretch], workers: int, progress: _Progress
+    output: Output, read: Reader, shard_ranges: list[ShardRange], workers: int, progress: _Progress
 ) -> None:
     # Spawned, not forked: the caller may have threads (torch, OpenCV).
     context = multiprocessing.get_context("spawn")
-    # Two counters a stretch, and at the end whether to stop. Without locks: a process that is killed holds none.
-    shared = context.RawArray("q", 2 * len(stretches) + 1)
+    # Two counters a shard_range, and at the end whether to stop. Without locks: a process that is killed holds none.
+    shared = context.RawArray("q", 2 * len(shard_ranges) + 1)
     seen = [0, 0]
 
     def report() -> None:
@@ -147,7 +147,7 @@ def _write_in_processes(
         seen[:] = now
 
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(output, read, shared)) as pool:
-        pending = {pool.submit(_work, number, stretch) for number, stretch in enumerate(stretches)}
+        pending = {pool.submit(_work, number, shard_range) for number, shard_range in enumerate(shard_ranges)}
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -161,7 +161,7 @@ def _write_in_processes(
 
 
 _mine: tuple[Output, Reader, Any]
-"""What a worker is given once, rather than with each stretch: an index of many shards is large."""
+"""What a worker is given once, rather than with each shard_range: an index of many shards is large."""
 
 
 def _enter(output: Output, read: Reader, shared: Any) -> None:
@@ -179,7 +179,7 @@ def _enter(output: Output, read: Reader, shared: Any) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(number: int, stretch: Stretch) -> None:
+def _work(number: int, shard_range: ShardRange) -> None:
     output, read, shared = _mine
 
     def progress(rows: int, lacking: int) -> None:
@@ -188,11 +188,11 @@ def _work(number: int, stretch: Stretch) -> None:
         shared[2 * number] += rows
         shared[2 * number + 1] += lacking
 
-    _write_stretch(output, read, stretch, progress)
+    _write_shards(output, read, shard_range, progress)
 
 
-_SHARDS_A_STRETCH = 64
-_STRETCHES_A_WORKER = 4
+_MOST_SHARDS_A_RANGE = 64
+_RANGES_A_WORKER = 4
 """So many that the last ones end at about the same time."""
 
 
@@ -205,7 +205,7 @@ class Packed:
 
 
 def pack(
-    contents: Contents,
+    contents: DatasetSpec,
     out: str | Path,
     shard_size: int = 1000,
     workers: int = 1,
@@ -240,9 +240,9 @@ def pack(
     if (there := output.finished(plan)) is not None:
         return Packed(there, was_finished=True)
     with output.hold(plan):
-        stretches = _stretches(contents, cuts, _done(output, cuts), workers)
+        shard_ranges = _shard_ranges(contents, cuts, _done(output, cuts), workers)
         rows = sum(cut.rows for cut in cuts.values())
-        write_all(output, contents.read, stretches, rows, workers)
+        write_all(output, contents.read, shard_ranges, rows, workers)
         summary = _finish(output, plan, cuts, contents)
     return Packed(summary, was_finished=False)
 
@@ -289,24 +289,24 @@ def _left_out(output: Output, stem: str) -> tuple[Counter[str], int]:
     return Counter({reason: len(rows) for reason, rows in content.items()}), without_caption
 
 
-def _stretches(contents: Contents, cuts: Mapping[str, _Cut], done: set[str], workers: int) -> list[Stretch]:
+def _shard_ranges(contents: DatasetSpec, cuts: Mapping[str, _Cut], done: set[str], workers: int) -> list[ShardRange]:
     missing = [(s, n) for s, cut in cuts.items() for n in range(cut.shards) if shard_stem(s, n) not in done]
-    longest = min(_SHARDS_A_STRETCH, max(1, len(missing) // (workers * _STRETCHES_A_WORKER)))
+    longest = min(_MOST_SHARDS_A_RANGE, max(1, len(missing) // (workers * _RANGES_A_WORKER)))
     found: list[tuple[str, int, int]] = []
     for split, shard in missing:
         if found and found[-1][::2] == (split, shard) and shard - found[-1][1] < longest:
             found[-1] = (split, found[-1][1], shard + 1)
         else:
             found.append((split, shard, shard + 1))
-    stretches = []
+    shard_ranges = []
     for split, first, end in found:
         starts = [cuts[split].start(shard) for shard in range(first, end + 1)]
         rows = [stop - start for start, stop in pairwise(starts)]
-        stretches.append(Stretch(split, first, rows, contents.splits[split][starts[0] : starts[-1]]))
-    return stretches
+        shard_ranges.append(ShardRange(split, first, rows, contents.splits[split][starts[0] : starts[-1]]))
+    return shard_ranges
 
 
-def _finish(output: Output, plan: dict[str, Any], cuts: Mapping[str, _Cut], contents: Contents) -> dict[str, Any]:
+def _finish(output: Output, plan: dict[str, Any], cuts: Mapping[str, _Cut], contents: DatasetSpec) -> dict[str, Any]:
     """Write what describes the whole: each split's index.json, and dataset.json."""
     names = output.names()
     left_out, samples, shards, without_caption = Counter(contents.left_out), {}, {}, 0

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from data.errors import DataError, UserError
 from data.listing import kind_of
-from data.packing.contents import Contents, Images, LeftOut, Recipe, Sample, ahead, fingerprint
+from data.packing.spec import DatasetSpec, Images, Skipped, PackOptions, Sample, ahead, fingerprint
 from data.packing.table import Columns, Files, ObjectFile, Row, beginning, look_up, once, row_sample
 from data.store import ObjectInfo, Store
 
@@ -40,10 +40,10 @@ class _ParquetReader:
     files: Files
     images: Images
 
-    def __call__(self, items: Sequence[int]) -> Iterator[Sample | LeftOut]:
+    def __call__(self, items: Sequence[int]) -> Iterator[Sample | Skipped]:
         return ahead(lambda row: row_sample(row, self.files, self.images), self._rows(items))
 
-    def _rows(self, items: Sequence[int]) -> Iterator[Row | LeftOut]:
+    def _rows(self, items: Sequence[int]) -> Iterator[Row | Skipped]:
         place = 0
         while place < len(items):
             file = bisect_right(self.ends, items[place])
@@ -52,7 +52,7 @@ class _ParquetReader:
             yield from self._rows_of(self.infos[file], first, items[place:stop])
             place = stop
 
-    def _rows_of(self, info: ObjectInfo, first: int, items: Sequence[int]) -> Iterator[Row | LeftOut]:
+    def _rows_of(self, info: ObjectInfo, first: int, items: Sequence[int]) -> Iterator[Row | Skipped]:
         with _open_parquet(self.store, info) as table:
             groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
             others = _scalars(table.schema_arrow, self.columns)
@@ -70,7 +70,7 @@ class _ParquetReader:
         begin: int,
         first: int,
         items: Sequence[int],
-    ) -> Iterator[Row | LeftOut]:
+    ) -> Iterator[Row | Skipped]:
         """The wanted rows of a row group that begins at row `begin`, in a file that begins at row `first`."""
         given, words = 0, "the row group ends before it"
         # Other columns that cannot be read decide nothing: from where they fail, rows are read without them.
@@ -88,11 +88,11 @@ class _ParquetReader:
             except (pa.ArrowException, OSError) as fault:
                 words = " ".join(str(fault).split())[:200]
         for number in items[given:]:
-            yield LeftOut(f"{file} row {number - first}: {words}", "damaged_parquet")
+            yield Skipped(f"{file} row {number - first}: {words}", "corrupt_parquet")
 
     def _row(
         self, batch: pa.RecordBatch, n: int, number: int, file: str, where: str, others: list[str]
-    ) -> Row | LeftOut:
+    ) -> Row | Skipped:
         there = set(batch.schema.names)
         values = {name: _json_value(batch.column(name)[n]) if name in there else None for name in others}
         image, path, content = batch.column(self.columns.image)[n], None, None
@@ -107,7 +107,7 @@ class _ParquetReader:
         try:
             caption = batch.column(self.columns.caption)[n].as_py()
         except UnicodeDecodeError as error:
-            return LeftOut(f"{where}: {error}", "bad_caption")
+            return Skipped(f"{where}: {error}", "bad_caption")
         return Row(number, file, where, caption, path, content, values)
 
 
@@ -202,8 +202,8 @@ def parquet_table(
     names: Sequence[str],
     columns: Columns,
     files: Files,
-    recipe: Recipe,
-) -> Contents:
+    recipe: PackOptions,
+) -> DatasetSpec:
     """Count the rows of Parquet files whose image column holds bytes, paths, or structs of both.
 
     Raises:

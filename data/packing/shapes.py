@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.packing.contents import Contents, Each, Sample, check, check_common, picture
+from data.packing.spec import DatasetSpec, Each, Sample, check, check_common, picture
 from data.randomness import key, permutation, uniform
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -211,7 +211,7 @@ def caption_is_held_out(caption: str, share: float, seed: int) -> bool:
 
 def contents(
     count: int, size: int = 64, heldout: float = 0.05, seed: int = 0, heldout_captions: float = 0.0
-) -> Contents:
+) -> DatasetSpec:
     """List the scenes to pack.
 
     Args:
@@ -236,7 +236,7 @@ def contents(
     if heldout_captions:  # without it, packs are those of before it was there
         arguments["heldout_captions"] = heldout_captions
         train = _with_other_captions(count - kept, heldout_captions, seed)
-    return Contents(
+    return DatasetSpec(
         name="shapes",
         about={"licence": "CC0-1.0", "credit": "drawn by data/packing/shapes.py"},
         arguments=arguments,

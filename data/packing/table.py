@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import BadSample, DataError, UserError
-from data.packing.contents import Images, LeftOut, Sample, below, json_bytes, left_out, read_file, sample_key
+from data.packing.spec import Images, Skipped, Sample, below, json_bytes, left_out, read_file, sample_key
 from data.store import ObjectInfo, Store
 
 
@@ -81,9 +81,9 @@ class Row:
     values: dict[str, Any]
 
 
-def row_sample(row: Row | LeftOut, files: Files, images: Images) -> Sample | LeftOut:
+def row_sample(row: Row | Skipped, files: Files, images: Images) -> Sample | Skipped:
     """Make a row's sample, or say why it is left out."""
-    if isinstance(row, LeftOut):
+    if isinstance(row, Skipped):
         return row
     try:
         return _sample(row, files, images)

@@ -49,11 +49,11 @@ class SourceIndex:
         sizes: int64 (shards,), bytes.
         versions: what the store must still say of each.
         counts: int64 (shards,), samples.
-        damage: where and why a shard ends early, by its number.
+        corruption: where and why a shard ends early, by its number.
         held: offsets that are in memory, by shard.
-        elsewhere: where in `place` a shard's offsets lie, if not beside it.
+        offset_paths: where in `place` a shard's offsets lie, if not beside it.
         place: the manifest's folder.
-        vouched: the offsets' files were compared with the shards when the manifest was written; else that is done when
+        verified: the offsets' files were compared with the shards when the manifest was written; else that is done when
             they are read.
         left_out: what the shards hold that is in no sample, by reason, as far as their manifest says.
     """
@@ -64,11 +64,11 @@ class SourceIndex:
     sizes: NDArray[np.int64]
     versions: tuple[str, ...]
     counts: NDArray[np.int64]
-    damage: dict[int, str]
+    corruption: dict[int, str]
     held: Mapping[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
-    elsewhere: Mapping[int, str] = field(default_factory=dict, repr=False)
+    offset_paths: Mapping[int, str] = field(default_factory=dict, repr=False)
     place: Store | None = None
-    vouched: bool = True
+    verified: bool = True
     left_out: Mapping[str, int] = field(default_factory=dict)
     _cache: _Cache = field(default_factory=lambda: _Cache(), repr=False)
 
@@ -76,7 +76,7 @@ class SourceIndex:
         if not self.name or "/" in self.name:
             raise DataError(f"source name {self.name!r} must be non-empty and without '/': ids are source/shard/key")
         if not self.counts.any():
-            first = f"{self.names[0]}: {self.damage.get(0)}" if self.names else "there is none"
+            first = f"{self.names[0]}: {self.corruption.get(0)}" if self.names else "there is none"
             raise DataError(f"source {self.name!r}: no shard below {self.store.url} has a sample: {first}")
 
     def offsets(self, shard: int, on_fault: OnFault = None) -> NDArray[np.int64]:
@@ -102,11 +102,11 @@ class SourceIndex:
             return np.zeros(1, np.int64)
         info = ObjectInfo(self.names[shard], int(self.sizes[shard]), self.versions[shard], 0.0)
         store, name = self.store, info.name + OFFSETS_SUFFIX
-        if self.place is not None and shard in self.elsewhere:
+        if self.place is not None and shard in self.offset_paths:
             store, name = self.place, self.elsewhere[shard]
         written = store.info(name)
         offsets = None
-        if written and self.vouched:
+        if written and self.verified:
             offsets = from_bytes(store.read(name, on_fault=on_fault), info.size)
         elif scan := read_offsets(self.store, info, store, written):
             offsets = scan.offsets
@@ -247,10 +247,10 @@ def _listed(store: Store, name: str, place: Store, manifest: str) -> SourceIndex
         it.sizes,
         it.versions,
         it.counts,
-        it.damage,
-        elsewhere=it.elsewhere,
+        it.corruption,
+        offset_paths=it.elsewhere,
         place=place,
-        vouched=ours,
+        verified=ours,
         left_out=it.left_out,
     )
 
@@ -329,7 +329,7 @@ def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo], beside: Mappi
         np.array([info.size for info in infos], np.int64),
         tuple(info.version for info in infos),
         np.array([len(scan.offsets) - 1 for scan in scans], np.int64),
-        {shard: scan.damage for shard, scan in enumerate(scans) if scan.damage},
+        {shard: scan.corruption for shard, scan in enumerate(scans) if scan.corruption},
         held={shard: scan.offsets for shard, scan in enumerate(scans)},
         left_out=sum((scan.left_out for scan in scans), Counter()),
     )

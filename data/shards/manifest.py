@@ -1,7 +1,7 @@
 """The manifest of indexed shards, `index.json`: the wids shard list of the WebDataset ecosystem, and some keys more.
 
 - `{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url", "nsamples", "filesize", ...}]}`. Ours
-  besides: `version` (the shard's ETag or mtime), `damage` (where and why it ends early), `left_out` (what it holds that
+  besides: `version` (the shard's ETag or mtime), `corruption` (where and why it ends early), `left_out` (what it holds that
   is in no sample: {reason: number}), and `offsets`, the path of its `.tar.idx` where that is not beside the shard. What
   others wrote has no `version`, and perhaps no `filesize`: a listing tells them then.
 - A url is relative to the manifest's own folder for a shard below it, else absolute, as wids resolves them. So shards
@@ -62,8 +62,8 @@ class ShardTable:
         sizes: bytes; -1 where the manifest does not say.
         versions: as the store tells them; "" where the manifest does not say.
         counts: samples.
-        damage: where and why a shard ends early, by its number in the table.
-        elsewhere: where in the manifest's folder a shard's offsets lie, if not beside it; by its number.
+        corruption: where and why a shard ends early, by its number in the table.
+        offset_paths: where in the manifest's folder a shard's offsets lie, if not beside it; by its number.
         left_out: what the shards hold that is in no sample, by reason.
     """
 
@@ -71,19 +71,19 @@ class ShardTable:
     sizes: NDArray[np.int64]
     versions: tuple[str, ...]
     counts: NDArray[np.int64]
-    damage: dict[int, str]
-    elsewhere: dict[int, str] = field(default_factory=dict)
+    corruption: dict[int, str]
+    offset_paths: dict[int, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a manifest lists; `damaged` has a line for each shard that ends early, `left_out` what is in no sample."""
+    """What a manifest lists; `corrupt` has a line for each shard that ends early, `left_out` what is in no sample."""
 
     shards: int
     samples: int
     bytes: int
-    damaged: list[str]
+    corrupt: list[str]
     left_out: Counter[str]
 
 
@@ -107,7 +107,7 @@ def build_manifest(
         StoreError: the network or a disk failed for longer than the retries last.
     """
     entries: dict[str, dict[str, Any]] = {}
-    damaged = []
+    corrupt = []
     left_out: Counter[str] = Counter()
     _check_replaceable(place, name)
     for source in sources:
@@ -117,20 +117,20 @@ def build_manifest(
         indexer = _Indexer(source, beside, place, name)
         found = for_each_shard(infos, indexer, workers)
         if not any(len(scan.offsets) > 1 for scan, _ in found):
-            raise DataError(f"no shard below {source.url} has a sample: {infos[0].name}: {found[0][0].damage}")
-        for info, (scan, elsewhere) in zip(infos, found, strict=True):
+            raise DataError(f"no shard below {source.url} has a sample: {infos[0].name}: {found[0][0].corruption}")
+        for info, (scan, offset_paths) in zip(infos, found, strict=True):
             url = _relative(place.url, source.url, info.name)
             if url in entries:
                 raise DataError(f"{source.url} lies inside another prefix of this manifest: name each shard once")
             count = len(scan.offsets) - 1
             entry = {"url": url, "nsamples": count, "filesize": info.size, "version": info.version}
-            if scan.damage:
-                entry["damage"] = scan.damage
-                damaged.append(f"{info.name}: {scan.damage}; {count} samples kept")
+            if scan.corruption:
+                entry["corruption"] = scan.corruption
+                corrupt.append(f"{info.name}: {scan.corruption}; {count} samples kept")
             if scan.left_out:
                 entry["left_out"] = scan.left_out
                 left_out += scan.left_out
-            entries[url] = {**entry, "offsets": elsewhere} if elsewhere else entry
+            entries[url] = {**entry, "offsets": elsewhere} if offset_paths else entry
     head = json.dumps({"__kind__": _KIND, "wids_version": 1})
     lines = ",\n".join(json.dumps(entry) for entry in entries.values())
     place.write(name, f'{head[:-1]}, "shardlist": [\n{lines}\n]}}\n'.encode())
@@ -138,7 +138,7 @@ def build_manifest(
         len(entries),
         sum(entry["nsamples"] for entry in entries.values()),
         sum(entry["filesize"] for entry in entries.values()),
-        damaged,
+        corrupt,
         left_out,
     )
 
@@ -181,9 +181,9 @@ class _Indexer:
         beside = info.name + OFFSETS_SUFFIX
         if scan := read_offsets(self._source, info, self._source, self._beside.get(beside), counted=True):
             return scan, None
-        elsewhere = offsets_name(self._manifest, self._source.url, info.name)
-        if scan := read_offsets(self._source, info, self._place, self._place.info(elsewhere), counted=True):
-            return scan, elsewhere
+        offset_paths = offsets_name(self._manifest, self._source.url, info.name)
+        if scan := read_offsets(self._source, info, self._place, self._place.info(offset_paths), counted=True):
+            return scan, offset_paths
         scan = scan_shard(self._source, info)
         if len(scan.offsets) == 1:
             return scan, None
@@ -194,7 +194,7 @@ class _Indexer:
             except ReadOnly:
                 self._read_only = True
         write_offsets(self._place, elsewhere, scan)
-        return scan, elsewhere
+        return scan, offset_paths
 
 
 def for_each_shard(infos: Sequence[ObjectInfo], task: Callable[[ObjectInfo], T], workers: int) -> list[T]:
@@ -253,7 +253,7 @@ def read_manifest(place: Store, name: str, source_url: str) -> ShardTable:
     if not shards:
         example = f", but such as {rows[0][0]}" if rows else ""
         raise DataError(f"{where} lists no shard below {source_url}{example}")
-    names, counts, sizes, versions, damage, elsewhere, left_out = zip(*shards, strict=True)
+    names, counts, sizes, versions, corruption, elsewhere, left_out = zip(*shards, strict=True)
     if len(set(names)) < len(names):
         raise DataError(f"{where} lists a shard below {source_url} twice: write it anew")
     return ShardTable(
@@ -261,8 +261,8 @@ def read_manifest(place: Store, name: str, source_url: str) -> ShardTable:
         np.array(sizes, np.int64),
         versions,
         np.array(counts, np.int64),
-        {shard: words for shard, words in enumerate(damage) if words},
-        {shard: path for shard, path in enumerate(elsewhere) if path},
+        {shard: words for shard, words in enumerate(corruption) if words},
+        {shard: path for shard, path in enumerate(offset_paths) if path},
         sum(map(Counter, left_out), Counter()),
     )
 
@@ -291,14 +291,14 @@ def complete(table: ShardTable, store: Store) -> ShardTable:
 
 def _row(base: str, entry: dict[str, Any]) -> tuple[str, int, int, str, str, str, dict[str, int]]:
     url, count, size, version = entry["url"], entry["nsamples"], entry.get("filesize", -1), entry.get("version", "")
-    damage, offsets, left_out = entry.get("damage", ""), entry.get("offsets", ""), entry.get("left_out", {})
+    corruption, offsets, left_out = entry.get("corruption", ""), entry.get("offsets", ""), entry.get("left_out", {})
     if not (type(count) is type(size) is int and count >= 0 and size >= -1):
         raise ValueError(f"nsamples {count!r} and filesize {size!r} of {url!r}")
-    if not type(version) is type(damage) is type(offsets) is str:
-        raise ValueError(f"version, damage or offsets of {url!r}")
+    if not type(version) is type(corruption) is type(offsets) is str:
+        raise ValueError(f"version, corruption or offsets of {url!r}")
     if not is_left_out(left_out):
         raise ValueError(f"left_out of {url!r}")
-    return _resolved(base, url), count, size, version, damage, offsets, left_out
+    return _resolved(base, url), count, size, version, corruption, offsets, left_out
 
 
 # --- addresses ---

@@ -78,7 +78,7 @@ def read_offsets(
     """Read a shard's offsets from the file `written` of the store `beside`, if there is one that fits the shard.
 
     It must not be older than the shard; and samples must begin where it says: the first two, two pairs within, and the
-    last two, behind which the archive must end or be damaged. A pair takes one request where it is shorter than the
+    last two, behind which the archive must end or be corrupt. A pair takes one request where it is shorter than the
     store's readahead. So offsets of other content are found out even where that was as long. Where what the shard
     leaves out was not counted, there is None if it should be `counted`, and else `UNCOUNTED` is left out.
 
@@ -94,12 +94,12 @@ def read_offsets(
     last = max(0, len(offsets) - 3)  # of the pairs of samples
     for n in sorted({0, last // 3, 2 * last // 3} - {last}):
         two = scan_tar(store, replace(info, size=int(offsets[n + 2])), int(offsets[n]) if n else 0)
-        if two.damage or not np.array_equal(two.offsets[:-1], offsets[n : n + 2]):
+        if two.corruption or not np.array_equal(two.offsets[:-1], offsets[n : n + 2]):
             return None
     rest = _closed(scan_tar(store, info, int(offsets[last]) if last else 0), info)
     if not np.array_equal(rest.offsets, offsets[last:]):
         return None
-    return TarScan(offsets, rest.damage, Counter({UNCOUNTED: 1}) if left_out is None else left_out)
+    return TarScan(offsets, rest.corruption, Counter({UNCOUNTED: 1}) if left_out is None else left_out)
 
 
 def _read_left_out(beside: Store, offsets_name: str, shard: ObjectInfo) -> Counter[str] | None:
@@ -120,15 +120,15 @@ def is_left_out(value: object) -> bool:
 
 
 def _closed(scan: TarScan, info: ObjectInfo) -> TarScan:
-    """The scan of a shard, which is damaged if it has no end."""
-    if scan.damage is None and scan.offsets[-1] == info.size > 0:
+    """The scan of a shard, which is corrupt if it has no end."""
+    if scan.corruption is None and scan.offsets[-1] == info.size > 0:
         words = f"it ends at byte {info.size} without the zeros that close a tar: it may be cut off"
-        return replace(scan, damage=words)
+        return replace(scan, corruption=words)
     return scan
 
 
 def scan_shard(store: Store, info: ObjectInfo) -> TarScan:
-    """Scan a shard; one without any sample has a damage that says so.
+    """Scan a shard; one without any sample has a corruption that says so.
 
     Raises:
         DataError, StoreError: the store cannot be read.
@@ -136,10 +136,10 @@ def scan_shard(store: Store, info: ObjectInfo) -> TarScan:
     scan = _closed(scan_tar(store, info), info)
     if len(scan.offsets) > 1:
         return scan
-    words = scan.damage or "no member that belongs to a sample"
+    words = scan.corruption or "no member that belongs to a sample"
     if words.endswith("header at byte 0"):
         begin = bytes(store.read(info.name, 0, min(BLOCK, info.size), version=info.version))
         words = f"not a tar but {kind}" if (kind := kind_of(begin)) else f"{words}: not a tar"
     elif scan.left_out:
         words += told(scan.left_out)
-    return replace(scan, damage=words)
+    return replace(scan, corruption=words)

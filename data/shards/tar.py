@@ -52,7 +52,7 @@ _FURTHER_IMAGES = "further images in samples (training takes one of each)"
 _IMAGES = frozenset(IMAGE_EXTENSIONS)
 _IN_PIECES = "samples in pieces (their members must be neighbours: sort them by name, as with tar --sort=name)"
 _LARGEST_EXTENSION = 1 << 20
-"""Bytes of a pax header or long name; a larger one is damage, not a name."""
+"""Bytes of a pax header or long name; a larger one is corruption, not a name."""
 _LARGEST_READ = 8 << 20
 _META = re.compile(r"__[^/]*__(/|\Z)")
 
@@ -63,13 +63,13 @@ class TarScan:
 
     Attributes:
         offsets: int64 (samples + 1,): the first header byte of each sample; then the end of the last member, where the
-            archive's closing zeros begin or, in a damaged shard, the end of its last whole sample.
-        damage: where and why reading ended early, None if it did not. The samples before it are whole.
+            archive's closing zeros begin or, in a corrupt shard, the end of its last whole sample.
+        corruption: where and why reading ended early, None if it did not. The samples before it are whole.
         left_out: members that belong to no sample, and samples whose members are not neighbours, by reason.
     """
 
     offsets: NDArray[np.int64]
-    damage: str | None
+    corruption: str | None
     left_out: Counter[str] = field(default_factory=Counter)
 
 
@@ -81,7 +81,7 @@ class RawSample:
     members: dict[str, bytes]
 
 
-class TarDamage(Exception):
+class CorruptTar(Exception):
     """A tar that ends early or is none from here on: `at` is where the member begins, `name` its name if known."""
 
     def __init__(self, words: str, at: int, name: str | None = None) -> None:
@@ -109,8 +109,8 @@ def parse_sample(content: bytes | bytearray | memoryview) -> RawSample:
                 raise BadSample("malformed_tar", f"member {name!r} belongs to another sample than {current!r}")
             current = key
             members[extension] = bytes(view[at : at + size])
-    except TarDamage as damage:
-        raise BadSample("malformed_tar", f"in the sample's bytes: {damage}") from damage
+    except CorruptTar as corruption:
+        raise BadSample("malformed_tar", f"in the sample's bytes: {corruption}") from corruption
     if current is None:
         raise BadSample("malformed_tar", f"no member of a sample in {len(view)} bytes")
     return RawSample(current, members)
@@ -119,7 +119,7 @@ def parse_sample(content: bytes | bytearray | memoryview) -> RawSample:
 def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
     """Find the samples of a shard from a header at byte `start` on, as many as lie whole before the first fault.
 
-    Bad content never raises: an unreadable shard has 0 samples, offsets [start] and a damage.
+    Bad content never raises: an unreadable shard has 0 samples, offsets [start] and a corruption.
 
     Raises:
         DataError: the shard is gone, may not be read, or changed meanwhile.
@@ -133,7 +133,7 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
     left_out: Counter[str] = Counter()
     before: dict[str, frozenset[str]] = {}  # by the key of a sample, its extensions
     in_pieces: set[str] = set()
-    end, damage = start, None
+    end, corruption = start, None
     try:
         for header, name, lost, at, size in walk(_Reader(store, info), start, info.size):
             end = min(at + _padded(size), info.size)
@@ -160,9 +160,9 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
                 left_out[_FURTHER_IMAGES] += 1
             extensions.add(parts[1])
         if end == info.size and end % BLOCK:
-            damage = f"cut off at byte {end}, inside the padding of the last member"
-    except TarDamage as fault:
-        damage, end = str(fault), fault.at
+            corruption = f"cut off at byte {end}, inside the padding of the last member"
+    except CorruptTar as fault:
+        corruption, end = str(fault), fault.at
         parts = split_name(fault.name) if fault.name is not None else None
         if parts is not None and offsets and parts[0] == key and parts[1] not in extensions:
             end = offsets.pop()  # it lost this member
@@ -170,7 +170,7 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
         end = start
     if in_pieces:
         left_out[_IN_PIECES] = len(in_pieces)
-    return TarScan(np.array([*offsets, end], np.int64), damage, left_out)
+    return TarScan(np.array([*offsets, end], np.int64), corruption, left_out)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -222,7 +222,7 @@ def walk(
         before `end`.
 
     Raises:
-        TarDamage: what comes next is no header, or ends early.
+        CorruptTar: what comes next is no header, or ends early.
     """
     begin = at  # the member's first header
     told: dict[str, Any] = {}  # what extension headers said of the member
@@ -230,18 +230,18 @@ def walk(
         header = bytes(read(at, min(at + BLOCK, end)))
         if header == _ZEROS[: len(header)]:
             if begin != at:
-                raise TarDamage(f"the archive ends at byte {at}, after a header that announces a member", begin)
+                raise CorruptTar(f"the archive ends at byte {at}, after a header that announces a member", begin)
             begin = at = _next_archive(read, at, end)
             continue
         if len(header) < BLOCK:
-            raise TarDamage(f"cut off at byte {end}, inside the header at byte {at}", begin)
+            raise CorruptTar(f"cut off at byte {end}, inside the header at byte {at}", begin)
         name, kind, size = _fields(header, at, begin)
         data = at + BLOCK
         if kind in _EXTENSIONS:
             if size > _LARGEST_EXTENSION:
-                raise TarDamage(f"the header at byte {at} announces {size} bytes of names", begin)
+                raise CorruptTar(f"the header at byte {at} announces {size} bytes of names", begin)
             if data + size > end:
-                raise TarDamage(f"cut off at byte {end}, inside the header at byte {at}", begin)
+                raise CorruptTar(f"cut off at byte {end}, inside the header at byte {at}", begin)
             told = {**_extension(kind, bytes(read(data, data + size)), at, begin), **told}  # the first one counts
             if kind == b"g" and begin == at:
                 begin = data + _padded(size)  # it belongs to the archive, not to the member
@@ -255,7 +255,7 @@ def walk(
         if kind in _WITHOUT_DATA:
             size = 0
         if data + size > end:
-            raise TarDamage(f"cut off at byte {end}, inside member {name!r}", begin, name)
+            raise CorruptTar(f"cut off at byte {end}, inside member {name!r}", begin, name)
         if "sparse" in told:
             lost = _LOST[_SPARSE]
         elif kind in _REGULAR or kind in _NO_FILES:
@@ -267,14 +267,14 @@ def walk(
         begin = at = data + _padded(size)
         told = {}
     if begin < at:
-        raise TarDamage(f"cut off at byte {end}, after a header that announces a member", begin)
+        raise CorruptTar(f"cut off at byte {end}, after a header that announces a member", begin)
 
 
 def _next_archive(read: Callable[[int, int], bytes | memoryview], at: int, end: int) -> int:
     """The byte behind the zeros that end an archive at `at`: the first header of another archive, or `end`.
 
     Raises:
-        TarDamage: what follows is no archive, or the zeros are more than end one.
+        CorruptTar: what follows is no archive, or the zeros are more than end one.
     """
     closing = at
     while at < end:
@@ -283,13 +283,13 @@ def _next_archive(read: Callable[[int, int], bytes | memoryview], at: int, end: 
         if zeros < len(part):
             at += zeros - zeros % BLOCK
             if not is_header(bytes(read(at, min(at + BLOCK, end)))):
-                raise TarDamage(
+                raise CorruptTar(
                     f"{end - at} bytes that are no tar follow the end of the archive, from byte {at}", closing
                 )
             return at
         at += len(part)
     if end - closing > _MOST_CLOSING_ZEROS:
-        raise TarDamage(
+        raise CorruptTar(
             f"only zeros from byte {closing} on, {end - closing} of them: was the file ever filled?", closing
         )
     return end
@@ -298,7 +298,7 @@ def _next_archive(read: Callable[[int, int], bytes | memoryview], at: int, end: 
 def _fields(header: bytes, at: int, begin: int) -> tuple[str, bytes, int]:
     """Name, type and size of a header's member."""
     if not is_header(header):
-        raise TarDamage(f"no tar header at byte {at}", begin)
+        raise CorruptTar(f"no tar header at byte {at}", begin)
     name = header[: header.find(b"\0", 0, 100)] if b"\0" in header[:100] else header[:100]
     kind = header[156:157]
     if header[345] and header.startswith(_PREFIXED, 257) and kind not in _EXTENSIONS:
@@ -308,7 +308,7 @@ def _fields(header: bytes, at: int, begin: int) -> tuple[str, bytes, int]:
     except ValueError:
         size = -1
     if size < 0:
-        raise TarDamage(f"the header at byte {at} has no size that can be", begin)
+        raise CorruptTar(f"the header at byte {at} has no size that can be", begin)
     return _text(name), kind, size
 
 
@@ -338,7 +338,7 @@ def _extension(kind: bytes, content: bytes, at: int, begin: int) -> dict[str, An
             elif keyword.startswith(b"GNU.sparse"):
                 told["sparse"] = True
         except ValueError:
-            raise TarDamage(f"the pax header at byte {at} is malformed", begin) from None
+            raise CorruptTar(f"the pax header at byte {at} is malformed", begin) from None
         position += length
     return told
 

@@ -236,7 +236,7 @@ def _damage(sources: list[Source]) -> list[SetAside]:
     return [
         SetAside(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "damaged_tar", detail)
         for index in (source.index for source in sources)
-        for shard, detail in sorted(index.damage.items())
+        for shard, detail in sorted(index.corruption.items())
     ]
 
 

@@ -249,7 +249,7 @@ def measure() -> None:
         vgg16 = vgg16_weights.fetch()
     except vgg16_weights.Unavailable as missing:
         raise UserError(str(missing)) from missing
-    pack.pack(shapes.contents(20000, SIDE, 0.1, 0), out / "scenes")
+    pack.pack(shapes.dataset_spec(20000, SIDE, 0.1, 0), out / "scenes")
     runs = []
     for seed in range(options.seeds):
         for arm in ARMS:

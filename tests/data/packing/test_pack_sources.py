@@ -24,9 +24,9 @@ from PIL import Image
 from tar_samples import MemoryStore, jpeg, tar_bytes
 
 from data.packing import pack
-from data.packing.contents import Images, Part, Recipe, below, parts, sample_key
+from data.packing.spec import Images, Part, PackOptions, below, parts, sample_key
 from data.packing.csv_table import csv_table
-from data.packing.output import samples_of_tars
+from data.packing.tars import samples_of_tars
 from data.packing.parquet_table import parquet_table
 from data.packing.table import Columns, Files
 from data.shards.index import index_source, open_index
@@ -343,7 +343,7 @@ def test_parquet_is_packed(kind: str, tmp_path: Path) -> None:
     assert [s.key for s in train] == sorted(s.key for s in train)
 
 
-def test_a_damaged_row_group_is_left_out(tmp_path: Path) -> None:
+def test_a_corrupt_row_group_is_left_out(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in", files=1, rows=50, group=10, kind="bytes")
     path = tmp_path / "in/f0/part.parquet"
     at = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
@@ -351,7 +351,7 @@ def test_a_damaged_row_group_is_left_out(tmp_path: Path) -> None:
     content[at : at + 600] = b"\xff" * 600
     path.write_bytes(content)
     packed("parquet {i} --out {o} --workers 1", i=path, o=tmp_path / "out")
-    assert summary(tmp_path / "out")["left_out"] == {"damaged_parquet": 10}
+    assert summary(tmp_path / "out")["left_out"] == {"corrupt_parquet": 10}
     kept = [int(s.members["txt"][8:]) for s in samples(f"{tmp_path}/out")]
     assert kept == [*range(20), *range(30, 50)]
 
@@ -363,7 +363,7 @@ def test_a_row_group_as_large_as_the_file_is_not_held_in_memory(tmp_path: Path) 
     del table, noise
     pa.default_memory_pool().release_unused()
     columns, store = Columns("image", "caption"), open_store(str(tmp_path))
-    contents = parquet_table(store, ["a.parquet"], columns, Files(store), Recipe())
+    contents = parquet_table(store, ["a.parquet"], columns, Files(store), PackOptions())
     held = pa.total_allocated_bytes()
     most = 0
     tracemalloc.start()
@@ -405,7 +405,7 @@ def test_tars_are_packed_anew_with_all_members(tmp_path: Path) -> None:
     assert [s.members["txt"].decode() for s in found[:100]] == expected
     assert all(s.members["seg.png"] == b"seg" for s in found[:100]) and found[7].members["jpg"] == jpeg(7)
     assert len({s.key for s in found}) == len(found)
-    left_out = {"missing_image": 1, "bad_member_name": 1, "rest of a damaged shard": 1}
+    left_out = {"missing_image": 1, "bad_member_name": 1, "rest of a corrupt shard": 1}
     assert summary(tmp_path / "out")["left_out"] == left_out
     assert len(found) == 101 and found[-1].members == {"jpg": jpeg(2)}
 
@@ -441,7 +441,7 @@ def test_neighbours_are_read_together_where_that_is_cheaper(tmp_path: Path) -> N
     content = tar_bytes([(f"{n}.jpg", jpeg(n)) for n in range(12)])  # 2 KB each, with pax headers
     for readahead, most in ((0, 1), (2100, 2), (1 << 20, 12)):
         store = MemoryStore({"0.tar": content}, readahead)
-        contents = samples_of_tars(index_source(store, "s"), Recipe(heldout=0.25))
+        contents = samples_of_tars(index_source(store, "s"), PackOptions(heldout=0.25))
         store.reads.clear()
         made = [*contents.read(contents.splits["train"])]
         asked = [stop - start for _, start, stop in store.reads if stop - start > 512]
@@ -487,8 +487,8 @@ def test_from_s3_to_s3_and_on_after_an_interruption(endpoint: str, tmp_path: Pat
         client.upload_file(str(path), "bucket", f"in/{path.relative_to(tmp_path / 'in')}")
     options = StoreOptions(endpoint=endpoint)
     store = open_store("s3://bucket/in", options)
-    contents = csv_table(store, "all.csv", Columns("path", "caption"), Files(store), Recipe())
-    broken = pack.Contents(**{**vars(contents), "read": Broken(contents.read, 25)})
+    contents = csv_table(store, "all.csv", Columns("path", "caption"), Files(store), PackOptions())
+    broken = pack.DatasetSpec(**{**vars(contents), "read": Broken(contents.read, 25)})
     with pytest.raises(KeyboardInterrupt):
         pack.pack(broken, "s3://bucket/out", 10, options=options)
     out = open_store("s3://bucket/out", options)
@@ -497,7 +497,7 @@ def test_from_s3_to_s3_and_on_after_an_interruption(endpoint: str, tmp_path: Pat
     client.delete_object(Bucket="bucket", Key="out/train/00001.tar.idx")  # as if it was stopped before that
     before = out.info("train/00000.tar")
 
-    again = pack.Contents(**{**vars(contents), "read": Broken(contents.read, 20)})  # only what is missing is read
+    again = pack.DatasetSpec(**{**vars(contents), "read": Broken(contents.read, 20)})  # only what is missing is read
     pack.pack(again, "s3://bucket/out", 10, options=options)
     assert out.info("train/00000.tar") == before and out.info("train/00001.tar.idx") is not None
     packed(f"csv s3://bucket/in/all.csv --out s3://bucket/out --endpoint {endpoint} --workers 1 --shard_size 10")

@@ -180,12 +180,12 @@ def test_a_useless_shard_stays_in_the_table_and_is_named(content: bytes, said: s
     source = open_index(store, "s")
     assert source.names == ("a.tar", "b.tar") and source.counts.tolist() == [2, 0]
     assert source.offsets(1).shape == (1,)
-    assert list(source.damage) == [1]
+    assert list(source.corruption) == [1]
     with pytest.raises(DataError, match=rf"'s': no shard below s3://bucket/p has a sample: b\.tar: .*{said}"):
         open_index(MemoryStore({"b.tar": content}), "s")
     build_manifest([store], store)
     listed = open_index(store, "s")
-    assert listed.damage == source.damage and listed.offsets(1).shape == (1,)
+    assert listed.corruption == source.corruption and listed.offsets(1).shape == (1,)
 
 
 def test_no_shards_and_names_that_ids_cannot_hold(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_cut_shard_gives_its_whole_samples(tmp_path: Path) -> None:
     store: Store = open_store(str(tmp_path))
     source = open_index(store, "s")
     assert captions(source) == [f"caption {n}" for n in range(4)]
-    assert source.damage == {0: f"cut off at byte {cut}, inside member '000004.txt'"}
+    assert source.corruption == {0: f"cut off at byte {cut}, inside member '000004.txt'"}
 
 
 # --- manifests that others wrote ---

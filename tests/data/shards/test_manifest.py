@@ -118,7 +118,7 @@ def test_a_second_run_reads_what_the_first_wrote() -> None:
     store = MemoryStore(objects)
     first = build(store)
     assert [entry["nsamples"] for entry in first.values()] == [300, 200, 3, 0]
-    assert [entry.get("damage") for entry in first.values()] == [
+    assert [entry.get("corruption") for entry in first.values()] == [
         None,
         None,
         f"cut off at byte {cut}, inside member '0023.txt'",
@@ -200,14 +200,14 @@ def test_offsets_of_read_only_shards_lie_beside_the_manifest_apart_for_each_pref
     sources = [MemoryStore({"x/0.tar": shard(10 * n, n + 2)}, url=f"s3://bucket/{n}", read_only=True) for n in range(2)]
     place = MemoryStore({}, url="s3://other/m")
     built = build_manifest(sources, place, "both.json")
-    assert (built.shards, built.samples, built.damaged) == (2, 5, [])
+    assert (built.shards, built.samples, built.corrupt) == (2, 5, [])
     assert sorted(place.writes) == [
         "both.json",
         *(f"both.offsets/s3/bucket/{n}/x/0.tar{end}" for n in (0, 1) for end in (".idx", ".left_out.json")),
     ]
     for n, source in enumerate(sources):
         table = read_manifest(place, "both.json", source.url)
-        assert table.counts.tolist() == [n + 2] and table.elsewhere == {0: f"both.offsets/s3/bucket/{n}/x/0.tar.idx"}
+        assert table.counts.tolist() == [n + 2] and table.offset_paths == {0: f"both.offsets/s3/bucket/{n}/x/0.tar.idx"}
     place.writes.clear()
     build_manifest(sources, place, "both.json")
     assert place.writes == ["both.json"]
@@ -313,7 +313,7 @@ def test_the_command_writes_a_manifest_and_says_what_is_in_it(
     out = tmp_path / "new" / "both.json"
     assert launch.index.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out), "--workers", "2"]) == 0
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and f"{out}: 4 shards, 9 samples, 43 kB; 1 damaged: 00001.tar: no tar" in said
+    assert said.count("\n") == 1 and f"{out}: 4 shards, 9 samples, 43 kB; 1 corrupt: 00001.tar: no tar" in said
     assert [entry["nsamples"] for entry in listed(out)] == [3, 2, 4, 0]
     assert launch.index.main([str(tmp_path / "a")]) == 0
     assert len(open_index(open_store(str(tmp_path / "a")), "s", notice=pytest.fail).names) == 2
@@ -345,8 +345,8 @@ def test_mistakes_are_one_sentence_and_code_2(
     assert not list(tmp_path.glob("**/index.json"))
 
 
-def test_a_damaged_shard_scans_the_same_from_its_last_offset() -> None:
-    """What a second run says of a damaged shard comes from the header at its last offset alone."""
+def test_a_corrupt_shard_scans_the_same_from_its_last_offset() -> None:
+    """What a second run says of a corrupt shard comes from the header at its last offset alone."""
     content = shard(0, 5)
     for cut in range(2048, 5 * 2048, 100):
         store = MemoryStore({"a.tar": content[:cut]}, readahead=512)
@@ -354,5 +354,5 @@ def test_a_damaged_shard_scans_the_same_from_its_last_offset() -> None:
         whole = scan_shard(store, info)
         store.write("a.tar.idx", to_bytes(whole.offsets))
         again = read_offsets(store, info, store, store.info("a.tar.idx"))
-        assert again is not None and again.damage == whole.damage
+        assert again is not None and again.corruption == whole.corruption
         assert again.offsets.tolist() == whole.offsets.tolist()

@@ -108,7 +108,7 @@ def test_archives_that_follow_each_other_are_read_on(between: bytes, form: int) 
         found = parsed(content)
         assert [it.key for it in found] == ["a", "b", "c", "c", "d", "e"]
         assert all(it.members == {"jpg": it.key.encode(), "txt": it.key.encode()} for it in found)
-        assert scan(content).damage is None and not scan(content).left_out
+        assert scan(content).corruption is None and not scan(content).left_out
 
 
 def test_zeros_in_front_are_passed() -> None:
@@ -126,19 +126,19 @@ def test_zeros_in_front_are_passed() -> None:
 )
 def test_what_follows_the_end_is_said(behind: bytes, said: str) -> None:
     content = shard("ab") + behind
-    assert scan(content).damage == said and [it.key for it in parsed(content)] == ["a", "b"]
+    assert scan(content).corruption == said and [it.key for it in parsed(content)] == ["a", "b"]
 
 
 def test_a_tar_without_an_end_may_be_cut_off() -> None:
     content = shard("ab")
-    assert scan(content[:4096]).damage == "it ends at byte 4096 without the zeros that close a tar: it may be cut off"
-    assert len(scan(content[:4096]).offsets) == 3 and scan(content[: 4096 + 512]).damage is None
+    assert scan(content[:4096]).corruption == "it ends at byte 4096 without the zeros that close a tar: it may be cut off"
+    assert len(scan(content[:4096]).offsets) == 3 and scan(content[: 4096 + 512]).corruption is None
     assert scan(content[:2048]).offsets.tolist() == [0, 2048]
 
 
 def test_tars_without_a_member() -> None:
     for content in (bytes(512), bytes(10240), of(info("d", tarfile.DIRTYPE))):
-        assert scan(content).offsets.tolist() == [0] and scan(content).damage == "no member that belongs to a sample"
+        assert scan(content).offsets.tolist() == [0] and scan(content).corruption == "no member that belongs to a sample"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_tars_without_a_member() -> None:
 )  # fmt: skip
 def test_what_is_called_tar_and_is_none_is_called_by_its_name(pack: object, said: str) -> None:
     found = scan(pack(shard("ab")))  # type: ignore[operator]
-    assert len(found.offsets) == 1 and said in str(found.damage)
+    assert len(found.offsets) == 1 and said in str(found.corruption)
 
 
 # --- members that are lost ---
@@ -182,7 +182,7 @@ def test_links_and_sparse_files_are_counted_with_what_helps() -> None:
         "sparse files in tars (write them anew without tar --sparse)": 1,
     }
     alone = scan(of(info("a.jpg", tarfile.LNKTYPE, linkname="x")))
-    assert "no member that belongs to a sample; left out: 1 hard links in tars" in str(alone.damage)
+    assert "no member that belongs to a sample; left out: 1 hard links in tars" in str(alone.corruption)
 
 
 def test_members_of_every_other_type_are_counted_under_its_name() -> None:
@@ -195,7 +195,7 @@ def test_members_of_every_other_type_are_counted_under_its_name() -> None:
     ]
     others = (info(f"a.{n}", kind, size) for n, (kind, size) in enumerate(kinds))
     content = of(info("a.jpg"), *others, info("a.txt"), form=tarfile.USTAR_FORMAT)
-    assert parsed(content) == [RawSample("a", {"jpg": b"", "txt": b""})] and scan(content).damage is None
+    assert parsed(content) == [RawSample("a", {"jpg": b"", "txt": b""})] and scan(content).corruption is None
     named = {"'C'": 2, r"'\xe9'": 1, "'A'": 1}
     assert scan(content).left_out == {f"members of tars of type {kind}": count for kind, count in named.items()}
 
@@ -239,7 +239,7 @@ def test_what_is_lost_is_told_by_every_index(read_only: bool) -> None:
     lost |= {"hidden": 2, "compressed (.tar.gz: gunzip it first)": 1}
     for _ in range(3):
         built = build_manifest([store], place)
-        assert built.left_out == lost and built.damaged == []
+        assert built.left_out == lost and built.corrupt == []
         (first, second) = json.loads(place.read("index.json"))["shardlist"]
         assert first["left_out"].keys() == lost.keys() - {"compressed (.tar.gz: gunzip it first)"}
         assert "left_out" not in second

@@ -82,7 +82,7 @@ def test_what_a_server_leaves_out_or_writes_otherwise(name: str, bucket: str, al
         for start, stop in ((0, None), (0, 10), (512, 1024), (600, None), (len(CONTENT), None)):
             assert store.read("0.tar", start, stop, version=version) == CONTENT[start:stop]
     index = index_source(store, "s")
-    assert index.counts.tolist() == [3, 3] and not index.damage and check_listing(index) is None
+    assert index.counts.tolist() == [3, 3] and not index.corruption and check_listing(index) is None
     # By its manifest, and by the offsets beside the shards.
     build_manifest([store], store)
     listed = open_index(store, "s", notice=pytest.fail)

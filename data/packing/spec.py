@@ -48,14 +48,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Skipped:
     """A row that cannot be used: what its user would look for (a path, a row's number), and the counter's name."""
 
     row: str
     reason: str
 
 
-Reader = Callable[[Sequence[Any]], Iterable[Sample | LeftOut]]
+Reader = Callable[[Sequence[Any]], Iterable[Sample | Skipped]]
 """Reads neighbouring items of a split: one result each, in their order. It is pure and can be pickled."""
 
 
@@ -71,7 +71,7 @@ class Each:
 
 
 @dataclass(frozen=True)
-class Contents:
+class DatasetSpec:
     """What to pack. A split's items are sliced, never walked through, and a slice is what a process is sent."""
 
     name: str
@@ -255,9 +255,9 @@ def sample_key(row: int, name: str) -> str:
     return f"{row:09d}-{stem}" if stem else f"{row:09d}"
 
 
-def left_out(row: str, why: BadSample) -> LeftOut:
+def left_out(row: str, why: BadSample) -> Skipped:
     """Say why a row is left out."""
-    return LeftOut(f"{row}: {why.detail}" if why.detail else row, why.reason)
+    return Skipped(f"{row}: {why.detail}" if why.detail else row, why.reason)
 
 
 def fingerprint(listed: Iterable[Iterable[object]]) -> str:
@@ -328,7 +328,7 @@ def _absolute(address: str) -> str:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PackOptions:
     """How rows become samples, and which of them are held out.
 
     Args:
@@ -365,7 +365,7 @@ class Recipe:
         fingerprint: str,
         arguments: Mapping[str, Any] | None = None,
         left_out: Mapping[str, int] | None = None,
-    ) -> Contents:
+    ) -> DatasetSpec:
         """Describe a source of so many rows; `read` is given their numbers.
 
         Args:
@@ -377,7 +377,7 @@ class Recipe:
             arguments: what decides the samples besides the recipe.
             left_out: what there is besides the rows: reason and number.
         """
-        return Contents(
+        return DatasetSpec(
             name=name,
             arguments={**(arguments or {}), **asdict(self)},
             splits=dict(parts(rows, self.heldout, self.seed)),

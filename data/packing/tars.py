@@ -31,7 +31,7 @@ import numpy as np
 from data.errors import BadSample, DataError, UserError
 from data.files import FileLock
 from data.listing import IMAGE_EXTENSIONS, told
-from data.packing.contents import Contents, Images, LeftOut, Recipe, Sample, ahead, fingerprint, left_out, sample_key
+from data.packing.contents import DatasetSpec, Images, Skipped, PackOptions, Sample, ahead, fingerprint, left_out, sample_key
 from data.shards.index import SourceIndex, index_source, list_left_out
 from data.shards.tar import parse_sample
 from data.store import Store, StoreOptions, WritableStore, open_store
@@ -57,7 +57,7 @@ class _Reader:
     index: SourceIndex
     images: Images
 
-    def __call__(self, items: Sequence[int]) -> Iterator[Sample | LeftOut]:
+    def __call__(self, items: Sequence[int]) -> Iterator[Sample | Skipped]:
         for made in ahead(self._read, self._requests(items)):
             yield from made
 
@@ -80,7 +80,7 @@ class _Reader:
         if held:
             yield held
 
-    def _read(self, request: _Request) -> list[Sample | LeftOut]:
+    def _read(self, request: _Request) -> list[Sample | Skipped]:
         last = request.first + len(request.rows)
         offsets = self.index.offsets(request.shard)[request.first : last + 1].tolist()
         name, version = self.index.names[request.shard], self.index.versions[request.shard]
@@ -90,7 +90,7 @@ class _Reader:
             for n, row in enumerate(request.rows)
         ]
 
-    def _row(self, row: int, shard: str, sample: int, content: memoryview) -> Sample | LeftOut:
+    def _row(self, row: int, shard: str, sample: int, content: memoryview) -> Sample | Skipped:
         where = f"{shard} sample {sample}"
         try:
             raw = parse_sample(content)
@@ -116,9 +116,9 @@ class _Reader:
         return Sample(key, made)
 
 
-def samples_of_tars(index: SourceIndex, recipe: Recipe, name: str = "tars") -> Contents:
+def samples_of_tars(index: SourceIndex, recipe: PackOptions, name: str = "tars") -> DatasetSpec:
     """List the samples of existing tars to pack anew, with all their members."""
-    damaged = {"rest of a damaged shard": len(index.damage)} if index.damage else {}
+    corrupt = {"rest of a corrupt shard": len(index.corruption)} if index.corruption else {}
     table = zip(index.names, index.sizes.tolist(), index.versions, index.counts.tolist(), strict=True)
     return recipe.contents(
         name,
@@ -126,11 +126,11 @@ def samples_of_tars(index: SourceIndex, recipe: Recipe, name: str = "tars") -> C
         _Reader(index, recipe.images),
         origin=index.store.url,
         fingerprint=fingerprint(table),
-        left_out={**list_left_out(index), **damaged},
+        left_out={**list_left_out(index), **corrupt},
     )
 
 
-def samples_of_folder(store: Store, recipe: Recipe) -> Contents:
+def samples_of_folder(store: Store, recipe: PackOptions) -> DatasetSpec:
     """List a folder's images, at any depth, to pack with the files beside them of the same name.
 
     Every process holds the names of all files, about 200 bytes each.
