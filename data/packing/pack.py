@@ -32,7 +32,7 @@ from data.packing.spec import DatasetSpec, Skipped, Reader, Sample, check, json_
 from data.packing.tars import SUMMARY, Output
 from data.progress import progress_bar
 from data.shards.manifest import build_manifest
-from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, scan_shard, write_offsets
+from data.shards.manifest import OFFSETS_SUFFIX, SHARD_SUFFIX, scan_shard, write_offsets
 from data.store import StoreOptions, open_store
 
 LEFT_OUT_SUFFIX = ".left_out.json"

@@ -19,8 +19,7 @@ from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 import data.shards.index
 from data.errors import DataError
 from data.shards.index import SourceIndex, check_listing, open_index
-from data.shards.manifest import build_manifest
-from data.shards.offsets import to_bytes
+from data.shards.manifest import build_manifest, offsets_to_bytes
 from data.shards.tar import parse_sample
 from data.store import ObjectInfo, Store, open_store
 
@@ -239,8 +238,8 @@ def test_offsets_beside_the_shards_of_others_are_checked() -> None:
     store = MemoryStore({f"{n}.tar": shard(10 * n, 3) for n in range(2)})
     foreign(store)
     good, wrong = np.array([0, 2048, 4096, 6144]), np.array([0, 512, 4096, 6144])
-    store.write("0.tar.idx", to_bytes(good))
-    store.write("1.tar.idx", to_bytes(wrong))
+    store.write("0.tar.idx", offsets_to_bytes(good))
+    store.write("1.tar.idx", offsets_to_bytes(wrong))
     source = pickle.loads(pickle.dumps(open_index(store, "s")))
     store = source.store
     store.reads.clear()

@@ -18,8 +18,16 @@ from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 import launch.index
 from data.errors import DataError
 from data.shards.index import open_index
-from data.shards.manifest import build_manifest, offsets_name, open_place, read_manifest
-from data.shards.offsets import from_bytes, read_offsets, scan_shard, to_bytes
+from data.shards.manifest import (
+    build_manifest,
+    offsets_from_bytes,
+    offsets_name,
+    offsets_to_bytes,
+    open_place,
+    read_manifest,
+    read_offsets,
+    scan_shard,
+)
 from data.shards.tar import scan_tar
 from data.store import open_store
 
@@ -97,15 +105,15 @@ def test_offsets_are_energons_file(tmp_path: Path) -> None:
     raw = (tmp_path / "a.tar.idx").read_bytes()
     # Two members of one block each, plain headers: 2 * (512 + 512) bytes a sample.
     assert struct.unpack("<4Q", raw) == (0, 2048, 4096, 6144)
-    assert raw == to_bytes(np.array([0, 2048, 4096, 6144]))
+    assert raw == offsets_to_bytes(np.array([0, 2048, 4096, 6144]))
 
 
 def test_offsets_that_cannot_be_are_refused() -> None:
     good = [0, 1024, 4096]
-    assert from_bytes(to_bytes(np.array(good)), 4096).tolist() == good
+    assert offsets_from_bytes(offsets_to_bytes(np.array(good)), 4096).tolist() == good
     for wrong in ([], [0], [0, 1024, 1024], [1024, 0, 4096], [0, 1000, 4096], [-512, 1024, 4096], [0, 1024, 4097]):
-        assert from_bytes(to_bytes(np.array(wrong, np.int64)), 4096) is None
-    assert from_bytes(to_bytes(np.array(good))[:-1], 4096) is None
+        assert offsets_from_bytes(offsets_to_bytes(np.array(wrong, np.int64)), 4096) is None
+    assert offsets_from_bytes(offsets_to_bytes(np.array(good))[:-1], 4096) is None
 
 
 # --- building ---
@@ -150,7 +158,7 @@ def test_offsets_older_than_the_shard_or_of_another_content_are_scanned_again() 
     assert read_offsets(store, info, store, store.info("a.tar.idx")) is None
     store.now = info.modified
     for wrong in ([0, 2048], [512, 2048, 6144], [2048 - 512, 4096, 6144]):  # samples follow; begins at no header
-        store.write("a.tar.idx", to_bytes(np.array(wrong)))
+        store.write("a.tar.idx", offsets_to_bytes(np.array(wrong)))
         assert read_offsets(store, info, store, store.info("a.tar.idx")) is None
     assert build(store)["a.tar"]["nsamples"] == 3 and store._objects["a.tar.idx"][0] == idx
 
@@ -175,7 +183,7 @@ def test_offsets_of_other_content_that_was_as_long(longer: int, shorter: int, re
     store = MemoryStore({"a.tar": new, "old.tar": old}, readahead)
     info, before = store.list(".tar")
     for content, fits in ((before, False), (info, True)):
-        store.write("a.tar.idx", to_bytes(scan_tar(store, content).offsets))
+        store.write("a.tar.idx", offsets_to_bytes(scan_tar(store, content).offsets))
         store.reads.clear()
         assert (read_offsets(store, info, store, store.info("a.tar.idx")) is not None) == fits
         assert len(store.reads) <= (1 + 4 if readahead > 512 else 1 + 4 * 4), "a request a pair, or a few"
@@ -192,7 +200,7 @@ def test_an_offset_inside_a_sample_is_no_beginning(samples: int, wrong: Sequence
         for into in (512, 1024):  # data, or the second member's header, which is a header as good
             offsets = np.arange(samples + 1) * 2560
             offsets[n] += into if n < samples else -into
-            store.write("a.tar.idx", to_bytes(offsets))
+            store.write("a.tar.idx", offsets_to_bytes(offsets))
             assert read_offsets(store, info, store, store.info("a.tar.idx")) is None, (n, into)
 
 
@@ -216,7 +224,7 @@ def test_offsets_of_read_only_shards_lie_beside_the_manifest_apart_for_each_pref
 def test_offsets_elsewhere_are_those_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stale file beside a read-only shard, with as many samples, must not be taken."""
     store = MemoryStore({"a.tar": shard(0, 3)}, read_only=True)
-    store._objects["a.tar.idx"] = (to_bytes(np.array([0, 512, 1024, 6144])), "1", 1.0)
+    store._objects["a.tar.idx"] = (offsets_to_bytes(np.array([0, 512, 1024, 6144])), "1", 1.0)
     place = open_store(str(tmp_path))
     build_manifest([store], place)
     source = open_index(store, "s", str(tmp_path / "index.json"))
@@ -352,7 +360,7 @@ def test_a_corrupt_shard_scans_the_same_from_its_last_offset() -> None:
         store = MemoryStore({"a.tar": content[:cut]}, readahead=512)
         info = store.list()[0]
         whole = scan_shard(store, info)
-        store.write("a.tar.idx", to_bytes(whole.offsets))
+        store.write("a.tar.idx", offsets_to_bytes(whole.offsets))
         again = read_offsets(store, info, store, store.info("a.tar.idx"))
         assert again is not None and again.corruption == whole.corruption
         assert again.offsets.tolist() == whole.offsets.tolist()

@@ -15,8 +15,7 @@ from tar_samples import MemoryStore, tar_bytes
 
 from data.errors import DataError
 from data.shards.index import list_left_out, open_index
-from data.shards.manifest import build_manifest
-from data.shards.offsets import UNCOUNTED, scan_shard, to_bytes
+from data.shards.manifest import UNCOUNTED, build_manifest, offsets_to_bytes, scan_shard
 from data.shards.tar import RawSample, TarScan, parse_sample
 
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -131,14 +130,16 @@ def test_what_follows_the_end_is_said(behind: bytes, said: str) -> None:
 
 def test_a_tar_without_an_end_may_be_cut_off() -> None:
     content = shard("ab")
-    assert scan(content[:4096]).corruption == "it ends at byte 4096 without the zeros that close a tar: it may be cut off"
+    said = "it ends at byte 4096 without the zeros that close a tar: it may be cut off"
+    assert scan(content[:4096]).corruption == said
     assert len(scan(content[:4096]).offsets) == 3 and scan(content[: 4096 + 512]).corruption is None
     assert scan(content[:2048]).offsets.tolist() == [0, 2048]
 
 
 def test_tars_without_a_member() -> None:
     for content in (bytes(512), bytes(10240), of(info("d", tarfile.DIRTYPE))):
-        assert scan(content).offsets.tolist() == [0] and scan(content).corruption == "no member that belongs to a sample"
+        found = scan(content)
+        assert found.offsets.tolist() == [0] and found.corruption == "no member that belongs to a sample"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_offsets_that_do_not_tell_what_is_lost_train_and_are_indexed_anew(read_o
     """As Energon writes them, alone."""
     members = [(f"{n:04d}.{end}", b"") for n in range(500) for end in ("jpg", "txt")]
     content = tar_bytes([*members[:8], ("._a.jpg", b""), *members[8:]])
-    objects = {"0.tar": content, "0.tar.idx": to_bytes(scan(content).offsets)}
+    objects = {"0.tar": content, "0.tar.idx": offsets_to_bytes(scan(content).offsets)}
     objects |= {} if noted is None else {"0.tar.left_out.json": noted}
     store, place = MemoryStore(objects, read_only=read_only), MemoryStore({}, url="s3://bucket/p/m")
     source = open_index(store, "s", notice=lambda _: None)

@@ -170,7 +170,8 @@ def test_numbers_names_and_checksums_of_every_writer() -> None:
     signed = header("é.jpg".encode("latin-1"), b"          2 ", sign=-1)
     content = binary + data + signed + data + header(b"c.jpg", b"2\0garbage") + data
     found = scan(content)  # no closing zeros: the end of the file is one, too
-    assert keys(content, found) == ["b", "\udce9", "c"] and found.corruption is None and found.offsets[-1] == len(content)
+    assert keys(content, found) == ["b", "\udce9", "c"]
+    assert found.corruption is None and found.offsets[-1] == len(content)
     assert parse_sample(content[:1024]).members == {"jpg": b"ok"}
     pax = b"19 path=long/a.jpg\n11 size=2\n\0\0"
     content = header(b"p", b"%o" % len(pax), b"x") + pax.ljust(512, b"\0") + header(b"a", b"0") + data
@@ -209,9 +210,9 @@ def test_garbage_in_the_middle_ends_the_shard_there() -> None:
         (b"this is not a tar " * 100, "no tar header at byte 0"),
         (header(b"a.jpg", b"%011o" % 8**10) + bytes(512), "cut off at byte 1024, inside member 'a.jpg'"),
         (header(b"a.jpg", b"\x80" + b"\xff" * 11) + bytes(512), "inside member 'a.jpg'"),
-        (header(b"a.jpg", b"\xff" * 12) + bytes(512), "no size that can be"),
-        (header(b"a.jpg", b"-0000000001") + bytes(512), "no size that can be"),
-        (header(b"a.jpg", b"size") + bytes(512), "no size that can be"),
+        (header(b"a.jpg", b"\xff" * 12) + bytes(512), "no valid size"),
+        (header(b"a.jpg", b"-0000000001") + bytes(512), "no valid size"),
+        (header(b"a.jpg", b"size") + bytes(512), "no valid size"),
         (header(b"a.jpg", b"0", b"x") * 3, "cut off at byte 1536, after a header that announces a member"),
         (header(b"a.jpg", b"0", b"x") + bytes(512), "after a header that announces a member"),
         (header(b"a.jpg", b"77777777", b"x") + bytes(5000), "announces 16777215 bytes of names"),
