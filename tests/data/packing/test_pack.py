@@ -21,8 +21,8 @@ import webdataset
 
 from data.errors import DataError, UserError
 from data.packing import openmoji, pack, shapes
-from data.packing.spec import DatasetSpec, Skipped, Sample
-from data.packing.tars import LOCK, PLAN, SUMMARY, Output
+from data.packing.pack import LOCK, PLAN, SUMMARY, Output
+from data.packing.spec import DatasetSpec, Sample, Skipped
 from data.shards.index import open_index
 from data.shards.tar import parse_sample
 from data.store import StoreOptions, open_store
@@ -160,7 +160,7 @@ def test_goes_on_after_a_kill(tmp_path):
 
 
 def hold(out, ready, done):
-    with Output(str(out), StoreOptions()).hold({"source": "x"}):
+    with Output(str(out), StoreOptions()).lock({"source": "x"}):
         ready.set()
         done.wait(20)
 

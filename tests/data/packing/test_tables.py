@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from tar_samples import jpeg
 
-from data.packing.spec import Skipped, PackOptions, Sample
 from data.packing.csv_table import csv_table
 from data.packing.parquet_table import parquet_table
+from data.packing.spec import PackOptions, Sample, Skipped
 from data.packing.table import Columns, Files
 from data.store import open_store
 from launch.pack import main
@@ -28,7 +28,9 @@ def read(folder: Path, content: bytes | str, *columns: str, name: str = "t.csv")
     for n in range(9):
         (folder / f"{n}.jpg").write_bytes(jpeg(n))
     store, said = open_store(str(folder)), list[str]()
-    contents = csv_table(store, name, Columns(*(columns or ("path", "caption"))), Files(store), PackOptions(), said.append)
+    contents = csv_table(
+        store, name, Columns(*(columns or ("path", "caption"))), Files(store), PackOptions(), said.append
+    )
     rows = list(contents.read(contents.splits["train"]))
     captions = [row.members["txt"].decode() for row in rows if isinstance(row, Sample)]
     for row in rows:
