@@ -1,4 +1,4 @@
-"""What can go wrong with data: the user's mistake, the world's fault, a sample passed over.
+"""What can go wrong with data: the user's mistake, the world's fault, a skipped sample.
 
 What a job's exit code says. Standard library alone.
 """
@@ -31,7 +31,7 @@ class StoreError(RuntimeError):
     """A fault of the network or a disk that outlasted its retries: the run stops, resumable; no sample is to blame."""
 
 
-class _PassedOver(Exception):
+class _Skipped(Exception):
     """A sample that a lane passes over. `reason` is the counter it is counted under."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -39,12 +39,12 @@ class _PassedOver(Exception):
         self.reason, self.detail = reason, detail
 
 
-class BadSample(_PassedOver):
-    """Content that cannot be used (undecodable, malformed, lying): set aside, listed and counted."""
+class BadSample(_Skipped):
+    """Content that cannot be used (undecodable, malformed, lying): skipped, counted and listed as quarantined."""
 
 
-class Filtered(_PassedOver):
-    """A good sample that the filters leave out: counted."""
+class Filtered(_Skipped):
+    """A good sample that the filters leave out: skipped and counted."""
 
 
 def first_of(names: Iterable[object], most: int = 4) -> str:

@@ -1,6 +1,6 @@
 """Which image and which caption of a sample, and whether the sample's text and metadata let it pass.
 
-- Pure functions of the sample's bytes, the rules and a few given numbers: the same sample chooses alike anywhere.
+- Pure functions of the sample's bytes, the filters and a few given numbers: the same sample chooses alike anywhere.
 - Metadata is parsed only where a rule reads it.
 - A member that is no text, or metadata that is no JSON object, is bad content; a number that is missing or out of
   range only filters.
@@ -129,7 +129,7 @@ Range = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
-class Rules:
+class Filters:
     """What a source's samples consist of, and which of them to leave out.
 
     Members are named by their extension in lower case: "jpg", "txt", "seg.png". Fields of the metadata are named by
@@ -196,57 +196,47 @@ class Rules:
         _require(0 <= self.prefix_probability <= 1, "prefix_probability", self.prefix_probability, "it lies in [0, 1]")
         _require(self.prefix_below_words >= 0, "prefix_below_words", self.prefix_below_words, "words are 0 or more")
 
+    def select(self, members: Mapping[str, bytes], uniforms: Sequence[float]) -> tuple[bytes, str]:
+        """Choose a sample's image and caption, and apply the filters that need no picture.
+
+        The choice is among the captions that are there and not empty, by weight; the filters look at the chosen one.
+
+        Args:
+            members: the sample's members by extension in lower case.
+            uniforms: `UNIFORMS` numbers in (0, 1) that belong to the sample.
+
+        Raises:
+            BadSample: with reason "bad_caption" (not UTF-8 text) or "bad_metadata".
+            Filtered: with reason "missing_image", "missing_caption", "empty_caption", "caption_words" or "field:NAME".
+        """
+        image = next((members[name] for name in self.images if name in members), None)
+        if image is None:
+            raise Filtered("missing_image", f"its members are {', '.join(members) or 'none'}")
+        metadata = _metadata(members, self)
+        for name, bounds in self.fields.items():
+            _check_field(metadata, name, bounds)
+        caption = _choose(_captions(members, metadata, self), uniforms[0])
+        words = len(caption.split())
+        most = self.max_caption_words
+        if words < self.min_caption_words or (most is not None and words > most):
+            raise Filtered("caption_words", str(words))
+        if words < self.prefix_below_words and uniforms[1] < self.prefix_probability:
+            caption = _prefixed(caption, uniforms[2])
+        return image, caption
+
 
 def _require(holds: bool, name: str, value: object, right: str) -> None:
     if not holds:
         raise DataError(f"{name} = {value!r}: {right}")
 
 
-@dataclass(frozen=True)
-class Selected:
-    """What becomes of a sample: the image's bytes, and its caption."""
-
-    image: bytes
-    caption: str
-
-
-def select(members: Mapping[str, bytes], rules: Rules, uniforms: Sequence[float]) -> Selected:
-    """Choose the image and the caption of a sample, and apply the filters that need no picture.
-
-    The choice is among the captions that are there and not empty, by weight; the filters look at the chosen one.
-
-    Args:
-        members: the sample's members by extension in lower case.
-        rules: those of its source.
-        uniforms: `UNIFORMS` numbers in (0, 1) that belong to the sample.
-
-    Raises:
-        BadSample: with reason "bad_caption" (not UTF-8 text) or "bad_metadata".
-        Filtered: with reason "missing_image", "missing_caption", "empty_caption", "caption_words" or "field:NAME".
-    """
-    image = next((members[name] for name in rules.images if name in members), None)
-    if image is None:
-        raise Filtered("missing_image", f"its members are {', '.join(members) or 'none'}")
-    metadata = _metadata(members, rules)
-    for name, bounds in rules.fields.items():
-        _check_field(metadata, name, bounds)
-    caption = _choose(_captions(members, metadata, rules), uniforms[0])
-    words = len(caption.split())
-    most = rules.max_caption_words
-    if words < rules.min_caption_words or (most is not None and words > most):
-        raise Filtered("caption_words", str(words))
-    if words < rules.prefix_below_words and uniforms[1] < rules.prefix_probability:
-        caption = _prefixed(caption, uniforms[2])
-    return Selected(image, caption)
-
-
-def _metadata(members: Mapping[str, bytes], rules: Rules) -> Mapping[str, Any]:
+def _metadata(members: Mapping[str, bytes], filters: Filters) -> Mapping[str, Any]:
     """The metadata as far as any rule reads it; {} where the sample has none."""
-    wanted = rules.fields or any(name.startswith(_FIELD) for name in rules.captions)
-    if not wanted or rules.metadata not in members:
+    wanted = filters.fields or any(name.startswith(_FIELD) for name in filters.captions)
+    if not wanted or filters.metadata not in members:
         return {}
     try:
-        metadata = json.loads(members[rules.metadata])
+        metadata = json.loads(members[filters.metadata])
     except (ValueError, RecursionError) as fault:
         raise BadSample("bad_metadata", str(fault)) from fault
     if not isinstance(metadata, dict):
@@ -277,10 +267,10 @@ def _check_field(metadata: Mapping[str, Any], name: str, bounds: Range) -> None:
         raise Filtered(f"field:{name}", repr(value)[:80])
 
 
-def _captions(members: Mapping[str, bytes], metadata: Mapping[str, Any], rules: Rules) -> list[tuple[str, float]]:
+def _captions(members: Mapping[str, bytes], metadata: Mapping[str, Any], filters: Filters) -> list[tuple[str, float]]:
     """The captions that are there and not empty, and their weights."""
     found, is_there = [], False
-    for name, weight in rules.captions.items():
+    for name, weight in filters.captions.items():
         value = _look_up(metadata, name.removeprefix(_FIELD)) if name.startswith(_FIELD) else members.get(name)
         values = value if isinstance(value, list) else [value]
         texts = [_text(name, each) for each in values if each is not None]
@@ -288,7 +278,7 @@ def _captions(members: Mapping[str, bytes], metadata: Mapping[str, Any], rules: 
         found += [(text, weight / len(filled)) for text in filled]
         is_there = is_there or bool(texts)
     if not is_there:
-        raise Filtered("missing_caption", f"none of {', '.join(rules.captions)}")
+        raise Filtered("missing_caption", f"none of {', '.join(filters.captions)}")
     if not found:
         raise Filtered("empty_caption")
     return found

@@ -1,9 +1,11 @@
-"""The samples of one lane, with a cursor.
+"""The samples of one lane, with a resumable position.
 
-A lane draws a source (`order.mix`), takes its own next sample of it, and passes over what is filtered or bad until
-one is good. What it yields is therefore a function of the manifest, the contents, the rules, the seed and the stage
-alone. The cursor is a few integers: draws made, and (epoch, raw position) in each source. Where samples wait for others
-of their size (`groups.py`), one is found, and later used or given up.
+A lane is one of the S orders that a stage's data is cut into (`order.py`; MosaicML streaming calls the like a canonical
+node). It chooses a source (`order.mix`), takes its own next sample of it, and skips what is filtered or bad until a
+sample is good. So its samples are a function of the manifest, the contents, the filters, the seed and the stage alone.
+Its state is a few integers: draws made, and (epoch, raw position) in each source.
+
+A sample is a `FetchedSample` (bytes of a tar), then a `RawSample` (members), then a `Candidate` (usable so far).
 """
 
 from __future__ import annotations
@@ -19,54 +21,54 @@ from numpy.typing import NDArray
 
 from data.errors import BadSample, DataError, Filtered
 from data.fetch import Fetcher
-from data.filters import Rules
-from data.listing import FORMATS, IMAGE_EXTENSIONS, told
+from data.filters import Filters
+from data.listing import FORMATS, IMAGE_EXTENSIONS, format_left_out
 from data.order import SourceOrder, mix
-from data.prefetch import Taken, Window, read_again
+from data.prefetch import FetchedSample, Prefetcher, read_again
 from data.shards.index import SourceIndex
 from data.shards.tar import parse_sample
 
 T = TypeVar("T")
 
-_LEAST_MISSES = 1000
+_LEAST_SKIPPED = 1000
 """A lane's epoch of a small source is a handful of samples, which may all be bad by chance."""
 
-COUNTS = ("samples", "set_aside")
-"""Counters besides the reasons: samples yielded, and those of the passed over whose content was bad."""
+COUNTS = ("samples", "bad")
+"""Counters besides the reasons: samples yielded, and those of the skipped samples whose content is bad."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of training: what is in it, how much of it, and which of its samples count."""
+    """A source of training samples, its weight in the mix, and its filters."""
 
     index: SourceIndex
     weight: float = 1.0
-    rules: Rules = field(default_factory=Rules)
+    filters: Filters = field(default_factory=Filters)
 
 
 @dataclass(frozen=True)
 class LaneSource:
-    """A source as a lane reads it. `share_bytes`: what a lane may hold of it in memory."""
+    """A source as a lane reads it. `buffer_bytes`: what a lane may hold of it in memory."""
 
     source: Source
     order: SourceOrder
-    share_bytes: int
+    buffer_bytes: int
 
 
 @dataclass(frozen=True)
-class Visit:
-    """A sample at the moment a lane comes by it. `id` is "source/shard/key"."""
+class RawSample:
+    """A sample's members, not yet filtered or decoded. `id` is "source/shard/key"."""
 
     id: str
     members: Mapping[str, bytes]
-    rules: Rules
+    filters: Filters
     uniforms: Callable[[str, int], NDArray[np.float64]]
     """(purpose, n) to n numbers from (0, 1), which belong to the sample and its source's epoch."""
 
 
 @dataclass(frozen=True)
-class SetAside:
-    """A sample that was passed over because its content is bad; `offset` is of its first header, in bytes."""
+class Quarantined:
+    """A sample that was skipped because its content is bad; `offset` is that of its first header, in bytes."""
 
     source: str
     shard: str
@@ -77,8 +79,8 @@ class SetAside:
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
-    """A sample that a lane came by and can use."""
+class Candidate(Generic[T]):
+    """A sample that is usable as far as it has been processed."""
 
     source: int
     """Number of its source, in the order in which the lane was given them."""
@@ -89,148 +91,147 @@ class Found(Generic[T]):
     offset: int
     """Of its first header in the shard, in bytes."""
     id: str
-    made: T
-    """What was made of it."""
+    result: T
+    """What processing returned."""
 
 
-class _Misses:
-    """Samples of one source that were passed over since the last one that was not."""
+class _Skipped:
+    """Samples of one source that were skipped since its last usable one, by counter."""
 
     def __init__(self) -> None:
-        self.reasons: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter()
         self.last = ""
 
-    def note(self, id_: str, why: BadSample | Filtered) -> None:
-        self.reasons.update(_counted(why))
+    def add(self, id_: str, why: BadSample | Filtered) -> None:
+        self.counters.update(_counters_of(why))
         self.last = f"{id_}: {why}"
 
     @property
     def total(self) -> int:
-        return self.reasons.total() - self.reasons["set_aside"]
+        return self.counters.total() - self.counters["bad"]
 
 
-def _counted(why: BadSample | Filtered) -> tuple[str, ...]:
-    """The counters that a sample passed over belongs to."""
-    return (why.reason, "set_aside") if isinstance(why, BadSample) else (why.reason,)
-
-
-def _uniforms(order: SourceOrder, taken: Taken, purpose: str, n: int) -> NDArray[np.float64]:
-    return order.uniforms(purpose, taken.epoch, taken.shard, taken.sample, n)
+def _counters_of(why: BadSample | Filtered) -> tuple[str, ...]:
+    return (why.reason, "bad") if isinstance(why, BadSample) else (why.reason,)
 
 
 class LaneStream:
     """The endless stream of one lane's good samples.
 
-    Who knows at once whether a sample is good calls `next`; who knows later calls `find`, then `use` or `give_up`.
+    A caller that knows at once whether a sample is good calls `next`. One that knows later calls `find`, then `accept`
+    or `reject`. `process` (filtering, decoding) raises `BadSample` or `Filtered` to have a sample skipped.
 
     Args:
         sources: the sources, each in the order of this seed and stage.
         lane: this lane's number, 0 <= lane < lanes.
         lanes: number of lanes.
-        fetcher: what reads for it.
-        most_misses: samples in a row that are passed over before that is an error; None: a whole epoch of the lane.
-        state: what `state()` returned, to go on after it: {"draws": n, "sources": {name: [epoch, position]},
-            "counters": {name: samples}}, where the names are `COUNTS` and reasons; None begins.
+        fetcher: runs the read requests.
+        most_skipped: samples skipped in a row that are an error; None: a whole epoch of the lane.
     """
 
     def __init__(
-        self,
-        sources: Sequence[LaneSource],
-        lane: int,
-        lanes: int,
-        fetcher: Fetcher,
-        most_misses: int | None = None,
-        state: Mapping[str, Any] | None = None,
+        self, sources: Sequence[LaneSource], lane: int, lanes: int, fetcher: Fetcher, most_skipped: int | None = None
     ) -> None:
         self._lane, self._sources, self._lanes, self._fetcher = lane, sources, lanes, fetcher
-        self._most_misses = most_misses
+        self._most_skipped = most_skipped
         self._weights = [ordered.source.weight for ordered in sources]
-        begin: Mapping[str, Any] = state or {"draws": 0, "sources": {}, "counters": {}}
-        self._draws = int(begin["draws"])
-        self._places = [
-            (int(epoch), int(position))
-            for epoch, position in (begin["sources"].get(it.source.index.name, (0, 0)) for it in sources)
-        ]
-        self._counters: Counter[str] = Counter(begin["counters"])
-        self._misses = _Misses()  # of the search that is under way
-        self._given_up: defaultdict[int, _Misses] = defaultdict(_Misses)  # by source
-        self._windows: dict[int, Window] = {}
-        self._set_aside: list[SetAside] = []
+        self._draws = 0
+        self._places = [(0, 0)] * len(sources)
+        self._counters: Counter[str] = Counter()
+        self._skipped = _Skipped()  # in the search under way
+        self._rejected: defaultdict[int, _Skipped] = defaultdict(_Skipped)  # by source
+        self._prefetchers: dict[int, Prefetcher] = {}
+        self._bad: list[Quarantined] = []
 
     @property
     def names(self) -> list[str]:
-        """Of the sources, by their numbers."""
-        return [it.source.index.name for it in self._sources]
+        """Names of the sources, by their numbers."""
+        return [ordered.source.index.name for ordered in self._sources]
 
-    def state(self) -> dict[str, Any]:
-        """Return the cursor after the last sample yielded, as plain JSON values."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last sample yielded, as JSON values.
+
+        {"draws": n, "sources": {name: [epoch, position]}, "counters": {name: samples}}; counters are `COUNTS` and the
+        reasons for skipping.
+        """
         places = {name: list(place) for name, place in zip(self.names, self._places, strict=True)}
         return {"draws": self._draws, "sources": places, "counters": dict(sorted(self._counters.items()))}
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after a state; to be called before the first sample is taken."""
+        assert not self._prefetchers
+        self._draws = int(state["draws"])
+        places = (state["sources"].get(name, (0, 0)) for name in self.names)
+        self._places = [(int(epoch), int(position)) for epoch, position in places]
+        self._counters = Counter(state["counters"])
+
     def read_so_far(self) -> Counter[str]:
-        """Count as `state` does, the search for the next sample included; from any thread."""
-        return Counter(dict(self._counters)) + Counter(dict(self._misses.reasons))
+        """The counters, the search for the next sample included; from any thread."""
+        return Counter(dict(self._counters)) + Counter(dict(self._skipped.counters))
 
-    def take_set_aside(self) -> list[SetAside]:
-        """Return what was set aside since the last call."""
-        taken, self._set_aside = self._set_aside, []
-        return taken
+    def take_bad(self) -> list[Quarantined]:
+        """The bad samples found since the last call."""
+        bad, self._bad = self._bad, []
+        return bad
 
-    def next(self, make: Callable[[Visit], T]) -> tuple[str, T]:
-        """Return the id of the next sample that `make` (rules, decoding) does not refuse, and what `make` made of it.
+    def next(self, process: Callable[[RawSample], T]) -> tuple[str, T]:
+        """Return the id of the next good sample and what `process` made of it.
 
         Raises:
             DataError, StoreError, FetcherClosed: as `find` does.
         """
-        found = self.find(make)
-        self.use(found)
-        return found.id, found.made
+        candidate = self.find(process)
+        self.accept(candidate)
+        return candidate.id, candidate.result
 
-    def find(self, make: Callable[[Visit], T], source: int | None = None) -> Found[T]:
-        """Return the next sample that `make` does not refuse. It is not counted among the samples yet.
+    def find(self, process: Callable[[RawSample], T], source: int | None = None) -> Candidate[T]:
+        """Return the next sample that `process` does not refuse. It is not counted among the samples yet.
 
         Args:
-            make: rules and decoding.
-            source: number of the source to take it from, in place of one that was given up; None draws one.
+            process: filtering and decoding.
+            source: number of the source to take it from, in place of a rejected sample; None draws one.
 
         Raises:
-            DataError: too many samples of the source in a row are passed over, or a shard changed since it was indexed.
+            DataError: too many samples of the source in a row are skipped, or a shard changed since it was indexed.
             StoreError: the network or a disk failed for longer than the retries last.
             FetcherClosed: the fetcher was closed meanwhile.
         """
         number = mix(self._weights, self._lane, self._lanes, self._draws) if source is None else source
-        window, self._misses = self._window(number), _Misses()
+        prefetcher, self._skipped = self._prefetcher(number), _Skipped()
         while True:
-            taken = window.take()
-            self._places[number] = (taken.epoch, taken.position + 1)
-            if (found := self._try(number, taken, make, self._misses)) is not None:
-                self._counters += self._misses.reasons
-                self._misses = _Misses()
+            fetched = prefetcher.take()
+            self._places[number] = (fetched.epoch, fetched.position + 1)
+            if (candidate := self._try(number, fetched, process, self._skipped)) is not None:
+                self._counters += self._skipped.counters
+                self._skipped = _Skipped()
                 self._draws += source is None
-                return found
-            self._check(number, self._misses)
+                return candidate
+            self._check(number, self._skipped)
 
-    def use(self, found: Found[Any]) -> None:
+    def accept(self, candidate: Candidate[Any]) -> None:
         """Count a sample as yielded."""
-        self._given_up.pop(found.source, None)
+        self._rejected.pop(candidate.source, None)
         self._counters["samples"] += 1
 
-    def give_up(self, found: Found[Any], why: BadSample | Filtered) -> None:
-        """Pass over a sample after all.
+    def reject(self, candidate: Candidate[Any], why: BadSample | Filtered) -> None:
+        """Skip a sample after all.
 
         Raises:
-            DataError: it was too many of its source, with no one used between them.
+            DataError: too many of its source were rejected with none accepted between them.
         """
-        self._note(found.source, found.shard, found.key, found.offset, why, self._given_up[found.source])
-        self._counters.update(_counted(why))
-        self._check(found.source, self._given_up[found.source])
+        rejected = self._rejected[candidate.source]
+        self._skip(candidate.source, candidate.shard, candidate.key, candidate.offset, why, rejected)
+        self._counters.update(_counters_of(why))
+        self._check(candidate.source, rejected)
 
-    def find_again(self, places: Sequence[tuple[str, int, int]], make: Callable[[Visit], T]) -> list[Found[T]]:
-        """Read samples again that `find` found before this stream's state was saved.
+    def find_again(
+        self, places: Sequence[tuple[str, int, int]], process: Callable[[RawSample], T]
+    ) -> list[Candidate[T]]:
+        """Read samples again that `find` returned before this stream's state was saved.
 
         Args:
             places: source's name, epoch and raw position of each.
-            make: as then. What it refuses by now, for the rules may have changed, is passed over.
+            process: filtering and decoding. What it refuses now, since filters may have changed, is skipped.
 
         Raises:
             DataError, StoreError, FetcherClosed: as `find` does.
@@ -241,74 +242,78 @@ class LaneStream:
             index, order = self._sources[number].source.index, self._sources[number].order
             request = read_again(index, order, self._lane, epoch, position)
             futures.append((number, self._fetcher.submit(request, int(index.mean_bytes))))
-        misses = _Misses()
-        found = [self._try(number, future.result(), make, misses) for number, future in futures]
-        self._counters += misses.reasons
-        return [it for it in found if it is not None]
+        skipped = _Skipped()
+        candidates = [self._try(number, future.result(), process, skipped) for number, future in futures]
+        self._counters += skipped.counters
+        return [candidate for candidate in candidates if candidate is not None]
 
-    def _try(self, number: int, taken: Taken, make: Callable[[Visit], T], misses: _Misses) -> Found[T] | None:
-        """What is made of a sample; None where it is passed over, which is noted in `misses`."""
-        ordered = self._sources[number]
-        index = ordered.source.index
-        shard = index.names[taken.shard]
+    def _try(
+        self, number: int, fetched: FetchedSample, process: Callable[[RawSample], T], skipped: _Skipped
+    ) -> Candidate[T] | None:
+        """Process a sample; None if it is skipped, which `skipped` then counts."""
+        source, order = self._sources[number].source, self._sources[number].order
+        shard = source.index.names[fetched.shard]
         key: str | None = None
         try:
-            raw = parse_sample(taken.content)
-            key = raw.key
-            id_ = f"{index.name}/{shard}/{key}"
-            made = make(Visit(id_, raw.members, ordered.source.rules, partial(_uniforms, ordered.order, taken)))
+            sample = parse_sample(fetched.content)
+            key = sample.key
+            id_ = f"{source.index.name}/{shard}/{key}"
+            result = process(RawSample(id_, sample.members, source.filters, partial(_uniforms, order, fetched)))
         except (Filtered, BadSample) as why:
-            self._note(number, shard, key, taken.offset, why, misses)
+            self._skip(number, shard, key, fetched.offset, why, skipped)
             return None
-        return Found(number, (taken.epoch, taken.position), shard, raw.key, taken.offset, id_, made)
+        return Candidate(number, (fetched.epoch, fetched.position), shard, sample.key, fetched.offset, id_, result)
 
-    def _note(
-        self, number: int, shard: str, key: str | None, offset: int, why: BadSample | Filtered, misses: _Misses
+    def _skip(
+        self, number: int, shard: str, key: str | None, offset: int, why: BadSample | Filtered, skipped: _Skipped
     ) -> None:
         name = self.names[number]
-        misses.note(f"{name}/{shard}/{key or ''}", why)
+        skipped.add(f"{name}/{shard}/{key or ''}", why)
         if isinstance(why, BadSample):
-            self._set_aside.append(SetAside(name, shard, key, offset, why.reason, why.detail))
+            self._bad.append(Quarantined(name, shard, key, offset, why.reason, why.detail))
 
-    def _check(self, number: int, misses: _Misses) -> None:
-        most = self._most_misses or max(_LEAST_MISSES, -(-self._sources[number].order.total // self._lanes))
-        if misses.total >= most:
-            raise DataError(_nothing_left(self._sources[number].source.index, misses))
+    def _check(self, number: int, skipped: _Skipped) -> None:
+        epoch = -(-self._sources[number].order.total // self._lanes)
+        if skipped.total >= (self._most_skipped or max(_LEAST_SKIPPED, epoch)):
+            raise DataError(_nothing_usable(self._sources[number].source.index, skipped))
 
-    def _window(self, number: int) -> Window:
-        if number not in self._windows:
-            it, (epoch, position) = self._sources[number], self._places[number]
-            self._windows[number] = Window(
-                it.source.index,
-                it.order,
+    def _prefetcher(self, number: int) -> Prefetcher:
+        if number not in self._prefetchers:
+            ordered, (epoch, position) = self._sources[number], self._places[number]
+            self._prefetchers[number] = Prefetcher(
+                ordered.source.index,
+                ordered.order,
                 self._lane,
                 epoch,
                 position,
                 self._fetcher,
-                it.share_bytes,
-                self._pace(number),
+                ordered.buffer_bytes,
+                pace=sum(self._weights) / self._weights[number],
             )
-        return self._windows[number]
-
-    def _pace(self, number: int) -> float:
-        return sum(self._weights) / self._weights[number]
+        return self._prefetchers[number]
 
 
-def _nothing_left(index: SourceIndex, misses: _Misses) -> str:
-    reasons = Counter({reason: count for reason, count in misses.reasons.items() if reason != "set_aside"})
-    counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-    formats = ", ".join(it.name for it in FORMATS.values())
-    remedy = {
-        "small_image": "set small_images: upscale, or a lower resolution or min_side",
-        "missing_caption": "give every image a .txt member, or name the member that holds its caption",
-        "bad_caption": "write the captions as UTF-8",
-        "empty_caption": "name a member that holds captions",
-        "missing_image": f"give every sample an image member ({', '.join(IMAGE_EXTENSIONS)}), or name its extension",
-        "too_many_pixels": "write the images smaller",
-        "undecodable_image": f"write the shards again from whole files ({formats})",
-        "malformed_tar": "index the source anew",
-    }.get(reasons.most_common(1)[0][0], "relax the filters")
+def _uniforms(order: SourceOrder, fetched: FetchedSample, purpose: str, n: int) -> NDArray[np.float64]:
+    return order.uniforms(purpose, fetched.epoch, fetched.shard, fetched.sample, n)
+
+
+_REMEDIES = {
+    "small_image": "set small_images: upscale, or a lower resolution or min_side",
+    "missing_caption": "give every image a .txt member, or name the member that holds its caption",
+    "bad_caption": "write the captions as UTF-8",
+    "empty_caption": "name a member that holds captions",
+    "missing_image": f"give every sample an image member ({', '.join(IMAGE_EXTENSIONS)}), or name its extension",
+    "too_many_pixels": "write the images smaller",
+    "undecodable_image": "write the shards again from whole files "
+    f"({', '.join(image_format.name for image_format in FORMATS.values())})",
+    "malformed_tar": "index the source anew",
+}
+
+
+def _nothing_usable(index: SourceIndex, skipped: _Skipped) -> str:
+    reasons = [(reason, count) for reason, count in skipped.counters.most_common() if reason != "bad"]
+    counts = ", ".join(f"{reason}: {count}" for reason, count in reasons)
     return (
-        f"source {index.name!r}: none of {misses.total} samples in a row is usable "
-        f"({counts}; the last: {misses.last}): {remedy}{told(index.left_out)}"
+        f"source {index.name!r}: none of {skipped.total} samples in a row is usable ({counts}; the last: "
+        f"{skipped.last}): {_REMEDIES.get(reasons[0][0], 'relax the filters')}{format_left_out(index.left_out)}"
     )

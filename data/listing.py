@@ -120,7 +120,7 @@ def excluded(name: str) -> str | None:
     return None if found is None else HIDDEN if found[1] == "." else SYSTEM
 
 
-def that_count(items: Iterable[T], name: Callable[[T], str], left_out: Counter[str]) -> list[T]:
+def drop_excluded(items: Iterable[T], name: Callable[[T], str], left_out: Counter[str]) -> list[T]:
     """The items of a flat listing whose names count; the others are counted, those of one folder as one."""
     counted, tops = [], dict[str, str]()
     for item in items:
@@ -193,11 +193,11 @@ def kind_of(content: bytes) -> str | None:
     return next((words for magic, words in _MAGIC.items() if content.startswith(magic)), None)
 
 
-def told(left_out: Mapping[str, int]) -> str:
+def format_left_out(left_out: Mapping[str, int]) -> str:
     """The end of a sentence, "; left out: 2 hidden, 1 compressed (...)"; "" where nothing is left out."""
-    return f"; left out: {listed(left_out)}" if left_out else ""
+    return f"; left out: {format_counts(left_out)}" if left_out else ""
 
 
-def listed(left_out: Mapping[str, int]) -> str:
+def format_counts(left_out: Mapping[str, int]) -> str:
     """Numbers and reasons: "2 hidden, 1 compressed (.tar.gz: gunzip it first)"."""
     return ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())

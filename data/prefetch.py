@@ -30,7 +30,7 @@ _HAND_OVER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Taken:
+class FetchedSample:
     """One sample's bytes as the tar has them, and where they lay."""
 
     epoch: int
@@ -105,21 +105,21 @@ def request_bytes(index: SourceIndex) -> int:
     return 2 * index.store.readahead
 
 
-def read_again(index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position: int) -> Request[Taken]:
+def read_again(index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position: int) -> Request[FetchedSample]:
     """What reads the one sample at a raw position of a lane."""
 
-    def read(on_fault: OnFault) -> Taken:
+    def read(on_fault: OnFault) -> FetchedSample:
         number, place = divmod(position, order.shuffle_block)
         shard, sample = map(int, order.block(lane, epoch, number)[place])
         start, stop = map(int, index.offsets(shard, on_fault)[sample : sample + 2])
         name, version = index.names[shard], index.versions[shard]
         content = index.store.read(name, start, stop, version=version, on_fault=on_fault)
-        return Taken(epoch, position, shard, sample, start, content)
+        return FetchedSample(epoch, position, shard, sample, start, content)
 
     return read
 
 
-class Window:
+class Prefetcher:
     """Reads a lane's samples of one source ahead. One thread at a time.
 
     Args:
@@ -154,7 +154,7 @@ class Window:
         self._asked: dict[tuple[int, int], tuple[Future[list[Any]], int]] = {}  # by epoch and raw position
         self._held = 0
 
-    def take(self) -> Taken:
+    def take(self) -> FetchedSample:
         """Return the next sample.
 
         Raises:
@@ -178,7 +178,7 @@ class Window:
         if place == len(block.samples) - 1:
             self._blocks.popleft()
         self._taking = self._order.settle(self._lane, epoch, position + 1)
-        return Taken(epoch, position, shard, sample, int(block.offsets[place]), content)
+        return FetchedSample(epoch, position, shard, sample, int(block.offsets[place]), content)
 
     def _read_ahead(self) -> None:
         """Ask for as much as the share allows, without waiting."""

@@ -1,30 +1,30 @@
-"""From a sample that a lane comes by to what a network trains on: pixels and a caption.
+"""From a raw sample to what a network trains on: pixels and a caption, one lane at a time.
 
-The samples of one lane in groups of one size, for batches of aspect-ratio buckets.
+`SingleSizeLane` decodes each sample as the lane comes to it. `BucketLane` yields groups of one size for aspect-ratio
+buckets: samples wait in their buckets, still encoded, until a group is complete, and are then decoded. So a lane's
+groups are a function of its stream, the buckets and the group's size alone.
 
-- The lane's samples wait in their buckets, still encoded, until as many of one size are there as stay together; then
-  they are decoded. So the lane's groups are a function of its stream, the buckets and the group's size alone.
-- What waits is part of the lane's state, by where it lies: it is carried from epoch to epoch, and read again where a
-  run goes on. A bucket that little comes to may keep up to group_size - 1 samples of a lane for long.
-- One that cannot be decoded is set aside, the rest of its group waits on, and the lane takes another sample of the
+- Waiting samples are part of the lane's state, by their places in the order: they are carried from epoch to epoch, and
+  read again on resume. A rare size may keep up to group_size - 1 samples of a lane waiting for long.
+- A sample that cannot be decoded is skipped, the rest of its group waits on, and the lane takes another sample of the
   same source: the sources' weights hold as they do without buckets.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from data.decode import Pixels, SmallImages, decode, image_size
 from data.errors import BadSample, Filtered
-from data.filters import UNIFORMS, Buckets, Rules, Size, select
-from data.lane import Found, LaneStream, SetAside, Visit
+from data.filters import UNIFORMS, Buckets, Filters, Size
+from data.lane import Candidate, LaneStream, Quarantined, RawSample
 
 Crop = Literal["center", "random", "adm"]
 
@@ -35,7 +35,7 @@ class ImageSettings:
 
     resolution: int | Size
     small_images: SmallImages = "drop"
-    """Whether an image with a side below those it would train at is passed over or enlarged."""
+    """Whether an image with a side below those it would train at is skipped or enlarged."""
     crop: Crop = "center"
     """Which part is taken; "adm": the middle, resized as ADM does."""
     horizontal_flip: bool = False
@@ -55,71 +55,71 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
-class Undecoded:
-    """What a sample trains as, its image not decoded yet."""
+class EncodedSample:
+    """A sample's caption, and its image before it is decoded."""
 
     image: bytes
     caption: str
     size: Size
     """(H, W) that the image will have."""
     images: ImageSettings
-    rules: Rules
+    filters: Filters
     chance: tuple[float, float, float]
-    """Of the crop from above and from the left, and of mirroring: in (0, 1)."""
+    """Numbers in (0, 1): the crop's vertical and horizontal position, and whether to mirror."""
 
     def decode(self) -> Pixels:
         """Decode the image, uint8 (3, H, W).
 
         Raises:
-            Filtered: the rules or the size leave it out.
+            Filtered: the filters or the size leave it out.
             BadSample: it cannot be decoded.
         """
         images, (vertical, horizontal, mirror) = self.images, self.chance
-        with _odd_files_are_bad():
+        with _unexpected_is_bad():
             return decode(
                 self.image,
                 self.size,
                 small_images=images.small_images,
-                min_side=self.rules.min_side,
-                max_aspect_ratio=self.rules.max_aspect_ratio,
+                min_side=self.filters.min_side,
+                max_aspect_ratio=self.filters.max_aspect_ratio,
                 crop=(vertical, horizontal) if images.crop == "random" else (0.5, 0.5),
                 as_adm=images.crop == "adm",
                 flip=images.horizontal_flip and mirror < 0.5,
             )
 
 
-def choose(visit: Visit, images: ImageSettings) -> Undecoded:
-    """Choose a sample's caption and its image's size.
+def select(raw: RawSample, images: ImageSettings) -> EncodedSample:
+    """Filter a sample and choose its caption and its image's size.
 
     What is random is a function of the sample and its source's epoch.
 
     Raises:
-        Filtered: the rules leave it out; with buckets, so far as the image's header tells.
+        Filtered: the filters leave it out; with buckets, also by the size that the image's header states.
         BadSample: its content cannot be used.
     """
-    # Numbers that nothing depends on are not drawn: they would cost as much as the rest that is not decoding.
-    chance = visit.uniforms("caption", UNIFORMS).tolist() if visit.rules.random else [0.5] * UNIFORMS
-    selected = select(visit.members, visit.rules, chance)
-    size = images.size if images.buckets is None else _bucket(selected.image, visit.rules, images, images.buckets)
+    # Numbers that nothing depends on are not drawn: they would cost as much as all the rest but decoding.
+    chance = raw.uniforms("caption", UNIFORMS).tolist() if raw.filters.random else [0.5] * UNIFORMS
+    image, caption = raw.filters.select(raw.members, chance)
+    size = images.size if images.buckets is None else _bucket(image, raw.filters, images, images.buckets)
     random = images.crop == "random" or images.horizontal_flip
-    vertical, horizontal, mirror = visit.uniforms("image", 3).tolist() if random else [0.5] * 3
-    return Undecoded(selected.image, selected.caption, size, images, visit.rules, (vertical, horizontal, mirror))
+    vertical, horizontal, mirror = raw.uniforms("image", 3).tolist() if random else [0.5] * 3
+    return EncodedSample(image, caption, size, images, raw.filters, (vertical, horizontal, mirror))
 
 
-def example(visit: Visit, images: ImageSettings) -> tuple[Pixels, str]:
-    """Choose a sample's caption and decode its image, uint8 (3, H, W).
+def make_sample(raw: RawSample, images: ImageSettings) -> tuple[Pixels, str]:
+    """Filter a sample, choose its caption and decode its image, uint8 (3, H, W).
 
     Raises:
-        Filtered: the rules or the size leave it out.
+        Filtered: the filters or the size leave it out.
         BadSample: its content cannot be used.
     """
-    chosen = choose(visit, images)
-    return chosen.decode(), chosen.caption
+    encoded = select(raw, images)
+    return encoded.decode(), encoded.caption
 
 
-def _bucket(image: bytes, rules: Rules, images: ImageSettings, buckets: Buckets) -> Size:
-    with _odd_files_are_bad():
-        height, width = image_size(image, min_side=rules.min_side, max_aspect_ratio=rules.max_aspect_ratio)
+def _bucket(image: bytes, filters: Filters, images: ImageSettings, buckets: Buckets) -> Size:
+    with _unexpected_is_bad():
+        height, width = image_size(image, min_side=filters.min_side, max_aspect_ratio=filters.max_aspect_ratio)
     size = buckets.nearest(height, width)
     if images.small_images == "drop" and (height < size[0] or width < size[1]):
         raise Filtered("small_image", f"{width} x {height} for {size[1]} x {size[0]}")
@@ -127,7 +127,7 @@ def _bucket(image: bytes, rules: Rules, images: ImageSettings, buckets: Buckets)
 
 
 @contextmanager
-def _odd_files_are_bad() -> Iterator[None]:
+def _unexpected_is_bad() -> Iterator[None]:
     """One odd file in a hundred million must not end a run."""
     try:
         yield
@@ -137,100 +137,111 @@ def _odd_files_are_bad() -> Iterator[None]:
         raise BadSample("undecodable_image", f"{type(fault).__name__}: {fault}") from fault
 
 
-@dataclass(frozen=True)
-class Group:
-    """Samples of one size."""
-
-    pixels: torch.Tensor
-    """uint8 (group_size, 3, H, W), RGB."""
-    captions: list[str]
-    ids: list[str]
+Allocate = Callable[[Size], torch.Tensor]
+"""(H, W) to memory for a group's pixels, uint8 (group_size, 3, H, W)."""
 
 
-class LaneGroups:
-    """The endless stream of one lane's groups.
+class Lane(Protocol):
+    """One lane's endless groups of samples, with and without buckets."""
 
-    Args:
-        stream: the lane's samples, from where `state` stands.
-        images: what becomes of them.
-        buckets: the sizes, and how many samples make a group.
-        pin_memory: make the pixels' memory page-locked.
-        state: what `state()` returned, to go on after it: that of the stream, and "waiting": [[source, epoch,
-            position], ...], bucket by bucket in their order; None begins.
-    """
+    def next(self, allocate: Allocate) -> tuple[list[str], list[str]]:
+        """Write the next group's pixels into memory from `allocate`, and return its captions and ids.
 
-    def __init__(
-        self,
-        stream: LaneStream,
-        images: ImageSettings,
-        buckets: Buckets,
-        pin_memory: bool,
-        state: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._stream, self._group_size, self._pin_memory = stream, buckets.group_size, pin_memory
-        self._choose = partial(choose, images=images)
-        self._waiting: dict[Size, list[Found[Undecoded]]] = {size: [] for size in buckets.sizes}
-        self._unread: list[tuple[str, int, int]] = [
-            (str(name), int(epoch), int(position)) for name, epoch, position in (state["waiting"] if state else ())
-        ]
-        """What waits and was not read again yet."""
-
-    def state(self) -> dict[str, Any]:
-        """Return the cursor after the last group yielded, as plain JSON values."""
-        names = self._stream.names
-        waiting = [list(place) for place in self._unread]
-        waiting += [[names[it.source], *it.place] for members in self._waiting.values() for it in members]
-        return self._stream.state() | {"waiting": waiting}
-
-    def read_so_far(self) -> Counter[str]:
-        """As `LaneStream.read_so_far`."""
-        return self._stream.read_so_far()
-
-    def take_set_aside(self) -> list[SetAside]:
-        """As `LaneStream.take_set_aside`."""
-        return self._stream.take_set_aside()
-
-    def next(self) -> Group:
-        """Return the next group: of the bucket that fills first, or first in the table where two are full.
+        `allocate` may be called again, and then the memory of the last call counts.
 
         Raises:
             DataError, StoreError, FetcherClosed: as `LaneStream.find` does.
         """
-        if self._unread:
-            found = self._stream.find_again(self._unread, self._choose)
-            self._unread = []
-            self._admit(*found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last group yielded, as JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after a state; to be called before the first group is taken."""
+
+    def read_so_far(self) -> Counter[str]:
+        """As `LaneStream.read_so_far`."""
+
+    def take_bad(self) -> list[Quarantined]:
+        """As `LaneStream.take_bad`."""
+
+
+class SingleSizeLane:
+    """A lane whose samples all have the resolution's size, in groups of one: a `Lane`."""
+
+    def __init__(self, stream: LaneStream, images: ImageSettings) -> None:
+        self._stream, self._images = stream, images
+        self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
+        self.read_so_far, self.take_bad = stream.read_so_far, stream.take_bad
+
+    def next(self, allocate: Allocate) -> tuple[list[str], list[str]]:
+        """As `Lane.next`."""
+        memory = allocate(self._images.size).numpy()
+        id_, (memory[0], caption) = self._stream.next(partial(make_sample, images=self._images))
+        return [caption], [id_]
+
+
+class BucketLane:
+    """A lane whose samples go into aspect-ratio buckets: a `Lane`.
+
+    Its state is the stream's, and "waiting": [[source, epoch, position], ...], bucket by bucket in their order.
+    """
+
+    def __init__(self, stream: LaneStream, images: ImageSettings, buckets: Buckets) -> None:
+        self._stream, self._group_size = stream, buckets.group_size
+        self._select = partial(select, images=images)
+        self._waiting: dict[Size, list[Candidate[EncodedSample]]] = {size: [] for size in buckets.sizes}
+        self._to_read: list[tuple[str, int, int]] = []  # places of samples that waited when the state was saved
+        self.read_so_far, self.take_bad = stream.read_so_far, stream.take_bad
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Lane.state_dict`."""
+        names = self._stream.names
+        waiting = [list(place) for place in self._to_read]
+        waiting += [[names[one.source], *one.place] for bucket in self._waiting.values() for one in bucket]
+        return self._stream.state_dict() | {"waiting": waiting}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As `Lane.load_state_dict`."""
+        self._stream.load_state_dict(state)
+        self._to_read = [(str(name), int(epoch), int(position)) for name, epoch, position in state["waiting"]]
+
+    def next(self, allocate: Allocate) -> tuple[list[str], list[str]]:
+        """As `Lane.next`; the group is of the bucket that fills first, or first in the table where two are full."""
+        if self._to_read:
+            candidates = self._stream.find_again(self._to_read, self._select)
+            self._to_read = []
+            self._add(*candidates)
         while True:
-            full = next((size for size, members in self._waiting.items() if len(members) >= self._group_size), None)
+            full = next((size for size, bucket in self._waiting.items() if len(bucket) >= self._group_size), None)
             if full is None:
-                self._admit(self._stream.find(self._choose))
-            elif (group := self._decode(full)) is not None:
-                return group
+                self._add(self._stream.find(self._select))
+            elif (group := self._decode(full, allocate)) is not None:
+                return [one.result.caption for one in group], [one.id for one in group]
 
-    def _admit(self, *found: Found[Undecoded]) -> None:
-        for it in found:
-            self._waiting[it.made.size].append(it)
+    def _add(self, *candidates: Candidate[EncodedSample]) -> None:
+        for one in candidates:
+            self._waiting[one.result.size].append(one)
 
-    def _decode(self, size: Size) -> Group | None:
-        """The first group of a bucket; None if one of it cannot be decoded, and the others wait on."""
-        members, later = self._waiting[size][: self._group_size], self._waiting[size][self._group_size :]
-        pixels = torch.empty((self._group_size, 3, *size), dtype=torch.uint8, pin_memory=self._pin_memory)
-        array = pixels.numpy()
-        good: list[Found[Undecoded]] = []
-        bad: list[Found[Undecoded]] = []
-        for it in members:
+    def _decode(self, size: Size, allocate: Allocate) -> list[Candidate[EncodedSample]] | None:
+        """Decode the first group of a bucket; None if one of it cannot be decoded, and the others wait on."""
+        group, later = self._waiting[size][: self._group_size], self._waiting[size][self._group_size :]
+        memory = allocate(size).numpy()
+        good: list[Candidate[EncodedSample]] = []
+        bad: list[Candidate[EncodedSample]] = []
+        for one in group:
             try:
-                array[len(good)] = it.made.decode()
+                memory[len(good)] = one.result.decode()
             except (Filtered, BadSample) as why:
-                self._stream.give_up(it, why)
-                bad.append(it)
+                self._stream.reject(one, why)
+                bad.append(one)
             else:
-                good.append(it)
+                good.append(one)
         if bad:
             self._waiting[size] = good + later
-            self._admit(*(self._stream.find(self._choose, it.source) for it in bad))
+            self._add(*(self._stream.find(self._select, one.source) for one in bad))
             return None
         self._waiting[size] = later
-        for it in good:
-            self._stream.use(it)
-        return Group(pixels, [it.made.caption for it in good], [it.id for it in good])
+        for one in good:
+            self._stream.accept(one)
+        return good

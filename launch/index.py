@@ -18,7 +18,7 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 
 from data.errors import UserError
 from data.inspect.page import size_of
-from data.listing import told
+from data.listing import format_left_out
 from data.shards.manifest import MANIFEST, build_manifest, open_place
 from data.store import StoreOptions, open_store
 from launch.cli import run
@@ -52,7 +52,7 @@ def index(sources: list[PathText], /, options: StoreOptions, out: PathText | Non
         more = f"; and {len(built.corrupt) - _NAMED} more, see the manifest" if len(built.corrupt) > _NAMED else ""
         corrupt = f"; {len(built.corrupt)} corrupt: {corrupt}{more}"
     size = size_of(built.bytes)
-    print(f"{out}: {built.shards:,} shards, {built.samples:,} samples, {size}{corrupt}{told(built.left_out)}")
+    print(f"{out}: {built.shards:,} shards, {built.samples:,} samples, {size}{corrupt}{format_left_out(built.left_out)}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ from data.files import atomic_path
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
 from data.lane import Source
-from data.preview import coming_batches
+from data.preview import preview_batches
 from data.progress import progress_bar
 from data.sample import ImageSettings
 from data.shards.index import list_left_out, open_index
@@ -218,7 +218,7 @@ def _open(data: DataConfig, source: SourceConfig) -> Source:
     index = open_index(
         store, source.name, source.index, lambda words: print(words, file=sys.stderr), options, source.class_folders
     )
-    return Source(index, source.weight, source.rules)
+    return Source(index, source.weight, source.filters)
 
 
 # --- what comes of it ---
@@ -234,7 +234,7 @@ def _write_page(job: _Job, chosen: SourceConfig, options: Options) -> None:
         with progress_bar(total, "sample", "reading") as bar:
             findings = inspect(
                 source.index,
-                source.rules,
+                source.filters,
                 job.images,
                 samples=samples,
                 decodes=None if options.decode == "all" else options.decode,
@@ -269,7 +269,7 @@ def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
         state = Checkpoint(Path(checkpoint)).state["data"]
     sources = [_open(job.data, source) for source in job.data.sources]
     with progress_bar(batches * job.batch_size, "sample", "reading") as bar:
-        coming = coming_batches(
+        coming = preview_batches(
             sources,
             job.images,
             batches,
@@ -287,8 +287,8 @@ def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
         first = number * job.batch_size
         print(f"batch {number}: slots {first} to {first + job.batch_size - 1}")
         print("\n".join(f"{slot}\t{printable(id_)}" for slot, id_ in enumerate(ids, first)))
-    if coming.passed_over:
-        passed = ", ".join(f"{count(n)} {reason.replace('_', ' ')}" for reason, n in coming.passed_over.items())
+    if coming.skipped:
+        passed = ", ".join(f"{count(n)} {reason.replace('_', ' ')}" for reason, n in coming.skipped.items())
         print(f"passed over on the way: {passed}", file=sys.stderr)
     if job.images.buckets is not None:
         sizes = ", ".join(f"{height}x{width}: {count(n)}" for (height, width), n in coming.sizes.items())

@@ -28,7 +28,7 @@ import data.packing.openmoji
 import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
-from data.listing import is_parquet, told, why_not_parquet
+from data.listing import is_parquet, format_left_out, why_not_parquet
 from data.packing.spec import DatasetSpec, PackOptions
 from data.store import Store, StoreOptions, open_store
 from launch.cli import run
@@ -58,7 +58,7 @@ class Target:
         counts = ", ".join(f"{n} {split}" for split, n in done.summary["samples"].items())
         captions = f", {n:,} of them without a caption (.txt)" if (n := done.summary["without_caption"]) else ""
         verb = "was already packed, nothing to do" if done.was_finished else "packed"
-        print(f"{self.out} {verb}: {counts}{captions}{told(done.summary['left_out'])}")
+        print(f"{self.out} {verb}: {counts}{captions}{format_left_out(done.summary['left_out'])}")
 
 
 def folder(source: PathText, /, target: Target, pack_options: PackOptions, options: StoreOptions) -> None:

@@ -19,7 +19,7 @@ from string import Template
 import numpy as np
 
 from data.inspect.scan import ASPECT_RATIOS, Findings, Reasons, Tally, Tile
-from data.listing import listed
+from data.listing import format_counts
 from data.shards.index import SourceIndex
 
 TOKENS_A_WORD = 1.3
@@ -219,7 +219,7 @@ class Report:
             blank = ("",) * len(_SHARES)
             rows.append(Row(("corrupt", *blank), tuple(printable(line)[:_MOST_DETAIL] for line in lines)))
         if self.left_out:
-            note = f"Left out: {printable(listed(self.left_out))}. {note}"
+            note = f"Left out: {printable(format_counts(self.left_out))}. {note}"
         return Table("Shards", ("", *_SHARES), rows, note)
 
     def _histograms(self) -> list[str]:

@@ -29,13 +29,13 @@ from data import randomness
 from data.decode import decode, image_size
 from data.errors import BadSample, DataError, Filtered
 from data.fetch import Fetcher
-from data.filters import UNIFORMS, Rules, select
-from data.lane import Visit
+from data.filters import UNIFORMS, Filters
+from data.lane import RawSample
 from data.listing import format_of
 from data.prefetch import request_bytes
-from data.sample import ImageSettings, example
+from data.sample import ImageSettings, make_sample
 from data.shards.index import SourceIndex
-from data.shards.tar import RawSample, parse_sample
+from data.shards.tar import TarSample, parse_sample
 from data.store import OnFault
 
 ASPECT_RATIOS = {
@@ -187,7 +187,7 @@ class _Pick:
 
 def inspect(
     index: SourceIndex,
-    rules: Rules,
+    filters: Filters,
     images: ImageSettings,
     *,
     samples: int | None = 2000,
@@ -200,7 +200,7 @@ def inspect(
 
     Args:
         index: the source.
-        rules: which of its samples count, as in training.
+        filters: which of its samples count, as in training.
         images: what training makes of their images; `ANY_SIZE` for any.
         samples: how many to read; None for all.
         decodes: how many of them to decode in full; None for all.
@@ -217,7 +217,7 @@ def inspect(
             raise DataError(f"{name} is {number}: it should be at least 1, or all")
     findings = Findings()
     under_way: deque[tuple[int, Future[Findings]]] = deque()
-    look = partial(_look_at, index, rules, images, seed)
+    look = partial(_look_at, index, filters, images, seed)
     with closing(Fetcher()) as fetcher:
         for chunk in _chunks(index, samples, decodes, sheet, seed):
             under_way.append((len(chunk), fetcher.submit(partial(look, chunk), int(len(chunk) * index.mean_bytes))))
@@ -281,11 +281,11 @@ def _nth(places: NDArray[np.int64], n: int, m: int) -> NDArray[np.bool_]:
 
 
 def _look_at(
-    index: SourceIndex, rules: Rules, images: ImageSettings, seed: int, picks: list[_Pick], on_fault: OnFault
+    index: SourceIndex, filters: Filters, images: ImageSettings, seed: int, picks: list[_Pick], on_fault: OnFault
 ) -> Findings:
     """Read and judge some samples of one shard, given in its order."""
     findings = Findings()
-    looker = _Looker(index, rules, images, seed, findings)
+    looker = _Looker(index, filters, images, seed, findings)
     offsets = index.offsets(picks[0].shard)
     starts, stops = offsets[[it.sample for it in picks]], offsets[[it.sample + 1 for it in picks]]
     for first, last in _requests(starts, stops, index.store.readahead, request_bytes(index)):
@@ -310,10 +310,12 @@ def _requests(starts: NDArray[np.int64], stops: NDArray[np.int64], gap: int, mos
 class _Looker:
     """Judges the samples of a chunk one by one, into `findings`."""
 
-    def __init__(self, index: SourceIndex, rules: Rules, images: ImageSettings, seed: int, findings: Findings) -> None:
-        self._index, self._rules, self._images, self._seed, self._findings = index, rules, images, seed, findings
+    def __init__(
+        self, index: SourceIndex, filters: Filters, images: ImageSettings, seed: int, findings: Findings
+    ) -> None:
+        self._index, self._filters, self._images, self._seed, self._findings = index, filters, images, seed, findings
         self._unfiltered = replace(
-            rules, fields={}, min_caption_words=0, max_caption_words=None, prefix_probability=0.0
+            filters, fields={}, min_caption_words=0, max_caption_words=None, prefix_probability=0.0
         )
         self._to_show = 0
 
@@ -330,13 +332,13 @@ class _Looker:
             self._pass_over(findings.bad, bad, f"{shard}/sample {pick.sample}", False)
             return
         size = self._measure(raw, pick.number)
-        visit = Visit(f"{shard}/{raw.key}", raw.members, self._rules, partial(self._uniforms, pick.number))
+        visit = RawSample(f"{shard}/{raw.key}", raw.members, self._filters, partial(self._uniforms, pick.number))
         in_full = False
         try:
-            select(visit.members, visit.rules, visit.uniforms("caption", UNIFORMS).tolist())
+            visit.filters.select(visit.members, visit.uniforms("caption", UNIFORMS).tolist())
             if pick.decode:
                 in_full = True
-                _, caption = example(visit, self._images)
+                _, caption = make_sample(visit, self._images)
                 findings.usable += 1
                 if self._to_show and size is not None:
                     findings.sheet.append(_tile(visit, caption, size))
@@ -352,19 +354,19 @@ class _Looker:
     def _pass_over(self, reasons: Reasons, why: BadSample | Filtered, id_: str, in_full: bool) -> None:
         reasons.setdefault((why.reason, in_full), Reason()).update(Reason(1, [(id_, why.detail)]))
 
-    def _measure(self, raw: RawSample, number: int) -> tuple[int, int] | None:
+    def _measure(self, raw: TarSample, number: int) -> tuple[int, int] | None:
         """Count what the sample holds; (width, height) of its image, if its header tells."""
         findings = self._findings
         findings.members.update(raw.members.keys())
         findings.member_bytes.update({name: len(content) for name, content in raw.members.items()})
         try:
             uniforms = self._uniforms(number, "caption", UNIFORMS).tolist()
-            findings.words.add(len(select(raw.members, self._unfiltered, uniforms).caption.split()))
+            findings.words.add(len(self._unfiltered.select(raw.members, uniforms)[1].split()))
         except Filtered:  # an empty one
             findings.words.add(0)
         except BadSample:
             pass  # counted where it is judged
-        image = _image(raw.members, self._rules)
+        image = _image(raw.members, self._filters)
         if image is None:
             return None
         findings.formats[image_format(image)] += 1
@@ -378,8 +380,8 @@ class _Looker:
         return size
 
 
-def _image(members: Mapping[str, bytes], rules: Rules) -> bytes | None:
-    return next((members[name] for name in rules.images if name in members), None)
+def _image(members: Mapping[str, bytes], filters: Filters) -> bytes | None:
+    return next((members[name] for name in filters.images if name in members), None)
 
 
 def image_format(image: bytes) -> str:
@@ -402,11 +404,11 @@ def _nearest_aspect_ratio(width: int, height: int) -> str:
     return min(ASPECT_RATIOS, key=lambda name: abs(math.log(width / height / ASPECT_RATIOS[name])))
 
 
-def _tile(visit: Visit, caption: str, size: tuple[int, int]) -> Tile:
+def _tile(visit: RawSample, caption: str, size: tuple[int, int]) -> Tile:
     """A sample for the sheet: its whole image, small."""
     width, height = size
     scale = min(1.0, _THUMBNAIL_SIDE / max(size))
     small = (max(1, round(height * scale)), max(1, round(width * scale)))
-    pixels = decode(_image(visit.members, visit.rules) or b"", small, small_images="upscale")
+    pixels = decode(_image(visit.members, visit.filters) or b"", small, small_images="upscale")
     jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels.transpose(1, 2, 0)), quality=_THUMBNAIL_QUALITY)
     return Tile(visit.id, caption, width, height, bytes(jpeg))

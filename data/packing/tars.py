@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from data.errors import BadSample, DataError
-from data.listing import IMAGE_EXTENSIONS, told
+from data.listing import IMAGE_EXTENSIONS, format_left_out
 from data.packing.spec import (
     DatasetSpec,
     ImageEncoder,
@@ -132,5 +132,5 @@ def samples_of_folder(store: Store, pack_options: PackOptions) -> DatasetSpec:
     folder, left_out = FolderStore(store), Counter[str]()
     if not folder.list(left_out=left_out):
         formats = ", ".join(IMAGE_EXTENSIONS)
-        raise DataError(f"source {store.url}: it should be a folder with images ({formats}){told(left_out)}")
+        raise DataError(f"source {store.url}: it should be a folder with images ({formats}){format_left_out(left_out)}")
     return samples_of_tars(index_source(folder, "source"), pack_options, "folder")

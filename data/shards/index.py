@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.listing import told
+from data.listing import format_left_out
 from data.shards.manifest import (
     MANIFEST,
     OFFSETS_SUFFIX,
@@ -208,14 +208,14 @@ def open_index(
                 f"and a folder may make {_MOST_VIRTUAL}: {remedy} first"
             )
     if not infos:
-        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard and no image below {store.url}{told(left_out)}")
+        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard and no image below {store.url}{format_left_out(left_out)}")
     if len(infos) > _MOST_UNINDEXED:
         raise DataError(
             f"source {name!r}: {len(infos):,} shards below {store.url} and no {MANIFEST} there: {remedy} first"
         )
     notice(
         f"source {name!r}: no {MANIFEST} at {store.url}, reading {len(infos)} shards; to do it once, {remedy}"
-        f"{told(left_out)}"
+        f"{format_left_out(left_out)}"
     )
     return _indexed(store, name, infos, offsets_files)
 
@@ -225,7 +225,7 @@ def _class_folder(store: Store, name: str, notice: Callable[[str], None]) -> Sou
     folders, left_out = ClassFolderStore(store), Counter[str]()
     infos = folders.list(left_out=left_out)
     if left_out:
-        notice(f"source {name!r}{told(left_out)}")
+        notice(f"source {name!r}{format_left_out(left_out)}")
     if len(infos) > _MOST_CLASS_SHARDS:
         raise DataError(
             f"source {name!r}: the images below {store.url} make {len(infos):,} shards of up to {SAMPLES_A_SHARD}, and "
@@ -312,7 +312,7 @@ def index_source(store: Store, name: str) -> SourceIndex:
     left_out: Counter[str] = Counter()
     infos, offsets_files = list_shards(store, left_out)
     if not infos:
-        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard below {store.url}{told(left_out)}")
+        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard below {store.url}{format_left_out(left_out)}")
     return _indexed(store, name, infos, offsets_files)
 
 

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.listing import kind_of, told, why_not_a_shard
+from data.listing import kind_of, format_left_out, why_not_a_shard
 from data.progress import followed
 from data.shards.tar import BLOCK, TarScan, scan_tar
 from data.store import ObjectInfo, ReadOnly, Store, StoreOptions, WritableStore, open_store
@@ -188,7 +188,7 @@ def scan_shard(store: Store, info: ObjectInfo) -> TarScan:
         begin = bytes(store.read(info.name, 0, min(BLOCK, info.size), version=info.version))
         words = f"not a tar but {kind}" if (kind := kind_of(begin)) else f"{words}: not a tar"
     elif scan.left_out:
-        words += told(scan.left_out)
+        words += format_left_out(scan.left_out)
     return replace(scan, corruption=words)
 
 
@@ -216,7 +216,7 @@ def build_manifest(
     for source in sources:
         infos, offsets_files = list_shards(source, left_out)
         if not infos:
-            raise DataError(f"no {SHARD_SUFFIX} shard below {source.url}{told(left_out)}")
+            raise DataError(f"no {SHARD_SUFFIX} shard below {source.url}{format_left_out(left_out)}")
         found = for_each_shard(infos, _Indexer(source, offsets_files, place, name), workers)
         if not any(len(scan.offsets) > 1 for scan, _ in found):
             raise DataError(f"no shard below {source.url} has a sample: {infos[0].name}: {found[0][0].corruption}")

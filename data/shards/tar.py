@@ -73,7 +73,7 @@ class TarScan:
 
 
 @dataclass(frozen=True)
-class RawSample:
+class TarSample:
     """One sample: its key, folders included, and its members' contents by extension ("jpg", "txt", "seg.png")."""
 
     key: str
@@ -88,7 +88,7 @@ class CorruptTar(Exception):
         self.at, self.name = at, name
 
 
-def parse_sample(content: bytes | bytearray | memoryview) -> RawSample:
+def parse_sample(content: bytes | bytearray | memoryview) -> TarSample:
     """Split the bytes of one sample, tar headers included, into its members.
 
     Raises:
@@ -112,7 +112,7 @@ def parse_sample(content: bytes | bytearray | memoryview) -> RawSample:
         raise BadSample("malformed_tar", f"in the sample's bytes: {corruption}") from corruption
     if current is None:
         raise BadSample("malformed_tar", f"no member of a sample in {len(view)} bytes")
-    return RawSample(current, members)
+    return TarSample(current, members)
 
 
 def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:

@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data.errors import DataError
-from data.listing import that_count
+from data.listing import drop_excluded
 from data.store.base import ObjectInfo, OnFault, Retries, StoreOptions, changed, shrunk, unreadable
 from data.store.s3_client import ERRORS, OUTSIDE, Connection, CutShort, Refused, Stalled, judge_for, open_session
 
@@ -90,7 +90,7 @@ class S3Store:
         return self._connection.client()
 
     def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
-        infos = that_count(self._all(), lambda info: info.name, Counter() if left_out is None else left_out)
+        infos = drop_excluded(self._all(), lambda info: info.name, Counter() if left_out is None else left_out)
         return sorted((info for info in infos if info.name.endswith(suffix)), key=lambda info: info.name)
 
     def _all(self) -> Iterator[ObjectInfo]:

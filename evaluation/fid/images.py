@@ -35,7 +35,7 @@ from torch import Tensor
 from data.decode import Pixels, decode_file
 from data.errors import UserError
 from data.files import refuse_lfs_pointers, sha256
-from data.listing import IMAGE_EXTENSIONS, is_image, told, why_not_decoded
+from data.listing import IMAGE_EXTENSIONS, format_left_out, is_image, why_not_decoded
 from data.store import open_store
 from evaluation.fid.estimators import Gaussian
 from evaluation.fid.networks import Network
@@ -152,7 +152,7 @@ class FolderImages:
         self.left_out.update(others.values())
         self.files = [path / name for name in sorted(names - others.keys())]
         if not self.files:
-            raise UserError(f"{path}: holds no images ({', '.join(IMAGE_EXTENSIONS)}){told(self.left_out)}")
+            raise UserError(f"{path}: holds no images ({', '.join(IMAGE_EXTENSIONS)}){format_left_out(self.left_out)}")
         self._crop = crop
         self.size = (crop, crop) if crop else self._read(0).shape[1:]
 

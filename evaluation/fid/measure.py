@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from data.listing import told
+from data.listing import format_left_out
 from data.progress import progress_bar
 from evaluation.fid.estimators import (
     NEIGHBOUR,
@@ -212,7 +212,7 @@ def warnings(network: Network, samples: Images, reference: Reference) -> list[st
     said, n = [], len(samples)
     for what, images in (("samples", samples), ("reference", reference.images)):
         if images is not None and images.left_out:
-            said.append(f"the {what} are {len(images)} images{told(images.left_out)}")
+            said.append(f"the {what} are {len(images)} images{format_left_out(images.left_out)}")
     if not network.comparable:
         said.append(f"these are features of {network.name}: not comparable with any published FID, sFID or the rest")
     if n != USUAL_SAMPLES:

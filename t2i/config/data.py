@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data.filters import Buckets, Rules, Size, pixeldit_sizes, sdxl_sizes
+from data.filters import Buckets, Filters, Size, pixeldit_sizes, sdxl_sizes
 from data.listing import IMAGE_EXTENSIONS
 from data.sample import Crop
 from data.store import StoreOptions
@@ -72,9 +72,9 @@ class SourceConfig(Section):
     """Whom to credit for the data, shown in the report."""
 
     @property
-    def rules(self) -> Rules:
+    def filters(self) -> Filters:
         """What `data` needs of this."""
-        return Rules(
+        return Filters(
             images=tuple(self.images),
             captions=self.captions.members,
             metadata=self.metadata,
@@ -88,8 +88,8 @@ class SourceConfig(Section):
         )
 
     @model_validator(mode="after")
-    def _rules(self) -> SourceConfig:
-        _ = self.rules  # checks itself
+    def _check_filters(self) -> SourceConfig:
+        _ = self.filters  # checks itself
         return self
 
 

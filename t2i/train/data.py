@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from data.errors import DataError, StoreError, UserError
-from data.lane import SetAside, Source
+from data.lane import Quarantined, Source
 from data.loader import Batch, Loader
-from data.preview import FixedSamples, TooFewSamples, fixed_samples
+from data.preview import TooFewSamples, ValidationSet, read_validation_set
 from data.sample import Crop, ImageSettings
 from data.shards.index import SourceIndex, check_listing, open_index
 from data.store import StoreOptions, open_store
@@ -48,7 +48,7 @@ class Intake:
     """
 
     def __init__(
-        self, loader: Loader, world: World, config: RunConfig, stage: str, step: int, damage: Sequence[SetAside]
+        self, loader: Loader, world: World, config: RunConfig, stage: str, step: int, damage: Sequence[Quarantined]
     ) -> None:
         self._loader, self._world, self._stage = loader, world, stage
         self._max_set_aside = config.data.max_bad_fraction
@@ -60,7 +60,7 @@ class Intake:
             self._write([{"stage": stage, "step": 0, **asdict(shard)} for shard in (damage if step == 0 else ())])
         self._damaged = len(damage)
         self._pending: list[dict[str, Any]] = []
-        self.state = loader.state()
+        self.state = loader.state_dict()
         """This rank's data state after the last batch that every rank has."""
 
     def close(self) -> None:
@@ -93,12 +93,12 @@ class Intake:
                 raise Preempted(next(told for told in self._world.gather(reason) if told is not None))
             if not (failed or too_bad or missing):
                 assert batch is not None
-                self._note(step, batch.set_aside)
+                self._note(step, batch.bad)
                 self.state = batch.state
                 return batch
             if failed or too_bad:
                 break
-        self._note(step, [*(batch.set_aside if batch is not None else ()), *self._loader.take_set_aside()])
+        self._note(step, [*(batch.bad if batch is not None else ()), *self._loader.take_bad()])
         self.flush()
         if failed:
             self._raise_one(fault)
@@ -107,10 +107,10 @@ class Intake:
     def _counts(self, batch: Batch | None) -> tuple[int, int]:
         """Samples read and set aside: up to this batch or, while it is looked for, so far."""
         counters = self._loader.counters() if batch is not None else self._loader.read_so_far()
-        set_aside = counters.get("set_aside", 0)
+        set_aside = counters.get("bad", 0)
         return sum(counters.values()) - set_aside, set_aside  # set_aside counts again what is there by reasons
 
-    def _note(self, step: int, found: Sequence[SetAside]) -> None:
+    def _note(self, step: int, found: Sequence[Quarantined]) -> None:
         self._pending += [{"stage": self._stage, "step": step, **asdict(it)} for it in found]
 
     def _raise_one(self, fault: Exception | None) -> NoReturn:
@@ -168,10 +168,10 @@ class StageData:
 
     sources: list[Source]
     heldout: list[Source]
-    damage: list[SetAside]
+    damage: list[Quarantined]
     """Where and why each damaged shard of them ends early."""
 
-    def heldout_samples(self, config: RunConfig) -> FixedSamples | None:
+    def heldout_samples(self, config: RunConfig) -> ValidationSet | None:
         """The validation samples, the same on every rank and for every number of ranks: of one size, buckets or not.
 
         Raises:
@@ -183,7 +183,7 @@ class StageData:
         images = ImageSettings(config.data.resolution, config.data.small_images, crop)
         asked = config.validation.samples
         try:
-            return fixed_samples(self.heldout, asked, images)
+            return read_validation_set(self.heldout, asked, images)
         except TooFewSamples as error:
             where = ", ".join(f"source {it.index.name!r} in {it.index.store.url}" for it in self.heldout)
             raise ConfigError(
@@ -193,7 +193,7 @@ class StageData:
 
     def loader(self, config: RunConfig, stage: str, world: World, state: dict[str, Any] | None) -> Loader:
         """This rank's batches, from a checkpoint's data state or the stage's first batch."""
-        return Loader(
+        loader = Loader(
             self.sources,
             image_settings(config.data),
             batch_size=config.train.batch_size,
@@ -206,8 +206,10 @@ class StageData:
             shuffle_block=config.data.shuffle_block,
             buffer_bytes=int(config.data.buffer_gib * 2**30),
             pin_memory=world.device.type == "cuda",
-            state=state,
         )
+        if state is not None:
+            loader.load_state_dict(state)
+        return loader
 
 
 Opened = dict[tuple[str, str, str | None, bool, StoreOptions], SourceIndex]
@@ -229,12 +231,12 @@ def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: st
         index = opened[key] = open_index(store, source.name, manifest, options=options, classes=source.class_folders)
         if notice := check_listing(index):
             print(notice)
-    return Source(opened[key], source.weight, source.rules)
+    return Source(opened[key], source.weight, source.filters)
 
 
-def _damage(sources: list[Source]) -> list[SetAside]:
+def _damage(sources: list[Source]) -> list[Quarantined]:
     return [
-        SetAside(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "damaged_tar", detail)
+        Quarantined(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "damaged_tar", detail)
         for index in (source.index for source in sources)
         for shard, detail in sorted(index.corruption.items())
     ]
@@ -273,7 +275,7 @@ def open_data(config: RunConfig, stage: str, opened: Opened) -> StageData:
         raise ConfigError(f"stage {stage}: data.sources is empty: name at least one source")
     sources = [open_source(config.data, source, source.url, source.index, opened) for source in config.data.sources]
     for source in sources:
-        fixed_samples([source], 1, image_settings(config.data))
+        read_validation_set([source], 1, image_settings(config.data))
     validates = config.validation.every > 0 and config.validation.samples > 0
     heldout = [
         open_source(config.data, source, source.heldout, None, opened)

@@ -180,7 +180,7 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
         ids=[f"made up/{number}" for number in range(share)],
         slots=np.resize(dealt, share),
         state={},
-        set_aside=[],
+        bad=[],
         wait_s=0.0,
     )
 

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.files import atomic_write, commit
-from data.preview import FixedSamples
+from data.preview import ValidationSet
 from data.randomness import key, permutation
 from t2i.config.run import RunConfig
 from t2i.config.train import ScoringConfig
@@ -115,7 +115,7 @@ class Evaluator:
     pipeline: Pipeline
     """Its denoiser holds the averaged weights."""
     world: World
-    heldout: FixedSamples | None
+    heldout: ValidationSet | None
     folder: Path
     """Where the grids go."""
     alive: Callable[[str], None]

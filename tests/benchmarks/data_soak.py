@@ -81,12 +81,13 @@ def rank(endpoint: str, number: int, world: int, state: Path, out: Path) -> None
             workers=1,
             shuffle_block=BLOCK,
             buffer_bytes=2 << 30,
-            state=json.loads(state.read_text()) if state.exists() else None,
         ) as loader,
         out.open("w") as file,
     ):
+        if state.exists():
+            loader.load_state_dict(json.loads(state.read_text()))
         for batch in loader:
-            aside = [it.key for it in batch.set_aside]
+            aside = [it.key for it in batch.bad]
             line = {"ids": batch.ids, "state": batch.state, "set_aside": aside, "retries": loader.retries()}
             file.write(json.dumps(line) + "\n")
             file.flush()

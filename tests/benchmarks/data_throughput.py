@@ -92,7 +92,7 @@ def index(folder: Path | str, *options: str) -> float:
 
 
 def open_loader(url: str, options: StoreOptions, state: dict[str, Any] | None = None) -> Loader:
-    return Loader(
+    loader = Loader(
         [Source(open_index(open_store(url, options), "photographs"))],
         ImageSettings(RESOLUTION),
         batch_size=BATCH,
@@ -104,8 +104,10 @@ def open_loader(url: str, options: StoreOptions, state: dict[str, Any] | None = 
         workers=WORKERS,
         shuffle_block=BLOCK,
         buffer_bytes=16 << 30,
-        state=state,
     )
+    if state is not None:
+        loader.load_state_dict(state)
+    return loader
 
 
 def timed(batches: Iterator[Any]) -> float:
@@ -125,7 +127,7 @@ def ours(url: str, options: StoreOptions) -> dict[str, float]:
         next(loader)
         first_s = time.perf_counter() - began
         rate = timed(loader)
-        deep = merge_states([loader.state()])
+        deep = merge_states([loader.state_dict()])
     samples = int(open_index(open_store(url, options), "photographs").counts.sum())
     for lane in deep["lanes"].values():  # the cursor is a few integers: put it where it would be after many hours
         lane["sources"]["photographs"] = [0, int(0.6 * samples / LANES)]

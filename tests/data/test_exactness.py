@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tar_samples import jpeg, write_source
 
-from data.filters import Rules
-from data.lane import SetAside, Source
+from data.filters import Filters
+from data.lane import Quarantined, Source
 from data.loader import Loader, merge_states
 from data.sample import ImageSettings
 from data.shards.index import SourceIndex
@@ -33,7 +33,7 @@ class Case:
     block: int
     undecodable: frozenset[int]
     short: frozenset[int]
-    """Samples with captions that the rules leave out."""
+    """Samples with captions that the filters leave out."""
 
     def usable(self, source: int) -> set[int]:
         return set(range(sum(self.counts[source]))) - self.undecodable - self.short
@@ -70,13 +70,13 @@ def write(case: Case, folder: Path) -> list[SourceIndex]:
 
 def read(
     case: Case, indices: list[SourceIndex], batches: int, world: int = 1, workers: int = 0, state: Any = None
-) -> tuple[list[Any], list[SetAside], dict[str, Any]]:
+) -> tuple[list[Any], list[Quarantined], dict[str, Any]]:
     """The global batches, what was set aside, and the state after them."""
-    rules = Rules(min_caption_words=2)
+    filters = Filters(min_caption_words=2)
     per_rank, states, aside = [], [], []
     for rank in range(world):
         with Loader(
-            [Source(index, weight, rules) for index, weight in zip(indices, case.weights, strict=True)],
+            [Source(index, weight, filters) for index, weight in zip(indices, case.weights, strict=True)],
             ImageSettings(8, crop="random", horizontal_flip=True),
             batch_size=case.lanes * case.per_lane,
             lanes=case.lanes,
@@ -87,12 +87,13 @@ def read(
             workers=workers,
             shuffle_block=case.block,
             buffer_bytes=1 << 30,
-            state=state,
         ) as loader:
+            if state is not None:
+                loader.load_state_dict(state)
             read = [next(loader) for _ in range(batches)]
         per_rank.append(read)
         states.append(read[-1].state)
-        aside += [it for batch in read for it in batch.set_aside]
+        aside += [it for batch in read for it in batch.bad]
     merged = [
         sorted(
             (int(slot), id_, caption, pixels.numpy().tobytes())
@@ -140,7 +141,7 @@ def test_every_usable_sample_exactly_once_in_a_sources_epoch(
     seen: dict[int, Counter[int]] = {0: Counter(), 1: Counter()}
     for lane in range(case.lanes):
         with Loader(
-            [Source(index, 1.0, Rules(min_caption_words=2))],
+            [Source(index, 1.0, Filters(min_caption_words=2))],
             ImageSettings(8),
             batch_size=case.lanes,
             lanes=case.lanes,
@@ -165,12 +166,12 @@ def test_every_usable_sample_exactly_once_in_a_sources_epoch(
 def test_a_caption_is_chosen_anew_each_epoch_and_alike_in_every_layout(tmp_path: Path) -> None:
     members = {n: {"a.txt": b"first one", "b.txt": b"second one"} for n in range(12)}
     index = write_source(tmp_path, [12], "s0", members)
-    rules = Rules(captions={"a.txt": 1.0, "b.txt": 1.0})
+    filters = Filters(captions={"a.txt": 1.0, "b.txt": 1.0})
 
     def captions(lanes: int, block: int) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         with Loader(
-            [Source(index, 1.0, rules)], ImageSettings(8), batch_size=12, lanes=lanes, seed=1, stage="s", rank=0,
+            [Source(index, 1.0, filters)], ImageSettings(8), batch_size=12, lanes=lanes, seed=1, stage="s", rank=0,
             world_size=1, workers=0, shuffle_block=block, buffer_bytes=1 << 30,
         ) as loader:  # fmt: skip
             for _ in range(8):

@@ -1,4 +1,4 @@
-"""Choosing by the rules: what is there, by weight; what is bad and what is only left out; mistakes by name."""
+"""Choosing by the filters: what is there, by weight; what is bad and what is only left out; mistakes by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.errors import BadSample, DataError, Filtered
-from data.filters import PREFIXES, UNIFORMS, Rules, Selected, select
+from data.filters import PREFIXES, UNIFORMS, Filters
 
 MIDDLE = (0.5,) * UNIFORMS
 
@@ -26,24 +26,24 @@ def sample(metadata: Any = None, **members: str | bytes) -> dict[str, bytes]:
     return parts
 
 
-def reason(members: Mapping[str, bytes], rules: Rules, kind: type[BadSample] | type[Filtered]) -> str:
+def reason(members: Mapping[str, bytes], filters: Filters, kind: type[BadSample] | type[Filtered]) -> str:
     with pytest.raises(kind) as caught:
-        select(members, rules, MIDDLE)
+        filters.select(members, MIDDLE)
     return caught.value.reason
 
 
 def test_the_first_image_listed_wins_and_the_caption_is_stripped() -> None:
     members = {"png": b"png", "jpeg": b"jpeg", "txt": "\ufeff  a réd cat\n".encode()}
-    assert select(members, Rules(), MIDDLE) == Selected(b"jpeg", "a réd cat")
-    assert select(members, Rules(images=("seg.png", "png", "jpeg")), MIDDLE).image == b"png"
+    assert Filters().select(members, MIDDLE) == (b"jpeg", "a réd cat")
+    assert Filters(images=("seg.png", "png", "jpeg")).select(members, MIDDLE)[0] == b"png"
 
 
 def test_what_is_no_text_is_bad_and_what_is_missing_or_empty_is_left_out() -> None:
-    assert reason({"txt": b"a"}, Rules(), Filtered) == "missing_image"
-    assert reason({"jpg": b""}, Rules(), Filtered) == "missing_caption"
-    assert reason(sample(txt=b"caf\xe9"), Rules(), BadSample) == "bad_caption"
-    assert reason(sample(txt=" \n"), Rules(), Filtered) == "empty_caption"
-    by_field = Rules(captions={"json:text": 1})
+    assert reason({"txt": b"a"}, Filters(), Filtered) == "missing_image"
+    assert reason({"jpg": b""}, Filters(), Filtered) == "missing_caption"
+    assert reason(sample(txt=b"caf\xe9"), Filters(), BadSample) == "bad_caption"
+    assert reason(sample(txt=" \n"), Filters(), Filtered) == "empty_caption"
+    by_field = Filters(captions={"json:text": 1})
     assert reason(sample({"text": 3}), by_field, BadSample) == "bad_caption"
     assert reason(sample({"text": "\ud800"}), by_field, BadSample) == "bad_caption"
     assert reason(sample({"text": None}), by_field, Filtered) == "missing_caption"
@@ -52,44 +52,44 @@ def test_what_is_no_text_is_bad_and_what_is_missing_or_empty_is_left_out() -> No
 
 
 def test_the_choice_is_by_weight_among_captions_that_are_there_and_not_empty() -> None:
-    rules = Rules(captions={"a": 1, "json:deep.b": 3, "empty": 50, "absent": 50})
+    filters = Filters(captions={"a": 1, "json:deep.b": 3, "empty": 50, "absent": 50})
     members = sample({"deep": {"b": "from b"}}, a="from a", empty=" ")
     draws = (np.arange(1000) + 0.5) / 1000
-    counts = Counter(select(members, rules, (draw, 0.5, 0.5)).caption for draw in draws)
+    counts = Counter(filters.select(members, (draw, 0.5, 0.5))[1] for draw in draws)
     assert counts == {"from a": 250, "from b": 750}
-    assert select(members, rules, (1 - 1e-16, 0.5, 0.5)).caption == "from b"
+    assert filters.select(members, (1 - 1e-16, 0.5, 0.5))[1] == "from b"
 
 
 def test_a_list_of_captions_is_a_choice_that_shares_the_fields_weight() -> None:
     five = {"captions": ["one", "two ", None, "", "three"], "short": "four"}
-    rules = Rules(captions={"json:captions": 3, "json:short": 1, "txt": 1})
-    assert rules.random and Rules(captions={"json:captions": 1}).random and not Rules().random
+    filters = Filters(captions={"json:captions": 3, "json:short": 1, "txt": 1})
+    assert filters.random and Filters(captions={"json:captions": 1}).random and not Filters().random
     draws = (np.arange(1000) + 0.5) / 1000
-    counts = Counter(select(sample(five, txt="five"), rules, (draw, 0.5, 0.5)).caption for draw in draws)
+    counts = Counter(filters.select(sample(five, txt="five"), (draw, 0.5, 0.5))[1] for draw in draws)
     assert counts == {"one": 200, "two": 200, "three": 200, "four": 200, "five": 200}
-    alone = Rules(captions={"json:c": 1})
+    alone = Filters(captions={"json:c": 1})
     for value, why in (([], "missing_caption"), ([None], "missing_caption"), (["", " "], "empty_caption")):
         assert reason(sample({"c": value}), alone, Filtered) == why
     kinds = {"an object: name one of its fields": {"en": "x"}, "a list in a list": [["x"]], "a number": ["x", 7]}
     for why, value in {**kinds, "true or false": True}.items():
         with pytest.raises(BadSample, match=f"bad_caption: json:c should be a text or a list of texts, and is {why}"):
-            select(sample({"c": value}), alone, MIDDLE)
+            alone.select(sample({"c": value}), MIDDLE)
 
 
 def test_a_field_may_have_dots_in_its_name() -> None:
-    rules = Rules(captions={"json:text.en": 1}, fields={"meta.score": (1, 2)})
-    assert select(sample({"text.en": "flat", "meta.score": 1.5}), rules, MIDDLE).caption == "flat"
-    assert select(sample({"text": {"en": "deep"}, "meta": {"score": 1.5}}), rules, MIDDLE).caption == "deep"
+    filters = Filters(captions={"json:text.en": 1}, fields={"meta.score": (1, 2)})
+    assert filters.select(sample({"text.en": "flat", "meta.score": 1.5}), MIDDLE)[1] == "flat"
+    assert filters.select(sample({"text": {"en": "deep"}, "meta": {"score": 1.5}}), MIDDLE)[1] == "deep"
 
 
 def test_metadata_is_read_only_where_a_rule_needs_it() -> None:
     for broken in (b"{", b"\xff", b"[1]", b'"text"', b"[" * 100_000):
         members = sample(broken)
-        assert select(members, Rules(), MIDDLE).caption == "a red cat"
-        assert reason(members, Rules(fields={"score": (0, None)}), BadSample) == "bad_metadata"
-        assert reason(members, Rules(captions={"txt": 1, "json:x": 1}), BadSample) == "bad_metadata"
+        assert Filters().select(members, MIDDLE)[1] == "a red cat"
+        assert reason(members, Filters(fields={"score": (0, None)}), BadSample) == "bad_metadata"
+        assert reason(members, Filters(captions={"txt": 1, "json:x": 1}), BadSample) == "bad_metadata"
     members = sample() | {"meta": b'{"score": 1}'}
-    assert select(members, Rules(metadata="meta", fields={"score": (0, None)}), MIDDLE).image == b"image"
+    assert Filters(metadata="meta", fields={"score": (0, None)}).select(members, MIDDLE)[0] == b"image"
 
 
 @pytest.mark.parametrize(
@@ -99,54 +99,53 @@ def test_metadata_is_read_only_where_a_rule_needs_it() -> None:
     + [("inf", False), (10**400, False)],
 )
 def test_fields_are_numbers_in_a_range_ends_included(value: Any, passes: bool) -> None:
-    rules = Rules(fields={"scores.aesthetic": (5, 7)})
+    filters = Filters(fields={"scores.aesthetic": (5, 7)})
     members = sample({"scores": {"aesthetic": value}})
     if passes:
-        select(members, rules, MIDDLE)
+        filters.select(members, MIDDLE)
     else:
-        assert reason(members, rules, Filtered) == "field:scores.aesthetic"
+        assert reason(members, filters, Filtered) == "field:scores.aesthetic"
 
 
 def test_open_ranges_and_missing_fields() -> None:
     members = sample({"a": 1, "nsfw": False, "b": {"c": -3}})
-    select(members, Rules(fields={"a": (1, None), "nsfw": (None, 0), "b.c": (None, None)}), MIDDLE)
-    assert reason(members, Rules(fields={"a": (None, None), "z": (None, None)}), Filtered) == "field:z"
-    assert reason(members, Rules(fields={"a.c": (None, None)}), Filtered) == "field:a.c"
-    assert reason(sample(), Rules(fields={"a": (None, None)}), Filtered) == "field:a"
+    Filters(fields={"a": (1, None), "nsfw": (None, 0), "b.c": (None, None)}).select(members, MIDDLE)
+    assert reason(members, Filters(fields={"a": (None, None), "z": (None, None)}), Filtered) == "field:z"
+    assert reason(members, Filters(fields={"a.c": (None, None)}), Filtered) == "field:a.c"
+    assert reason(sample(), Filters(fields={"a": (None, None)}), Filtered) == "field:a"
 
 
 def test_caption_words() -> None:
     for least, most, passes in ((3, 3, True), (0, None, True), (4, None, False), (0, 2, False)):
-        rules = Rules(min_caption_words=least, max_caption_words=most)
+        filters = Filters(min_caption_words=least, max_caption_words=most)
         if passes:
-            select(sample(), rules, MIDDLE)
+            filters.select(sample(), MIDDLE)
         else:
-            assert reason(sample(), rules, Filtered) == "caption_words"
+            assert reason(sample(), filters, Filtered) == "caption_words"
     # The words that count are the caption's own.
-    select(sample(), Rules(max_caption_words=3, prefix_probability=1), MIDDLE)
+    Filters(max_caption_words=3, prefix_probability=1).select(sample(), MIDDLE)
 
 
 def test_short_captions_are_prefixed_at_the_given_rate() -> None:
-    rules = Rules(prefix_probability=0.25, prefix_below_words=4)
+    filters = Filters(prefix_probability=0.25, prefix_below_words=4)
     chosen = [
-        select(sample(), rules, (0.5, draw, other)).caption
-        for draw, other in np.random.default_rng(0).random((4000, 2))
+        filters.select(sample(), (0.5, draw, other))[1] for draw, other in np.random.default_rng(0).random((4000, 2))
     ]
     counts = Counter(chosen)
     assert set(counts) == {"a red cat", *(prefix + "a red cat" for prefix in PREFIXES)}
     assert abs(counts.pop("a red cat") - 3000) < 120
     assert len(PREFIXES) == 8 and min(counts.values()) > 80
-    always = Rules(prefix_probability=1, prefix_below_words=4)
-    assert select(sample(txt="Big cat"), always, (0.5, 0.999, 0)).caption == PREFIXES[0] + "Big cat"
-    assert select(sample(txt="a red cat sleeps"), always, MIDDLE).caption == "a red cat sleeps"
-    long = Rules(prefix_probability=1, prefix_below_words=99)
+    always = Filters(prefix_probability=1, prefix_below_words=4)
+    assert always.select(sample(txt="Big cat"), (0.5, 0.999, 0))[1] == PREFIXES[0] + "Big cat"
+    assert always.select(sample(txt="a red cat sleeps"), MIDDLE)[1] == "a red cat sleeps"
+    long = Filters(prefix_probability=1, prefix_below_words=99)
     for kept in ("a PHOTO of cats", PREFIXES[5] + "it"):
-        assert select(sample(txt=kept), long, MIDDLE).caption == kept
-    assert select(sample(), Rules(prefix_probability=1, prefix_below_words=3), MIDDLE).caption == "a red cat"
+        assert long.select(sample(txt=kept), MIDDLE)[1] == kept
+    assert Filters(prefix_probability=1, prefix_below_words=3).select(sample(), MIDDLE)[1] == "a red cat"
 
 
 @pytest.mark.parametrize(
-    ("rules", "named"),
+    ("filters", "named"),
     [
         ({"images": ()}, "images"),
         ({"images": ("JPG",)}, "images"),
@@ -169,7 +168,7 @@ def test_short_captions_are_prefixed_at_the_given_rate() -> None:
         ({"prefix_below_words": -1}, "prefix_below_words"),
     ],
 )
-def test_rules_that_make_no_sense_are_named(rules: dict[str, Any], named: str) -> None:
+def test_rules_that_make_no_sense_are_named(filters: dict[str, Any], named: str) -> None:
     with pytest.raises(DataError) as caught:
-        Rules(**rules)
+        Filters(**filters)
     assert str(caught.value).startswith(f"{named} = ")

@@ -11,7 +11,7 @@ from PIL import Image
 import data.decode
 from data.decode import decode, image_size
 from data.errors import BadSample
-from data.filters import Rules
+from data.filters import Filters
 from data.listing import FORMATS, IMAGE_EXTENSIONS, UNDECODED_EXTENSIONS, format_of, is_image, why_not_decoded
 from t2i.config.data import SourceConfig
 
@@ -53,7 +53,7 @@ def test_every_extension_counts_everywhere_in_any_case() -> None:
     registered = {extension: form for extension, form in Image.registered_extensions().items() if form in FORMATS}
     assert {f".{extension}" for extension in IMAGE_EXTENSIONS} >= registered.keys()
     assert not any(map(is_image, ("jpg", ".jpg", "a.jpg/b", "a.jpg.txt", "a.heic")))
-    assert Rules().images == SourceConfig(name="s", url="u").rules.images == IMAGE_EXTENSIONS
+    assert Filters().images == SourceConfig(name="s", url="u").filters.images == IMAGE_EXTENSIONS
     assert IMAGE_EXTENSIONS[:4] == ("jpg", "jpeg", "png", "webp"), "of several the usual one is taken"
     assert why_not_decoded("d/a.HEIC") == "images of a format that is not decoded (.heic)"
     assert not {*IMAGE_EXTENSIONS} & {*UNDECODED_EXTENSIONS} and why_not_decoded("a.txt") is None

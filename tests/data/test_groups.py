@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from grouped import LANES, RULES, SHAPES, SIZES, Case, bucket, came_and_waits, number_of
+from grouped import FILTERS, LANES, SHAPES, SIZES, Case, bucket, came_and_waits, number_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tar_samples import jpeg, write_source
@@ -139,7 +139,7 @@ def test_every_sample_once_in_a_lanes_epoch_used_or_waiting_or_passed_over(
     counters: Counter[str] = Counter()
     for of_lane in state["lanes"].values():
         counters.update(of_lane["counters"])
-    assert counters["samples"] == used.total() and counters["set_aside"] == len(aside)
+    assert counters["samples"] == used.total() and counters["bad"] == len(aside)
     assert sum(counters.values()) - len(aside) == came.total() - waits.total()
 
 
@@ -184,8 +184,8 @@ def test_an_image_below_its_bucket_is_small_and_counts_so(tmp_path: Path) -> Non
 
 def test_filters_of_size_hold_before_anything_waits(tmp_path: Path) -> None:
     case = Case(((24,),), lanes=1)
-    rules = replace(RULES, min_side=17, max_aspect_ratio=1.8)  # leaves (29, 17) of SHAPES
-    read, _, state = case.read(case.write(tmp_path), 3, rules=rules)
+    filters = replace(FILTERS, min_side=17, max_aspect_ratio=1.8)  # leaves (29, 17) of SHAPES
+    read, _, state = case.read(case.write(tmp_path), 3, filters=filters)
     assert {number_of(id_) % len(SHAPES) for batch in read for _, id_, *_ in batch} == {5}
     assert state["lanes"]["0"]["waiting"] == [] and set(state["lanes"]["0"]["counters"]) == {
         "aspect_ratio",

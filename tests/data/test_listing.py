@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from data.listing import HIDDEN, SYSTEM, excluded, that_count, told, why_not_a_shard, why_not_an_image
+from data.listing import HIDDEN, SYSTEM, drop_excluded, excluded, format_left_out, why_not_a_shard, why_not_an_image
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ def test_a_name_counts_or_says_why_not(name: str, reason: str | None) -> None:
 def test_a_folder_that_does_not_count_is_one_thing() -> None:
     left_out = Counter[str]()
     names = ["a", ".x/1", ".x/2/.y", "b/.x/1", "@eaDir/1", "@eaDir/.x", "b/c"]
-    assert that_count(names, str, left_out) == ["a", "b/c"]
+    assert drop_excluded(names, str, left_out) == ["a", "b/c"]
     assert left_out == {HIDDEN: 2, SYSTEM: 1}
-    assert told(left_out) == f"; left out: 2 {HIDDEN}, 1 {SYSTEM}" and told({}) == ""
+    assert format_left_out(left_out) == f"; left out: 2 {HIDDEN}, 1 {SYSTEM}" and format_left_out({}) == ""
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from tar_samples import jpeg, tar_bytes, write_source
 
 from data.decode import decode
 from data.errors import DataError
-from data.filters import Rules
-from data.lane import Source, Visit
+from data.filters import Filters
+from data.lane import RawSample, Source
 from data.loader import PREFETCH, Batch, Loader, merge_states
-from data.preview import FixedSamples, fixed_samples
-from data.sample import ImageSettings, example
+from data.preview import ValidationSet, read_validation_set
+from data.sample import ImageSettings, make_sample
 from data.shards.index import SourceIndex, open_index
 from data.store import StoreOptions, open_store
 
@@ -33,12 +33,15 @@ def loader(indices: Sequence[SourceIndex], rank: int = 0, world: int = 1, **kwar
     options: dict[str, Any] = {
         "batch_size": BATCH, "lanes": LANES, "seed": 3, "stage": "pretrain",
         "workers": 0, "shuffle_block": 4, "buffer_bytes": 4 << 30,
-        "images": ImageSettings(8), "weights": [1.0] * len(indices), "rules": Rules(),
+        "images": ImageSettings(8), "weights": [1.0] * len(indices), "filters": Filters(),
     }  # fmt: skip
     options |= kwargs
-    weights, rules = options.pop("weights"), options.pop("rules")
-    sources = [Source(index, weight, rules) for index, weight in zip(indices, weights, strict=True)]
-    return Loader(sources, rank=rank, world_size=world, **options)
+    weights, filters, state = options.pop("weights"), options.pop("filters"), options.pop("state", None)
+    sources = [Source(index, weight, filters) for index, weight in zip(indices, weights, strict=True)]
+    made = Loader(sources, rank=rank, world_size=world, **options)
+    if state is not None:
+        made.load_state_dict(state)
+    return made
 
 
 def run(
@@ -110,10 +113,10 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
         # After two epochs' good samples; the second's last bad ones may still be unread.
         counters = source.counters()
     assert counters["samples"] == 70
-    reasons = {reason: -(-count // 2) for reason, count in counters.items() if reason not in ("samples", "set_aside")}
+    reasons = {reason: -(-count // 2) for reason, count in counters.items() if reason not in ("samples", "bad")}
     assert reasons == {"undecodable_image": 2, "bad_caption": 1, "empty_caption": 1, "small_image": 1}
     bad = {reason: counters[reason] for reason in ("undecodable_image", "bad_caption")}
-    assert counters["set_aside"] == sum(bad.values())
+    assert counters["bad"] == sum(bad.values())
     with loader([index], lanes=1, batch_size=36, images=ImageSettings(8, "upscale")) as source:
         assert any(id_.endswith("000030") for id_ in next(source).ids)
         assert "small_image" not in source.counters()
@@ -132,8 +135,8 @@ def test_samples_that_lack_a_member_are_passed_over_and_bad_ones_listed(tmp_path
     with loader([open_index(open_store(str(tmp_path)), "s")], lanes=1, batch_size=3) as source:
         batch = next(source)
     assert set(batch.ids) == {"s/0.tar/c"}
-    assert set(source.counters()) == {"missing_caption", "missing_image", "undecodable_image", "samples", "set_aside"}
-    listed = {(it.shard, it.key, it.offset, it.reason) for it in batch.set_aside}
+    assert set(source.counters()) == {"missing_caption", "missing_image", "undecodable_image", "samples", "bad"}
+    listed = {(it.shard, it.key, it.offset, it.reason) for it in batch.bad}
     before_d = sum(512 + -(-len(content) // 512) * 512 for _, content in parts[:4])
     assert listed == {("0.tar", "d", before_d, "undecodable_image")}
 
@@ -165,7 +168,7 @@ def test_read_ahead_is_bounded_and_close_ends_the_threads(sources: list[SourceIn
     source = loader(sources, workers=2)
     next(source)
     threads = source._threads
-    assert len(source._shares) <= PREFETCH
+    assert len(source._partial) <= PREFETCH
     source.close()
     assert not any(thread.is_alive() for thread in threads)
     with pytest.raises(RuntimeError, match="closed"):
@@ -223,8 +226,8 @@ def test_a_state_of_something_else_is_refused(sources: list[SourceIndex]) -> Non
 
 
 def test_fixed_samples_are_different_readable_and_repeatable(sources: list[SourceIndex]) -> None:
-    def fixed(n: int) -> FixedSamples:
-        return fixed_samples([Source(index) for index in sources], n, ImageSettings(8))
+    def fixed(n: int) -> ValidationSet:
+        return read_validation_set([Source(index) for index in sources], n, ImageSettings(8))
 
     first = fixed(20)
     again = fixed(20)
@@ -265,9 +268,7 @@ def test_a_fault_nobody_thought_of_is_a_bad_sample_not_an_end(tmp_path: Path, mo
     monkeypatch.setattr("data.sample.decode", odd)
     with loader([index], lanes=1, batch_size=19) as source:
         batch = next(source)
-    assert [(it.key, it.reason, it.detail) for it in batch.set_aside] == [
-        ("000007", "undecodable_image", "KeyError: 6")
-    ]
+    assert [(it.key, it.reason, it.detail) for it in batch.bad] == [("000007", "undecodable_image", "KeyError: 6")]
     assert "source/00000.tar/000007" not in batch.ids
 
 
@@ -289,17 +290,17 @@ def test_taking_gives_up_waiting_and_says_what_was_read_so_far(tmp_path: Path, m
     index = write_source(tmp_path, [30], replaced={n: {"jpg": b"?"} for n in range(20)})
     go = threading.Event()
 
-    def waiting(visit: Visit, images: ImageSettings) -> Any:
+    def waiting(visit: RawSample, images: ImageSettings) -> Any:
         if visit.members["jpg"] != b"?":
             assert go.wait(20)
-        return example(visit, images)
+        return make_sample(visit, images)
 
-    monkeypatch.setattr("data.loader.example", waiting)
+    monkeypatch.setattr("data.sample.make_sample", waiting)
     with loader([index], lanes=1, batch_size=4, workers=1) as source:
         assert source.take(0.05) is None
         assert source.counters() == {}
         found = source.read_so_far()  # those before the first good one
-        assert set(found) <= {"undecodable_image", "set_aside"}
+        assert set(found) <= {"undecodable_image", "bad"}
         go.set()
         batch = source.take(20)
         assert batch is not None and batch.wait_s > 0.05
@@ -309,20 +310,20 @@ def test_taking_gives_up_waiting_and_says_what_was_read_so_far(tmp_path: Path, m
 def test_the_start_does_not_read_a_whole_source_to_find_a_wrong_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.preview._MOST_MISSES", 50)
+    monkeypatch.setattr("data.preview._MOST_SKIPPED", 50)
     index = write_source(tmp_path, [100])
     with pytest.raises(
         DataError, match=r"none of 50 samples in a row is usable \(missing_caption: 50; the last: source/00000"
     ):
-        fixed_samples([Source(index, rules=Rules(captions={"text": 1.0}))], 1, ImageSettings(8))
+        read_validation_set([Source(index, filters=Filters(captions={"text": 1.0}))], 1, ImageSettings(8))
 
 
 def test_samples_in_pieces_are_what_is_said_to_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.preview._MOST_MISSES", 50)
+    monkeypatch.setattr("data.preview._MOST_SKIPPED", 50)
     members = [(f"{n}.{end}", jpeg(n) if end == "jpg" else b"words") for end in ("jpg", "txt") for n in range(100)]
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
     index = open_index(open_store(str(tmp_path)), "source", notice=lambda _: None)
     with pytest.raises(
         DataError, match=r"none of 50 samples .*; left out: 100 samples in pieces \(.* sort them by name"
     ):
-        fixed_samples([Source(index)], 1, ImageSettings(8))
+        read_validation_set([Source(index)], 1, ImageSettings(8))

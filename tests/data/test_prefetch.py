@@ -15,7 +15,7 @@ from tar_samples import write_source
 from data.errors import DataError
 from data.fetch import Fetcher
 from data.order import SourceOrder
-from data.prefetch import Taken, Window, plan, read_again, request_bytes
+from data.prefetch import FetchedSample, Prefetcher, plan, read_again, request_bytes
 from data.shards.index import SourceIndex
 from data.shards.tar import parse_sample
 
@@ -72,7 +72,7 @@ def expected(order: SourceOrder, lane: int, epochs: int) -> list[tuple[int, int,
     ]
 
 
-def take(window: Window, n: int) -> list[Taken]:
+def take(window: Prefetcher, n: int) -> list[FetchedSample]:
     return [window.take() for _ in range(n)]
 
 
@@ -83,7 +83,7 @@ def test_samples_come_in_their_order_whatever_the_requests(source: SourceIndex, 
     order = order_of(index)
     wanted = expected(order, 1, 3)
     with closing(Fetcher()) as fetcher:
-        taken = take(Window(index, order, 1, 0, 0, fetcher, share), len(wanted))
+        taken = take(Prefetcher(index, order, 1, 0, 0, fetcher, share), len(wanted))
         assert [(it.epoch, it.position, it.shard, it.sample) for it in taken] == wanted
         for it in taken:
             number = sum(COUNTS[: it.shard]) + it.sample
@@ -92,7 +92,7 @@ def test_samples_come_in_their_order_whatever_the_requests(source: SourceIndex, 
             assert it.offset == source.offsets(it.shard)[it.sample]
         for start in (1, 5, 8, len(wanted) // 2):
             epoch, position, *_ = wanted[start]
-            rest = take(Window(index, order, 1, epoch, position, fetcher, share), len(wanted) - start)
+            rest = take(Prefetcher(index, order, 1, epoch, position, fetcher, share), len(wanted) - start)
             assert [(it.epoch, it.position, it.shard, it.sample) for it in rest] == wanted[start:]
 
 
@@ -100,7 +100,7 @@ def test_a_sample_is_read_again_as_it_was_or_not_at_all(tmp_path: Path) -> None:
     index = write_source(tmp_path, COUNTS)
     order = order_of(index)
     with closing(Fetcher()) as fetcher:
-        taken = take(Window(index, order, 1, 0, 0, fetcher, 5_000), 50)
+        taken = take(Prefetcher(index, order, 1, 0, 0, fetcher, 5_000), 50)
     assert taken[-1].epoch > 0
     assert [read_again(index, order, 1, it.epoch, it.position)(lambda kind: None) for it in taken] == taken
     os.utime(tmp_path / index.names[taken[7].shard])
@@ -112,13 +112,13 @@ def test_neighbours_share_a_request_and_nothing_is_read_twice(source: SourceInde
     index, store = watched(source, 1 << 20)
     order = order_of(index, lanes=1, block=100)
     with closing(Fetcher()) as fetcher:
-        take(Window(index, order, 0, 0, 0, fetcher, 1), 100)  # with a share of 1 byte it reads no further
+        take(Prefetcher(index, order, 0, 0, 0, fetcher, 1), 100)  # with a share of 1 byte it reads no further
     assert sorted(store.reads) == sorted(
         (name, 0, int(source.offsets(shard)[-1])) for shard, name in enumerate(index.names)
     )  # the epoch is one block: each shard in one request
     index, store = watched(source, 0)
     with closing(Fetcher()) as fetcher:
-        take(Window(index, order, 0, 0, 0, fetcher, 1), 100)
+        take(Prefetcher(index, order, 0, 0, 0, fetcher, 1), 100)
     assert len(store.reads) == 100 == len(set(store.reads))  # where a request costs nothing, one a sample
 
 
@@ -135,7 +135,9 @@ def test_small_requests_go_out_together_and_large_ones_alone(source: SourceIndex
         index, _ = watched(source, readahead)
         errands.clear()
         with closing(Fetcher()) as fetcher:
-            assert len(take(Window(index, order_of(index, lanes=1, block=100), 0, 0, 0, fetcher, 1 << 20), 100)) == 100
+            assert (
+                len(take(Prefetcher(index, order_of(index, lanes=1, block=100), 0, 0, 0, fetcher, 1 << 20), 100)) == 100
+            )
         assert max(errands) <= most and (most == 1 or max(errands) > 10)
 
 
@@ -159,7 +161,7 @@ def test_a_window_holds_no_more_than_its_share(source: SourceIndex) -> None:
     share = int(sizes.mean() * 10)
     store.go.clear()  # nothing arrives: what is asked for is what the share allows
     with closing(Fetcher()) as fetcher:
-        window = Window(index, order, 0, 0, 0, fetcher, share)
+        window = Prefetcher(index, order, 0, 0, 0, fetcher, share)
         window._planning().result(5)
         window._read_ahead()
         assert window._held <= share and 8 <= len(window._asked) <= 10
@@ -172,14 +174,14 @@ def test_a_share_of_nothing_still_gives_the_sample_that_is_needed(source: Source
     index, _ = watched(source, 0)
     order = order_of(index)
     with closing(Fetcher()) as fetcher:
-        assert len(take(Window(index, order, 0, 0, 0, fetcher, 0), 40)) == 40
+        assert len(take(Prefetcher(index, order, 0, 0, 0, fetcher, 0), 40)) == 40
 
 
 def test_the_next_block_is_read_before_this_one_is_used_up(source: SourceIndex) -> None:
     index, store = watched(source, 1 << 20)
     order = order_of(index, lanes=1, block=10)
     with closing(Fetcher()) as fetcher:
-        window = Window(index, order, 0, 0, 0, fetcher, share_bytes=1 << 30)
+        window = Prefetcher(index, order, 0, 0, 0, fetcher, share_bytes=1 << 30)
         window.take()
         for _ in range(100):  # plans are made on threads; each look takes up one more
             window._planning().result(5)
@@ -195,7 +197,7 @@ def test_a_fault_reaches_the_sample_that_needs_it_and_only_then(source: SourceIn
     first = int(order.block(0, 0, 0)[0, 0])
     (tmp_path / "gone" / index.names[1 - first]).unlink()
     with closing(Fetcher()) as fetcher:
-        window = Window(index, order, 0, 0, 0, fetcher, 1 << 20)
+        window = Prefetcher(index, order, 0, 0, 0, fetcher, 1 << 20)
         take(window, 20)
         with pytest.raises(DataError, match=index.names[1 - first]):
             window.take()

@@ -10,8 +10,8 @@ from typing import Any
 
 from tar_samples import jpeg, write_source
 
-from data.filters import Buckets, Rules, Size
-from data.lane import SetAside, Source
+from data.filters import Buckets, Filters, Size
+from data.lane import Quarantined, Source
 from data.loader import Loader, merge_states
 from data.order import SourceOrder
 from data.sample import ImageSettings
@@ -21,7 +21,7 @@ SIZES: tuple[Size, ...] = ((8, 16), (8, 8), (16, 8))
 SHAPES: tuple[Size, ...] = ((16, 16), (16, 30), (40, 20), (18, 16), (17, 33), (29, 17))
 """Of the images, (height, width), by their numbers."""
 LANES = 4
-RULES = Rules(min_caption_words=2)
+FILTERS = Filters(min_caption_words=2)
 
 
 def bucket(number: int) -> Size:
@@ -43,7 +43,7 @@ class Case:
     """Behind a good header."""
     no_image: frozenset[int] = frozenset()
     short: frozenset[int] = frozenset()
-    """Samples with captions that the rules leave out."""
+    """Samples with captions that the filters leave out."""
 
     def write(self, folder: Path) -> list[SourceIndex]:
         replaced = {n: {"jpg": jpeg(n, SHAPES[n % len(SHAPES)])} for n in range(max(map(sum, self.counts)))}
@@ -68,15 +68,18 @@ class Case:
             "workers": 0,
             "shuffle_block": self.block,
             "buffer_bytes": 4 << 30,
-            "rules": RULES,
+            "filters": FILTERS,
         } | changes
-        rules = options.pop("rules")
-        sources = [Source(index, weight, rules) for index, weight in zip(indices, self.weights, strict=True)]
-        return Loader(sources, rank=rank, world_size=world, **options)
+        filters, state = options.pop("filters"), options.pop("state", None)
+        sources = [Source(index, weight, filters) for index, weight in zip(indices, self.weights, strict=True)]
+        loader = Loader(sources, rank=rank, world_size=world, **options)
+        if state is not None:
+            loader.load_state_dict(state)
+        return loader
 
     def read(
         self, indices: list[SourceIndex], batches: int, world: int = 1, **changes: Any
-    ) -> tuple[list[Any], list[SetAside], dict[str, Any]]:
+    ) -> tuple[list[Any], list[Quarantined], dict[str, Any]]:
         """The global batches by slot, what was set aside, and the state after them."""
         per_rank, states, aside = [], [], []
         for rank in range(world):
@@ -84,7 +87,7 @@ class Case:
                 read = [next(loader) for _ in range(batches)]
             per_rank.append(read)
             states.append(read[-1].state)
-            aside += [it for batch in read for it in batch.set_aside]
+            aside += [it for batch in read for it in batch.bad]
         merged = []
         for shares in zip(*per_rank, strict=True):
             rows = []

@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 
 from data.errors import DataError
-from data.listing import that_count
+from data.listing import drop_excluded
 from data.shards.index import SourceIndex, open_index
 from data.store import ObjectInfo, ReadOnly, open_store
 
@@ -73,7 +73,7 @@ class MemoryStore:
 
     def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
         self.lists += 1
-        names = that_count(sorted(self._objects), str, Counter() if left_out is None else left_out)
+        names = drop_excluded(sorted(self._objects), str, Counter() if left_out is None else left_out)
         found = (self.info(name) for name in names if name.endswith(suffix))
         return [info for info in found if info is not None]
 

@@ -155,6 +155,6 @@ def batch_of_scenes(config: RunConfig) -> Batch:
         ids=[f"scenes/{scene.index}" for scene in scenes],
         slots=np.arange(len(scenes)),
         state={},
-        set_aside=[],
+        bad=[],
         wait_s=0.0,
     )

@@ -17,7 +17,7 @@ from PIL import Image
 from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 
 from data.errors import DataError, StoreError
-from data.filters import Rules
+from data.filters import Filters
 from data.inspect.page import Report, printable, share, size_of
 from data.inspect.scan import ANY_SIZE, Findings, Tally, header_size, image_format, inspect
 from data.sample import ImageSettings
@@ -47,7 +47,7 @@ def ids(findings: Findings) -> list[str]:
 
 def test_every_sample_once_when_all_are_asked_for(tmp_path: Path) -> None:
     index = write_source(tmp_path, [70, 1, 0, 129])
-    findings = inspect(index, Rules(), ANY_SIZE, samples=None, decodes=None, sheet=1000)
+    findings = inspect(index, Filters(), ANY_SIZE, samples=None, decodes=None, sheet=1000)
     assert (findings.read, findings.decoded, findings.usable) == (200, 200, 200)
     assert sorted(ids(findings)) == sorted(
         f"source/{shard}.tar/{number:06d}"
@@ -60,7 +60,7 @@ def test_a_subset_has_one_sample_of_each_stretch_and_follows_the_seed(tmp_path: 
     index = write_source(tmp_path, [50] * 4)
 
     def drawn(seed: int) -> list[int]:
-        found = ids(inspect(index, Rules(), ANY_SIZE, samples=20, sheet=20, seed=seed))
+        found = ids(inspect(index, Filters(), ANY_SIZE, samples=20, sheet=20, seed=seed))
         return [int(id_.rpartition("/")[2]) for id_ in found]
 
     first = drawn(0)
@@ -72,7 +72,7 @@ def test_a_subset_has_one_sample_of_each_stretch_and_follows_the_seed(tmp_path: 
 
 def test_only_the_stated_number_is_decoded(tmp_path: Path) -> None:
     index = write_source(tmp_path, [40], replaced={n: {"jpg": picture(32, 32)[:-300]} for n in range(40)})
-    findings = inspect(index, Rules(), ANY_SIZE, samples=40, decodes=10)
+    findings = inspect(index, Filters(), ANY_SIZE, samples=40, decodes=10)
     assert (findings.read, findings.decoded, findings.shorter.total) == (40, 10, 40)
     assert {name: it.count for name, it in findings.bad.items()} == {("undecodable_image", True): 10}
     text = " ".join(Report(index, findings, "").text().split())
@@ -81,7 +81,7 @@ def test_only_the_stated_number_is_decoded(tmp_path: Path) -> None:
 
 def test_a_sample_that_cannot_be_shown_leaves_its_place_to_the_next(tmp_path: Path) -> None:
     index = write_source(tmp_path, [40], replaced={n: {"jpg": b"none"} for n in range(0, 40, 2)})
-    assert len(inspect(index, Rules(), ANY_SIZE, sheet=10).sheet) == 10
+    assert len(inspect(index, Filters(), ANY_SIZE, sheet=10).sheet) == 10
 
 
 def test_progress_adds_up_and_reads_are_joined_within_what_a_request_costs() -> None:
@@ -91,7 +91,7 @@ def test_progress_adds_up_and_reads_are_joined_within_what_a_request_costs() -> 
     index = open_index(store, "source")
     store.reads.clear()
     told: list[int] = []
-    inspect(index, Rules(), ANY_SIZE, samples=None, progress=told.append)
+    inspect(index, Filters(), ANY_SIZE, samples=None, progress=told.append)
     assert told == [64, 26]
     sizes = [stop - start for _, start, stop in store.reads]
     assert sum(sizes) == index.offsets(0)[-1]
@@ -102,9 +102,9 @@ def test_progress_adds_up_and_reads_are_joined_within_what_a_request_costs() -> 
 def test_numbers_below_one_are_refused(tmp_path: Path) -> None:
     index = write_source(tmp_path, [2])
     with pytest.raises(DataError, match="decodes is 0: it should be at least 1"):
-        inspect(index, Rules(), ANY_SIZE, decodes=0)
+        inspect(index, Filters(), ANY_SIZE, decodes=0)
     with pytest.raises(DataError, match="samples is -1"):
-        inspect(index, Rules(), ANY_SIZE, samples=-1)
+        inspect(index, Filters(), ANY_SIZE, samples=-1)
 
 
 def test_a_fault_of_the_store_ends_it(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_fault_of_the_store_ends_it(tmp_path: Path) -> None:
 
     index.store.read = fail
     with pytest.raises(StoreError, match="gone for"):
-        inspect(index, Rules(), ANY_SIZE)
+        inspect(index, Filters(), ANY_SIZE)
 
 
 # --- what they are like ---
@@ -133,7 +133,7 @@ def test_sizes_formats_members_and_words(tmp_path: Path) -> None:
             ("d.jpg", picture(160, 90, exif=turned)), ("d.txt", b"on its side"),
         ],
     )  # fmt: skip
-    found = inspect(index, Rules(), ANY_SIZE)
+    found = inspect(index, Filters(), ANY_SIZE)
     assert found.formats == {"JPEG": 2, "PNG": 1, "WebP": 1}
     assert found.members == {"jpg": 2, "txt": 4, "json": 1, "png": 1, "webp": 1}
     assert found.member_bytes["json"] == 2
@@ -161,8 +161,8 @@ def test_judged_as_training_would(tmp_path: Path) -> None:
             ("g.jpg", picture(64, 64)), ("g.txt", b"one two three"), ("g.json", b'{"score": 0.9}'),
         ],
     )  # fmt: skip
-    rules = Rules(min_caption_words=2, fields={"score": (0.5, None)}, prefix_probability=1.0)
-    found = inspect(index, rules, ImageSettings(32))
+    filters = Filters(min_caption_words=2, fields={"score": (0.5, None)}, prefix_probability=1.0)
+    found = inspect(index, filters, ImageSettings(32))
     assert {name: it.count for name, it in found.filtered.items()} == {
         ("field:score", False): 1, ("caption_words", False): 1, ("small_image", True): 1, ("missing_caption", False): 1,
     }  # fmt: skip
@@ -178,7 +178,7 @@ def test_judged_as_training_would(tmp_path: Path) -> None:
 
 def test_a_few_ids_are_named_the_first_ones(tmp_path: Path) -> None:
     index = write_source(tmp_path, [150], replaced={n: {"txt": b"\xff"} for n in range(150)})
-    reason = inspect(index, Rules(), ANY_SIZE).bad["bad_caption", False]
+    reason = inspect(index, Filters(), ANY_SIZE).bad["bad_caption", False]
     assert reason.count == 150
     assert [id_ for id_, _ in reason.first] == [f"source/00000.tar/{n:06d}" for n in range(5)]
 
@@ -257,7 +257,7 @@ def hostile(tmp_path: Path) -> Report:
             ("w.jpg", picture(32, 32)), ("w.txt", b"w"), ("w.<u>$name", b"1"),
         ],
     )  # fmt: skip
-    return Report(index, inspect(index, Rules(), ANY_SIZE), "Judged by <b>nothing</b>.")
+    return Report(index, inspect(index, Filters(), ANY_SIZE), "Judged by <b>nothing</b>.")
 
 
 def test_the_page_escapes_and_loads_nothing(hostile: Report) -> None:
@@ -299,7 +299,7 @@ def test_the_text_says_what_was_found(tmp_path: Path) -> None:
     index = write_source(tmp_path, [20, 20], replaced=captions, size=300)
     (tmp_path / "00002.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:-15_000])
     index = open_index(open_store(str(tmp_path)), "photos")
-    text = Report(index, inspect(index, Rules(), ANY_SIZE, samples=None), "Judged so.").text()
+    text = Report(index, inspect(index, Filters(), ANY_SIZE, samples=None), "Judged so.").text()
 
     def row(label: str) -> list[str]:
         lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -320,15 +320,15 @@ def test_the_text_says_what_was_found(tmp_path: Path) -> None:
 
 def test_what_none_of_a_subset_means(tmp_path: Path) -> None:
     index = write_source(tmp_path, [100])
-    some = Report(index, inspect(index, Rules(), ANY_SIZE, samples=50), "").text()
+    some = Report(index, inspect(index, Filters(), ANY_SIZE, samples=50), "").text()
     assert "with 95 % confidence their share is below 6 %" in some
-    every = Report(index, inspect(index, Rules(), ANY_SIZE, samples=None), "").text()
+    every = Report(index, inspect(index, Filters(), ANY_SIZE, samples=None), "").text()
     assert "confidence" not in every and "There is none." in every
 
 
 def test_a_source_of_which_nothing_is_usable(tmp_path: Path) -> None:
     index = write_source(tmp_path, [3], replaced={n: {"jpg": b"?"} for n in range(3)})
-    report = Report(index, inspect(index, Rules(), ANY_SIZE), "")
+    report = Report(index, inspect(index, Filters(), ANY_SIZE), "")
     assert "None of the samples that were decoded is usable." in report.page()
     assert "usable: 0 %" in report.text()
 

@@ -17,7 +17,7 @@ from tar_samples import jpeg, tar_bytes
 import launch.index
 import launch.inspect_data
 from data.shards.index import open_index
-from data.shards.tar import RawSample, parse_sample
+from data.shards.tar import TarSample, parse_sample
 from data.store import open_store
 from launch.pack import main
 
@@ -29,7 +29,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def pack(kind: str, source: Path, *more: str) -> tuple[dict[str, object], list[RawSample]]:
+def pack(kind: str, source: Path, *more: str) -> tuple[dict[str, object], list[TarSample]]:
     """The summary of a pack, and its samples."""
     out = source.with_name(f"{source.name}-packed")
     assert main([kind, str(source), "--out", str(out), "--workers", "1", *more]) == 0

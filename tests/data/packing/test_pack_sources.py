@@ -30,12 +30,12 @@ from data.packing.spec import ImageEncoder, PackOptions, SplitRows, name_below, 
 from data.packing.table import Columns, Files
 from data.packing.tars import samples_of_tars
 from data.shards.index import index_source, open_index
-from data.shards.tar import RawSample, parse_sample
+from data.shards.tar import TarSample, parse_sample
 from data.store import StoreOptions, open_store
 from launch.pack import main
 
 
-def samples(url: str, split: str = "train") -> list[RawSample]:
+def samples(url: str, split: str = "train") -> list[TarSample]:
     """All samples of a split, through its index."""
     index = open_index(open_store(f"{url}/{split}"), "packed", notice=pytest.fail)
     return [

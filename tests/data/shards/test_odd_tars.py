@@ -16,7 +16,7 @@ from tar_samples import MemoryStore, tar_bytes
 from data.errors import DataError
 from data.shards.index import list_left_out, open_index
 from data.shards.manifest import UNCOUNTED, build_manifest, offsets_to_bytes, scan_shard
-from data.shards.tar import RawSample, TarScan, parse_sample
+from data.shards.tar import TarSample, TarScan, parse_sample
 
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 END = bytes(1024)
@@ -27,7 +27,7 @@ def scan(content: bytes) -> TarScan:
     return scan_shard(store, store.list()[0])
 
 
-def parsed(content: bytes) -> list[RawSample]:
+def parsed(content: bytes) -> list[TarSample]:
     return [parse_sample(content[a:b]) for a, b in pairwise(scan(content).offsets.tolist())]
 
 
@@ -196,7 +196,7 @@ def test_members_of_every_other_type_are_counted_under_its_name() -> None:
     ]
     others = (info(f"a.{n}", kind, size) for n, (kind, size) in enumerate(kinds))
     content = of(info("a.jpg"), *others, info("a.txt"), form=tarfile.USTAR_FORMAT)
-    assert parsed(content) == [RawSample("a", {"jpg": b"", "txt": b""})] and scan(content).corruption is None
+    assert parsed(content) == [TarSample("a", {"jpg": b"", "txt": b""})] and scan(content).corruption is None
     named = {"'C'": 2, r"'\xe9'": 1, "'A'": 1}
     assert scan(content).left_out == {f"members of tars of type {kind}": count for kind, count in named.items()}
 
@@ -214,7 +214,7 @@ def test_samples_in_pieces_are_counted_and_doubles_are_none() -> None:
 def test_hidden_members_are_left_out_like_hidden_files() -> None:
     hidden = ("._a.jpg", "d/.ipynb_checkpoints/a.jpg", "./.snapshot/a.jpg", "__MACOSX/d/b.jpg", "d/.b.jpg")
     content = tar_bytes([("./a.jpg", b"1"), *((name, b"2") for name in hidden), ("./a.txt", b"3"), ("README", b"")])
-    assert parsed(content) == [RawSample("./a", {"jpg": b"1", "txt": b"3"})]
+    assert parsed(content) == [TarSample("./a", {"jpg": b"1", "txt": b"3"})]
     assert scan(content).left_out == {
         "hidden": 4,
         "in system folders (snapshots, recycle bins)": 1,

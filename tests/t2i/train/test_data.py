@@ -11,7 +11,7 @@ import torch
 from tar_samples import write_source
 
 from data.errors import DataError
-from data.lane import SetAside, Source
+from data.lane import Quarantined, Source
 from data.loader import Loader
 from data.sample import ImageSettings
 from t2i.config.run import RunConfig
@@ -20,7 +20,7 @@ from t2i.train.data import Intake
 from t2i.train.metrics import JsonLines
 
 RANKS = Path(__file__).with_name("intake_ranks.py")
-DAMAGE = SetAside("source", "00009.tar", None, 512, "damaged_tar", "cut off")
+DAMAGE = Quarantined("source", "00009.tar", None, 512, "damaged_tar", "cut off")
 
 
 def intake(folder: Path, bad: int, max_bad_fraction: float) -> Intake:
@@ -47,7 +47,7 @@ def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: 
     assert {line["offset"] for line in lines} == {0, 2048}  # two headers, and a block for each content
     assert {line["reason"] for line in lines} == {"undecodable_image"}
     assert all(line["stage"] == "s" and 1 <= line["step"] <= 4 for line in lines)
-    assert counters["set_aside"] == counters["undecodable_image"] == len(lines)
+    assert counters["bad"] == counters["undecodable_image"] == len(lines)
     assert counters["samples"] == 200 and retries == {}
     it.flush()
     assert JsonLines(tmp_path / "quarantine.jsonl").lines() == [damaged, *lines]  # once
@@ -72,7 +72,7 @@ def test_past_the_share_the_run_stops_after_a_thousand_samples_and_names_the_sha
         for step in range(1, 41):
             it.next(step)
         counters, _ = it.flush()
-        assert counters["samples"] == 2000 and counters["set_aside"] in (10, 11)  # the last epoch's may be unread
+        assert counters["samples"] == 2000 and counters["bad"] in (10, 11)  # the last epoch's may be unread
         return
     with pytest.raises(DataError, match=r"15 of 10\d\d samples .*0\.01; the worst shards: source/00000\.tar \(15\)"):
         for step in range(1, 41):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from data.preview import FixedSamples
+from data.preview import ValidationSet
 from t2i.config.run import RunConfig
 from t2i.diffusion.objective import LossWeights, Objective
 from t2i.distributed import World
@@ -81,7 +81,7 @@ def pipeline_of(scale: float, shown: Shown) -> Pipeline:
 
 
 def validated(scale: float, shown: Shown) -> None:
-    heldout = FixedSamples(PIXELS, [""] * 4, [""] * 4)
+    heldout = ValidationSet(PIXELS, [""] * 4, [""] * 4)
     events = EventLog(Path(), "low")
     Evaluator(pipeline_of(scale, shown), World(0, 1, CPU), heldout, Path(), lambda _: None, events).loss()
 
