@@ -1,9 +1,9 @@
-"""Reading ahead: a pool of threads for a rank's requests, as many at once as make it faster.
+"""A pool of threads for a rank's read requests, with as many at once as make it faster.
 
-- The number of requests under way follows what the server gives: it rises while more of them move more bytes a
-  second, falls back when they do not, and halves when the server asks for less (503 SlowDown) or stalls.
-- What is needed first begins first, whoever asked first: a lane that reads far ahead does not keep the others waiting.
-  The bytes ahead are bounded by those who ask (`data/prefetch.py`).
+- The number of requests under way follows the server: it rises while more of them move more bytes a second, falls back
+  when they do not, and halves when the server asks for less (503 SlowDown) or stalls.
+- The most urgent request begins first, whoever submitted first: a lane that is far ahead does not hold up the others.
+  The callers bound the bytes that are ahead (`data/prefetch.py`).
 """
 
 from __future__ import annotations
@@ -21,29 +21,28 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 Request = Callable[[Callable[[str], None]], T]
-"""Moves bytes; told what to call at each fault that it gets over."""
-
+"""Moves bytes; its argument is to be called with the kind of each fault that is retried."""
 
 MOST_AT_ONCE = 64
-"""Requests of a rank."""
+"""Most requests of a rank under way."""
 
 
 class Concurrency:
     """How many requests to have under way: hill climbing on bytes a second, and halving on congestion.
 
-    It judges over windows of at least `limit` finished requests: a step up (by a quarter, at least 1) is kept if it
-    brought 5 % more bytes a second, else taken back, and tried again after a while, for servers change.
+    It measures over windows of at least `limit` finished requests. A step up (by a quarter, at least 1) is kept if it
+    brought 5 % more bytes a second, else taken back and tried again later, since servers change.
     """
 
     def __init__(self, start: int = 8, most: int = MOST_AT_ONCE) -> None:
         self.limit, self._most = start, most
-        self._best = 0.0  # bytes a second at the limit that was kept last
+        self._best = 0.0  # bytes a second at the limit kept last
         self._kept = start
         self._rest = 0  # windows to stay before the next try
         self._bytes = self._requests = 0
 
     def finished(self, size: int, elapsed_s: float) -> bool:
-        """Count a finished request of `size` bytes; `elapsed_s` since the window began. Whether the window ended."""
+        """Count a finished request of `size` bytes, `elapsed_s` after the window began; True if it ends the window."""
         self._bytes += size
         self._requests += 1
         if self._requests < max(8, self.limit):
@@ -72,7 +71,7 @@ class Concurrency:
 _REST_WINDOWS = 8
 _CONGESTION = ("throttled", "timeout")
 _PAUSE_S = 1.0
-"""Faults within it are one congestion: requests that were under way together fail together."""
+"""Faults within this time count as one congestion: requests under way together fail together."""
 
 
 class FetcherClosed(Exception):
@@ -80,10 +79,10 @@ class FetcherClosed(Exception):
 
 
 @dataclass(order=True)
-class _Errand:
-    """What a thread is given to do, one request after the other. The smallest need goes first, then who asked first."""
+class _Task:
+    """Requests that one thread runs in turn. The smallest priority goes first, then the first submitted."""
 
-    need: float
+    priority: float
     number: int
     left: list[tuple[Request[Any], int, Future[Any]]] = field(compare=False)
 
@@ -93,13 +92,13 @@ class Fetcher:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._queue: list[_Errand] = []  # a heap
+        self._queue: list[_Task] = []  # a heap
         self._numbers = itertools.count()
         self._concurrency = Concurrency()
         self._threads = 0
         self._window_began = self._last_congestion = time.monotonic()
         self._faults: Counter[str] = Counter()
-        self._running: dict[int, _Errand] = {}
+        self._running: dict[int, _Task] = {}
         self._closed = False
 
     @property
@@ -108,29 +107,29 @@ class Fetcher:
         return self._concurrency.limit
 
     def faults(self) -> dict[str, int]:
-        """Faults that requests met, by kind: nearly all were retried."""
+        """Faults that requests met, by kind; nearly all were retried."""
         with self._changed:
             return dict(sorted(self._faults.items()))
 
-    def submit(self, request: Request[T], size: int = 0, need: float = 0.0) -> Future[T]:
+    def submit(self, request: Request[T], size: int = 0, priority: float = 0.0) -> Future[T]:
         """Run `request(on_fault)` on a thread.
 
         Args:
             size: bytes it moves.
-            need: when its result is needed, on any scale that all who ask share; the smallest begins first.
+            priority: when its result is needed, on any scale that all callers share; the smallest begins first.
         """
-        return self.submit_in_turn([(request, size)], need)[0]
+        return self.submit_in_turn([(request, size)], priority)[0]
 
-    def submit_in_turn(self, requests: Sequence[tuple[Request[T], int]], need: float) -> list[Future[T]]:
-        """Run requests and their sizes as `submit` does, one after the other on one thread."""
+    def submit_in_turn(self, requests: Sequence[tuple[Request[T], int]], priority: float) -> list[Future[T]]:
+        """Run requests, given with their sizes, as `submit` does, one after the other on one thread."""
         futures: list[Future[T]] = [Future() for _ in requests]
         left = [(request, size, future) for (request, size), future in zip(requests, futures, strict=True)]
-        errand = _Errand(need, next(self._numbers), left)
+        task = _Task(priority, next(self._numbers), left)
         with self._changed:
             if self._closed:
-                _drop(errand)
+                _drop(task)
                 return futures
-            heapq.heappush(self._queue, errand)
+            heapq.heappush(self._queue, task)
             if len(self._running) + len(self._queue) > self._threads and self._threads < self._concurrency.limit:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"fetch-{self._threads}", daemon=True).start()
@@ -138,11 +137,11 @@ class Fetcher:
         return futures
 
     def close(self) -> None:
-        """Drop what waits and what is under way, whose threads end at their next fault at the latest."""
+        """Drop all requests. A thread with one under way ends with it, or at its next fault."""
         with self._changed:
             self._closed = True
-            for errand in [*self._queue, *self._running.values()]:
-                _drop(errand)
+            for task in [*self._queue, *self._running.values()]:
+                _drop(task)
             self._queue.clear()
             self._changed.notify_all()
 
@@ -155,18 +154,18 @@ class Fetcher:
                 self._changed.wait_for(lambda: self._closed or self._may_begin())
                 if self._closed:
                     return
-                errand = heapq.heappop(self._queue)
-                self._running[errand.number] = errand
-            while errand.left:
-                if not self._run_first(errand):
+                task = heapq.heappop(self._queue)
+                self._running[task.number] = task
+            while task.left:
+                if not self._run_first(task):
                     return
             with self._changed:
-                del self._running[errand.number]
+                del self._running[task.number]
                 self._changed.notify()
 
-    def _run_first(self, errand: _Errand) -> bool:
-        """Whether it is still wanted: not after `close`."""
-        request, size, future = errand.left[0]
+    def _run_first(self, task: _Task) -> bool:
+        """Run a task's next request; False if the fetcher was closed meanwhile."""
+        request, size, future = task.left[0]
         result: Any = None
         fault: BaseException | None = None
         try:
@@ -176,7 +175,7 @@ class Fetcher:
         with self._changed:
             if self._closed:
                 return False
-            del errand.left[0]
+            del task.left[0]
             if fault is None:
                 future.set_result(result)
             else:
@@ -197,6 +196,6 @@ class Fetcher:
                 self._concurrency.congested()
 
 
-def _drop(errand: _Errand) -> None:
-    for _, _, future in errand.left:
+def _drop(task: _Task) -> None:
+    for _, _, future in task.left:
         future.set_exception(FetcherClosed())

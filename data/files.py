@@ -1,4 +1,4 @@
-"""Files: paths filled in, text that users write, durable writes that are whole or absent, locks between processes.
+"""Files: variables in paths, text that users write, atomic and durable writes, locks between processes.
 
 Text is UTF-8, with or without a byte-order mark. A line ends at a newline (LF, CRLF or CR) and nowhere else:
 U+2028, form feed and NEL, at which `str.splitlines` also splits, are part of a line.
@@ -6,7 +6,6 @@ U+2028, form feed and NEL, at which `str.splitlines` also splits, are part of a 
 
 from __future__ import annotations
 
-import codecs
 import fcntl
 import hashlib
 import io
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from data.errors import UserError
+from data.listing import LFS_POINTER, kind_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,22 +35,22 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
 
 def expand_path(path: P) -> P:
-    """A path, or the address of a store, with its `~`, `~user`, `$NAME` and `${NAME}` filled in.
-
-    What comes of it has none, so that it may be expanded again.
+    """A path, or a store's address, with its `~`, `~user`, `$NAME` and `${NAME}` expanded; the result contains none.
 
     Raises:
-        UserError: a variable that is not set, is empty or holds a `$` or `~` itself, or a user that is not known.
+        UserError: a variable is not set, is empty or contains `$` or `~` itself, or a user is not known.
     """
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2]
-        held = os.environ.get(name, "")
-        if not held:
+        content = os.environ.get(name, "")
+        if not content:
             raise UserError(f"{str(path)!r}: the variable {name} is not set")
-        if "$" in held or held.startswith("~"):
-            raise UserError(f"{str(path)!r}: the variable {name} should hold a path as it is, not {held!r}")
-        return held
+        if "$" in content or content.startswith("~"):
+            raise UserError(
+                f"{str(path)!r}: the variable {name} must hold a plain path, without $ or ~, not {content!r}"
+            )
+        return content
 
     filled = os.path.expanduser(_VARIABLE.sub(value, str(path)))
     if filled.startswith("~"):
@@ -59,29 +59,27 @@ def expand_path(path: P) -> P:
 
 
 def decode_text(raw: bytes, where: str) -> str:
-    """The text of a file; `where` names it in the error.
+    """The text of a file's bytes; `where` names it in the error.
 
     Raises:
-        UserError: the bytes are not UTF-8 (the sentence names the first byte that is not), or a Git LFS pointer.
+        UserError: the bytes are not UTF-8 (the message names the file's kind, or the first wrong byte), or a Git LFS
+            pointer.
     """
     refuse_lfs_pointer(raw, where)
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{where}: is UTF-16, and should be UTF-8")
     try:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        if kind := kind_of(raw):
+            raise UserError(f"{where}: is {kind}") from error
         raise UserError(
             f"{where}: should be UTF-8, but byte {error.start} is 0x{raw[error.start]:02x}: save it as UTF-8"
         ) from error
 
 
 def refuse_lfs_pointers(path: Path, where: str) -> None:
-    """`refuse_lfs_pointer` for a file, or for all files of a folder, such as a model's.
+    """Raise a UserError if a file, or a file in a folder, is a Git LFS pointer.
 
-    Each library has its own words for what it cannot read, so this belongs where loading fails.
-
-    Raises:
-        UserError: there is such a pointer.
+    To be called where a library fails to load it: each library has its own message for that.
     """
     for file in [path, *sorted(path.glob("*"))]:
         if file.is_file():
@@ -90,13 +88,9 @@ def refuse_lfs_pointers(path: Path, where: str) -> None:
 
 
 def refuse_lfs_pointer(head: bytes, where: str) -> None:
-    """Refuse what Git leaves in the place of a large file that it has not fetched; `head` is how the file begins.
-
-    Raises:
-        UserError: it is such a pointer.
-    """
-    if head.startswith(b"version https://git-lfs.github.com/"):
-        raise UserError(f"{where}: is a Git LFS pointer, not the file itself: fetch it by `git lfs pull`")
+    """Raise a UserError if a file that begins with `head` is what Git leaves in place of a file it has not fetched."""
+    if head.startswith(LFS_POINTER):
+        raise UserError(f"{where}: is {kind_of(head)}")
 
 
 def split_lines(text: str) -> list[str]:
@@ -108,24 +102,18 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_text(path: Path, where: str = "") -> str:
-    """The text of a file; `where` names it in errors, and is the path itself if empty.
+    """The text of a file; `where`, or the path if that is empty, names it in errors.
 
     Raises:
-        UserError: it cannot be opened (missing, a folder, no permission), or is not UTF-8.
+        UserError: it cannot be read, or is not UTF-8.
     """
     where = where or str(path)
-    try:
+    with name_in_errors(where, "read"):
         return decode_text(path.read_bytes(), where)
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
 
 
 def read_lines(path: Path, where: str = "") -> list[str]:
-    """The lines of a file (`split_lines`).
-
-    Raises:
-        UserError: as `read_text`.
-    """
+    """The lines of a file (`split_lines`); raises as `read_text`."""
     return split_lines(read_text(path, where))
 
 
@@ -155,9 +143,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file under, no other process's; at the end the file is `path`, durably.
+    """Yield a new name beside `path` to write a file under; at the end the file is renamed to `path`, durably.
 
-    After an error it is removed. A killed process leaves it behind, for `remove_partials`.
+    After an error the file is removed. A killed process leaves it behind, for `remove_partials`.
     """
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
@@ -166,14 +154,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):  # of a full disk, which names none
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):  # a full disk names no file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync(path.parent)
 
 
 def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file, in pieces or at once, that is whole or absent whatever happens, durably."""
+    """Write a file, in pieces or at once, durably; whatever happens, it is whole or absent."""
     with atomic_path(path) as partial, partial.open("xb") as file:
         file.writelines([content] if isinstance(content, bytes) else content)
 
@@ -193,7 +181,7 @@ def write_png(path: Path, image: NDArray[np.uint8]) -> None:
 
 
 def commit(aside: Path, final: Path) -> None:
-    """Give a finished folder its name, in place of a damaged or superseded one that may have it, durably."""
+    """Rename a finished folder to its final name, durably; one that has that name already is replaced."""
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -218,14 +206,14 @@ _PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left of `atomic_path` in a folder and all below, which no other process writes."""
+    """Remove what killed processes left of `atomic_path` in a folder tree, which no other process may be writing to."""
     for path in folder.rglob(".*.partial"):
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def lock_beside(path: Path) -> Path:
-    """The lock's file of a file or folder that is to appear at once."""
+    """The lock file for a file or folder that is written aside and renamed."""
     return path.with_name(f".{path.name}.lock")
 
 
@@ -234,15 +222,15 @@ class InUseError(UserError):
 
 
 class FileLock:
-    """A lock on a file, which the system drops with the process that holds it, on whichever machine that runs.
+    """A lock on a file, which the system releases when its holder ends, on whichever machine that runs.
 
-    The file says who holds it, and goes with the lock. A context, at whose end it is released.
+    The file names the holder, and is removed with the lock. A context manager.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: the file; its folder is created if necessary.
         name: of what is locked, for messages.
-        note: written beside the holder's process and machine.
-        patience_s: seconds to wait for another holder to leave.
+        note: written after the holder's process and machine.
+        patience_s: seconds to wait for another holder to release it.
 
     Raises:
         InUseError: another process still holds it after that; the message names it.
@@ -272,16 +260,16 @@ class FileLock:
 
     def _open(self) -> IO[str]:
         while True:
-            with suppress(FileExistsError):  # a file in the way, of which opening says that it is no folder
+            with suppress(FileExistsError):  # a file is in the way; opening will say that it is no folder
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 return self.path.open("a+")
-            except FileNotFoundError:  # its holder has just removed the folder that it had made
+            except FileNotFoundError:  # the holder has just removed the folder it had created
                 if self.path.is_symlink():
                     raise
 
     def _try(self) -> bool:
-        """Lock the file, unless another process has; one that its holder has removed meanwhile is made anew."""
+        """Lock the file unless another process has; create it again if its holder has removed it meanwhile."""
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -298,15 +286,15 @@ class FileLock:
     def __enter__(self) -> FileLock:
         return self
 
-    def __exit__(self, *given: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def release(self) -> None:
-        """Let another process have it. Folders that were made for the lock and hold nothing else go again."""
+        """Release the lock. Folders that were created for it and are empty are removed."""
         self.path.unlink(missing_ok=True)
         for folder in self._made:
             try:
                 folder.rmdir()
-            except OSError:  # it holds something
+            except OSError:  # not empty
                 break
         self._file.close()

@@ -98,6 +98,8 @@ _TABLES = {
     "jsonl": "write it as CSV or Parquet, and pack that",
 }  # fmt: skip
 _OTHER_SHARDS = ("mds", "tfrecord", "tfrecords", "arrow", "beton")
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that Git leaves in place of one it has not fetched."""
 _MAGIC = {
     b"\x1f\x8b": "gzip-compressed: gunzip it first",
     b"\x28\xb5\x2f\xfd": "Zstandard-compressed: unzstd it first",
@@ -110,7 +112,7 @@ _MAGIC = {
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"\x00\x05\x16\x07": "what macOS keeps beside a file (AppleDouble): remove it",
-    b"version https://git-lfs": "a Git LFS pointer, not the file: run git lfs pull",
+    LFS_POINTER: "a Git LFS pointer, not the file itself: run `git lfs pull`",
 }
 
 

@@ -1,13 +1,12 @@
 """Which sample is where in the run: pure functions of (shard sample counts, seed, stage, lane).
 
 A source's epoch is one permutation of its shards, laid end to end and cut at sample level into S intervals, one
-a lane, that differ by at most one sample. A lane reads its interval front to back, permuted inside blocks of
-`shuffle_block` samples, and goes on to its next epoch on its own. Nothing here knows of ranks or workers, so
-nothing here changes with them.
+per lane, that differ by at most one sample. A lane reads its interval front to back, permuted inside blocks of
+`shuffle_block` samples, and begins its next epoch on its own. The order does not depend on ranks or workers.
 
-The cut rotates by one interval each epoch (lane s has interval (s + epoch) mod S): a source with fewer samples
-than lanes leaves some intervals empty, and each lane gets every interval in turn, so none starves. It also keeps
-a source of a single shard, whose permutation never changes, from binding a lane to the same samples for ever.
+The cut rotates by one interval each epoch (lane s has interval (s + epoch) mod S). So each lane gets every interval in
+turn: none starves where a source has fewer samples than lanes, and none keeps the same samples where a source has a
+single shard, whose permutation never changes.
 """
 
 from __future__ import annotations
@@ -32,15 +31,13 @@ def interval(total: int, lanes: int, lane: int, epoch: int) -> tuple[int, int]:
 class SourceOrder:
     """The order of one source's samples, for every lane and epoch.
 
-    Safe to share between threads: the caches are lru_cache's.
+    Threads may share it.
 
     Args:
-        name: the source's name.
         counts: (shards,), samples in each shard; at least one sample in all.
         lanes: number of lanes, S.
         shuffle_block: samples that are permuted together inside a lane.
-        seed: the run's seed.
-        stage: the stage's name; every stage has another order.
+        seed, stage: the run's seed and the stage's name; every stage has another order.
 
     Raises:
         DataError: there are no samples, or lanes or shuffle_block is below 1.
@@ -69,7 +66,7 @@ class SourceOrder:
         return stop - start
 
     def settle(self, lane: int, epoch: int, position: int) -> tuple[int, int]:
-        """Return the same (epoch, position) if it holds a sample, else the lane's next place that does."""
+        """Return (epoch, position) if it holds a sample, else the lane's next place that does."""
         # Any S epochs in a row give a lane every interval, and one of them is not empty: this ends.
         while position >= self.lane_size(lane, epoch):
             epoch, position = epoch + 1, 0
@@ -92,12 +89,12 @@ class SourceOrder:
         return np.stack([shards[rank], at - (ends - self._counts[shards])[rank]], axis=1)
 
     def uniforms(self, purpose: str, epoch: int, shard: int, sample: int, n: int) -> NDArray[np.float64]:
-        """Draw n numbers from (0, 1) for one purpose of one sample in one epoch, whoever reads it and wherever."""
+        """Draw n numbers from (0, 1) for one purpose of one sample in one epoch; they depend on nothing else."""
         number = int(self._first[shard]) + sample
         return randomness.uniform(randomness.key(self._seed, *self._purpose, purpose, epoch), number * n + np.arange(n))
 
 
-# Irrational and independent of one another, so that lanes alike at one fork of `mix` spread evenly at the next.
+# Irrational and independent of one another: lanes that are alike at one fork of `mix` spread evenly at the next.
 _FORK_PHASES = tuple(math.sqrt(prime) for prime in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29))
 _MOST_SOURCES = 2 ** (len(_FORK_PHASES) - 1)
 
@@ -126,11 +123,7 @@ def mix(weights: Sequence[float], lane: int, lanes: int, n: int) -> int:
 
 
 def check_sources(weights: Sequence[float], names: Sequence[str]) -> None:
-    """Refuse weights that are not finite and above 0, names that are there twice, and more sources than `mix` takes.
-
-    Raises:
-        DataError: naming the source and its weight.
-    """
+    """Raise a DataError for weights not finite and above 0, names given twice, and more sources than `mix` takes."""
     if len(weights) > _MOST_SOURCES:
         raise DataError(f"{len(weights)} sources are more than {_MOST_SOURCES}: merge some of them")
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -141,11 +134,7 @@ def check_sources(weights: Sequence[float], names: Sequence[str]) -> None:
 
 
 def check_layout(batch_size: int, lanes: int, world_size: int, group_size: int = 1) -> None:
-    """Refuse a batch that does not divide into the lanes' groups, or lanes that do not divide among the ranks.
-
-    Raises:
-        DataError: naming the nearest number that would do.
-    """
+    """Raise a DataError if the ranks do not divide the lanes, or the lanes' groups do not divide the batch."""
     if min(batch_size, lanes, world_size) < 1:
         raise DataError(
             f"train.batch_size ({batch_size}), data.lanes ({lanes}) and the ranks ({world_size}) must be at least 1"
@@ -154,7 +143,7 @@ def check_layout(batch_size: int, lanes: int, world_size: int, group_size: int =
         divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
         below, above = max(n for n in divisors if n < world_size), [n for n in divisors if n > world_size]
         nearest = f"{below} or {above[0]}" if above else f"{below}"
-        raise DataError(f"world_size {world_size} does not divide data.lanes {lanes}: the nearest allowed is {nearest}")
+        raise DataError(f"{world_size} ranks do not divide data.lanes {lanes}: the nearest allowed is {nearest}")
     if batch_size % (unit := lanes * group_size):
         below, up = batch_size // unit * unit, (batch_size // unit + 1) * unit
         nearest = f"{below} or {up}" if below else f"{up}"

@@ -1,12 +1,12 @@
-"""A lane's next samples of one source, read ahead of their need.
+"""A lane's next samples of one source, prefetched.
 
-- A block of the order (`order.block`) is a few stretches of a few shards, permuted. Neighbours are read in one
-  request where that is cheaper than two (`Store.readahead`): on S3 some tens of samples, on a disk one.
-- Requests go out in the order in which their first sample is needed, as long as the window holds no more than its
-  share of the rank's memory; the sample that is needed now is always asked for, so a window never stands still.
-- A thread is handed as many small requests at a time as make it worth the hand-over.
-- Where requests hold many samples, nearly all of a block is there after its first few: the share is then a block,
-  and what is used up makes room for the next one.
+- A block of the order (`order.block`) is a few ranges of a few shards, permuted. Neighbours are read in one request
+  where that is cheaper than two (`Store.readahead`): on S3 some tens of samples, on a disk one.
+- Requests go out in the order in which their first sample is needed, as long as the prefetcher holds no more than its
+  buffer. The sample that is needed now is always requested, so a small buffer never stops the lane.
+- Small requests are given to a thread together, as many as make the hand-over worth while.
+- Where requests hold many samples, nearly all of a block arrives with its first few: the buffer is then a block, and
+  used samples make room for the next block.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from data.shards.index import SourceIndex
 from data.store import OnFault
 
 _HAND_OVER_BYTES = 1 << 20
-"""What a disk reads while one thread makes way for another and comes back, about."""
+"""About what a disk reads while one thread makes way for another and comes back."""
 
 
 @dataclass(frozen=True)
 class FetchedSample:
-    """One sample's bytes as the tar has them, and where they lay."""
+    """One sample's bytes as the tar has them, and where they were."""
 
     epoch: int
     position: int
@@ -56,7 +56,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Block:
-    """A block: its samples (n, 2) as shard and number, their offsets and sizes in bytes, and requests by need."""
+    """A block: its samples (n, 2) as shard and number, their offsets and sizes in bytes, and requests by priority."""
 
     epoch: int
     base: int
@@ -67,7 +67,7 @@ class Block:
     ranges: tuple[Range, ...]
 
 
-def plan(
+def plan_block(
     index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position: int, on_fault: OnFault = None
 ) -> Block:
     """Cut the block at a lane's raw position, from there on, into requests.
@@ -86,13 +86,13 @@ def plan(
         starts[of_shard], stops[of_shard] = offsets[samples[of_shard, 1]], offsets[samples[of_shard, 1] + 1]
     gap, most = index.store.readahead, request_bytes(index)
     groups: list[list[int]] = []
-    for at in map(int, first + np.lexsort((starts[first:], shards[first:]))):
-        if groups and shards[groups[-1][0]] == shards[at]:
+    for place in map(int, first + np.lexsort((starts[first:], shards[first:]))):
+        if groups and shards[groups[-1][0]] == shards[place]:
             begin, end = starts[groups[-1][0]], stops[groups[-1][-1]]
-            if starts[at] - end <= gap and stops[at] - begin <= most:
-                groups[-1].append(at)
+            if starts[place] - end <= gap and stops[place] - begin <= most:
+                groups[-1].append(place)
                 continue
-        groups.append([at])
+        groups.append([place])
     ranges = [
         Range(int(shards[group[0]]), int(starts[group[0]]), int(stops[group[-1]]), tuple(group))
         for group in sorted(groups, key=min)
@@ -101,12 +101,12 @@ def plan(
 
 
 def request_bytes(index: SourceIndex) -> int:
-    """The most bytes that one request for several samples moves: as long as the wait for it, and as long again."""
+    """The most bytes of a request for several samples: moving them takes twice as long as the wait for a request."""
     return 2 * index.store.readahead
 
 
 def read_again(index: SourceIndex, order: SourceOrder, lane: int, epoch: int, position: int) -> Request[FetchedSample]:
-    """What reads the one sample at a raw position of a lane."""
+    """The request for the one sample at a raw position of a lane."""
 
     def read(on_fault: OnFault) -> FetchedSample:
         number, place = divmod(position, order.shuffle_block)
@@ -120,16 +120,16 @@ def read_again(index: SourceIndex, order: SourceOrder, lane: int, epoch: int, po
 
 
 class Prefetcher:
-    """Reads a lane's samples of one source ahead. One thread at a time.
+    """Prefetches a lane's samples of one source. To be used by one thread at a time.
 
     Args:
         index: the source.
         order: its order.
         lane: the lane.
         epoch, position: where the lane stands: the first sample to take is there or after it.
-        fetcher: what runs the requests.
-        share_bytes: bytes held and under way at most, but for the sample that is needed now.
-        pace: samples that the lane takes for each of this source, on average.
+        fetcher: runs the requests.
+        buffer_bytes: most bytes held and under way, apart from the sample that is needed now.
+        pace: samples that the lane takes from all sources for each one of this source, on average.
     """
 
     def __init__(
@@ -140,19 +140,19 @@ class Prefetcher:
         epoch: int,
         position: int,
         fetcher: Fetcher,
-        share_bytes: int,
+        buffer_bytes: int,
         pace: float = 1.0,
     ) -> None:
         self._index, self._order, self._lane = index, order, lane
-        self._fetcher, self._share, self._pace = fetcher, share_bytes, pace
-        self._taking = order.settle(lane, epoch, position)
-        self._unplanned = self._taking  # where the next block to plan begins
+        self._fetcher, self._buffer_bytes, self._pace = fetcher, buffer_bytes, pace
+        self._next = order.settle(lane, epoch, position)  # the place of the sample to take
+        self._unplanned = self._next  # where the next block to plan begins
         self._plan: Future[Block] | None = None
-        self._blocks: deque[Block] = deque()  # of the sample to take, and later ones
-        self._waiting: deque[tuple[Block, Range, float]] = deque()  # not yet asked for, and when they are needed
+        self._blocks: deque[Block] = deque()  # that of the sample to take, and later ones
+        self._queue: deque[tuple[Block, Range, float]] = deque()  # requests not sent yet, and their priorities
         self._planned = 0  # samples before the next block
-        self._asked: dict[tuple[int, int], tuple[Future[list[Any]], int]] = {}  # by epoch and raw position
-        self._held = 0
+        self._requested: dict[tuple[int, int], tuple[Future[list[Any]], int]] = {}  # by epoch and raw position
+        self._held = 0  # bytes requested and not taken yet
 
     def take(self) -> FetchedSample:
         """Return the next sample.
@@ -162,13 +162,13 @@ class Prefetcher:
             StoreError: the network or a disk failed for longer than the retries last.
             FetcherClosed: the fetcher was closed meanwhile.
         """
-        epoch, position = self._taking
-        self._read_ahead()
-        while (epoch, position) not in self._asked:
-            if not self._waiting:
+        epoch, position = self._next
+        self._prefetch()
+        while (epoch, position) not in self._requested:
+            if not self._queue:
                 self._take_plan()
-            self._ask()
-        future, number = self._asked.pop((epoch, position))
+            self._send()
+        future, number = self._requested.pop((epoch, position))
         contents = future.result()
         content, contents[number] = contents[number], None
         self._held -= len(content)
@@ -177,37 +177,38 @@ class Prefetcher:
         shard, sample = map(int, block.samples[place])
         if place == len(block.samples) - 1:
             self._blocks.popleft()
-        self._taking = self._order.settle(self._lane, epoch, position + 1)
+        self._next = self._order.settle(self._lane, epoch, position + 1)
         return FetchedSample(epoch, position, shard, sample, int(block.offsets[place]), content)
 
-    def _read_ahead(self) -> None:
-        """Ask for as much as the share allows, without waiting."""
+    def _prefetch(self) -> None:
+        """Send as many requests as the buffer allows, without waiting."""
         while True:
-            if not self._waiting:
+            if not self._queue:
                 if not self._planning().done():
                     return
                 self._take_plan()
-            if self._held + sum(request.stop - request.start for _, request, _ in self._errand()) > self._share:
+            size = sum(request.stop - request.start for _, request, _ in self._next_task())
+            if self._held + size > self._buffer_bytes:
                 return
-            self._ask()
+            self._send()
 
-    def _errand(self) -> list[tuple[Block, Range, float]]:
-        """The next requests, as many as are worth a thread's while: a request costs as much as `readahead` bytes."""
-        most = min(_HAND_OVER_BYTES, self._share // 2)
-        errand: list[tuple[Block, Range, float]] = []
-        for block, request, need in self._waiting:
+    def _next_task(self) -> list[tuple[Block, Range, float]]:
+        """The next requests for one thread: each costs as much as `readahead` bytes, and together they cost enough."""
+        most = min(_HAND_OVER_BYTES, self._buffer_bytes // 2)
+        task: list[tuple[Block, Range, float]] = []
+        for block, request, priority in self._queue:
             most -= request.stop - request.start + self._index.store.readahead
-            if errand and most < 0:
+            if task and most < 0:
                 break
-            errand.append((block, request, need))
-        return errand
+            task.append((block, request, priority))
+        return task
 
     def _planning(self) -> Future[Block]:
-        """The plan of the next block: made on a thread, for it may read offsets from the store."""
+        """The plan of the next block: made on a thread, since it may read offsets from the store."""
         if self._plan is None:
             epoch, position = self._unplanned
-            request = partial(plan, self._index, self._order, self._lane, epoch, position)
-            self._plan = self._fetcher.submit(request, need=self._planned * self._pace)
+            request = partial(plan_block, self._index, self._order, self._lane, epoch, position)
+            self._plan = self._fetcher.submit(request, priority=self._planned * self._pace)
         return self._plan
 
     def _take_plan(self) -> None:
@@ -216,19 +217,19 @@ class Prefetcher:
         self._blocks.append(block)
         first = self._unplanned[1] - block.base
         for request in block.ranges:
-            self._waiting.append((block, request, (self._planned + min(request.places) - first) * self._pace))
+            self._queue.append((block, request, (self._planned + min(request.places) - first) * self._pace))
         self._planned += len(block.samples) - first
         self._unplanned = self._order.settle(self._lane, block.epoch, block.base + len(block.samples))
 
-    def _ask(self) -> None:
+    def _send(self) -> None:
         """Send the next requests."""
-        errand = self._errand()
-        reads = [(self._read(block, request), request.stop - request.start) for block, request, _ in errand]
-        futures = self._fetcher.submit_in_turn(reads, errand[0][2])
-        for (block, request, _), future in zip(errand, futures, strict=True):
-            self._waiting.popleft()
+        task = self._next_task()
+        reads = [(self._read(block, request), request.stop - request.start) for block, request, _ in task]
+        futures = self._fetcher.submit_in_turn(reads, task[0][2])
+        for (block, request, _), future in zip(task, futures, strict=True):
+            self._queue.popleft()
             for number, place in enumerate(request.places):
-                self._asked[block.epoch, block.base + place] = future, number
+                self._requested[block.epoch, block.base + place] = future, number
                 self._held += int(block.sizes[place])
 
     def _read(self, block: Block, request: Range) -> Request[list[bytes | bytearray]]:
@@ -241,7 +242,7 @@ class Prefetcher:
 
         def read(on_fault: OnFault) -> list[bytes | bytearray]:
             content = store.read(name, request.start, request.stop, version=version, on_fault=on_fault)
-            # Copies, so that what is used up is freed sample by sample.
+            # Copies, so that used samples are freed one by one.
             return [content] if len(spans) == 1 else [bytes(content[start:stop]) for start, stop in spans]
 
         return read

@@ -1,4 +1,4 @@
-"""How far a job has come: a bar on a terminal; a line now and then in a file, where a bar would be one endless line."""
+"""A progress bar on a terminal; a line now and then in a file, where a bar would be one endless line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 LINE_S = 60.0
 """Seconds between two lines."""
 SHORT_S = 5.0
-"""Of a job that ends sooner there is no line: its result is there."""
+"""A job that ends sooner writes no line."""
 
 
 class Stream(Protocol):
@@ -75,15 +75,14 @@ class Lines:
 def progress_bar(
     total: int, unit: str, what: str = "", *, initial: int = 0, shown: bool = True, file: Stream | None = None
 ) -> tqdm[Any] | Lines:
-    """What shows the progress of a job: `update` it, and close it or use it as a context manager.
+    """A job's progress: `update` it, and close it or use it as a context manager.
 
     Args:
-        total: how many there are to do.
-        unit: of what.
+        total: items to do, each a `unit`.
         what: the job's name.
-        initial: how many are done already.
+        initial: items done already.
         shown: whether anything is shown, as on rank 0 alone.
-        file: where; none is stderr.
+        file: where; None is stderr.
     """
     stream: Any = sys.stderr if file is None else file
     if shown and not stream.isatty():
@@ -94,7 +93,7 @@ def progress_bar(
 
 
 def followed(items: Iterable[T], total: int, unit: str, what: str = "", *, shown: bool = True) -> Iterator[T]:
-    """The items, while `progress_bar` shows how many have been worked on."""
+    """Yield the items, while `progress_bar` shows how many are done."""
     with progress_bar(total, unit, what, shown=shown) as bar:
         for item in items:
             yield item

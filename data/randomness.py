@@ -1,8 +1,7 @@
 """Randomness that belongs to a slot, not to a process.
 
-Every random choice of a run (t, noise, caption dropout, shuffles) is a pure function of a key and an
-index, so no generator state is ever saved and nothing depends on ranks, workers or micro-batches.
-`key` names the purpose; `hash_u64`, `uniform` and `permutation` draw from it.
+Every random choice of a run (t, noise, caption dropout, shuffles) is a pure function of a key and an index. So no
+generator state is saved, and nothing depends on ranks, workers or micro-batches. The seed and the purpose are the key.
 """
 
 from __future__ import annotations

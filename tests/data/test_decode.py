@@ -187,7 +187,7 @@ def test_the_size_is_that_of_the_header_upright(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Image.Image, "load", None)
     for data, size in files.items():
         assert image_size(data) == size
-    with pytest.raises(BadSample, match="it is a Git LFS pointer, not the file: run git lfs pull"):
+    with pytest.raises(BadSample, match="it is a Git LFS pointer, not the file itself: run `git lfs pull`"):
         image_size(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     for data, why in ((wide, "too_many_pixels"), (other, "undecodable_image"), (b"", "undecodable_image")):
         with pytest.raises(BadSample) as caught:

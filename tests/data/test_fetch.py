@@ -1,4 +1,4 @@
-"""Reading ahead: order, errors, closing, and a number of requests that follows what the server gives."""
+"""Fetching: order, errors, closing, and a number of requests that follows what the server gives."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_what_is_needed_first_begins_first() -> None:
         begun.append(n)
 
     busy = [fetcher.submit(lambda _: go.wait(10)) for _ in range(fetcher.limit)]
-    later = [fetcher.submit(lambda _, n=n: request(n), need=n) for n in (5, 3, 9, 1, 3)]
+    later = [fetcher.submit(lambda _, n=n: request(n), priority=n) for n in (5, 3, 9, 1, 3)]
     go.set()
     for future in [*busy, *later]:
         future.result(10)
@@ -139,7 +139,7 @@ def test_what_is_needed_first_begins_first() -> None:
     fetcher.close()
 
 
-def test_an_errand_runs_in_turn_and_a_fault_in_it_is_one_requests() -> None:
+def test_a_task_runs_in_turn_and_a_fault_in_it_is_one_requests() -> None:
     fetcher, threads = Fetcher(), set()
 
     def request(n: int) -> int:
@@ -148,7 +148,7 @@ def test_an_errand_runs_in_turn_and_a_fault_in_it_is_one_requests() -> None:
             raise ValueError("one")
         return n
 
-    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(4)], need=0)
+    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(4)], priority=0)
     assert [futures[n].result(5) for n in (0, 2, 3)] == [0, 2, 3]
     with pytest.raises(ValueError, match="one"):
         futures[1].result(5)
@@ -156,7 +156,7 @@ def test_an_errand_runs_in_turn_and_a_fault_in_it_is_one_requests() -> None:
     fetcher.close()
 
 
-def test_closing_in_the_middle_of_an_errand_drops_its_rest_and_keeps_what_is_there() -> None:
+def test_closing_in_the_middle_of_a_task_drops_its_rest_and_keeps_what_is_there() -> None:
     fetcher, reached, go = Fetcher(), threading.Event(), threading.Event()
     begun: list[int] = []
 
@@ -167,7 +167,7 @@ def test_closing_in_the_middle_of_an_errand_drops_its_rest_and_keeps_what_is_the
             go.wait(10)
         return n
 
-    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(3)], need=0)
+    futures = fetcher.submit_in_turn([((lambda _, n=n: request(n)), 10) for n in range(3)], priority=0)
     assert reached.wait(5)
     fetcher.close()
     go.set()

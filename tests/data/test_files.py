@@ -93,8 +93,8 @@ def test_a_path_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
         ("${A:-b}", "the variable A:-b is not set"),
         ("${}", "the variable  is not set"),
         ("$EMPTY/data", "the variable EMPTY is not set"),
-        ("$TILDE/data", "the variable TILDE should hold a path as it is, not '~/a'"),
-        ("$NESTED/data", "the variable NESTED should hold a path as it is, not '\\$HOME'"),
+        ("$TILDE/data", "the variable TILDE must hold a plain path, without \\$ or ~, not '~/a'"),
+        ("$NESTED/data", "the variable NESTED must hold a plain path, without \\$ or ~, not '\\$HOME'"),
     ],
 )
 def test_paths_that_cannot_be_filled_in_are_refused(given: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,8 @@ def test_draws_belong_to_the_sample_its_epoch_and_the_purpose() -> None:
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        ((16, 8, 3), "world_size 3.*nearest allowed is 2 or 4"),
-        ((16, 8, 16), "world_size 16.*nearest allowed is 8"),
+        ((16, 8, 3), "3 ranks do not divide data.lanes 8: the nearest allowed is 2 or 4"),
+        ((16, 8, 16), "16 ranks do not divide data.lanes 8: the nearest allowed is 8"),
         ((20, 8, 1), "batch_size 20.*nearest allowed is 16 or 24"),
         ((4, 8, 1), "batch_size 4.*nearest allowed is 8"),
         ((16, 8, 0), "at least 1"),

@@ -1,4 +1,4 @@
-"""Reading ahead of need: the same samples in the same order, in few requests, within the share of memory."""
+"""Prefetching: the same samples in the same order, in few requests, within the buffer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tar_samples import write_source
 from data.errors import DataError
 from data.fetch import Fetcher
 from data.order import SourceOrder
-from data.prefetch import FetchedSample, Prefetcher, plan, read_again, request_bytes
+from data.prefetch import FetchedSample, Prefetcher, plan_block, read_again, request_bytes
 from data.shards.index import SourceIndex
 from data.shards.tar import parse_sample
 
@@ -72,18 +72,18 @@ def expected(order: SourceOrder, lane: int, epochs: int) -> list[tuple[int, int,
     ]
 
 
-def take(window: Prefetcher, n: int) -> list[FetchedSample]:
-    return [window.take() for _ in range(n)]
+def take(prefetcher: Prefetcher, n: int) -> list[FetchedSample]:
+    return [prefetcher.take() for _ in range(n)]
 
 
 @pytest.mark.parametrize("readahead", [0, 700, 1 << 20])
-@pytest.mark.parametrize("share", [0, 5_000, 1 << 20])
-def test_samples_come_in_their_order_whatever_the_requests(source: SourceIndex, readahead: int, share: int) -> None:
+@pytest.mark.parametrize("buffer", [0, 5_000, 1 << 20])
+def test_samples_come_in_their_order_whatever_the_requests(source: SourceIndex, readahead: int, buffer: int) -> None:
     index, _ = watched(source, readahead)
     order = order_of(index)
     wanted = expected(order, 1, 3)
     with closing(Fetcher()) as fetcher:
-        taken = take(Prefetcher(index, order, 1, 0, 0, fetcher, share), len(wanted))
+        taken = take(Prefetcher(index, order, 1, 0, 0, fetcher, buffer), len(wanted))
         assert [(it.epoch, it.position, it.shard, it.sample) for it in taken] == wanted
         for it in taken:
             number = sum(COUNTS[: it.shard]) + it.sample
@@ -92,7 +92,7 @@ def test_samples_come_in_their_order_whatever_the_requests(source: SourceIndex, 
             assert it.offset == source.offsets(it.shard)[it.sample]
         for start in (1, 5, 8, len(wanted) // 2):
             epoch, position, *_ = wanted[start]
-            rest = take(Prefetcher(index, order, 1, epoch, position, fetcher, share), len(wanted) - start)
+            rest = take(Prefetcher(index, order, 1, epoch, position, fetcher, buffer), len(wanted) - start)
             assert [(it.epoch, it.position, it.shard, it.sample) for it in rest] == wanted[start:]
 
 
@@ -112,7 +112,7 @@ def test_neighbours_share_a_request_and_nothing_is_read_twice(source: SourceInde
     index, store = watched(source, 1 << 20)
     order = order_of(index, lanes=1, block=100)
     with closing(Fetcher()) as fetcher:
-        take(Prefetcher(index, order, 0, 0, 0, fetcher, 1), 100)  # with a share of 1 byte it reads no further
+        take(Prefetcher(index, order, 0, 0, 0, fetcher, 1), 100)  # with a buffer of 1 byte it reads no further
     assert sorted(store.reads) == sorted(
         (name, 0, int(source.offsets(shard)[-1])) for shard, name in enumerate(index.names)
     )  # the epoch is one block: each shard in one request
@@ -123,54 +123,54 @@ def test_neighbours_share_a_request_and_nothing_is_read_twice(source: SourceInde
 
 
 def test_small_requests_go_out_together_and_large_ones_alone(source: SourceIndex, monkeypatch: Any) -> None:
-    errands: list[int] = []
+    tasks: list[int] = []
     submit = Fetcher.submit_in_turn
 
-    def noted(self: Fetcher, requests: Any, need: float) -> Any:
-        errands.append(len(requests))
-        return submit(self, requests, need)
+    def noted(self: Fetcher, requests: Any, priority: float) -> Any:
+        tasks.append(len(requests))
+        return submit(self, requests, priority)
 
     monkeypatch.setattr(Fetcher, "submit_in_turn", noted)
     for readahead, most in ((0, 100), (1 << 20, 1)):  # what a request costs, on a disk and on S3
         index, _ = watched(source, readahead)
-        errands.clear()
+        tasks.clear()
         with closing(Fetcher()) as fetcher:
             assert (
                 len(take(Prefetcher(index, order_of(index, lanes=1, block=100), 0, 0, 0, fetcher, 1 << 20), 100)) == 100
             )
-        assert max(errands) <= most and (most == 1 or max(errands) > 10)
+        assert max(tasks) <= most and (most == 1 or max(tasks) > 10)
 
 
 def test_requests_stay_within_their_size_and_go_out_by_need(source: SourceIndex) -> None:
     index, _ = watched(source, 4_000)
     order = order_of(index, lanes=1, block=100)
-    block = plan(index, order, 0, 0, 0)
+    block = plan_block(index, order, 0, 0, 0)
     firsts = [min(request.places) for request in block.ranges]
     assert firsts == sorted(firsts)
     assert sorted(place for request in block.ranges for place in request.places) == list(range(100))
     assert all(request.stop - request.start <= request_bytes(index) for request in block.ranges)
     assert 100 / 6 < len(block.ranges) < 100 / 2  # some 2 KB a sample
-    later = plan(index, order, 0, 0, 60)
+    later = plan_block(index, order, 0, 0, 60)
     assert sorted(place for request in later.ranges for place in request.places) == list(range(60, 100))
 
 
-def test_a_window_holds_no_more_than_its_share(source: SourceIndex) -> None:
+def test_a_prefetcher_holds_no_more_than_its_buffer(source: SourceIndex) -> None:
     index, store = watched(source, 0)
     order = order_of(index, lanes=1, block=100)
     sizes = np.diff(source.offsets(0))
-    share = int(sizes.mean() * 10)
-    store.go.clear()  # nothing arrives: what is asked for is what the share allows
+    buffer = int(sizes.mean() * 10)
+    store.go.clear()  # nothing arrives: what is asked for is what the buffer allows
     with closing(Fetcher()) as fetcher:
-        window = Prefetcher(index, order, 0, 0, 0, fetcher, share)
-        window._planning().result(5)
-        window._read_ahead()
-        assert window._held <= share and 8 <= len(window._asked) <= 10
+        prefetcher = Prefetcher(index, order, 0, 0, 0, fetcher, buffer)
+        prefetcher._planning().result(5)
+        prefetcher._prefetch()
+        assert prefetcher._held <= buffer and 8 <= len(prefetcher._requested) <= 10
         store.go.set()
-        take(window, 50)
-        assert window._held <= share + sizes.max()
+        take(prefetcher, 50)
+        assert prefetcher._held <= buffer + sizes.max()
 
 
-def test_a_share_of_nothing_still_gives_the_sample_that_is_needed(source: SourceIndex) -> None:
+def test_an_empty_buffer_still_gives_the_sample_that_is_needed(source: SourceIndex) -> None:
     index, _ = watched(source, 0)
     order = order_of(index)
     with closing(Fetcher()) as fetcher:
@@ -181,12 +181,12 @@ def test_the_next_block_is_read_before_this_one_is_used_up(source: SourceIndex) 
     index, store = watched(source, 1 << 20)
     order = order_of(index, lanes=1, block=10)
     with closing(Fetcher()) as fetcher:
-        window = Prefetcher(index, order, 0, 0, 0, fetcher, share_bytes=1 << 30)
-        window.take()
+        prefetcher = Prefetcher(index, order, 0, 0, 0, fetcher, buffer_bytes=1 << 30)
+        prefetcher.take()
         for _ in range(100):  # plans are made on threads; each look takes up one more
-            window._planning().result(5)
-            window._read_ahead()
-            if window._unplanned[0] > 2:
+            prefetcher._planning().result(5)
+            prefetcher._prefetch()
+            if prefetcher._unplanned[0] > 2:
                 break
         assert len({name for name, _, _ in store.reads}) == len(COUNTS)
 
@@ -197,7 +197,7 @@ def test_a_fault_reaches_the_sample_that_needs_it_and_only_then(source: SourceIn
     first = int(order.block(0, 0, 0)[0, 0])
     (tmp_path / "gone" / index.names[1 - first]).unlink()
     with closing(Fetcher()) as fetcher:
-        window = Prefetcher(index, order, 0, 0, 0, fetcher, 1 << 20)
-        take(window, 20)
+        prefetcher = Prefetcher(index, order, 0, 0, 0, fetcher, 1 << 20)
+        take(prefetcher, 20)
         with pytest.raises(DataError, match=index.names[1 - first]):
-            window.take()
+            prefetcher.take()

@@ -162,7 +162,7 @@ def test_headers_as_tools_write_them(tmp_path: Path) -> None:
         ("path,caption\n0.jpg,a\n".encode("utf-16"), "is UTF-16"),
         ("path,caption\n0.jpg,a\n".encode("utf-16-le"), "a header, as UTF-8 text"),
         (b"\x1f\x8b\x08\x00", "gzip-compressed: gunzip it first"),
-        (POINTER, "a Git LFS pointer, not the file: run git lfs pull"),
+        (POINTER, "a Git LFS pointer, not the file itself: run `git lfs pull`"),
         (b"PK\x03\x04", "a ZIP archive or an Excel workbook"),
         (b"PAR1", "is Parquet"),
         (b"", "a header"),

@@ -149,5 +149,5 @@ def test_prompts_are_lines_of_utf_8(tmp_path: Path) -> None:
     path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\n\n").encode())
     assert prompts.read(path) == [dog(), odd]
     path.write_bytes(lines[1].encode("utf-16"))
-    with pytest.raises(UserError, match="prompts.jsonl: is UTF-16, and should be UTF-8"):
+    with pytest.raises(UserError, match="prompts.jsonl: is UTF-16: save it as UTF-8"):
         prompts.read(path)
