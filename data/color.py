@@ -1,8 +1,7 @@
-"""Pixels of any colour space to sRGB.
+"""Pixels of any colour space to sRGB, by the image's ICC profile and littleCMS at the perceptual intent.
 
-littleCMS does it by an image's ICC profile, at the perceptual intent; a profile that is broken, or of another colour
-space than the pixels, is ignored. Profiles are few and images many: what a profile does is worked out once, and one
-that leaves sRGB as it is within a level, as most do, does nothing.
+A profile that is broken, or of another colour space than the pixels, is ignored. Few profiles serve many images: each
+is compiled once, and one that changes sRGB by at most one level, as most do, is skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _LATTICE = 17
 
 
 def to_srgb(pixels: Pixels, icc: bytes | None) -> Pixels:
-    """Gray, RGB or CMYK (h, w, 1, 3 or 4) by its profile to sRGB (h, w, 3); 255 is white, of CMYK all ink."""
+    """Gray, RGB or CMYK (h, w, 1, 3 or 4) to sRGB (h, w, 3) by its profile; 255 is white, or full ink in CMYK."""
     channels = pixels.shape[2]
     if icc is not None and (space := _SPACES.get(icc[16:20])):
         if channels == 1 and space == "RGB":
@@ -43,7 +42,7 @@ def to_srgb(pixels: Pixels, icc: bytes | None) -> Pixels:
 
 
 def flatten(image: Image.Image, icc: bytes | None) -> tuple[Pixels, bytes | None]:
-    """An image's pixels (h, w, 1, 3 or 4), transparency laid on white, and the profile that still turns them to sRGB.
+    """An image's pixels (h, w, 1, 3 or 4), blended with white by alpha, and the profile that still converts them.
 
     Raises:
         ValueError: the range of its values is not known.
@@ -55,7 +54,7 @@ def flatten(image: Image.Image, icc: bytes | None) -> tuple[Pixels, bytes | None
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         colours = rgba.convert("RGB")
-        if icc is not None:  # white is sRGB's, so that what is blended with it has to be
+        if icc is not None:  # the white is sRGB's, so what is blended with it must be sRGB
             gray = image.mode in ("1", "L", "LA")
             colours = Image.fromarray(to_srgb(np.asarray(colours)[..., : 1 if gray else 3], icc))
         white = Image.new("RGB", image.size, "white")
@@ -77,16 +76,16 @@ def _gray16(image: Image.Image) -> Pixels:
 
 
 def _gray32(image: Image.Image) -> Pixels:
-    """Floats, of which 1 is white. Integers of 32 bits, or signed ones, have no white that is agreed on."""
+    """Floats with 1 as white. For 32-bit and signed integers there is no convention."""
     values = np.asarray(image)
-    if image.mode != "F" or not (values.min() >= 0 and values.max() <= 1):  # nor is nan
+    if image.mode != "F" or not (values.min() >= 0 and values.max() <= 1):  # nan fails this, too
         raise ValueError("its values should be integers of at most 16 bits or floats from 0 to 1")
     gray = (values * 255 + 0.5).astype(np.uint8)
     return (255 - gray if _is_negative(image) else gray)[..., None]
 
 
 def _is_negative(image: Image.Image) -> bool:
-    """Whether 0 is white, which Pillow takes into account up to 8 bits."""
+    """Whether 0 is white, which Pillow takes into account only up to 8 bits."""
     photometric_interpretation = 262
     return image.format == "TIFF" and image.tag_v2.get(photometric_interpretation) == 0  # type: ignore[attr-defined]
 
@@ -99,7 +98,7 @@ def _image(pixels: Pixels) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _transform(icc: bytes, space: _Mode) -> ImageCms.ImageCmsTransform | None:
-    """From a profile's colours to sRGB; None if they are sRGB's, or the profile cannot be used."""
+    """From a profile's colours to sRGB; None if they are sRGB already, or the profile cannot be used."""
     if len(icc) > _MOST_PROFILE_BYTES:
         return None
     try:

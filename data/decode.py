@@ -1,20 +1,14 @@
-"""Image bytes to uint8 pixels: cover the target, then crop. The one decoder of whatever images others made.
+"""Image bytes to uint8 pixels: scale to cover the target, then crop. The one decoder of images that others made.
 
-- JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1/1 that is not below twice the size needed, then brought to
-  size by Lanczos: on average 49 dB PSNR to Pillow's full-size decode and Lanczos, 43.7 dB on the most detailed
-  photographs known, several times as fast. libjpeg's scales in between have no vector code: where they would do,
-  decoding the next larger one is 8 to 38 % faster, its larger resize included, and closer to the picture.
+- JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1/1 that is at least twice the size needed, then resized by
+  Lanczos: on average 49 dB PSNR to Pillow's full-size decode and Lanczos, 43.7 dB on the most detailed photographs
+  known, several times as fast. libjpeg's scales in between have no vector code: decoding the next larger one is 8 to
+  38 % faster, its larger resize included, and more accurate.
 - torch's vectorised Lanczos on bytes is Pillow's filter (69 dB). OpenCV's area filter would save 0.35 ms of the 2 ms
-  of a 1024 px photograph but falls to 34 dB on detailed ones, torch's bicubic saves 0.15 ms and falls to 39 dB.
+  of a 1024 px photograph but falls to 34 dB on detailed ones; torch's bicubic saves 0.15 ms and falls to 39 dB.
 - Everything else goes through Pillow, which refuses truncated files where other decoders return half an image.
-- A picture is used if all its pixels are there, whatever else is wrong with its file.
-- Limits and filters are checked on the header, before any pixel is decoded.
-- ICC profiles are applied last, to the pixels that are left.
-
-The centre crop that ImageNet's generative models are compared on, of ADM (Dhariwal and Nichol, 2021).
-
-Halved by a box filter while the shorter side is at least twice the target's, then bicubic to the target, then the
-middle. Pillow's filters to the bit: FID moves with the resampling of the images it is computed against.
+- An image is used if all its pixels are there, whatever else is wrong with its file.
+- Limits and filters are checked on the header, before any pixel is decoded. ICC profiles are applied last.
 """
 
 from __future__ import annotations
@@ -22,7 +16,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +31,18 @@ from PIL import Image, UnidentifiedImageError
 
 from data.color import Pixels, flatten, to_srgb
 from data.errors import BadSample, Filtered, UserError
-from data.image_files import MAGIC, read_jpeg, read_png
+from data.files import name_in_errors
+from data.image_files import read_jpeg, read_png
 from data.listing import FORMATS, kind_of
 
 
 def adm_crop(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 to (side, side, 3)."""
+    """The centre crop of ADM (Dhariwal and Nichol, 2021), which ImageNet's generative models are compared on.
+
+    uint8 (H, W, 3) to (side, side, 3): halved by a box filter while the shorter side is at least twice the target's,
+    then bicubic to the target, then the middle. The filters are Pillow's to the bit: FID depends on the resampling of
+    the images it is computed against.
+    """
     image = Image.fromarray(np.ascontiguousarray(pixels))
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -54,7 +55,7 @@ def adm_crop(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 SmallImages = Literal["drop", "upscale"]
 
 MAX_PIXELS = 178_000_000
-"""Where Pillow, too, calls an image a decompression bomb."""
+"""Pillow, too, calls a larger image a decompression bomb."""
 
 _PILLOW_FORMATS = tuple(name for name in FORMATS if name != "JPEG")
 _EXIF_ORIENTATION = 0x0112
@@ -76,18 +77,17 @@ def decode(
 ) -> Pixels:
     """Decode an image to uint8 (3, H, W), RGB.
 
-    Colours are sRGB's by the image's ICC profile, 16 bits become 8. EXIF's orientation is applied, or XMP's where EXIF
-    has none; alpha is laid on white; of an animation the first frame is taken.
+    Colours are converted to sRGB by the ICC profile, and 16 bits to 8. EXIF's orientation is applied, or XMP's where
+    EXIF has none; transparency becomes white; an animation gives its first frame.
 
     Args:
-        data: the file's bytes.
         resolution: H = W or (H, W), in pixels.
-        small_images: whether an image with a side below the target's is left out ("drop") or enlarged ("upscale").
+        small_images: whether an image with a side below the target's is filtered ("drop") or enlarged ("upscale").
         max_pixels: most pixels of the image, and of the image enlarged before cropping.
         min_side: least pixels of the image's shorter side.
         max_aspect_ratio: most that the longer side may be of the shorter; None takes any.
-        crop: where the window sits in what sticks out of it, (vertical, horizontal) in [0, 1] of the upright image.
-        as_adm: take the middle of the whole image as `adm_crop` does, whatever `crop` says; the target is square.
+        crop: the window's place in the upright image, (vertical, horizontal) in [0, 1]: 0 is top or left.
+        as_adm: crop as `adm_crop` does, whatever `crop` says; the target is square.
         flip: mirror the result left to right.
 
     Raises:
@@ -98,18 +98,14 @@ def decode(
     image = _open(data)
     height, width, orientation = image.height, image.width, image.orientation
     _check_size(height, width, max_pixels, min_side, max_aspect_ratio)
-    stored = target if orientation < 5 else target[::-1]  # 5-8 lie on their side
+    stored = target if orientation < 5 else target[::-1]  # 5 to 8 are turned by 90 degrees
     if small_images == "drop" and (height < stored[0] or width < stored[1]):
         raise Filtered("small_image", f"{width} x {height}")
     covered = _cover((height, width), stored)
-    if covered[0] * covered[1] > max_pixels:  # a thread of an image, enlarged before it is cropped
+    if covered[0] * covered[1] > max_pixels:  # a very narrow image is enlarged before it is cropped
         raise BadSample("too_many_pixels", f"{width} x {height} would be {covered[1]} x {covered[0]} before cropping")
-    try:
+    with _faults_are_bad_samples():
         pixels, shrink, icc = image.load((height, width) if as_adm else covered)
-    except MemoryError:
-        raise
-    except Exception as fault:
-        raise _bad(fault) from fault
     if as_adm:
         window = adm_crop(_upright(to_srgb(pixels, icc), orientation), target[0])
     else:
@@ -123,10 +119,6 @@ def decode(
 def image_size(data: bytes, *, min_side: int = 0, max_aspect_ratio: float | None = None) -> tuple[int, int]:
     """The (height, width) in pixels of the upright image that `decode` makes of a file, from its headers alone.
 
-    Args:
-        data: the file's bytes.
-        min_side, max_aspect_ratio: as for `decode`.
-
     Raises:
         Filtered: with reason "small_image" or "aspect_ratio".
         BadSample: with reason "too_many_pixels" or "undecodable_image".
@@ -137,18 +129,17 @@ def image_size(data: bytes, *, min_side: int = 0, max_aspect_ratio: float | None
 
 
 def decode_file(path: Path, adm_side: int | None = None) -> Pixels:
-    """An image file as `decode` makes it, uint8 (3, H, W), at its own size or cropped as ADM does to a square's side.
+    """Decode an image file to uint8 (3, H, W), at its own size or cropped as ADM does to a square of `adm_side`.
 
     Raises:
         UserError: it cannot be read, is no image, has more than `MAX_PIXELS` or misses some of its pixels.
     """
     try:
-        data = path.read_bytes()
+        with name_in_errors(str(path), "read"):
+            data = path.read_bytes()
         if adm_side:
             return decode(data, adm_side, small_images="upscale", as_adm=True)
         return decode(data, image_size(data))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except BadSample as error:
         what = "has too many pixels" if error.reason == "too_many_pixels" else "is no image that can be read"
         raise UserError(f"{path}: {what} ({error.detail}): make it again, or take another") from error
@@ -174,35 +165,37 @@ def _cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """An image by its header; height and width in pixels, as stored."""
+    """An opened image, not decoded yet; height and width in pixels, as stored."""
 
     height: int
     width: int
     orientation: int
     """EXIF's, 1 to 8."""
     load: Callable[[tuple[int, int]], tuple[Pixels, int, bytes | None]]
-    """Decode at no less than twice a size: pixels (h, w, 1, 3 or 4), what their sides are divided by, and the ICC
-    profile that turns them to sRGB."""
+    """Decode at no less than twice a size: pixels (h, w, 1, 3 or 4), the divisor of their sides, and the ICC profile
+    that still converts them to sRGB."""
 
 
-def _bad(fault: Exception) -> BadSample:
-    """What a decoder of foreign bytes raises, which is anything from ValueError to struct.error, as a bad sample."""
-    if isinstance(fault, Image.DecompressionBombError):
-        return BadSample("too_many_pixels", str(fault))
-    if isinstance(fault, UnidentifiedImageError):  # its own words have an address in them, another each time
-        return BadSample("undecodable_image", "no image of a known format")
-    return BadSample("undecodable_image", str(fault))
+@contextmanager
+def _faults_are_bad_samples() -> Iterator[None]:
+    """Decoders raise anything from ValueError to struct.error at damaged bytes."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as fault:
+        raise BadSample("too_many_pixels", str(fault)) from fault
+    except UnidentifiedImageError as fault:  # its own message has a memory address in it
+        raise BadSample("undecodable_image", "no image of a known format") from fault
+    except Exception as fault:
+        raise BadSample("undecodable_image", str(fault)) from fault
 
 
 def _open(data: bytes) -> _Opened:
     if words := kind_of(data):
         raise BadSample("undecodable_image", f"it is {words}")
-    try:
+    with _faults_are_bad_samples():
         return _open_jpeg(data) if FORMATS["JPEG"].matches(data) else _open_other(data)
-    except MemoryError:
-        raise
-    except Exception as fault:
-        raise _bad(fault) from fault
 
 
 def _open_jpeg(data: bytes) -> _Opened:
@@ -216,7 +209,7 @@ def _open_jpeg(data: bytes) -> _Opened:
 
 
 def _open_other(data: bytes) -> _Opened:
-    if data.startswith(MAGIC):
+    if FORMATS["PNG"].matches(data):
         png = read_png(data, pixels=False)
         image = _open_by_pillow(png.file)
         return _Opened(image.height, image.width, _orientation(png.exif, png.xmp), partial(_load_png, data))
@@ -231,13 +224,13 @@ def _open_by_pillow(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except (OSError, SyntaxError):
-        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        if FORMATS["WEBP"].matches(data):
             return Image.open(io.BytesIO(_whole_chunks(data)), formats=["WEBP"])
         raise
 
 
 def _whole_chunks(data: bytes) -> bytes:
-    """A WebP of the chunks that are whole: its pixels may be, though the file is cut or states another length."""
+    """A WebP reduced to its whole chunks: they may hold all pixels though the file is cut or states another length."""
     chunks, at = [], 12
     while at + 8 <= len(data):
         end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
@@ -265,7 +258,7 @@ def _load_by_pillow(data: bytes, image: Image.Image, _: tuple[int, int]) -> tupl
 
 
 def _check_jpegs(data: bytes, tags: Mapping[int, Any]) -> None:
-    """Raise ValueError for a TIFF of JPEGs that miss some of their pixels, which libtiff leaves gray."""
+    """Raise ValueError for a TIFF of JPEGs with missing pixels, which libtiff leaves gray."""
     compression, jpeg, samples, shared_tables = 259, 7, 277, 347
     if tags.get(compression) != jpeg:
         return
@@ -280,14 +273,14 @@ def _check_jpegs(data: bytes, tags: Mapping[int, Any]) -> None:
 
 
 def _orientation(exif: bytes | None, xmp: bytes | None) -> int:
-    """EXIF's, else XMP's, 1 to 8; 1, upright, where there is none or it is nonsense."""
+    """EXIF's orientation, else XMP's, 1 to 8; 1, upright, where there is none or it is invalid."""
     value = None
     try:
         if exif:
             tags = Image.Exif()
             tags.load(exif)
             value = tags.get(_EXIF_ORIENTATION)
-    except Exception:  # broken EXIF spoils no pixel, and Pillow raises anything at it
+    except Exception:  # no pixel depends on EXIF, and Pillow raises anything at a broken one
         pass
     if value is None and xmp and (found := _XMP_ORIENTATION.search(xmp)):
         value = int(found[1])
@@ -295,7 +288,7 @@ def _orientation(exif: bytes | None, xmp: bytes | None) -> int:
 
 
 def _resize(pixels: Pixels, extent: tuple[float, float], size: tuple[int, int]) -> Pixels:
-    """Lanczos to `size`. A picture 562.5 rows high comes as 563: `extent` is what it really covers, in pixels."""
+    """Lanczos to `size`. `extent` is what the pixels cover: an image 562.5 rows high at its scale has 563 rows."""
     if pixels.shape[:2] == size:
         return pixels
     # torch rounds the size it derives from a scale down; the surplus is far below a pixel and above an ulp.
@@ -318,7 +311,7 @@ def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 
 def _crop(pixels: Pixels, size: tuple[int, int], place: tuple[float, float]) -> Pixels:
-    # Nearest, the middle of two downwards: every window of a random place is equally likely but for the outermost.
+    # To the nearest pixel, halves down: at a random place every window but the outermost is equally likely.
     slack = (pixels.shape[0] - size[0], pixels.shape[1] - size[1])
     top, left = (math.ceil(free * at - 0.5) for free, at in zip(slack, place, strict=True))
     return pixels[top : top + size[0], left : left + size[1]]

@@ -1,18 +1,13 @@
-"""Which image and which caption of a sample, and whether the sample's text and metadata let it pass.
+"""What a sample consists of and whether it counts: its image, its caption, filters, and aspect-ratio buckets.
 
-- Pure functions of the sample's bytes, the filters and a few given numbers: the same sample chooses alike anywhere.
-- Metadata is parsed only where a rule reads it.
-- A member that is no text, or metadata that is no JSON object, is bad content; a number that is missing or out of
-  range only filters.
-- A field that is a list of captions, as COCO's five, is a choice among them, all alike.
-- Filters that need the picture's size are `data.decode`'s.
+- A choice is a pure function of the sample's bytes, the filters and a few given numbers.
+- Metadata is parsed only where a filter or caption reads it.
+- A member that is not text, or metadata that is not a JSON object, is bad content. A number that is missing or out of
+  range only filters. Filters on the image's size are applied by `data.decode`.
 
-Aspect-ratio buckets: sizes of about equal area, and which of them an image trains at.
-
-- SDXL's table, which PixArt and Sana took over, is a rule: 40 sizes at side 1024, and half of each at 512.
-- PixelDiT has its own for 1024, of 7 sizes, and takes SDXL's for 512.
-- An image goes to the bucket whose ratio of height to width, rounded to 2 decimals, is nearest its own: their
-  difference, not their quotient. Of two as near, it goes to the wider.
+Buckets are sizes of about equal area. SDXL's table, which PixArt and Sana use too, follows a rule: 40 sizes for side
+1024, and half of each for 512. PixelDiT has its own 7 sizes for 1024, and SDXL's for 512. An image goes to the bucket
+whose ratio of height to width, rounded to 2 decimals, differs least from its own; of two as near, to the wider.
 """
 
 from __future__ import annotations
@@ -31,35 +26,28 @@ Size = tuple[int, int]
 """Height and width, in pixels."""
 
 _SDXL_PARTS = 16
-"""Of a square's side in the unit of SDXL's table."""
-_SDXL_LEFT_OUT = (21, 11)
-"""1344 x 704 at 1024: the one size by the rule that the tables do not have."""
+"""The side of a square in the unit of SDXL's table."""
+_SDXL_EXCEPTION = (21, 11)
+"""1344 x 704 at 1024: the one size of the rule that the published tables do not have."""
 _PIXELDIT = ((752, 1344), (896, 1344), (896, 1200), (1024, 1024), (1200, 896), (1344, 896), (1344, 752))
 _PIXELDIT_PARTS = 64
-"""1024 in the unit of these."""
+"""The side 1024 in the unit of PixelDiT's table."""
 
 
 def sdxl_sizes(side: int) -> tuple[Size, ...]:
     """List SDXL's 40 sizes for squares of `side` pixels, a multiple of 16.
 
     They are the multiples of side / 16 from side / 2 to 2 side whose area is 0.9 to 1 of the square's, but one.
-
-    Raises:
-        DataError: the sizes would not be whole.
     """
     _check_side("sdxl", side, _SDXL_PARTS)
     unit, area = side // _SDXL_PARTS, _SDXL_PARTS**2
     sides = range(_SDXL_PARTS // 2, 2 * _SDXL_PARTS + 1)
-    found = ((h, w) for h in sides for w in sides if 9 * area <= 10 * h * w <= 10 * area and (h, w) != _SDXL_LEFT_OUT)
+    found = ((h, w) for h in sides for w in sides if 9 * area <= 10 * h * w <= 10 * area and (h, w) != _SDXL_EXCEPTION)
     return tuple((h * unit, w * unit) for h, w in found)
 
 
 def pixeldit_sizes(side: int) -> tuple[Size, ...]:
-    """List the 7 sizes that PixelDiT trains at at 1024, scaled to squares of `side` pixels, a multiple of 64.
-
-    Raises:
-        DataError: the sizes would not be whole.
-    """
+    """List PixelDiT's 7 sizes for 1024, scaled to squares of `side` pixels, a multiple of 64."""
     _check_side("pixeldit", side, _PIXELDIT_PARTS)
     return tuple((h * side // 1024, w * side // 1024) for h, w in _PIXELDIT)
 
@@ -74,7 +62,7 @@ class Buckets:
     """Sizes that images train at, and how many samples of one size stay together.
 
     Raises:
-        DataError: there are none, a number is below 1, or two ratios are alike to 2 decimals.
+        DataError: there are no sizes, a number is below 1, or two ratios are equal to 2 decimals.
     """
 
     sizes: tuple[Size, ...]
@@ -99,9 +87,9 @@ class Buckets:
         return {_ratio(size): size for size in sorted(self.sizes, key=_ratio)}
 
     def nearest(self, height: int, width: int) -> Size:
-        """Choose the size for an upright image of so many pixels."""
+        """The size for an upright image of `height` x `width` pixels."""
         ratio = height / width
-        return self._by_ratio[min(self._by_ratio, key=lambda of_bucket: abs(of_bucket - ratio))]
+        return self._by_ratio[min(self._by_ratio, key=lambda bucket_ratio: abs(bucket_ratio - ratio))]
 
 
 def _ratio(size: Size) -> float:
@@ -109,7 +97,7 @@ def _ratio(size: Size) -> float:
 
 
 UNIFORMS = 3
-"""Numbers in (0, 1) that `select` wants: choice of caption, whether to prefix, which prefix."""
+"""Numbers in (0, 1) that `Filters.select` takes: choice of caption, whether to prefix, which prefix."""
 
 PREFIXES = (
     "A photo of ",
@@ -123,30 +111,30 @@ PREFIXES = (
 )
 
 _FIELD = "json:"
-"""What a caption's name begins with where it is a field of the metadata."""
+"""Prefix of the name of a caption that is a field of the metadata."""
 
 Range = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What a source's samples consist of, and which of them to leave out.
+    """What a source's samples consist of, and which of them to filter out.
 
     Members are named by their extension in lower case: "jpg", "txt", "seg.png". Fields of the metadata are named by
-    their path, joined by dots: "scores.aesthetic"; so are fields whose names have dots themselves.
+    their path, joined by dots, or by a name with dots: "scores.aesthetic".
 
     Attributes:
-        images: members that may be the image; the first that is there wins.
-        captions: members, or "json:FIELD", that may be the caption, with the weight of each in the choice. A field
-            may be a text or a list of texts, which share its weight.
+        images: members that may be the image; the first that exists is taken.
+        captions: members, or "json:FIELD", that may be the caption, each with its weight in the random choice. A field
+            may be a text or a list of texts, such as COCO's five, which share its weight.
         metadata: the member that is a JSON object.
         min_side: least pixels of the image's shorter side.
         max_aspect_ratio: most that the longer side may be of the shorter, at least 1; None takes any.
         min_caption_words: least words of the caption.
         max_caption_words: most words of the caption; None takes any.
         fields: metadata field -> (least, most), both inclusive, None for no bound. A number in quotes is a number,
-            true and false are 1 and 0, and a field that is missing or anything else lies outside.
-        prefix_probability: share of the short captions that are given one of `PREFIXES`.
+            true and false are 1 and 0, and a field that is missing or anything else is outside.
+        prefix_probability: share of the short captions that get one of `PREFIXES`.
         prefix_below_words: a caption of fewer words is short.
 
     Raises:
@@ -199,7 +187,7 @@ class Filters:
     def select(self, members: Mapping[str, bytes], uniforms: Sequence[float]) -> tuple[bytes, str]:
         """Choose a sample's image and caption, and apply the filters that need no picture.
 
-        The choice is among the captions that are there and not empty, by weight; the filters look at the chosen one.
+        The choice is among the captions that are not empty, by weight; the filters apply to the chosen one.
 
         Args:
             members: the sample's members by extension in lower case.
@@ -245,7 +233,7 @@ def _metadata(members: Mapping[str, bytes], filters: Filters) -> Mapping[str, An
 
 
 def _look_up(metadata: Mapping[str, Any], name: str) -> Any:
-    """The value at a path such as "scores.aesthetic", or of a field of that whole name; None where there is none."""
+    """The value at a path such as "scores.aesthetic", or of a field with that whole name; None if there is none."""
     if name in metadata:
         return metadata[name]
     value: Any = metadata
@@ -268,7 +256,7 @@ def _check_field(metadata: Mapping[str, Any], name: str, bounds: Range) -> None:
 
 
 def _captions(members: Mapping[str, bytes], metadata: Mapping[str, Any], filters: Filters) -> list[tuple[str, float]]:
-    """The captions that are there and not empty, and their weights."""
+    """The captions that are not empty, and their weights."""
     found, is_there = [], False
     for name, weight in filters.captions.items():
         value = _look_up(metadata, name.removeprefix(_FIELD)) if name.startswith(_FIELD) else members.get(name)
@@ -305,7 +293,7 @@ def _choose(captions: Sequence[tuple[str, float]], uniform: float) -> str:
         left -= weight
         if left < 0:
             return text
-    return captions[-1][0]  # whatever rounding left over
+    return captions[-1][0]  # rounding may leave a rest
 
 
 def _prefixed(caption: str, uniform: float) -> str:

@@ -1,18 +1,13 @@
-"""JPEG: what its markers say, its pixels at a fraction of its size, and whether all of them are there.
+"""JPEG and PNG files, checked: metadata, and pixels only where all of them are there.
 
-libjpeg warns alike of a picture that misses pixels and of a complete one that is oddly written: bytes between segments,
-wrong scan parameters, no end mark. So what it warns about is written anew, from that which decides the pixels alone and
-in the form that the standard wants; if it still warns, pixels are missing. Where nothing is warned about, as in nearly
-every file, this costs nothing.
-
-It is silent about scans that a file ends before: those are counted here, in files of several scans.
-
-PNG: what decides its picture, checked and apart from all else.
-
-Decoders refuse a PNG for text, a profile or a checksum that no pixel depends on, and read one whose header claims
-other sizes than its pixels have. So a PNG is decoded from a copy of its critical chunks alone, whose checksums are
-right and whose bytes of pixels have been counted. Pixels have two checksums, their chunks' and their stream's: one of
-them has to be right. An ancillary chunk that is damaged counts as absent.
+- JPEG. libjpeg gives the same warnings for missing pixels as for complete files that are oddly written: bytes between
+  segments, wrong scan parameters, no end mark. So a file with warnings is rewritten, reduced to what decides the pixels
+  and in the standard's form; if libjpeg still warns, pixels are missing. Nearly all files have no warning and cost
+  nothing extra. libjpeg does not report scans that are missing at the end: in files of several scans they are counted.
+- PNG. Decoders refuse a PNG for a damaged chunk or checksum that no pixel depends on, and accept one whose header
+  states other sizes than its pixels have. So a PNG is decoded from a copy of its critical chunks alone, with right
+  checksums and the number of pixel bytes verified. Of the pixels' two checksums, the chunks' and the stream's, one has
+  to be right. A damaged ancillary chunk counts as absent.
 """
 
 from __future__ import annotations
@@ -30,7 +25,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-MAGIC = b"\x89PNG\r\n\x1a\n"
+from data.color import Pixels
+
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _CRITICAL = (b"IHDR", b"PLTE")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Values a pixel, by colour type."""
@@ -43,17 +40,17 @@ _MOST_METADATA = 4 << 20
 
 @dataclass(frozen=True)
 class Png:
-    """A PNG's picture as a file of its own, and what else is to be known of it."""
+    """A PNG reduced to its critical chunks, and its metadata."""
 
     file: bytes
     icc: bytes | None
     exif: bytes | None
     xmp: bytes | None
     clear_rgb16: bool
-    """Whether it is RGB at 16 bits with a transparent colour, which Pillow compares at 8."""
+    """Whether it is 16-bit RGB with a transparent colour, which Pillow compares at 8 bits."""
 
     def rgba(self) -> NDArray[np.uint8]:
-        """(H, W, 4) of one with `clear_rgb16`."""
+        """(H, W, 4), for a file with `clear_rgb16`."""
         bgra = cv2.imdecode(np.frombuffer(self.file, np.uint8), cv2.IMREAD_UNCHANGED)
         if bgra is None:
             raise ValueError("OpenCV does not read it")
@@ -61,7 +58,7 @@ class Png:
 
 
 def read_png(data: bytes, *, pixels: bool = True) -> Png:
-    """Read a PNG; without pixels only what its header says.
+    """Read a PNG, or its header and metadata alone.
 
     Raises:
         ValueError, zlib.error: a critical chunk is damaged, or pixels are missing.
@@ -94,7 +91,7 @@ def read_png(data: bytes, *, pixels: bool = True) -> Png:
     if pixels:
         parts = _checked(header, parts, trusted)
     return Png(
-        file=b"".join([MAGIC, *chunks, *(_chunk(b"IDAT", part) for part in parts), _chunk(b"IEND", b"")]),
+        file=b"".join([_PNG_MAGIC, *chunks, *(_chunk(b"IDAT", part) for part in parts), _chunk(b"IEND", b"")]),
         icc=metadata.get("icc"),
         exif=metadata.get("exif"),
         xmp=metadata.get("xmp"),
@@ -103,8 +100,8 @@ def read_png(data: bytes, *, pixels: bool = True) -> Png:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, first byte and end of each chunk's content up to IEND; the last one's end may lie behind the data's."""
-    at = len(MAGIC)
+    """Kind, first byte and end of each chunk's content up to IEND; the last may end past the data."""
+    at = len(_PNG_MAGIC)
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
         if kind == b"IEND":
@@ -119,7 +116,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _transparency(header: bytes, content: bytes) -> bytes | None:
-    """tRNS as Pillow takes it: a gray of 2 or 4 bits at 8 of them."""
+    """tRNS as Pillow expects it: a gray of 2 or 4 bits scaled to 8."""
     depth, colour = header[8:10]
     if colour in (_GRAY, _RGB) and len(content) != 2 * _CHANNELS[colour]:
         return None
@@ -141,7 +138,7 @@ def _metadata(kind: bytes, content: bytes) -> dict[str, bytes]:
         if kind == b"iTXt" and name == b"XML:com.adobe.xmp":
             text = rest[2:].split(b"\0", 2)[2]
             return {"xmp": _inflate(text) if rest[0] else text}
-        # ImageMagick's way before there was eXIf.
+        # what ImageMagick wrote before eXIf existed
         if kind in (b"zTXt", b"tEXt") and name in (b"Raw profile type exif", b"Raw profile type APP1"):
             text = _inflate(rest[1:]) if kind == b"zTXt" else rest
             found = bytes.fromhex(re.sub(rb"^\s*\w+\s+\d+\s", b"", text).decode("ascii"))
@@ -160,16 +157,13 @@ def _inflate(content: bytes) -> bytes:
 
 
 def _checked(header: bytes, parts: list[bytes], trusted: bool) -> list[bytes]:
-    """The pixels' stream as libraries take it: written anew where it holds too much or its own checksum is wrong.
+    """The contents of the IDAT chunks, rewritten where the stream is too long or its own checksum is wrong.
 
-    Args:
-        header: IHDR's content.
-        parts: the IDATs'.
-        trusted: whether their checksums are right.
+    `trusted` says whether the chunks' checksums are right.
 
     Raises:
-        ValueError, zlib.error: it holds fewer bytes of pixels than the header promises, or as many more as a larger
-            picture would; or no checksum is right.
+        ValueError, zlib.error: there are fewer pixel bytes than the header promises, or so many more that the picture
+            is larger; or no checksum is right.
     """
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
     promised = 0
@@ -187,7 +181,7 @@ def _checked(header: bytes, parts: list[bytes], trusted: bool) -> list[bytes]:
                 size = len(inflate.decompress(part, step))
                 found += size
                 part = inflate.unconsumed_tail
-    except zlib.error:  # perhaps its checksum alone
+    except zlib.error:  # perhaps only its checksum is wrong
         pass
     if found == promised and inflate.eof:
         return parts
@@ -195,13 +189,11 @@ def _checked(header: bytes, parts: list[bytes], trusted: bool) -> list[bytes]:
         raise ValueError(f"its header promises {promised} bytes of pixels and it holds more")
     if not (trusted or inflate.eof):
         raise ValueError("its pixels are cut or damaged")
-    rows = zlib.decompressobj(-zlib.MAX_WBITS).decompress(b"".join(parts)[2:], larger)  # no checksum is looked at
+    rows = zlib.decompressobj(-zlib.MAX_WBITS).decompress(b"".join(parts)[2:], larger)  # ignores the checksum
     if not promised <= len(rows) < larger:
         raise ValueError(f"its header promises {promised} bytes of pixels and it holds {len(rows)}")
     return [zlib.compress(rows[:promised], 1)]
 
-
-Pixels = NDArray[np.uint8]
 
 _SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP2, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xE2, 0xEE
 _TABLES = (0xC4, 0xCC, 0xDB, _DRI)
@@ -213,12 +205,12 @@ _AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
 
 _STRAY_BYTES = 64
-"""Most bytes of any value behind a scan. One column of blocks that a header keeps silent about is more."""
+"""Most stray bytes after a scan. One column of blocks that the header does not mention would be more."""
 _READ_AHEAD = 8
-"""Bytes behind a scan that libjpeg takes without a word, until they add up."""
+"""Bytes after a scan that libjpeg reads without a warning."""
 _MOST_SCANS = 100
 _MOST_WORK = 1 << 32
-"""Pixels of all scans or restart intervals that may go into writing a picture anew: some seconds."""
+"""Pixels, over all scans or restart intervals, of a picture that may be rewritten: some seconds of work."""
 
 
 @dataclass(frozen=True)
@@ -238,13 +230,14 @@ class Jpeg:
     icc: bytes | None
 
     def load(self, least: tuple[int, int]) -> tuple[Pixels, int]:
-        """Pixels at 1/8, 1/4, 1/2 or 1/1 of the size, the smallest that is not below `least`, and the 8, 4, 2 or 1.
+        """Decode at the smallest of 1/8, 1/4, 1/2 and 1/1 of the size that is not below `least`, (height, width).
 
         Returns:
-            (h, w, c), c being 1 for gray with a profile of its own, 3 for RGB and 4 for CMYK, of which 255 is all ink.
+            (h, w, c): c is 1 for gray with a profile of its own, 3 for RGB, 4 for CMYK with 255 as full ink; and the
+            divisor 8, 4, 2 or 1.
 
         Raises:
-            ValueError: pixels are missing, or it is no JPEG that libjpeg knows.
+            ValueError: pixels are missing, or libjpeg cannot read it.
         """
         sizes = ((n, -(-self.height // n), -(-self.width // n)) for n in (8, 4, 2))
         shrink = next((n for n, height, width in sizes if height >= least[0] and width >= least[1]), 1)
@@ -252,13 +245,13 @@ class Jpeg:
         try:
             pixels = self._decode(data, shrink)
         except ValueError as fault:
-            if "subsampling" in str(fault):  # rare ones, which simplejpeg does not know
+            if "subsampling" in str(fault):  # a rare one that simplejpeg does not know
                 return self._load_by_pillow(), 1
-            data = self._written_anew()
+            data = self._rewritten()
             pixels = self._decode(data, shrink)
         if not self.one_scan:
             self._check_scans(data)
-        # As Adobe writes it, 255 is no ink.
+        # Adobe stores CMYK inverted: 255 is no ink.
         return (255 - pixels if len(self.components) == 4 else pixels), shrink
 
     def _decode(self, data: bytes, shrink: int) -> Pixels:
@@ -274,7 +267,7 @@ class Jpeg:
         return "CMYK" if len(self.components) == 4 else "RGB"
 
     def _load_by_pillow(self) -> Pixels:
-        """It refuses what ends before its time like simplejpeg, but believes an end mark and any size."""
+        """Pillow refuses a cut file as simplejpeg does, but trusts an end mark and any size."""
         pixels = np.array(Image.open(io.BytesIO(self.data), formats=["JPEG"]))
         return pixels if pixels.ndim == 3 else pixels[..., None]
 
@@ -289,8 +282,8 @@ class Jpeg:
         if any(any(coefficients) for coefficients in missing.values()):
             raise ValueError("it ends before the last of its scans")
 
-    def _written_anew(self) -> bytes:
-        """The picture without all that is not it: what libjpeg still warns about is missing pixels."""
+    def _rewritten(self) -> bytes:
+        """The file reduced to what decides its pixels: if libjpeg still warns, pixels are missing."""
         parts = []
         for segments, (start, end) in _scans(self.data):
             header = b"".join(self._segment(*segment) for segment in segments)
@@ -319,11 +312,7 @@ class Jpeg:
         return bytes((0xFF, marker)) + (len(content) + 2).to_bytes(2, "big") + content
 
     def _stray_bytes(self, data: bytes) -> int:
-        """How many bytes behind the last scan are none of its own.
-
-        Raises:
-            ValueError: something else is wrong with it.
-        """
+        """The number of bytes after the last scan that do not belong to it; ValueError if something else is wrong."""
         try:
             self._decode(data + b"\xff\xd9", 8)
         except ValueError as fault:
@@ -334,19 +323,19 @@ class Jpeg:
         return 0
 
     def _trimmed(self, header: bytes, scan: bytes, restarts: bool = False) -> bytes:
-        """The data of a scan, or of an interval before a restart marker, without the bytes that libjpeg has no use for.
+        """The data of a scan, or of an interval before a restart marker, without the bytes that libjpeg does not use.
 
         Raises:
-            ValueError: pixels are missing, or the bytes may be pixels: they are too many to be chance.
+            ValueError: pixels are missing, or there are so many unused bytes that they may be pixels.
         """
         end = len(scan)
         stray = self._stray_bytes(header + scan)
         if stray or (not restarts and scan.endswith(b"\0\0")):
             rest = len(scan.rstrip(scan[-1:]))
             if end - rest >= stray:
-                # One byte over and over is padding, or what fills a file that was not written to its end, and libjpeg
-                # may have decoded some of it: the scan has to do without. Where more follows, nothing was filled, and
-                # an interval's own last byte may be like the padding; so is the 0 that belongs to ff.
+                # One repeated byte is padding, or fills a file that was not written to its end, and libjpeg may have
+                # decoded some of it: the scan must be complete without it. Inside a scan nothing was filled, so an
+                # interval keeps one such byte, which may be its own; so does a scan whose 0 belongs to an ff.
                 end = rest + (restarts or scan[rest - 1 : rest] == b"\xff")
             elif stray <= _STRAY_BYTES:
                 end -= stray
@@ -362,9 +351,9 @@ class Jpeg:
         return scan[:end]
 
     def _without_stray_bytes(self, header: bytes, scan: bytes) -> bytes:
-        """A sequential scan without what precedes its restart markers.
+        """A sequential scan without stray bytes before its restart markers.
 
-        Each interval is decoded by itself; the last one, which may be shorter, is not looked at.
+        Each interval is decoded by itself, apart from the last, which may be shorter.
         """
         pieces = _RESTART.split(scan)  # interval, marker, interval ...
         if len(pieces) * self.height * self.width // 2 > _MOST_WORK:
@@ -418,9 +407,9 @@ def read_jpeg(data: bytes) -> Jpeg:
 
 
 def _segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
-    """Marker, first byte and end of each segment's content, up to a scan's or the file's end.
+    """Marker, first byte and end of each segment's content, up to a scan or the file's end.
 
-    Like libjpeg it passes over fill bytes before markers and stray bytes between segments.
+    As libjpeg does, it skips fill bytes before markers and stray bytes between segments.
     """
     last = len(data) - 4
     while at <= last:
@@ -439,7 +428,7 @@ def _segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _scans(data: bytes) -> Iterator[tuple[list[tuple[int, int, int]], tuple[int, int]]]:
-    """Of each scan the segments before it, its own the last, and the first byte and end of its data."""
+    """For each scan, the segments before it, its own last, and the first byte and end of its data."""
     at = 2
     while (segments := list(_segments(data, at))) and segments[-1][0] == _SOS and segments[-1][2] <= len(data):
         start = segments[-1][2]
