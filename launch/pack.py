@@ -28,7 +28,7 @@ import data.packing.openmoji
 import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
-from data.listing import is_parquet, format_left_out, why_not_parquet
+from data.listing import format_left_out, is_parquet, why_not_parquet
 from data.packing.spec import DatasetSpec, PackOptions
 from data.store import Store, StoreOptions, open_store
 from launch.cli import run

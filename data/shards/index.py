@@ -208,7 +208,9 @@ def open_index(
                 f"and a folder may make {_MOST_VIRTUAL}: {remedy} first"
             )
     if not infos:
-        raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard and no image below {store.url}{format_left_out(left_out)}")
+        raise DataError(
+            f"source {name!r}: no {SHARD_SUFFIX} shard and no image below {store.url}{format_left_out(left_out)}"
+        )
     if len(infos) > _MOST_UNINDEXED:
         raise DataError(
             f"source {name!r}: {len(infos):,} shards below {store.url} and no {MANIFEST} there: {remedy} first"

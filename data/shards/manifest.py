@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.listing import kind_of, format_left_out, why_not_a_shard
+from data.listing import format_left_out, kind_of, why_not_a_shard
 from data.progress import followed
 from data.shards.tar import BLOCK, TarScan, scan_tar
 from data.store import ObjectInfo, ReadOnly, Store, StoreOptions, WritableStore, open_store

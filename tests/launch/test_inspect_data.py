@@ -141,7 +141,7 @@ def test_the_order_of_flags(run, scenes: Path, config: Path) -> None:
         ("SCENES --samples few", "samples"),
         ("SCENES --sheet -1", "sheet is -1"),
         ("SCENES --out .", "out is .: it should be a local file"),
-        ("SCENES --out /proc/page.html", "out is /proc/page.html: it cannot be written"),
+        ("SCENES --out /proc/page.html", "out is /proc/page.html: cannot be written"),
         ("SCENES --source a", "--name names SOURCE"),
         ("SCENES --name a/b", "'a/b'"),
         ("SCENES --checkpoint x", "goes with --order"),

@@ -334,7 +334,7 @@ def test_the_command_writes_a_manifest_and_says_what_is_in_it(
         (["nowhere"], "'nowhere' is not a directory"),
         (["a", "a"], "out is not given"),
         (["a", "--workers", "0"], "workers is 0"),
-        (["a", "--out", "file/index.json"], "its folder cannot be made"),
+        (["a", "--out", "file/index.json"], "file/index.json: cannot be written"),
         (["a", "--out", "a/"], "should be a file"),
         (["empty"], "no .tar shard below"),
         (["a", "--anonymous", "perhaps"], "anonymous"),

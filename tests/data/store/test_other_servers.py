@@ -195,7 +195,9 @@ def test_an_object_that_is_decompressed_on_its_way_is_not_cut(bucket: str, alter
 
     store = at(bucket, altered(change))
     for stop in (None, len(CONTENT)):
-        with pytest.raises(DataError, match=rf"the server of {bucket}/0\.tar at .* sends more bytes than the object has"):
+        with pytest.raises(
+            DataError, match=rf"the server of {bucket}/0\.tar at .* sends more bytes than the object has"
+        ):
             store.read("0.tar", 0, stop)
 
 
