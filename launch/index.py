@@ -55,7 +55,7 @@ def index(sources: list[PathText], /, options: StoreOptions, out: PathText | Non
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    return run((index,), args, __doc__, "; the same command goes on from here")
+    return run((index,), args, __doc__, "; the same command resumes")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def _of_config(options: Options) -> _Job:
 
 
 def _sizes(data: DataConfig) -> str:
-    small = {"drop": "passed over", "upscale": "enlarged"}[data.small_images]
+    small = {"drop": "dropped", "upscale": "enlarged"}[data.small_images]
     buckets = f" in {len(data.aspect_buckets.sizes)} buckets" if data.aspect_buckets is not None else ""
     return f"at {data.size_text} px{buckets} with smaller images {small}"
 
@@ -282,8 +282,8 @@ def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
         print(f"batch {number}: slots {first} to {first + job.batch_size - 1}")
         print("\n".join(f"{slot}\t{printable(id_)}" for slot, id_ in enumerate(ids, first)))
     if coming.skipped:
-        passed = ", ".join(f"{count(n)} {reason.replace('_', ' ')}" for reason, n in coming.skipped.items())
-        print(f"passed over on the way: {passed}", file=sys.stderr)
+        skipped = ", ".join(f"{count(n)} {reason.replace('_', ' ')}" for reason, n in coming.skipped.items())
+        print(f"skipped on the way: {skipped}", file=sys.stderr)
     if job.images.buckets is not None:
         sizes = ", ".join(f"{height}x{width}: {count(n)}" for (height, width), n in coming.sizes.items())
         print(f"by height and width: {sizes}; {count(coming.waiting)} wait in buckets for more", file=sys.stderr)

@@ -213,7 +213,7 @@ def _open_file(url: str, options: StoreOptions) -> tuple[Store, str]:
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     jobs = (folder, parquet, csv, tars, openmoji, shapes)
-    return run(jobs, args, __doc__, "; the same command goes on from here")
+    return run(jobs, args, __doc__, "; the same command resumes")
 
 
 if __name__ == "__main__":

@@ -128,25 +128,16 @@ class Findings:
         self.read += other.read
         self.decoded += other.decoded
         self.usable += other.usable
-        for counts, more in (
-            (self.members, other.members),
-            (self.member_bytes, other.member_bytes),
-            (self.formats, other.formats),
-            (self.aspect_ratios, other.aspect_ratios),
-        ):
+        for name in ("members", "member_bytes", "formats", "aspect_ratios"):
+            counts: Counter[str] = getattr(self, name)
+            more: Counter[str] = getattr(other, name)
             # Keys with dots give every sample "extensions" of its own.
-            counts.update({name: n for name, n in more.items() if name in counts or len(counts) < _MOST_MEMBERS})
-        for tally, addition in (
-            (self.shorter, other.shorter),
-            (self.longer, other.longer),
-            (self.elongation, other.elongation),
-            (self.image_bytes, other.image_bytes),
-            (self.words, other.words),
-        ):
-            tally.update(addition)
+            counts.update({key: n for key, n in more.items() if key in counts or len(counts) < _MOST_MEMBERS})
+        for name in ("shorter", "longer", "elongation", "image_bytes", "words"):
+            getattr(self, name).update(getattr(other, name))
         for reasons, found in ((self.bad, other.bad), (self.filtered, other.filtered)):
-            for name, reason in found.items():
-                reasons.setdefault(name, Reason()).update(reason)
+            for reason, samples in found.items():
+                reasons.setdefault(reason, Reason()).update(samples)
         self.sheet += other.sheet
 
 

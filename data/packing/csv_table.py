@@ -290,7 +290,7 @@ def csv_table(
     spec = pack_options.dataset_spec(
         "csv",
         count,
-        _CsvReader(store, info, dialect, marks, columns, files, pack_options.encoder),
+        _CsvReader(store, info, dialect, marks, columns, files, pack_options),
         origin=where,
         fingerprint=digest.hexdigest(),
         arguments=columns.arguments,

@@ -220,7 +220,7 @@ def parquet_table(
     return pack_options.dataset_spec(
         "parquet",
         ends[-1],
-        _ParquetReader(store, [info for info, _ in counted], ends, columns, files, pack_options.encoder),
+        _ParquetReader(store, [info for info, _ in counted], ends, columns, files, pack_options),
         origin=store.url,
         fingerprint=fingerprint((info.name, info.size, info.version, rows) for info, rows in counted),
         arguments=columns.arguments,

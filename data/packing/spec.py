@@ -294,7 +294,7 @@ def _absolute(address: str) -> str:
 
 
 @dataclass(frozen=True)
-class PackOptions:
+class PackOptions(ImageEncoder):
     """How rows become samples, and which of them are held out.
 
     Args:
@@ -307,18 +307,12 @@ class PackOptions:
         UserError: a number outside its range.
     """
 
-    resize: int | None = None
-    quality: int | None = None
     heldout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_heldout(self.heldout)
-        ImageEncoder(self.resize, self.quality)
-
-    @property
-    def encoder(self) -> ImageEncoder:
-        return ImageEncoder(self.resize, self.quality)
+        super().__post_init__()
 
     def dataset_spec(
         self,
@@ -342,5 +336,5 @@ class PackOptions:
             read=read,
             about={"origin": origin},
             left_out=dict(left_out or {}),
-            versions={"contents": fingerprint, **self.encoder.versions},
+            versions={"contents": fingerprint, **self.versions},
         )

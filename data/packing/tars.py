@@ -117,7 +117,7 @@ def samples_of_tars(index: SourceIndex, pack_options: PackOptions, name: str = "
     return pack_options.dataset_spec(
         name,
         int(index.counts.sum()),
-        _Reader(index, pack_options.encoder),
+        _Reader(index, pack_options),
         origin=index.store.url,
         fingerprint=fingerprint(table),
         left_out={**list_left_out(index), **corrupt},

@@ -187,7 +187,7 @@ def test_what_fills_the_disk_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(webdataset.TarWriter, "write", full)
     assert main(["shapes", "--out", str(tmp_path / "new"), "--count", "2", "--workers", "1"]) == 1
     assert re.fullmatch(
-        r"error: .*/00000\.tar\.\d+\.partial cannot be written: No space left on device; the same command goes on .*\n",
+        r"error: .*/00000\.tar\.\d+\.partial cannot be written: No space left on device; the same command resumes\n",
         capsys.readouterr().err,
     )
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [PLAN, "train"]
