@@ -1,9 +1,7 @@
-"""What pages about runs are made of: numbers as text, tables, pictures, smoothed curves, and the page around them.
+"""Parts of HTML pages: tables, cards, images, charts as inline SVG, and the page around them.
 
-A chart of the report as HTML: a legend, curves as inline SVG, a note.
-
-Colours are variables of the page (`--c0`.. for curves, `--t0`.. for bands of t), so they follow the reader's light or
-dark theme. The legend is HTML, so it wraps on a phone.
+Colors are CSS variables of the page (`--c0`.. for curves, `--t0`.. for bands of t), so they follow the reader's light
+or dark theme. Legends are HTML, so they wrap on a phone.
 """
 
 from __future__ import annotations
@@ -27,31 +25,30 @@ from PIL import Image
 from data.files import atomic_write
 
 Array = npt.NDArray[np.float64]
-Piece = tuple[Array, Array]  # steps or hours since the run's start, values: what one stage has of a curve
+Piece = tuple[Array, Array]  # one stage's part of a curve: steps or hours since the run's start, and values
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 336, 24, 164  # the plot inside a view of 340 x 178
-_POINTS = 600  # points a curve keeps (the extremes of each bin, so no spike is lost)
-_FEW = 12  # a piece with at most so many points shows them as dots
+_POINTS = 600  # points of a curve (the extremes of each bin, so no spike is lost)
+_FEW = 12  # a piece with at most this many points shows them as dots
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows of the metrics of one kind: `lines`, or every metric whose name begins with `bands`, or every
-    metric but those that `beside` names."""
+    """A chart of metrics of one kind: `lines`, or metrics that begin with `bands`, or all metrics except `beside`."""
 
     title: str
     note: str
     kind: str
     lines: dict[str, str] = field(default_factory=dict)  # legend: metric
-    bands: str = ""  # a band of t follows it
+    bands: str = ""  # prefix of a band of t
     beside: tuple[str, ...] = ()
-    from_zero: bool = False  # else the axis fits the values, and is logarithmic where they span over 12 times
+    from_zero: bool = False  # else the axis fits the values, and is logarithmic if they span a factor over 12
     over: Literal["steps", "hours"] = "steps"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, a piece a stage; `raw` lies light beneath it. `colour` is a variable of the page, e.g. "c0"."""
+    """A curve with a piece for each stage; `raw` is drawn faintly below it. `colour` is a CSS variable, e.g. "c0"."""
 
     label: str
     colour: str
@@ -61,7 +58,7 @@ class Line:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where steps (or hours) and values lie in the view. `bottom` and `top` are logarithms if `log`."""
+    """Maps steps (or hours) and values to the view. `bottom` and `top` are logarithms if `log`."""
 
     right: float
     bottom: float
@@ -77,7 +74,7 @@ class _Axes:
 
 
 def draw(chart: Chart, lines: list[Line], starts: Mapping[str, float], end: float) -> str:
-    """One chart of at least one line, over `end` steps or hours; `starts` has those before each stage."""
+    """HTML of a chart with at least one line, over `end` steps or hours; `starts` are those at which stages begin."""
     axes = _fit(lines, end, chart.from_zero)
     marks = _stages({stage: float(axes.across(start)) for stage, start in starts.items()})
     parts = "".join([*marks, *_grid(axes, whole=chart.over == "steps"), *(_curve(line, axes) for line in lines)])
@@ -98,7 +95,7 @@ def _fit(lines: list[Line], end: float, from_zero: bool) -> _Axes:
 
 
 def _grid(axes: _Axes, whole: bool) -> list[str]:
-    """Rules and ticks, those of the lower axis at `whole` numbers alone."""
+    """Rules and ticks; those of the lower axis at integers only if `whole`."""
     parts = []
     for tick in _log_ticks(10**axes.bottom, 10**axes.top) if axes.log else _ticks(axes.bottom, axes.top):
         y = axes.up(tick)
@@ -123,7 +120,7 @@ def _curve(line: Line, axes: _Axes) -> str:
 
 
 def _stages(starts: dict[str, float]) -> list[str]:
-    """Each stage's beginning as a vertical line with its name; a name that would cover another goes above."""
+    """Each stage's start as a vertical line with its name; a name that would cover another is moved up."""
     parts, occupied, ends = [], 0.0, [*starts.values(), float(_RIGHT)][1:]
     for i, ((stage, x), until) in enumerate(zip(starts.items(), ends, strict=True)):
         if i % 2:
@@ -145,7 +142,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, and three times them where the range is short."""
+    """Powers of ten, and three times those if the range is short."""
     factors = (1, 3) if high < 1e4 * low else (1,)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
@@ -165,7 +162,7 @@ def _thin(x: Array, y: Array) -> Piece:
 
 
 def number(value: float) -> str:
-    """As text of four or so digits."""
+    """A number as text, with about four digits."""
     for size, unit in ((1e9, " B"), (1e6, " M")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -173,18 +170,18 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In hours and minutes."""
+    """Seconds as hours and minutes."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def absent(sentence: str) -> str:
-    """HTML that stands where there is nothing to show."""
+    """HTML in place of what is not there."""
     return f'<p class="absent">{sentence}</p>'
 
 
 def cards(rows: Sequence[tuple[str, str, str]]) -> str:
-    """HTML of labels, values and notes, all of them text."""
+    """HTML of (label, value, note), all plain text."""
     return "".join(
         f"<div><span>{escape(label)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>"
         for label, value, note in rows
@@ -192,7 +189,7 @@ def cards(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    """HTML. Cells are text; columns after `text_columns` are numbers and align right."""
+    """HTML of a table. Cells are plain text; columns after the first `text_columns` are numbers, aligned right."""
 
     def row(cells: list[str], tag: str) -> str:
         tags = [tag if column < text_columns else f"{tag} class=n" for column in range(len(cells))]
@@ -203,18 +200,18 @@ def table(head: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
 
 
 def figure(image: Image.Image, side: int, caption: str) -> str:
-    """HTML of a picture, its sides at most `side` pixels, the caption text."""
+    """HTML of an image, scaled down to sides of at most `side` pixels, with a caption (plain text)."""
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=90)
     source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     size, caption = f'width="{image.width}" height="{image.height}"', escape(caption)
-    picture = f'<img {size} alt="{caption}" loading=lazy src="{source}">'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    element = f'<img {size} alt="{caption}" loading=lazy src="{source}">'
+    return f"<figure>{element}<figcaption>{caption}</figcaption></figure>"
 
 
 def smooth(values: Array, half_width: int) -> Array:
-    """Centred moving average, twice: a steep start is not shifted. The window is cut off at the ends."""
+    """Centred moving average, applied twice, so that a steep start is not shifted; the window is cut at the ends."""
     index = np.arange(len(values))
     low, high = np.maximum(index - half_width, 0), np.minimum(index + half_width + 1, len(values))
     for _ in range(2):
@@ -224,36 +221,43 @@ def smooth(values: Array, half_width: int) -> Array:
 
 
 def smooth_pieces(pieces: list[Piece]) -> list[Piece]:
-    """A noisy curve's pieces, smoothed over about a fiftieth of its points."""
+    """Pieces of a noisy curve, smoothed over about a fiftieth of its points."""
     half_width = sum(len(x) for x, _ in pieces) // 100
     return [(x, smooth(values, half_width)) for x, values in pieces]
+
+
+def linked_sections(sections: Mapping[str, str]) -> tuple[str, str]:
+    """HTML of the links to some sections, and of the sections, given as HTML by title."""
+    anchors = [(title, title.lower().replace(" ", "-")) for title in sections]
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors)
+    body = "".join(f'<section id="{a}"><h2>{title}</h2>{sections[title]}</section>' for title, a in anchors)
+    return links, body
+
+
+def written_at() -> str:
+    """A page's footer."""
+    return time.strftime("Written %Y-%m-%d %H:%M UTC.", time.gmtime())
 
 
 def write_page(
     path: Path, title: str, kind: str, subtitle: str, cards: str, notes: list[str], sections: dict[str, str]
 ) -> Path:
-    """Write a page, in place of an old one atomically, and return its path.
+    """Write a page, or replace an old one, and return its path.
 
-    Args:
-        path: the file.
-        title: text of the headline.
-        kind: text; what page it is, for the browser's tab.
-        subtitle: text below the headline.
-        cards: HTML.
-        notes: HTML of what has to be said first.
-        sections: HTML by title.
+    `title`, `kind` (what page it is, for the browser's tab) and `subtitle` are plain text; `cards`, `notes` (shown
+    first) and `sections` (by title) are HTML.
     """
-    anchors = [(name, name.lower().replace(" ", "-")) for name in sections]
-    template = files("t2i.train").joinpath("report_page.html").read_text(encoding="utf-8")
+    links, body = linked_sections(sections)
+    template = files("data").joinpath("report_page.html").read_text(encoding="utf-8")
     page = Template(template).substitute(
         title=escape(title),
         kind=escape(kind),
         subtitle=escape(subtitle),
         cards=cards,
         notes="".join(f'<aside role="note">{html}</aside>' for html in notes),
-        links="".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors),
-        sections="".join(f'<section id="{a}"><h2>{name}</h2>{sections[name]}</section>' for name, a in anchors),
-        footer=time.strftime("Written %Y-%m-%d %H:%M UTC.", time.gmtime()),
+        links=links,
+        sections=body,
+        footer=written_at(),
     )
     atomic_write(path, page.encode())
     return path

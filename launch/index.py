@@ -1,11 +1,10 @@
-"""Index shards: how many samples each has and where they lie, for training to start at once on any number of them.
+"""Index shards: how many samples each has and where they lie, so that training starts at once on any number of shards.
 
     python launch/index.py s3://bucket/prefix                                  # writes s3://bucket/prefix/index.json
     python launch/index.py s3://bucket/a /data/b --out manifests/both.json     # several prefixes in one manifest
 
 Beside each shard it writes the offsets of its samples (00000.tar.idx) and what is in none (00000.tar.left_out.json), or
-beside the manifest where the shards may only be read; and the manifest last. The same command again reads what is
-there, so it goes on where it was stopped.
+beside the manifest if the shards are read-only; the manifest comes last. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import UserError
+from data.files import name_in_errors
 from data.inspect.page import size_of
 from data.listing import format_left_out
 from data.shards.manifest import MANIFEST, build_manifest, open_place
@@ -42,24 +42,20 @@ def index(sources: list[PathText], /, options: StoreOptions, out: PathText | Non
     stores = [open_store(source, options) for source in sources]
     out = out or f"{stores[0].url}/{MANIFEST}"
     if "://" not in out:
-        try:
+        with name_in_errors(f"out is {out}"):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out is {out}: its folder cannot be made: {error.strerror}") from error
     built = build_manifest(stores, *open_place(out, options), workers)
-    damaged = "; ".join(built.damaged[:_NAMED])
-    if built.damaged:
-        more = f"; and {len(built.damaged) - _NAMED} more, see the manifest" if len(built.damaged) > _NAMED else ""
-        damaged = f"; {len(built.damaged)} damaged: {damaged}{more}"
-    size = size_of(built.bytes)
-    print(
-        f"{out}: {built.shards:,} shards, {built.samples:,} samples, {size}{damaged}{format_left_out(built.left_out)}"
-    )
+    corrupt = ""
+    if built.corrupt:
+        more = f"; and {len(built.corrupt) - _NAMED} more, see the manifest" if len(built.corrupt) > _NAMED else ""
+        corrupt = f"; {len(built.corrupt)} corrupt: {'; '.join(built.corrupt[:_NAMED])}{more}"
+    counts = f"{built.shards:,} shards, {built.samples:,} samples, {size_of(built.bytes)}"
+    print(f"{out}: {counts}{corrupt}{format_left_out(built.left_out)}")
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    return run((index,), args, __doc__, "; the same command goes on from here")
+    return run((index,), args, __doc__, "; the same command resumes")
 
 
 if __name__ == "__main__":

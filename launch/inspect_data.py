@@ -1,8 +1,8 @@
-"""Look at a source of training data: what is in it, what training would make of it, and which samples come next.
+"""Inspect a source of training data: what is in it, what training would use of it, and which samples come next.
 
     python launch/inspect_data.py s3://bucket/prefix                                 # prints, and writes inspect.html
     python launch/inspect_data.py /data/shards --samples all --out shards.html
-    python launch/inspect_data.py --config configs/demo.yaml --stage 1 --source shapes     # by the config's rules
+    python launch/inspect_data.py --config configs/demo.yaml --stage 1 --source shapes     # by the config's filters
     python launch/inspect_data.py --config configs/demo.yaml --stage 1 --order 2     # the ids of the first 2 batches
     python launch/inspect_data.py --config configs/demo.yaml --stage 1 --order 2 \\
         --checkpoint runs/demo/low/checkpoints/step_00000200                        # and of the 2 after a checkpoint
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from data.errors import UserError
-from data.files import atomic_path
+from data.files import atomic_path, name_in_errors
 from data.inspect.page import Report, count, printable
 from data.inspect.scan import ANY_SIZE, inspect
 from data.lane import Source
@@ -51,26 +51,26 @@ _OF_IMAGES = ("resolution", "small_images")
 
 @dataclass(frozen=True)
 class Options:
-    """What to look at, and how closely.
+    """What to inspect, and how closely.
 
     Args:
-        config: YAML file of a run, in place of SOURCE: its sources, rules and S3 options then apply.
+        config: YAML file of a run, in place of SOURCE; its sources, filters and S3 options apply.
         stage: Which of the config's stages, by number from 1 or by name; with SOURCE, the stage's name in the order.
         source: Which of the config's sources, if it has several.
-        samples: Samples to read, drawn at random from all over the source, or all.
-        decode: How many of them to decode in full, or all; only this finds an image that is broken behind its header.
+        samples: Samples to read, drawn at random from the whole source, or all.
+        decode: How many of them to decode in full, or all; only that finds an image that is broken after its header.
         seed: Decides which samples are drawn; with SOURCE and --order, the run's seed.
         sheet: Samples that the page shows.
         out: The HTML page to write.
-        order: Print the ids of so many coming global batches instead.
-        checkpoint: Folder step_N of a checkpoint that the order goes on from.
+        order: Print the ids of this many coming global batches instead.
+        checkpoint: Folder step_N of a checkpoint from which the order continues.
         name: With SOURCE, its name in ids and in the order; by default the last part of its address.
         manifest: With SOURCE, path or s3:// URL of its index.json, if that is not at its root.
         resolution: With SOURCE, side of the training images in pixels; the order's default is the config's.
-        small_images: With SOURCE, whether images below the resolution are passed over or enlarged.
+        small_images: With SOURCE, whether images below the resolution are dropped or enlarged.
         batch_size: With SOURCE and --order, samples in a global batch.
-        lanes: With SOURCE and --order, independent orders the data is cut into.
-        shuffle_block: With SOURCE and --order, samples that are permuted together inside a lane.
+        lanes: With SOURCE and --order, number of independent orders that the data is cut into.
+        shuffle_block: With SOURCE and --order, samples that are shuffled together within a lane.
         endpoint: With SOURCE, URL of another S3 server than Amazon's.
         region: With SOURCE, region of the bucket; by default the profile's.
         profile: With SOURCE, profile of the AWS credentials file.
@@ -104,7 +104,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Job:
-    """What options and config come to."""
+    """What to inspect, from options and config."""
 
     data: DataConfig
     images: ImageSettings
@@ -116,15 +116,11 @@ class _Job:
 
 
 def inspect_data(source: PathText | None = None, /, *, options: Options) -> None:
-    """Look at the samples of one source, or at the order of all.
+    """Inspect the samples of one source, or print the order of all sources.
 
     Args:
         source: Directory or s3://bucket/prefix.
-        options: What to look at.
-
-    Raises:
-        UserError: an option, a config or a source that is wrong.
-        StoreError: the network or a disk failed for longer than the retries last.
+        options: What to inspect, and how.
     """
     if (source is None) == (options.config is None):
         raise UserError("give either SOURCE, a directory or s3://bucket/prefix, or --config FILE")
@@ -133,11 +129,11 @@ def inspect_data(source: PathText | None = None, /, *, options: Options) -> None
         _print_order(job, options.order, options.checkpoint)
         return
     if options.checkpoint is not None:
-        raise UserError("checkpoint is set: it goes with --order N, which goes on from it")
-    _write_page(job, _chosen(job.data.sources, options.source), options)
+        raise UserError("checkpoint is set: it goes with --order N, which continues from it")
+    _write_page(job, _choose_source(job.data.sources, options.source), options)
 
 
-# --- from options and config to a job ---
+# --- the job, from options and config ---
 
 
 def _of_source(url: str, options: Options) -> _Job:
@@ -158,7 +154,7 @@ def _of_source(url: str, options: Options) -> _Job:
     return _Job(
         data,
         ANY_SIZE if any_size else image_settings(data),
-        f"Judged by the default rules, {at}; --config FILE --stage N applies a run's.",
+        f"Judged by the default filters, {at}; --config FILE --stage N applies a run's.",
         options.stage or "stage",
         options.seed or 0,
         batch_size,
@@ -178,14 +174,14 @@ def _of_config(options: Options) -> _Job:
     config, stage = stage_config(run, number), str(run.stages[number]["name"])
     if not config.data.sources:
         raise ConfigError(f"stage {stage}: data.sources is empty: name at least one source")
-    conditions = f"Judged by the rules of stage {stage} of {options.config}, {_sizes(config.data)}."
+    conditions = f"Judged by the filters of stage {stage} of {options.config}, {_sizes(config.data)}."
     seed = config.seed if options.order is not None else options.seed or 0
     images, batch_size = image_settings(config.data), config.train.batch_size
     return _Job(config.data, images, conditions, stage, seed, batch_size, config.text.length)
 
 
 def _sizes(data: DataConfig) -> str:
-    small = {"drop": "passed over", "upscale": "enlarged"}[data.small_images]
+    small = {"drop": "dropped", "upscale": "enlarged"}[data.small_images]
     buckets = f" in {len(data.aspect_buckets.sizes)} buckets" if data.aspect_buckets is not None else ""
     return f"at {data.size_text} px{buckets} with smaller images {small}"
 
@@ -203,7 +199,7 @@ def _stage_number(config: RunConfig, wanted: str | None) -> int:
     raise UserError(f"{said}: it should be one of {listed}" if names else "stages: the config names no stage")
 
 
-def _chosen(sources: list[SourceConfig], wanted: str | None) -> SourceConfig:
+def _choose_source(sources: list[SourceConfig], wanted: str | None) -> SourceConfig:
     found = [source for source in sources if wanted in (None, source.name)]
     if len(found) == 1:
         return found[0]
@@ -221,7 +217,7 @@ def _open(data: DataConfig, source: SourceConfig) -> Source:
     return Source(index, source.weight, source.filters)
 
 
-# --- what comes of it ---
+# --- its output ---
 
 
 def _write_page(job: _Job, chosen: SourceConfig, options: Options) -> None:
@@ -249,17 +245,15 @@ def _write_page(job: _Job, chosen: SourceConfig, options: Options) -> None:
 
 @contextmanager
 def _replacing(out: str) -> Iterator[TextIO]:
-    """A file that takes its place when it is whole; a place that cannot be written is said before anything is read."""
+    """A file that replaces `out` once it is complete; whether it can be written is known before anything is read."""
     path = Path(out)
     if "://" in out or path.is_dir():
         raise UserError(f"out is {out}: it should be a local file to write")
     with ExitStack() as stack:
-        try:
+        with name_in_errors(f"out is {out}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = stack.enter_context(atomic_path(path))
             file = stack.enter_context(partial.open("w", encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"out is {out}: it cannot be written: {error.strerror}") from error
         yield file
 
 
@@ -288,8 +282,8 @@ def _print_order(job: _Job, batches: int, checkpoint: str | None) -> None:
         print(f"batch {number}: slots {first} to {first + job.batch_size - 1}")
         print("\n".join(f"{slot}\t{printable(id_)}" for slot, id_ in enumerate(ids, first)))
     if coming.skipped:
-        passed = ", ".join(f"{count(n)} {reason.replace('_', ' ')}" for reason, n in coming.skipped.items())
-        print(f"passed over on the way: {passed}", file=sys.stderr)
+        skipped = ", ".join(f"{count(n)} {reason.replace('_', ' ')}" for reason, n in coming.skipped.items())
+        print(f"skipped on the way: {skipped}", file=sys.stderr)
     if job.images.buckets is not None:
         sizes = ", ".join(f"{height}x{width}: {count(n)}" for (height, width), n in coming.sizes.items())
         print(f"by height and width: {sizes}; {count(coming.waiting)} wait in buckets for more", file=sys.stderr)

@@ -7,8 +7,8 @@
     python launch/pack.py openmoji --out shards/openmoji                 # demo data: 3,953 drawings with their names
     python launch/pack.py shapes   --out shards/shapes --count 20000     # demo data: drawn scenes
 
-Each writes OUT/train/*.tar, OUT/heldout/*.tar, their index and, last, OUT/dataset.json. The same command again does
-nothing when that is there, and goes on where it was stopped when it is not.
+Each writes OUT/train/*.tar, OUT/heldout/*.tar, their index and, last, OUT/dataset.json. The same command resumes an
+interrupted pack, and does nothing if OUT/dataset.json is there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import data.packing.pack
 import data.packing.shapes
 from data.errors import UserError
 from data.listing import format_left_out, is_parquet, why_not_parquet
-from data.packing.contents import Contents, Recipe
+from data.packing.spec import DatasetSpec, PackOptions
 from data.store import Store, StoreOptions, open_store
 from launch.cli import run
 from t2i.config.base import PathText
@@ -41,63 +41,68 @@ class Target:
 
     Args:
         out: Folder or s3://bucket/prefix for the shards; new, empty, or left by the same command.
-        shard_size: Most samples in a shard; the rows of a split's shards differ by at most one.
-        workers: Processes; by default one per processor core. Does not change the result.
+        shard_size: Maximum samples in a shard; the numbers of rows of a split's shards differ by at most one.
+        workers: Processes; by default one per processor core. The result does not depend on it.
     """
 
     out: PathText
     shard_size: int = 1000
     workers: int | None = None
 
-    def pack(self, contents: Contents, options: StoreOptions) -> None:
+    def pack(self, spec: DatasetSpec, options: StoreOptions) -> None:
         """Write the shards and say so."""
         workers = self.workers if self.workers is not None else len(os.sched_getaffinity(0))
-        # Those two are for reading what others have made public.
+        # These two are for reading what others have made public.
         own = replace(options, anonymous=False, requester_pays=False)
-        done = data.packing.pack.pack(contents, self.out, self.shard_size, workers, own)
+        done = data.packing.pack.pack(spec, self.out, self.shard_size, workers, own)
         counts = ", ".join(f"{n} {split}" for split, n in done.summary["samples"].items())
         captions = f", {n:,} of them without a caption (.txt)" if (n := done.summary["without_caption"]) else ""
         verb = "was already packed, nothing to do" if done.was_finished else "packed"
         print(f"{self.out} {verb}: {counts}{captions}{format_left_out(done.summary['left_out'])}")
 
 
-def folder(source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions) -> None:
-    """Pack a folder's images, at any depth, with the files beside them of the same name, such as .txt and .json.
+def folder(source: PathText, /, target: Target, pack_options: PackOptions, options: StoreOptions) -> None:
+    """Pack a folder's images, at any depth, with the files of the same names, such as .txt and .json.
 
     Captions may also be named a.jpg.txt or a.caption. What is left out is counted by reason.
 
     Args:
         source: A folder or s3://bucket/prefix.
     """
-    from data.packing.output import samples_of_folder
+    from data.packing.tars import samples_of_folder
 
-    target.pack(samples_of_folder(open_store(source, options), recipe), options)
+    target.pack(samples_of_folder(open_store(source, options), pack_options), options)
 
 
 def tars(
-    source: PathText, /, target: Target, recipe: Recipe, options: StoreOptions, manifest: PathText | None = None
+    source: PathText,
+    /,
+    target: Target,
+    pack_options: PackOptions,
+    options: StoreOptions,
+    manifest: PathText | None = None,
 ) -> None:
-    """Pack the samples of existing tars anew, with all their members.
+    """Repack the samples of existing tars, with all their members.
 
     Args:
         source: A folder or s3://bucket/prefix with .tar shards, at any depth.
         manifest: Path or s3:// URL of their index.json (launch/index.py), if that is not at the source's root.
     """
-    from data.packing.output import samples_of_tars
+    from data.packing.tars import samples_of_tars
     from data.shards.index import index_source, open_index
     from data.shards.manifest import MANIFEST
 
     store = open_store(source, options)
     listed = manifest is not None or store.info(MANIFEST) is not None
     index = open_index(store, "source", manifest, options=options) if listed else index_source(store, "source")
-    target.pack(samples_of_tars(index, recipe), options)
+    target.pack(samples_of_tars(index, pack_options), options)
 
 
 def parquet(
     source: PathText,
     /,
     target: Target,
-    recipe: Recipe,
+    pack_options: PackOptions,
     options: StoreOptions,
     image_column: str = "image",
     caption_column: str = "caption",
@@ -117,16 +122,16 @@ def parquet(
 
     left_out: Counter[str] = Counter()
     store, names = _parquet_files(source, options, left_out)
-    files = Files(open_store(root, options), beside=False) if root else Files(store)
-    contents = parquet_table(store, names, Columns(image_column, caption_column), files, recipe)
-    target.pack(replace(contents, left_out={**contents.left_out, **left_out}), options)
+    files = Files(open_store(root, options), from_table=False) if root else Files(store)
+    spec = parquet_table(store, names, Columns(image_column, caption_column), files, pack_options)
+    target.pack(replace(spec, left_out={**spec.left_out, **left_out}), options)
 
 
 def csv(
     source: PathText,
     /,
     target: Target,
-    recipe: Recipe,
+    pack_options: PackOptions,
     options: StoreOptions,
     image_column: str = "path",
     caption_column: str = "caption",
@@ -146,19 +151,19 @@ def csv(
     from data.packing.table import Columns, Files
 
     store, name = _open_file(source, options)
-    files = Files(open_store(root, options), beside=False) if root else Files(store)
-    target.pack(csv_table(store, name, Columns(image_column, caption_column), files, recipe), options)
+    files = Files(open_store(root, options), from_table=False) if root else Files(store)
+    target.pack(csv_table(store, name, Columns(image_column, caption_column), files, pack_options), options)
 
 
 def openmoji(target: Target, options: StoreOptions, size: int = 64, heldout: float = 0.05, seed: int = 0) -> None:
     """Pack OpenMoji's drawings, captioned with their English names (CC BY-SA 4.0).
 
     Args:
-        size: Side of the pictures in pixels.
-        heldout: Share of the drawings that goes into OUT/heldout, an emoji always with all its variants.
+        size: Side of the images in pixels.
+        heldout: Share of the drawings that goes into OUT/heldout; an emoji always goes with all its variants.
         seed: Decides the order and which are held out.
     """
-    target.pack(data.packing.openmoji.contents(size, heldout, seed), options)
+    target.pack(data.packing.openmoji.dataset_spec(size, heldout, seed), options)
 
 
 def shapes(
@@ -174,16 +179,16 @@ def shapes(
 
     Args:
         count: Number of scenes, the held-out ones included.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
         heldout: Share of the scenes that goes into OUT/heldout.
         seed: Decides the scenes, and which captions are held out.
-        heldout_captions: Share of the captions that never come up in OUT/train, for scores on what is new.
+        heldout_captions: Share of the captions that OUT/train never contains, for scores on unseen captions.
     """
-    target.pack(data.packing.shapes.contents(count, size, heldout, seed, heldout_captions), options)
+    target.pack(data.packing.shapes.dataset_spec(count, size, heldout, seed, heldout_captions), options)
 
 
 def _parquet_files(source: str, options: StoreOptions, left_out: Counter[str]) -> tuple[Store, list[str]]:
-    """The file, or all in the folder or below the prefix; what lies there besides is counted."""
+    """The file, or all Parquet files in the folder or below the prefix; other files are counted in `left_out`."""
     if is_parquet(source):
         store, name = _open_file(source, options)
         is_missing = "://" not in source and not os.path.isdir(source)  # to be refused as a file
@@ -208,7 +213,7 @@ def _open_file(url: str, options: StoreOptions) -> tuple[Store, str]:
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     jobs = (folder, parquet, csv, tars, openmoji, shapes)
-    return run(jobs, args, __doc__, "; the same command goes on from here")
+    return run(jobs, args, __doc__, "; the same command resumes")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""What `scan.py` found, as lines for a terminal and as a page.
+"""The findings of `scan.py` as text for a terminal and as an HTML page.
 
-- Both show the same tables, made once; the page adds a sheet of samples and histograms.
-- The page is one file: thumbnails are data URIs, bars are inline SVG, and its policy forbids to load anything.
-- Ids, captions and details are foreign text: escaped in the page, without control characters in a terminal.
+- Both show the same tables; the page adds thumbnails and histograms.
+- The page is one file: thumbnails are data URIs, bars are inline SVG, and its policy forbids loading anything.
+- Ids, captions and details are foreign text: escaped on the page, and without control characters on a terminal.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -18,12 +17,14 @@ from string import Template
 
 import numpy as np
 
+from data.errors import shortened
 from data.inspect.scan import ASPECT_RATIOS, Findings, Reasons, Tally, Tile
 from data.listing import format_counts
+from data.pages import cards, linked_sections, written_at
 from data.shards.index import SourceIndex
 
 TOKENS_A_WORD = 1.3
-"""Of English text under the usual vocabularies of language models: an estimate, and labelled so."""
+"""An estimate for English text and the usual tokenizers; the page says so."""
 
 _SHARES = {"least": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
 _SIDES = (256, 512, 1024)
@@ -34,13 +35,13 @@ _PIXELS = (0, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096
 _WORDS = (0, 1, 3, 5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300)
 _KILOBYTES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 6, 334, 22, 140  # the bars inside a view of 340 x 160
+_LEFT, _RIGHT, _TOP, _BOTTOM = 6, 334, 22, 140  # the bars in a view of 340 x 160
 _FEWEST_BARS = 6
 
 
 @dataclass(frozen=True)
 class Row:
-    """A table's row; `below` are lines of detail."""
+    """A table's row; `below` holds lines of detail."""
 
     cells: tuple[str, ...]
     below: tuple[str, ...] = ()
@@ -60,11 +61,9 @@ class Table:
 class Report:
     """Findings in words.
 
-    Args:
-        index: the source.
-        findings: what was found in some of its samples.
-        conditions: a sentence on what they were judged by.
-        token_limit: tokens that training takes of a caption.
+    Attributes:
+        conditions: a sentence on the filters and sizes that applied.
+        token_limit: tokens that training uses of a caption.
         left_out: what the source holds that is in no sample, by reason.
     """
 
@@ -75,9 +74,9 @@ class Report:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
-        """Lines for a terminal."""
-        cards = [f"{label.lower()}: {value}, {note}" for label, value, note in self._cards()]
-        parts = [f"{printable(self.index.name)}: {printable(self.index.store.url)}", *cards, self.conditions]
+        """Text for a terminal."""
+        totals = [f"{label.lower()}: {value}, {note}" for label, value, note in self._cards()]
+        parts = [f"{printable(self.index.name)}: {printable(self.index.store.url)}", *totals, self.conditions]
         return "\n".join(parts + [_table_text(table) for table in self.tables()])
 
     def page(self) -> str:
@@ -91,24 +90,19 @@ class Report:
             "Contents": f'<div class="contents">{"".join(contents)}</div>',
             **by_title,
         }
-        anchors = [(title, title.lower().replace(" ", "-")) for title in sections]
-        cards = (
-            f"<div><span>{escape(label)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>"
-            for label, value, note in self._cards()
-        )
+        links, body = linked_sections(sections)
         template = files("data.inspect").joinpath("page.html").read_text(encoding="utf-8")
         return Template(template).substitute(
             name=escape(printable(self.index.name)),
             url=escape(printable(self.index.store.url)),
             conditions=escape(self.conditions),
-            cards="".join(cards),
-            links="".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors),
-            sections="".join(f'<section id="{a}"><h2>{title}</h2>{sections[title]}</section>' for title, a in anchors),
-            footer=time.strftime("Written %Y-%m-%d %H:%M UTC.", time.gmtime()),
+            cards=cards(self._cards()),
+            links=links,
+            sections=body,
+            footer=written_at(),
         )
 
     def tables(self) -> list[Table]:
-        """Everything that is counted."""
         found = self.findings
         formats, aspects = self._counted("Formats", found.formats), self._counted("Aspect ratios", found.aspect_ratios)
         judged = [self._bad(), self._filtered()]
@@ -157,7 +151,7 @@ class Report:
 
     def _bad(self) -> Table:
         found = self.findings
-        note = "Content that cannot be used; training sets it aside and goes on."
+        note = "Content that cannot be used; training skips it and lists it."
         if not found.bad and found.decoded < self.index.counts.sum():
             most = math.ceil(3000 / found.decoded) / 10  # the rule of three, rounded up
             note += f" None was found: with 95 % confidence their share is below {most:g} %."
@@ -168,17 +162,17 @@ class Report:
     def _filtered(self) -> Table:
         none = "" if self.findings.filtered else " They leave out none."
         return Table(
-            "Filtered", *self._reasons(self.findings.filtered), f"Good samples that the rules leave out.{none}"
+            "Filtered", *self._reasons(self.findings.filtered), f"Good samples that the filters leave out.{none}"
         )
 
     def _reasons(self, reasons: Reasons) -> tuple[tuple[str, ...], list[Row]]:
         found, rows = self.findings, []
-        for (reason, in_full), it in sorted(reasons.items(), key=lambda item: -item[1].count):
+        for (name, in_full), reason in sorted(reasons.items(), key=lambda item: -item[1].count):
             of, how = (found.decoded, "decoded") if in_full else (found.read, "read")
-            examples = (f"{id_}: {detail}" if detail else id_ for id_, detail in it.first)
-            below = tuple(printable(line)[:_MOST_DETAIL] for line in examples)
-            words = printable(reason.replace("_", " "))
-            rows.append(Row((words, count(it.count), share(it.count, of), f"{count(of)} {how}"), below))
+            examples = (f"{id_}: {detail}" if detail else id_ for id_, detail in reason.first)
+            below = tuple(shortened(printable(line), _MOST_DETAIL) for line in examples)
+            words = printable(name.replace("_", " "))
+            rows.append(Row((words, count(reason.count), share(reason.count, of), f"{count(of)} {how}"), below))
         return ("reason", "samples", "share", "of"), rows
 
     def _members(self) -> Table:
@@ -192,7 +186,7 @@ class Report:
         return Table("Members", ("", "samples", "share", "bytes each"), rows)
 
     def _counted(self, title: str, counts: Mapping[str, int]) -> Table:
-        """Samples by a property of their images, the most frequent first."""
+        """Samples by a property of their images, most frequent first."""
         by_count = sorted(counts.items(), key=lambda item: -item[1])
         return Table(
             title,
@@ -207,17 +201,17 @@ class Report:
             Row((name, *(show(np.quantile(values, at, method="inverted_cdf").item()) for at in _SHARES.values())))
             for name, values, show in measured
         ]
-        note = "No shard is damaged."
-        if index.damage:
-            note = f"{count(len(index.damage))} damaged; what they hold before the fault is read:"
+        note = "No shard is corrupt."
+        if index.corruption:
+            note = f"{count(len(index.corruption))} corrupt; what they hold before the fault is read:"
             lines = [
                 f"{index.names[shard]}: {words}; {index.counts[shard]} samples kept"
-                for shard, words in sorted(index.damage.items())[:_NAMED_SHARDS]
+                for shard, words in sorted(index.corruption.items())[:_NAMED_SHARDS]
             ]
-            if len(index.damage) > _NAMED_SHARDS:
-                lines.append(f"and {count(len(index.damage) - _NAMED_SHARDS)} more")
+            if len(index.corruption) > _NAMED_SHARDS:
+                lines.append(f"and {count(len(index.corruption) - _NAMED_SHARDS)} more")
             blank = ("",) * len(_SHARES)
-            rows.append(Row(("damaged", *blank), tuple(printable(line)[:_MOST_DETAIL] for line in lines)))
+            rows.append(Row(("corrupt", *blank), tuple(shortened(printable(line), _MOST_DETAIL) for line in lines)))
         if self.left_out:
             note = f"Left out: {printable(format_counts(self.left_out))}. {note}"
         return Table("Shards", ("", *_SHARES), rows, note)
@@ -238,12 +232,11 @@ class Report:
 
 
 def count(n: float) -> str:
-    """A whole number."""
     return f"{n:,.0f}"
 
 
 def share(n: int, of: int) -> str:
-    """A part of a whole, in percent; never 0 or 100 unless it is."""
+    """A share in percent; never shown as 0 or 100 unless it is exactly that."""
     if not of:
         return "–"
     percent = 100 * n / of
@@ -255,7 +248,7 @@ def share(n: int, of: int) -> str:
 
 
 def size_of(n: float) -> str:
-    """Bytes, in decimal units."""
+    """A number of bytes, in decimal units."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n < 999.5 or unit == "TB":
             break
@@ -264,7 +257,7 @@ def size_of(n: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Foreign text with what is no visible character spelt out, so that it cannot steer a terminal."""
+    """Foreign text with control characters escaped, so that it cannot steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -313,7 +306,7 @@ def _number(column: int) -> str:
 def _sheet(tiles: Sequence[Tile]) -> str:
     if not tiles:
         return '<p class="lead">None of the samples that were decoded is usable.</p>'
-    lead = "Usable samples from all over the source, drawn at random; the whole image, and the caption as trained."
+    lead = "Usable samples drawn at random from the whole source: the whole image, and the caption as trained."
     return f'<p class="lead">{lead}</p><div class="sheet">{"".join(map(_tile, tiles))}</div>'
 
 
@@ -329,7 +322,7 @@ def _tile(tile: Tile) -> str:
 
 @dataclass(frozen=True)
 class _Bars:
-    """A histogram: each bar's label, at its left edge or, if `centred`, below its middle."""
+    """A histogram; labels stand at the left edges of the bars or, if `centred`, below their middles."""
 
     labels: list[str]
     counts: list[int]
@@ -337,7 +330,7 @@ class _Bars:
 
 
 def _bins(tally: Tally, edges: Sequence[int], unit: int = 1) -> _Bars:
-    """Numbers from each edge to the next; the bins at the ends that are empty are left out, but for a margin."""
+    """Count the numbers from each edge to the next; empty bins at the ends are dropped, except for a margin."""
     below = [tally.below(edge * unit) for edge in edges]
     counts = [stop - start for start, stop in zip(below, [*below[1:], tally.total], strict=True)]
     filled = [i for i, n in enumerate(counts) if n] or [0]

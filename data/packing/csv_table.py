@@ -1,13 +1,13 @@
 """Packing the rows of a CSV or TSV file with a header, whose image column holds paths.
 
 - The delimiter is the one of tab, comma, semicolon and bar that finds both columns in the header.
-- Cells are quoted as RFC 4180 has it. In a TSV quotes belong to the text, as captions are published, unless its header
-  is quoted, or a row's quotes hold what else could be in no cell: a tab, a newline, a doubled quote.
-- A row has as many cells as the header. Another one is left out ("wrong_cell_count"); so is one whose quotes are not
-  closed, or not doubled inside, or merge lines that are rows ("bad_quotes"). The next row begins on the next line: a
-  stray quote costs one row. Where the caption is the first or the last cell, a line with too few cells may be a part of
-  it: the row beside is left out with it. So no caption is cut or merged.
-- Rows are counted once, from front to back, and every thousandth row's place is noted: a process begins to read at the
+- Cells are quoted as in RFC 4180. In a TSV quotes belong to the text, as captions are published, unless the header is
+  quoted or a row's quotes enclose what no plain cell can hold: a tab, a newline, a doubled quote.
+- A row has as many cells as the header; another one is skipped ("wrong_cell_count"). So is a row whose quotes are not
+  closed, not doubled inside a cell, or enclose another row ("bad_quotes"). The next row begins on the next line, so a
+  stray quote costs one row. If the caption is the first or last cell, a line with too few cells may be part of a
+  caption, so the row beside it is skipped too. No caption is ever cut or merged.
+- Rows are counted once, front to back, noting where every thousandth row begins; a process starts reading at the
   nearest one.
 """
 
@@ -27,34 +27,33 @@ from typing import Any, NamedTuple
 
 from data.errors import DataError
 from data.listing import is_image, kind_of
-from data.packing.contents import Contents, Images, LeftOut, Recipe, Sample, ahead
+from data.packing.spec import DatasetSpec, ImageEncoder, PackOptions, Sample, Skipped, prefetch
 from data.packing.table import Columns, Files, ObjectFile, Row, beginning, look_up, once, row_sample
 from data.store import ObjectInfo, Store, changed
 
 _ROWS_A_MARK = 1000
 _BUFFER = 1 << 20
-"""Bytes that are read at a time, or as many as another request costs."""
+"""Bytes read at a time, unless the store's readahead is larger."""
 _LONGEST = 32 << 20
-"""Characters of a line, and bytes of a row, in which a quote must be closed."""
-csv.field_size_limit(2 * _LONGEST)  # the process's; 131,072 by default
+"""Maximum of a line in characters, and of a row in bytes."""
+csv.field_size_limit(2 * _LONGEST)  # for the whole process; 131,072 by default
 _DELIMITERS = "\t,;|"
 _JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _NULL = "\\N"
-"""How MySQL, Hive and PostgreSQL write that a cell has no value."""
-_NEWLINE = ("wrong_cell_count", "a newline of its caption seems to be outside of quotes")
+"""How MySQL, Hive and PostgreSQL write NULL."""
+_NEWLINE = ("wrong_cell_count", "its caption seems to have a newline outside of quotes")
 
 
 class _Line(NamedTuple):
+    """A line: its first byte in the file, its number from 1, and its text with LF, CRLF or CR."""
+
     start: int
-    """Its first byte in the file."""
     number: int
-    """From 1."""
     text: str
-    """With its end: LF, CRLF or CR."""
 
 
 class _Lines(Iterator[_Line]):
-    """The lines of a file from one on. Those that were given back come again."""
+    """Lines of a file from byte `start` on; `give_back` makes lines come again."""
 
     def __init__(self, store: Store, info: ObjectInfo, start: int = 0, number: int = 1) -> None:
         buffered = io.BufferedReader(ObjectFile(store, info), max(_BUFFER, store.readahead))
@@ -81,7 +80,7 @@ class _Lines(Iterator[_Line]):
 
 
 class _Cells(NamedTuple):
-    """One row as it stands in the file: its first line, how many lines it has, and why it is left out, if it is."""
+    """One row of the file: its first line, its number of lines, and why it is skipped, if it is."""
 
     line: _Line
     lines: int
@@ -91,13 +90,13 @@ class _Cells(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Form:
-    """How a file's lines are rows.
+class _Dialect:
+    """How a file's lines make rows.
 
     Attributes:
-        quoted: quotes at a cell's ends are no part of it; else only where they must be.
-        spaced: so are spaces before a cell, since the header has them.
-        image, caption: which of the cells they are.
+        quoted: quotes around a cell are no part of it; if False, only where they enclose what no plain cell can hold.
+        spaced: spaces before a cell are no part of it, since the header has them.
+        image, caption: indices of the two cells.
     """
 
     header: list[str]
@@ -108,17 +107,17 @@ class _Form:
     caption: int
 
     def rows(self, lines: _Lines) -> Iterator[_Cells]:
-        """The rows, blank lines aside."""
+        """The rows; blank lines are passed over."""
         for line in lines:
             if not line.text.strip(" \r\n"):
                 continue
             row = self._row(line, lines)
             width, last = len(self.header), len(self.header) - 1
             if self.caption == last and not row.reason and row.cells[self.image]:
-                rest = self._short(lines, row.cells[self.image])
+                rest = self._skip_fragments(lines, row.cells[self.image])
                 yield _Cells(line, row.lines + rest, row.cells, *_NEWLINE) if rest else row
             elif self.caption == 0 and row.reason == "wrong_cell_count" and len(row.cells) < width:
-                rest = self._short(lines)
+                rest = self._skip_fragments(lines)
                 end = next(lines, None)
                 if end and len(self._split(end.text)) == width and not (self.quoted and '"' in end.text):
                     rest += 1
@@ -128,17 +127,17 @@ class _Form:
             else:
                 yield row
 
-    def _short(self, lines: _Lines, path: str = "") -> int:
-        """Read past lines with too few cells that name no image; how many, blank ones aside.
+    def _skip_fragments(self, lines: _Lines, path: str = "") -> int:
+        """Read past lines with too few cells that name no image; returns how many, not counting blank ones.
 
-        An image is named by its extension, be it only this path's.
+        A cell names an image if its extension is an image's or that of `path`.
         """
         count = 0
         for line in lines:
             is_short = line.text.count(self.delimiter) < len(self.header) - 1
             cells = self._split(line.text) if is_short and not (self.quoted and '"' in line.text) else []
             named = cells[min(self.image, len(cells) - 1)] if cells else ""
-            if not cells or is_image(named) or (_kind(path) and _kind(path) == _kind(named)):
+            if not cells or is_image(named) or (_suffix(path) and _suffix(path) == _suffix(named)):
                 lines.give_back([line])
                 break
             count += bool(line.text.strip())
@@ -157,7 +156,7 @@ class _Form:
             return self._counted(line, plain)
         if cells is not None and len(taken) == 1:
             return self._counted(line, cells)
-        detail = "its quotes are not closed, or not doubled inside a cell, or take in another row"
+        detail = "its quotes are not closed, not doubled inside a cell, or enclose another row"
         return _Cells(line, 1, plain, "bad_quotes", detail)
 
     def _split(self, text: str) -> list[str]:
@@ -171,7 +170,7 @@ class _Form:
         return _Cells(line, 1, cells, "wrong_cell_count", detail)
 
     def _unquoted(self, line: _Line, lines: _Lines) -> tuple[list[str] | None, list[_Line]]:
-        """The cells of the row that begins on a line, None if its quotes are wrong, and the lines that were read."""
+        """The cells of the row that begins on a line (None if its quotes are wrong), and the lines that were read."""
         taken = [line]
 
         def texts() -> Iterator[str]:
@@ -189,15 +188,15 @@ class _Form:
             return None, taken
 
     def _merges(self, cells: list[str], taken: list[_Line]) -> bool:
-        """Whether a row of several lines holds one that is a row by itself: it names another image."""
+        """Whether a row of several lines contains a line that is a row by itself, since it names another image."""
         if len(taken) == 1:
             return False
         path = cells[self.image]
         others = [split[self.image] for line in taken if len(split := self._split(line.text)) == len(self.header)]
-        return any(other != path and (is_image(other) or _kind(other) == _kind(path)) for other in others)
+        return any(other != path and (is_image(other) or _suffix(other) == _suffix(path)) for other in others)
 
 
-def _kind(path: str) -> str:
+def _suffix(path: str) -> str:
     return posixpath.splitext(path)[1]
 
 
@@ -205,45 +204,45 @@ def _kind(path: str) -> str:
 class _CsvReader:
     store: Store
     info: ObjectInfo
-    form: _Form
+    dialect: _Dialect
     marks: list[tuple[int, int]]
-    """Where rows 0, 1000, 2000, ... begin: byte and line."""
+    """Byte and line number at which rows 0, 1000, 2000, ... begin."""
     columns: Columns
     files: Files
-    images: Images
+    encoder: ImageEncoder
 
-    def __call__(self, items: Sequence[int]) -> Iterator[Sample | LeftOut]:
-        return ahead(lambda row: row_sample(row, self.files, self.images), self._rows(items))
+    def __call__(self, items: Sequence[int]) -> Iterator[Sample | Skipped]:
+        return prefetch(lambda row: row_sample(row, self.files, self.encoder), self._rows(items))
 
-    def _rows(self, items: Sequence[int]) -> Iterator[Row | LeftOut]:
+    def _rows(self, items: Sequence[int]) -> Iterator[Row | Skipped]:
         rows: Iterator[_Cells] = iter(())
-        at = -1  # the next row that `rows` gives
+        at = -1  # number of the next row of `rows`
         for number in items:
             mark = number // _ROWS_A_MARK
             if at < 0 or mark * _ROWS_A_MARK > at:
-                rows = self.form.rows(_Lines(self.store, self.info, *self.marks[mark]))
+                rows = self.dialect.rows(_Lines(self.store, self.info, *self.marks[mark]))
                 at = mark * _ROWS_A_MARK
             row = next(islice(rows, number - at, None), None)
             if row is None:
                 raise changed(self.store.url, self.info.name)
             at = number + 1
-            yield self._made(number, row)
+            yield self._convert(number, row)
 
-    def _made(self, number: int, row: _Cells) -> Row | LeftOut:
+    def _convert(self, number: int, row: _Cells) -> Row | Skipped:
         where = f"line {row.line.number}"
         if row.reason:
-            return LeftOut(f"{where}: {row.detail}", row.reason)
-        cells = dict(zip(self.form.header, row.cells, strict=True))
+            return Skipped(f"{where}: {row.detail}", row.reason)
+        cells = dict(zip(self.dialect.header, row.cells, strict=True))
         path, caption = cells.pop(self.columns.image), cells.pop(self.columns.caption)
         where = f"{where} ({path})"
         if any('\\"' in cell or cell.endswith("\\") for cell in (path, caption)):
-            return LeftOut(f"{where}: a backslash before a quote or a newline; RFC 4180 doubles quotes", "bad_quotes")
-        values = {name: _plain(cells[name]) for name in once(self.form.header) if name in cells}
+            return Skipped(f"{where}: a backslash before a quote or a newline; RFC 4180 doubles quotes", "bad_quotes")
+        values = {name: _plain(cells[name]) for name in once(self.dialect.header) if name in cells}
         return Row(number, self.info.name, where, None if caption == _NULL else caption, path, None, values)
 
 
 def _plain(cell: str) -> Any:
-    """A cell's value: what is written as JSON writes numbers is one, what is empty is nothing."""
+    """A cell's value: a number if it is written as in JSON, None if it is empty, else its text."""
     if _JSON_NUMBER.fullmatch(cell) and len(cell) < 300 and math.isfinite(float(cell)):
         return json.loads(cell)
     return cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace") or None
@@ -254,17 +253,16 @@ def csv_table(
     name: str,
     columns: Columns,
     files: Files,
-    recipe: Recipe,
+    pack_options: PackOptions,
     notice: Callable[[str], None] = print,
-) -> Contents:
-    """Count the rows of a CSV or TSV with a header, whose image column holds paths.
+) -> DatasetSpec:
+    """Describe a CSV or TSV with a header, whose image column holds paths, after counting its rows.
 
-    Args:
-        notice: is told how many lines there are for how many rows, where some rows have several.
+    `notice` is called with the counts of lines and rows if some rows have several lines.
 
     Raises:
-        UserError: a column is not there, or twice.
-        DataError: there is no such file, or no row, or it is not UTF-8 text, or has a line of 32 MiB.
+        UserError: a column is missing, or is there twice.
+        DataError: the file is missing, has no row or a line of 32 MiB, or is not UTF-8 text.
     """
     info, where = look_up(store, name), f"{store.url}/{name}"
     if kind := kind_of(beginning(store, info)):
@@ -273,10 +271,10 @@ def csv_table(
     head = next((line for line in lines if line.text.strip()), None)
     if head is None or "\0" in head.text:
         raise DataError(f"source {where} should begin with a header, as UTF-8 text")
-    form = _form(head.text, columns, name)
+    dialect = _find_dialect(head.text, columns, name)
     marks, count, longer = [], 0, 0
     digest = hashlib.blake2b(head.text.encode("utf-8", "surrogateescape"), digest_size=8)
-    for row in form.rows(lines):
+    for row in dialect.rows(lines):
         if count % _ROWS_A_MARK == 0:
             marks.append((row.line.start, row.line.number))
         count += 1
@@ -289,23 +287,18 @@ def csv_table(
     counted = f"{below} lines below the header: {count} rows, {longer} lines that continue one, {blank} blank lines"
     if longer:
         notice(f"{where}: {counted}")
-    contents = recipe.contents(
+    spec = pack_options.dataset_spec(
         "csv",
         count,
-        _CsvReader(store, info, form, marks, columns, files, recipe.images),
+        _CsvReader(store, info, dialect, marks, columns, files, pack_options),
         origin=where,
         fingerprint=digest.hexdigest(),
         arguments=columns.arguments,
     )
-    return replace(contents, about={**contents.about, "lines": counted})
+    return replace(spec, about={**spec.about, "lines": counted})
 
 
-def _form(text: str, columns: Columns, name: str) -> _Form:
-    """How a file with this header is read.
-
-    Raises:
-        UserError: a column is not there, or twice.
-    """
+def _find_dialect(text: str, columns: Columns, name: str) -> _Dialect:
     heads = {delimiter: next(csv.reader([text], delimiter=delimiter)) for delimiter in _DELIMITERS}
     headers = {delimiter: [cell.strip() for cell in head] for delimiter, head in heads.items()}
 
@@ -318,4 +311,4 @@ def _form(text: str, columns: Columns, name: str) -> _Form:
     columns.check(header, name)
     spaced = any(cell.startswith(" ") for cell in heads[delimiter][1:])
     quoted = delimiter != "\t" or text.startswith('"')
-    return _Form(header, delimiter, quoted, spaced, header.index(columns.image), header.index(columns.caption))
+    return _Dialect(header, delimiter, quoted, spaced, header.index(columns.image), header.index(columns.caption))

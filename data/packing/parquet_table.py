@@ -1,7 +1,7 @@
 """Packing the rows of Parquet files whose image column holds bytes, paths, or structs of both (Hugging Face's form).
 
-Of every file only the footer is read to count rows. A process reads the row groups that its shards touch, a page at a
-time: a row group may be as large as the file. (Of images, pyarrow's writer puts 1,024 into a page by default.)
+Counting rows reads only the footer of each file. A process reads the row groups that its shards touch, page by page,
+since a row group may be as large as the file. (pyarrow's writer puts 1,024 images into a page by default.)
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 
 from data.errors import DataError, UserError
 from data.listing import kind_of
-from data.packing.contents import Contents, Images, LeftOut, Recipe, Sample, ahead, fingerprint
+from data.packing.spec import DatasetSpec, ImageEncoder, PackOptions, Sample, Skipped, fingerprint, prefetch
 from data.packing.table import Columns, Files, ObjectFile, Row, beginning, look_up, once, row_sample
 from data.store import ObjectInfo, Store
 
 _THREADS = 8
 _ROWS_A_BATCH = 64
 _BUFFER = 1 << 20
-"""Bytes that are read at a time, or as many as another request costs."""
+"""Bytes read at a time, unless the store's readahead is larger."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class _ParquetReader:
     store: Store
     infos: list[ObjectInfo]
     ends: list[int]
-    """Rows of the files up to and with each."""
+    """Number of rows up to the end of each file."""
     columns: Columns
     files: Files
-    images: Images
+    encoder: ImageEncoder
 
-    def __call__(self, items: Sequence[int]) -> Iterator[Sample | LeftOut]:
-        return ahead(lambda row: row_sample(row, self.files, self.images), self._rows(items))
+    def __call__(self, items: Sequence[int]) -> Iterator[Sample | Skipped]:
+        return prefetch(lambda row: row_sample(row, self.files, self.encoder), self._rows(items))
 
-    def _rows(self, items: Sequence[int]) -> Iterator[Row | LeftOut]:
+    def _rows(self, items: Sequence[int]) -> Iterator[Row | Skipped]:
         place = 0
         while place < len(items):
             file = bisect_right(self.ends, items[place])
@@ -52,7 +52,7 @@ class _ParquetReader:
             yield from self._rows_of(self.infos[file], first, items[place:stop])
             place = stop
 
-    def _rows_of(self, info: ObjectInfo, first: int, items: Sequence[int]) -> Iterator[Row | LeftOut]:
+    def _rows_of(self, info: ObjectInfo, first: int, items: Sequence[int]) -> Iterator[Row | Skipped]:
         with _open_parquet(self.store, info) as table:
             groups = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
             others = _scalars(table.schema_arrow, self.columns)
@@ -70,10 +70,10 @@ class _ParquetReader:
         begin: int,
         first: int,
         items: Sequence[int],
-    ) -> Iterator[Row | LeftOut]:
-        """The wanted rows of a row group that begins at row `begin`, in a file that begins at row `first`."""
+    ) -> Iterator[Row | Skipped]:
+        """Rows `items` of a row group that begins at row `begin`, in a file that begins at row `first`."""
         given, words = 0, "the row group ends before it"
-        # Other columns that cannot be read decide nothing: from where they fail, rows are read without them.
+        # If other columns cannot be read, the remaining rows are read without them.
         for values in [others, []] if others else [[]]:
             at, names = begin, [self.columns.image, self.columns.caption, *values]
             try:
@@ -88,11 +88,11 @@ class _ParquetReader:
             except (pa.ArrowException, OSError) as fault:
                 words = " ".join(str(fault).split())[:200]
         for number in items[given:]:
-            yield LeftOut(f"{file} row {number - first}: {words}", "damaged_parquet")
+            yield Skipped(f"{file} row {number - first}: {words}", "corrupt_parquet")
 
     def _row(
         self, batch: pa.RecordBatch, n: int, number: int, file: str, where: str, others: list[str]
-    ) -> Row | LeftOut:
+    ) -> Row | Skipped:
         there = set(batch.schema.names)
         values = {name: _json_value(batch.column(name)[n]) if name in there else None for name in others}
         image, path, content = batch.column(self.columns.image)[n], None, None
@@ -107,22 +107,18 @@ class _ParquetReader:
         try:
             caption = batch.column(self.columns.caption)[n].as_py()
         except UnicodeDecodeError as error:
-            return LeftOut(f"{where}: {error}", "bad_caption")
+            return Skipped(f"{where}: {error}", "bad_caption")
         return Row(number, file, where, caption, path, content, values)
 
 
 def _open_parquet(store: Store, info: ObjectInfo) -> pq.ParquetFile:
-    """Open a file whose schema and number of rows make sense.
-
-    Raises:
-        DataError: it is no such file.
-    """
+    """Open a file, and check that it is Parquet with a consistent number of rows."""
     try:
-        # Without pre_buffer, and with a buffer, a row group is decoded page by page: it may be as large as the file.
+        # pre_buffer=False and a buffer make it decode page by page: a row group may be as large as the file.
         buffer = max(_BUFFER, store.readahead)
         file = pa.PythonFile(ObjectFile(store, info), mode="r")
         table = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
-        table.schema_arrow  # noqa: B018 (a type that Arrow does not know is told here)
+        table.schema_arrow  # noqa: B018 (raises on a type that Arrow does not know)
     except (pa.ArrowException, OSError) as fault:
         kind = None if (head := beginning(store, info)).startswith(b"PAR1") else kind_of(head)
         words = f"it is {kind}" if kind else " ".join(str(fault).split())
@@ -137,7 +133,6 @@ def _open_parquet(store: Store, info: ObjectInfo) -> pq.ParquetFile:
 
 
 def _scalars(schema: pa.Schema, columns: Columns) -> list[str]:
-    """The columns that go into .json."""
     used = (columns.image, columns.caption)
     return [name for name in once(schema.names) if name not in used and _is_scalar(schema.field(name).type)]
 
@@ -159,13 +154,13 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _text(scalar: pa.Scalar) -> str | None:
-    """A text; what is not UTF-8 of it is replaced."""
+    """The text; bytes that are not UTF-8 are replaced."""
     scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
     return scalar.as_buffer().to_pybytes().decode("utf-8", "replace") if scalar.is_valid else None
 
 
 def _json_value(scalar: pa.Scalar) -> Any:
-    """A value as JSON has it, times in UTC; null where it is none, or cannot be told."""
+    """A value in JSON's types, times in UTC; None if it is null or cannot be converted."""
     scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
     if not scalar.is_valid:
         return None
@@ -173,7 +168,7 @@ def _json_value(scalar: pa.Scalar) -> Any:
     if _is_text(kind):
         return _text(scalar)
     try:
-        if pa.types.is_timestamp(kind) and kind.tz:  # the zone's name need not be known here
+        if pa.types.is_timestamp(kind) and kind.tz:  # the zone's name may be unknown here
             return f"{scalar.cast(pa.timestamp(kind.unit)).cast(pa.string()).as_py()}Z"
         if pa.types.is_temporal(kind):
             return scalar.cast(pa.string()).as_py()  # Python's own times have no nanoseconds
@@ -202,13 +197,13 @@ def parquet_table(
     names: Sequence[str],
     columns: Columns,
     files: Files,
-    recipe: Recipe,
-) -> Contents:
-    """Count the rows of Parquet files whose image column holds bytes, paths, or structs of both.
+    pack_options: PackOptions,
+) -> DatasetSpec:
+    """Describe Parquet files whose image column holds bytes, paths, or structs of both, after counting their rows.
 
     Raises:
-        UserError: a column is not there or of another type.
-        DataError: there is no file or no row, or one is not Parquet.
+        UserError: a column is missing or of another type.
+        DataError: there is no file or no row, or a file is not Parquet.
     """
 
     def count(name: str) -> tuple[ObjectInfo, int]:
@@ -222,10 +217,10 @@ def parquet_table(
     ends = list(accumulate(rows for _, rows in counted))
     if not counted or not ends[-1]:
         raise DataError(f"source {store.url} should hold Parquet files with rows")
-    return recipe.contents(
+    return pack_options.dataset_spec(
         "parquet",
         ends[-1],
-        _ParquetReader(store, [info for info, _ in counted], ends, columns, files, recipe.images),
+        _ParquetReader(store, [info for info, _ in counted], ends, columns, files, pack_options),
         origin=store.url,
         fingerprint=fingerprint((info.name, info.size, info.version, rows) for info, rows in counted),
         arguments=columns.arguments,

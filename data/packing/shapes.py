@@ -1,17 +1,15 @@
 """Compositional scenes with exact ground truth: shapes on a plain ground, captions in GenEval's grammar.
 
-- `scene(seed, index)` is a pure function and knows no pixels; `draw(scene, size)` is one too.
-- The six tasks of GenEval come up equally often: every six indices in a row hold each of them once.
-- A caption names what is asked for and nothing else; where it is silent about colour the picture has one
-  all the same, and the ground truth tells it.
-- The layout is close to fixed (a 2 x 2 grid with jitter), so a small model can learn it in minutes. Where the
-  caption does not place two objects, the one named first stands on the left: GenEval does not score that,
-  and it spares the model a coin toss.
-- Two things can be held out of training: scenes, at indices of their own, and captions, by their hash, wherever
-  they come up. Of the 16,248 captions 8 are of a single object and 64 of a colour: what such a caption names is in
-  others still.
+- `scene(seed, index)` is a pure function and knows no pixels; `draw(scene, size)` is pure too.
+- GenEval's six tasks are equally frequent: every six consecutive indices hold each of them once.
+- A caption names only what is asked for. Where it names no color, the image has one all the same, and the ground truth
+  records it.
+- The layout is nearly fixed (a 2 x 2 grid with jitter), so a small model learns it in minutes. Where the caption does
+  not place two objects, the first one stands on the left: GenEval does not score that, and the model need not guess.
+- Two things can be held out of training: scenes, at indices of their own, and captions, by their hash, wherever they
+  occur. Of the 16,248 captions, 8 are of a single object and 64 of a color; what such a caption names is in others too.
 
-Lengths are fractions of the picture's side, x to the right and y down, (0, 0) the upper left corner.
+Lengths are fractions of the image's side, x to the right and y down, (0, 0) the upper left corner.
 
 Source: Ghosh et al., "GenEval" (2023), and its prompts/create_prompts.py and evaluate_images.py.
 """
@@ -29,7 +27,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.packing.contents import Contents, Each, Sample, check, check_common, picture
+from data.packing.spec import DatasetSpec, EachItem, Sample, check, check_common, make_sample
 from data.randomness import key, permutation, uniform
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -65,7 +63,7 @@ _OVERSAMPLING = 8
 
 @dataclass(frozen=True)
 class Group:
-    """What one noun phrase of a caption asks for. `color` is None where the caption names none."""
+    """What one noun phrase of a caption asks for. `color` is None if the caption names none."""
 
     count: int
     shape: str
@@ -91,7 +89,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption and what is to be seen. `relation` is where groups[0] is, seen from groups[1]."""
+    """A caption and its objects. `relation` is the position of groups[0] relative to groups[1]."""
 
     seed: int
     index: int
@@ -106,7 +104,7 @@ class Scene:
         return "a photo of " + joint.join(map(phrase, self.groups))
 
     def truth(self) -> dict[str, Any]:
-        """Return the ground truth as stored beside the picture; `group` is the noun phrase an object belongs to."""
+        """The ground truth in the .json member; `group` is the noun phrase that an object belongs to."""
         objects = [
             {"shape": o.shape, "color": o.color, "box": [round(v, 5) for v in o.box], "group": o.group}
             for o in self.objects
@@ -115,7 +113,7 @@ class Scene:
 
 
 def phrase(group: Group) -> str:
-    """Word a noun phrase: "an orange circle", "three crosses". Article and plural as GenEval forms them."""
+    """A noun phrase: "an orange circle", "three crosses". Article and plural as GenEval forms them."""
     words = f"{group.color} {group.shape}" if group.color else group.shape
     if group.count == 1:
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -123,7 +121,7 @@ def phrase(group: Group) -> str:
 
 
 def scene(seed: int, index: int) -> Scene:
-    """Make up the scene of this seed and index (0 <= index < 2**59); it depends on nothing else."""
+    """The scene of this seed and index (0 <= index < 2**59); it depends on nothing else."""
     tasks = permutation(key(seed, "shapes", "tasks", index // len(TASKS)), len(TASKS))
     task = TASKS[tasks[index % len(TASKS)]]
     u = iter(uniform(key(seed, "shapes", "scene"), index * _DRAWS + np.arange(_DRAWS)).tolist())
@@ -173,7 +171,7 @@ def _places(u: Iterator[float], n: int, relation: str | None) -> list[tuple[floa
 
 
 def draw(scene: Scene, size: int) -> NDArray[np.uint8]:
-    """Draw the picture, (size, size, 3) RGB, its edges anti-aliased; `size` in pixels."""
+    """Draw a scene, uint8 (size, size, 3) RGB, with anti-aliased edges."""
     image = np.empty((size, size, 3), np.uint8)
     image[:] = BACKGROUND
     for obj in scene.objects:
@@ -185,13 +183,13 @@ def draw(scene: Scene, size: int) -> NDArray[np.uint8]:
 
 
 def cover(obj: Object, size: int) -> tuple[slice, slice, NDArray[np.uint8]]:
-    """Find the pixels an object covers: its rows, its columns, and the share of each covered, 0 to 255."""
+    """The pixels an object covers: its rows, its columns, and the covered share of each pixel, 0 to 255."""
     x0, y0, x1, y1 = (v * size for v in obj.box)
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
     width, height = min(int(x1) + 2, size) - left, min(int(y1) + 2, size) - top
     fine = np.zeros((height * _OVERSAMPLING, width * _OVERSAMPLING), np.uint8)
     shift = np.array([obj.center[0] * size - left, obj.center[1] * size - top])
-    # fillPoly takes pixel centres as whole numbers, in fixed point with four bits after the point.
+    # fillPoly has pixel centres at integers, and takes fixed-point numbers with four fractional bits.
     contours = [((c * (obj.side * size) + shift) * _OVERSAMPLING - 0.5) * 16 for c in outline(obj.shape)]
     cv2.fillPoly(fine, [np.rint(c).astype(np.int32) for c in contours], 255, shift=4)
     coverage = cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA)
@@ -199,49 +197,43 @@ def cover(obj: Object, size: int) -> tuple[slice, slice, NDArray[np.uint8]]:
 
 
 def caption_is_held_out(caption: str, share: float, seed: int) -> bool:
-    """Tell whether training never sees this caption: of all captions about `share`; those of a smaller one among them.
+    """Whether training never sees this caption ("a photo of ..."), as about `share` of all captions.
 
-    Args:
-        caption: the whole caption, "a photo of ...".
-        share: `heldout_captions` of `contents`.
-        seed: `seed` of `contents`.
+    The captions held out at a smaller share are among them. `seed` is that of `dataset_spec`.
     """
     return float(uniform(key(seed, "shapes", "heldout captions", caption), 0)) < share
 
 
-def contents(
+def dataset_spec(
     count: int, size: int = 64, heldout: float = 0.05, seed: int = 0, heldout_captions: float = 0.0
-) -> Contents:
-    """List the scenes to pack.
+) -> DatasetSpec:
+    """Describe the scenes to pack; raises UserError if an argument is out of range.
 
     Args:
         count: scenes, the held-out ones included.
-        size: side of the pictures in pixels, 8 to 4096.
-        heldout: share of the scenes, 0 <= heldout < 1, that are held out, at indices kept for that.
+        size: side of the images in pixels, 8 to 4096.
+        heldout: share of the scenes held out, at reserved indices, 0 <= heldout < 1.
         seed: decides the scenes, and which captions are held out.
-        heldout_captions: share of the captions, 0 to 0.5, that never come up in training, which has as many scenes
-            without them; the held-out scenes have all captions.
-
-    Raises:
-        UserError: an argument outside its range.
+        heldout_captions: share of the captions, 0 to 0.5, that training never sees; it has other scenes in their place,
+            and the held-out scenes have all captions.
     """
     check_common(size, heldout)
     check(0 <= heldout_captions <= 0.5, "heldout_captions", heldout_captions, "a share between 0 and 0.5")
-    # Where scenes are passed over, training goes farther, and has to be known index by index.
+    # Where scenes are passed over, training needs more indices, and each is listed in memory.
     most = HELDOUT_START // 100 if heldout_captions else HELDOUT_START
     check(1 <= count <= most, "count", count, f"between 1 and {most}")
     kept = round(count * heldout)
     arguments = {"count": count, "size": size, "heldout": heldout, "seed": seed}
     train: Sequence[int] = range(count - kept)
-    if heldout_captions:  # without it, packs are those of before it was there
+    if heldout_captions:  # 0 is not an argument, so that earlier packs stay valid
         arguments["heldout_captions"] = heldout_captions
         train = _with_other_captions(count - kept, heldout_captions, seed)
-    return Contents(
+    return DatasetSpec(
         name="shapes",
         about={"licence": "CC0-1.0", "credit": "drawn by data/packing/shapes.py"},
         arguments=arguments,
         splits={"train": train, "heldout": range(HELDOUT_START, HELDOUT_START + kept)},
-        read=Each(partial(_sample, seed=seed, size=size)),
+        read=EachItem(partial(_sample, seed=seed, size=size)),
     )
 
 
@@ -252,15 +244,15 @@ def _with_other_captions(count: int, share: float, seed: int) -> array[int]:
 
 
 def _sample(index: int, seed: int, size: int) -> Sample:
-    it = scene(seed, index)
-    return picture(f"scene-{index:010d}", draw(it, size), it.caption, it.truth())
+    drawn = scene(seed, index)
+    return make_sample(f"scene-{index:010d}", draw(drawn, size), drawn.caption, drawn.truth())
 
 
 # --- the shapes: polygons, filled even-odd ---
 
 
 def _arc(radius: float, start: float, stop: float, n: int = 96) -> NDArray[np.float64]:
-    """Compute n points of a circle about the origin; angles in turns, 0 at the right, clockwise on the screen."""
+    """n points of a circle about the origin; angles in turns, 0 at the right, clockwise on the screen."""
     angle = 2 * np.pi * np.linspace(start, stop, n)
     return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
@@ -304,7 +296,7 @@ SHAPES = tuple(_CONTOURS)
 
 @cache
 def outline(shape: str) -> list[NDArray[np.float64]]:
-    """Return the shape's contours, their bounding box centred on the origin with 1 as its longer side."""
+    """The shape's contours, with the bounding box centred on the origin and its longer side 1."""
     points = np.concatenate(_CONTOURS[shape])
     low, high = points.min(axis=0), points.max(axis=0)
     return [(contour - (low + high) / 2) / (high - low).max() for contour in _CONTOURS[shape]]
@@ -312,7 +304,7 @@ def outline(shape: str) -> list[NDArray[np.float64]]:
 
 @cache
 def extent(shape: str) -> tuple[float, float]:
-    """Measure width and height of the outline; the larger one is 1."""
+    """Width and height of the outline; the larger one is 1."""
     points = np.concatenate(outline(shape))
     width, height = np.ptp(points, axis=0)
     return float(width), float(height)

@@ -1,8 +1,7 @@
-"""What tables share: their columns, their rows, the files that rows name.
+"""What CSV and Parquet tables share: their columns, their rows, and the files that rows name.
 
-Other columns with one plain value a row go into the .json member, under their own names. They never decide over image
-and caption: a value that cannot be converted is null, and columns without a name, or with one that others have, are
-left out.
+Other columns with one plain value a row go into the .json member under their own names. They never decide over image
+and caption: a value that cannot be converted is null, and columns without a unique name are left out.
 """
 
 from __future__ import annotations
@@ -15,28 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import BadSample, DataError, UserError
-from data.packing.contents import Images, LeftOut, Sample, below, json_bytes, left_out, read_file, sample_key
+from data.packing.spec import ImageEncoder, Sample, Skipped, json_bytes, name_below, read_file, sample_key, skipped
 from data.store import ObjectInfo, Store
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns with the image (or its path) and the caption."""
+    """Names of the columns that hold the image (or its path) and the caption."""
 
     image: str
     caption: str
 
     @property
     def arguments(self) -> dict[str, str]:
-        """What dataset.json says of them."""
+        """Their entries in dataset.json."""
         return {"image_column": self.image, "caption_column": self.caption}
 
     def check(self, there: Sequence[str], where: str) -> None:
-        """Refuse a name that the table does not have, or has twice.
-
-        Raises:
-            UserError: naming the argument and the columns that are there.
-        """
+        """Raise a UserError if the table lacks one of the names or has it twice."""
         for argument, name in (("image_column", self.image), ("caption_column", self.caption)):
             if name not in there:
                 raise UserError(f"{argument} is {name!r}: it should be a column of {where}: {', '.join(there)}")
@@ -45,32 +40,31 @@ class Columns:
 
 
 def once(names: Sequence[str]) -> list[str]:
-    """Those names that are not empty and come once, in their order."""
+    """The names that are not empty and occur once, in order."""
     counts = Counter(names)
     return [name for name in names if name and counts[name] == 1]
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where the files lie that rows name: below a store's root."""
+    """The files that rows name, below a store's root; relative paths start at the table's folder, or at the root."""
 
     store: Store
-    beside: bool = True
-    """Whether a relative path starts from the folder of the table that names it, rather than from the root."""
+    from_table: bool = True
 
     def read(self, path: str, table: str) -> tuple[str, bytes]:
-        """Read a file that a row of the table of that name gives: its name below the root, and its content.
+        """Read a file that a row of `table` names; returns its name below the root and its content.
 
         Raises:
-            BadSample: ("missing_file", "outside_root").
+            BadSample: "missing_file" or "outside_root".
         """
-        name = below(self.store.url, posixpath.dirname(table) if self.beside else "", path)
+        name = name_below(self.store.url, posixpath.dirname(table) if self.from_table else "", path)
         return name, read_file(self.store, name)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: its image by path, or the content (then the path is but a name); other columns' values."""
+    """One row of a table: the image by path or by content (the path is then only a name), and other columns' values."""
 
     number: int
     table: str
@@ -81,24 +75,24 @@ class Row:
     values: dict[str, Any]
 
 
-def row_sample(row: Row | LeftOut, files: Files, images: Images) -> Sample | LeftOut:
-    """Make a row's sample, or say why it is left out."""
-    if isinstance(row, LeftOut):
+def row_sample(row: Row | Skipped, files: Files, encoder: ImageEncoder) -> Sample | Skipped:
+    """Make a row's sample, or say why it is skipped."""
+    if isinstance(row, Skipped):
         return row
     try:
-        return _sample(row, files, images)
+        return _sample(row, files, encoder)
     except BadSample as fault:
-        return left_out(row.where, fault)
+        return skipped(row.where, fault)
 
 
-def _sample(row: Row, files: Files, images: Images) -> Sample:
+def _sample(row: Row, files: Files, encoder: ImageEncoder) -> Sample:
     caption = _check_caption(None if row.caption is None else row.caption.encode("utf-8", "surrogateescape"))
     name, content = row.path or "", row.content
     if content is None:
         if row.path is None:
             raise BadSample("missing_image")
         name, content = files.read(row.path, row.table)
-    extension, content = images(content)
+    extension, content = encoder(content)
     members = {extension: content, "txt": caption}
     if row.values:
         members["json"] = json_bytes(row.values)
@@ -148,7 +142,7 @@ class ObjectFile(io.RawIOBase):
 
 
 def beginning(store: Store, info: ObjectInfo) -> bytes:
-    """A file's first bytes, which tell what it is (`data.listing.kind_of`)."""
+    """A file's first bytes, for `data.listing.kind_of`."""
     return bytes(store.read(info.name, 0, min(64, info.size), version=info.version))
 
 

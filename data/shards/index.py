@@ -1,10 +1,10 @@
-"""What is in a source: its shards, and where in each the samples lie.
+"""The index of a source: its shards, and where in each the samples lie.
 
-- In memory is only the table of shards; a shard's offsets are read when it is come by, and a sample's members are
-  found in its bytes. So 36 million samples in 40,000 shards open in a second and pickle to other ranks in a few MB.
-- The table comes from a manifest (`launch/index.py` writes it, and other tools of wids do); a source of up to 1,000
-  shards without one is indexed at the start, with a notice.
-- A source without any .tar, but with up to 100,000 images, is read as if it were shards (`data/store/virtual.py`).
+- Only the table of shards is in memory. A shard's offsets are loaded when its first sample is read, and a sample's
+  members are found in its bytes: 36 million samples in 40,000 shards open in a second and pickle in a few MB.
+- The table comes from a manifest (written by `launch/index.py` or another wids tool). A source of up to 1,000 shards
+  without a manifest is indexed at the start of the run, with a notice.
+- A source of up to 100,000 images and no .tar is read as virtual shards (`data/store/virtual.py`).
 """
 
 from __future__ import annotations
@@ -22,40 +22,50 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.listing import format_left_out
-from data.shards.manifest import MANIFEST, complete, for_each_shard, open_place, read_manifest
-from data.shards.offsets import OFFSETS_SUFFIX, SHARD_SUFFIX, from_bytes, list_shards, read_offsets, scan_shard
+from data.shards.manifest import (
+    MANIFEST,
+    OFFSETS_SUFFIX,
+    SHARD_SUFFIX,
+    complete,
+    for_each_shard,
+    list_shards,
+    offsets_from_bytes,
+    open_place,
+    read_manifest,
+    read_offsets,
+    scan_shard,
+)
 from data.shards.tar import TarScan, scan_tar
 from data.store import ObjectInfo, OnFault, Store, StoreOptions
 from data.store.virtual import SAMPLES_A_SHARD, ClassFolderStore, FolderStore
 
 _MOST_UNINDEXED = 1000
 _MOST_VIRTUAL = 100
-"""Shards of a folder of images: every process holds its files' names, and reads the files one by one."""
+"""Virtual shards of a folder of images; every process holds the names of all files and reads them one by one."""
 _MOST_CLASS_SHARDS = 2000
-"""Of a folder of classes, whose images are read one by one, too: ImageNet makes 1,282."""
+"""Virtual shards of a folder of classes; ImageNet makes 1,282."""
 _THREADS = 8
 _CACHE_BYTES = 32 << 20
-"""Of offsets, in a process; each of a rank's lanes reads one or two shards at a time."""
+"""Bytes of offsets cached in a process; each of a rank's lanes reads one or two shards at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class SourceIndex:
-    """A source as the loader wants it. Pickles without what it has cached; thread-safe.
+    """A source as the loader reads it. Thread-safe; pickles without its cache.
 
     Attributes:
         name: the source's name, the first part of its samples' ids.
-        store: what holds the shards.
         names: the shards, sorted, relative to store.url.
         sizes: int64 (shards,), bytes.
-        versions: what the store must still say of each.
+        versions: the version of each shard that reads insist on.
         counts: int64 (shards,), samples.
-        damage: where and why a shard ends early, by its number.
-        held: offsets that are in memory, by shard.
-        elsewhere: where in `place` a shard's offsets lie, if not beside it.
+        corruption: where and why a shard ends early, by its number.
+        in_memory: offsets that need no reading, by shard.
+        offset_paths: path of a shard's offsets in `place`, where they are not beside the shard.
         place: the manifest's folder.
-        vouched: the offsets' files were compared with the shards when the manifest was written; else that is done when
-            they are read.
-        left_out: what the shards hold that is in no sample, by reason, as far as their manifest says.
+        verified: whether the files of offsets were compared with the shards when the manifest was written; if not, they
+            are compared when they are read.
+        left_out: what the shards hold that is in no sample, by reason, as far as the manifest says.
     """
 
     name: str
@@ -64,11 +74,11 @@ class SourceIndex:
     sizes: NDArray[np.int64]
     versions: tuple[str, ...]
     counts: NDArray[np.int64]
-    damage: dict[int, str]
-    held: Mapping[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
-    elsewhere: Mapping[int, str] = field(default_factory=dict, repr=False)
+    corruption: dict[int, str]
+    in_memory: Mapping[int, NDArray[np.int64]] = field(default_factory=dict, repr=False)
+    offset_paths: Mapping[int, str] = field(default_factory=dict, repr=False)
     place: Store | None = None
-    vouched: bool = True
+    verified: bool = True
     left_out: Mapping[str, int] = field(default_factory=dict)
     _cache: _Cache = field(default_factory=lambda: _Cache(), repr=False)
 
@@ -76,22 +86,19 @@ class SourceIndex:
         if not self.name or "/" in self.name:
             raise DataError(f"source name {self.name!r} must be non-empty and without '/': ids are source/shard/key")
         if not self.counts.any():
-            first = f"{self.names[0]}: {self.damage.get(0)}" if self.names else "there is none"
+            first = f"{self.names[0]}: {self.corruption.get(0)}" if self.names else "there is none"
             raise DataError(f"source {self.name!r}: no shard below {self.store.url} has a sample: {first}")
 
     def offsets(self, shard: int, on_fault: OnFault = None) -> NDArray[np.int64]:
         """The first byte of each sample of a shard, then the end of the last: int64 (counts[shard] + 1,).
 
-        Args:
-            on_fault: as `Store.read` has it.
-
         Raises:
-            DataError: the shard is gone, or changed since it was indexed, or has not as many samples as its manifest
-                says.
-            StoreError: the network or a disk failed for longer than the retries last.
+            DataError: the shard is gone, changed since it was indexed, or has another number of samples than its
+                manifest says.
+            StoreError: faults outlasted the retries.
         """
-        if (held := self.held.get(shard)) is not None:
-            return held
+        if (offsets := self.in_memory.get(shard)) is not None:
+            return offsets
         if (cached := self._cache.get(shard)) is None:
             cached = self._load(shard, on_fault)
             self._cache.put(shard, cached)
@@ -102,12 +109,12 @@ class SourceIndex:
             return np.zeros(1, np.int64)
         info = ObjectInfo(self.names[shard], int(self.sizes[shard]), self.versions[shard], 0.0)
         store, name = self.store, info.name + OFFSETS_SUFFIX
-        if self.place is not None and shard in self.elsewhere:
-            store, name = self.place, self.elsewhere[shard]
+        if self.place is not None and shard in self.offset_paths:
+            store, name = self.place, self.offset_paths[shard]
         written = store.info(name)
         offsets = None
-        if written and self.vouched:
-            offsets = from_bytes(store.read(name, on_fault=on_fault), info.size)
+        if written and self.verified:
+            offsets = offsets_from_bytes(store.read(name, on_fault=on_fault), info.size)
         elif scan := read_offsets(self.store, info, store, written):
             offsets = scan.offsets
         if offsets is None or len(offsets) != self.counts[shard] + 1:
@@ -121,18 +128,18 @@ class SourceIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Shard names and sample counts, hashed: 16 hex digits that change whenever the order of samples would."""
+        """Hash of shard names and sample counts, 16 hex digits; it changes whenever the order of samples would."""
         lines = (f"{name}\t{count}" for name, count in zip(self.names, self.counts.tolist(), strict=True))
         return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
     @property
     def mean_bytes(self) -> float:
-        """Bytes of a sample as it is read, on average."""
+        """Mean bytes of a sample in its tar."""
         return float(self.sizes.sum() / self.counts.sum())
 
 
 class _Cache:
-    """The offsets that were used last, up to `_CACHE_BYTES`; pickles empty."""
+    """The most recently used offsets, up to `_CACHE_BYTES`; pickles empty."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -166,19 +173,19 @@ def open_index(
     options: StoreOptions = StoreOptions(),
     classes: bool = False,
 ) -> SourceIndex:
-    """Open a source by its manifest or, where it has none and is small, by indexing it here.
+    """Open a source by its manifest or, if it has none and is small, by indexing it now.
 
     Args:
         store: what holds the shards, at any depth, or images and captions.
         name: the source's name, without "/".
-        manifest: path or s3:// URL of a manifest; None takes index.json at the root of the source, if it is there.
-        notice: is told before anything that takes long.
-        options: how to reach the manifest where it is on S3.
-        classes: it is a folder of classes (`data/store/virtual.py`).
+        manifest: path or s3:// URL of a manifest; None takes index.json at the source's root if there is one.
+        notice: called with a sentence before anything slow.
+        options: how to reach a manifest on S3.
+        classes: the source is a folder of classes (`data/store/virtual.py`).
 
     Raises:
-        DataError: there is nothing in it, or too many shards to index now, or the manifest does not fit.
-        StoreError: the network or a disk failed for longer than the retries last.
+        DataError: the source is empty, has too many shards to index now, or does not fit its manifest.
+        StoreError: faults outlasted the retries.
     """
     if classes:
         if manifest is not None:
@@ -189,7 +196,8 @@ def open_index(
     if store.info(MANIFEST) is not None:
         return _listed(store, name, store, MANIFEST)
     left_out: Counter[str] = Counter()
-    (infos, beside), remedy = list_shards(store, left_out), f"run python launch/index.py {shlex.quote(store.url)}"
+    infos, offsets_files = list_shards(store, left_out)
+    remedy = f"run python launch/index.py {shlex.quote(store.url)}"
     if not infos:
         left_out.clear()
         store, remedy = FolderStore(store), f"pack them with python launch/pack.py folder {shlex.quote(store.url)}"
@@ -211,7 +219,7 @@ def open_index(
         f"source {name!r}: no {MANIFEST} at {store.url}, reading {len(infos)} shards; to do it once, {remedy}"
         f"{format_left_out(left_out)}"
     )
-    return _indexed(store, name, infos, beside)
+    return _indexed(store, name, infos, offsets_files)
 
 
 def _class_folder(store: Store, name: str, notice: Callable[[str], None]) -> SourceIndex:
@@ -225,57 +233,54 @@ def _class_folder(store: Store, name: str, notice: Callable[[str], None]) -> Sou
             f"source {name!r}: the images below {store.url} make {len(infos):,} shards of up to {SAMPLES_A_SHARD}, and "
             f"a folder of classes may make {_MOST_CLASS_SHARDS:,}: write them as WebDataset tars with a .cls member"
         )
-    held = {number: folders.offsets(info.name) for number, info in enumerate(infos)}
+    offsets = [folders.offsets(info.name) for info in infos]
     return SourceIndex(
         name,
         folders,
         tuple(info.name for info in infos),
         np.array([info.size for info in infos], np.int64),
         tuple(info.version for info in infos),
-        np.array([len(held[number]) - 1 for number in range(len(infos))], np.int64),
+        np.array([len(of_shard) - 1 for of_shard in offsets], np.int64),
         {},
-        held=held,
+        in_memory=dict(enumerate(offsets)),
     )
 
 
 def _listed(store: Store, name: str, place: Store, manifest: str) -> SourceIndex:
     table = read_manifest(place, manifest, store.url)
     ours = all(table.versions)
-    it = table if ours else complete(table, store)
+    table = table if ours else complete(table, store)
     return SourceIndex(
         name,
         store,
-        it.names,
-        it.sizes,
-        it.versions,
-        it.counts,
-        it.damage,
-        elsewhere=it.elsewhere,
+        table.names,
+        table.sizes,
+        table.versions,
+        table.counts,
+        table.corruption,
+        offset_paths=table.offset_paths,
         place=place,
-        vouched=ours,
-        left_out=it.left_out,
+        verified=ours,
+        left_out=table.left_out,
     )
 
 
 def check_listing(index: SourceIndex) -> str | None:
-    """Compare a source as it is now, by one listing of its store, with what its table says: names, sizes, versions.
+    """Compare names, sizes and versions of a source's table with one listing of its store.
 
-    Returns:
-        A notice of shards that are there and not in the table; None where there are none.
+    Returns a notice if there are shards that the table lacks, else None.
 
     Raises:
-        DataError: a shard is missing, or changed.
-        StoreError: the network or a disk failed for longer than the retries last.
+        DataError: a shard is missing or changed.
+        StoreError: faults outlasted the retries.
     """
     listed = {info.name: info for info in index.store.list(SHARD_SUFFIX)}
-
-    def is_stale(name: str, size: int, version: str) -> bool:
+    stale = []
+    for name, size, version in zip(index.names, index.sizes.tolist(), index.versions, strict=True):
         now = listed.get(name)
-        # Not every server tells versions.
-        return now is None or now.size != size or (now.version or version) != (version or now.version)
-
-    table = zip(index.names, index.sizes.tolist(), index.versions, strict=True)
-    stale = [name for name, *said in table if is_stale(name, *said)]
+        # Not every server gives versions.
+        if now is None or now.size != size or (now.version or version) != (version or now.version):
+            stale.append(name)
     if stale:
         fault = "changed since" if stale[0] in listed else "is gone since"
         others = f", and {len(stale) - 1:,} more" if len(stale) > 1 else ""
@@ -292,11 +297,7 @@ def check_listing(index: SourceIndex) -> str | None:
 
 
 def list_left_out(index: SourceIndex) -> Counter[str]:
-    """What lies below a source's root, or in its shards, and is in no sample, by reason; lists its store once.
-
-    Raises:
-        DataError, StoreError: the store cannot be listed.
-    """
+    """What lies below a source's root, or in its shards, and is in no sample, by reason; lists the store once."""
     left_out = Counter(index.left_out)
     listed, _ = list_shards(index.store, left_out)
     if unknown := len({info.name for info in listed}.difference(index.names)):
@@ -305,22 +306,23 @@ def list_left_out(index: SourceIndex) -> Counter[str]:
 
 
 def index_source(store: Store, name: str) -> SourceIndex:
-    """Index every shard of a source here and now, however many there are.
+    """Index every shard of a source now, however many there are.
 
     Raises:
-        DataError: there is no shard in it, or no sample.
-        StoreError: the network or a disk failed for longer than the retries last.
+        DataError: it has no shard, or no sample.
     """
     left_out: Counter[str] = Counter()
-    infos, beside = list_shards(store, left_out)
+    infos, offsets_files = list_shards(store, left_out)
     if not infos:
         raise DataError(f"source {name!r}: no {SHARD_SUFFIX} shard below {store.url}{format_left_out(left_out)}")
-    return _indexed(store, name, infos, beside)
+    return _indexed(store, name, infos, offsets_files)
 
 
-def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo], beside: Mapping[str, ObjectInfo]) -> SourceIndex:
+def _indexed(
+    store: Store, name: str, infos: Sequence[ObjectInfo], offsets_files: Mapping[str, ObjectInfo]
+) -> SourceIndex:
     def index(info: ObjectInfo) -> TarScan:
-        written = beside.get(info.name + OFFSETS_SUFFIX)
+        written = offsets_files.get(info.name + OFFSETS_SUFFIX)
         return read_offsets(store, info, store, written) or scan_shard(store, info)
 
     scans = for_each_shard(infos, index, _THREADS)
@@ -331,7 +333,7 @@ def _indexed(store: Store, name: str, infos: Sequence[ObjectInfo], beside: Mappi
         np.array([info.size for info in infos], np.int64),
         tuple(info.version for info in infos),
         np.array([len(scan.offsets) - 1 for scan in scans], np.int64),
-        {shard: scan.damage for shard, scan in enumerate(scans) if scan.damage},
-        held={shard: scan.offsets for shard, scan in enumerate(scans)},
+        {shard: scan.corruption for shard, scan in enumerate(scans) if scan.corruption},
+        in_memory={shard: scan.offsets for shard, scan in enumerate(scans)},
         left_out=sum((scan.left_out for scan in scans), Counter()),
     )

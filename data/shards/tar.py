@@ -1,14 +1,13 @@
-"""Samples in a tar: where they lie in a shard (`scan_tar`), and what is in one of them (`parse_sample`).
+"""Where the samples of a tar lie (`scan_tar`), and what one of them holds (`parse_sample`).
 
 - WebDataset's convention: neighbouring members whose names agree up to the first dot of the basename are one sample;
   the rest of the name, in lower case, is the member's extension. Folders, links, sparse files, hidden files and
-  `__meta__` members belong to none; a scan counts what is lost by that.
-- One walk over headers serves both. It reads v7, ustar, GNU and pax itself: WebDataset's own writer puts a pax header
-  before every member, and tarfile would take ten times as long over it.
-- Blocks of zeros end an archive, and another may follow (`cat a.tar b.tar`): it is read on.
-- Everything a header says is checked before it is believed. A member's name is only compared and shown.
-- A scan skips data where that is cheaper than reading it along, and streams where it is not: a request costs as much
-  as `Store.readahead` bytes.
+  `__meta__` members belong to no sample; a scan counts what is lost.
+- v7, ustar, GNU and pax headers are parsed here: WebDataset's writer puts a pax header before every member, which
+  takes tarfile ten times as long.
+- Zero blocks end an archive, and another archive may follow (`cat a.tar b.tar`); it is read as well.
+- Every header field is checked before it is used. A member's name is only compared and shown.
+- A scan skips a member's data where a new request is cheaper than reading on (`Store.readahead`).
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ BLOCK = 512
 
 _ZEROS = bytes(1 << 14)
 _MOST_CLOSING_ZEROS = 1 << 20
-"""Bytes; tars are padded to records, of 10,240 bytes by default. More is a file that was never filled."""
+"""Bytes. Tars are padded to records, of 10,240 bytes by default; more zeros mean a file that was never filled."""
 _PREFIXED = b"ustar\0"
-"""What a header with a prefix of the name says at byte 257; old GNU headers, "ustar  ", have times there."""
+"""Magic at byte 257 of a header with a name prefix; old GNU headers ("ustar  ") have times in its place."""
 _REGULAR = (b"0", b"\0", b"7")
 _EXTENSIONS = (b"x", b"X", b"L", b"K", b"g")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 _NO_FILES = (b"3", b"4", b"5", b"6", b"D", b"V")
-"""Devices, folders, FIFOs and the labels of volumes: nothing of a sample."""
+"""Devices, folders, FIFOs and volume labels, which are no part of a sample."""
 _SPARSE = b"S"
 _LOST = {
     b"1": "hard links in tars (write the files: tar --hard-dereference)",
@@ -46,13 +45,13 @@ _LOST = {
     _SPARSE: "sparse files in tars (write them anew without tar --sparse)",
     b"M": "files in tars that begin in another volume (join the volumes)",
 }
-"""Members that would belong to a sample if they were plain files. Other types are counted under their own names."""
+"""Member types that would belong to a sample if they were plain files; other types are counted by their letter."""
 _NO_EXTENSION = "members of tars without an extension"
 _FURTHER_IMAGES = "further images in samples (training takes one of each)"
 _IMAGES = frozenset(IMAGE_EXTENSIONS)
 _IN_PIECES = "samples in pieces (their members must be neighbours: sort them by name, as with tar --sort=name)"
 _LARGEST_EXTENSION = 1 << 20
-"""Bytes of a pax header or long name; a larger one is damage, not a name."""
+"""Bytes of a pax header or long name; a larger one is corrupt."""
 _LARGEST_READ = 8 << 20
 _META = re.compile(r"__[^/]*__(/|\Z)")
 
@@ -62,27 +61,27 @@ class TarScan:
     """Where the samples of a shard lie.
 
     Attributes:
-        offsets: int64 (samples + 1,): the first header byte of each sample; then the end of the last member, where the
-            archive's closing zeros begin or, in a damaged shard, the end of its last whole sample.
-        damage: where and why reading ended early, None if it did not. The samples before it are whole.
+        offsets: int64 (samples + 1,): the first header byte of each sample, then the end of the last member, where the
+            archive's closing zeros begin (in a corrupt shard: the end of its last whole sample).
+        corruption: where and why reading ended early, or None. The samples before it are whole.
         left_out: members that belong to no sample, and samples whose members are not neighbours, by reason.
     """
 
     offsets: NDArray[np.int64]
-    damage: str | None
+    corruption: str | None
     left_out: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """One sample: its key, with folders, and its members' contents by extension: "jpg", "txt", "seg.png"."""
+    """One sample: its key, folders included, and its members' contents by extension ("jpg", "txt", "seg.png")."""
 
     key: str
     members: dict[str, bytes]
 
 
-class TarDamage(Exception):
-    """A tar that ends early or is none from here on: `at` is where the member begins, `name` its name if known."""
+class CorruptTar(Exception):
+    """The tar ends early or is malformed from the member at byte `at` on; `name` is that member's, if known."""
 
     def __init__(self, words: str, at: int, name: str | None = None) -> None:
         super().__init__(words)
@@ -90,7 +89,7 @@ class TarDamage(Exception):
 
 
 def parse_sample(content: bytes | bytearray | memoryview) -> TarSample:
-    """Split one sample's bytes of a tar, headers included, into its members.
+    """Split the bytes of one sample, tar headers included, into its members.
 
     Raises:
         BadSample: ("malformed_tar") the bytes are not those of exactly one sample.
@@ -109,21 +108,18 @@ def parse_sample(content: bytes | bytearray | memoryview) -> TarSample:
                 raise BadSample("malformed_tar", f"member {name!r} belongs to another sample than {current!r}")
             current = key
             members[extension] = bytes(view[at : at + size])
-    except TarDamage as damage:
-        raise BadSample("malformed_tar", f"in the sample's bytes: {damage}") from damage
+    except CorruptTar as corruption:
+        raise BadSample("malformed_tar", f"in the sample's bytes: {corruption}") from corruption
     if current is None:
         raise BadSample("malformed_tar", f"no member of a sample in {len(view)} bytes")
     return TarSample(current, members)
 
 
 def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
-    """Find the samples of a shard from a header at byte `start` on, as many as lie whole before the first fault.
+    """Find the samples of a shard, from a header at byte `start` on, that are whole and precede the first fault.
 
-    Bad content never raises: an unreadable shard has 0 samples, offsets [start] and a damage.
-
-    Raises:
-        DataError: the shard is gone, may not be read, or changed meanwhile.
-        StoreError: the network or a disk failed for longer than the retries last.
+    Bad content never raises: an unreadable shard has 0 samples, offsets [start] and a `corruption`. Raises DataError or
+    StoreError if the shard cannot be read or changed meanwhile.
     """
     if info.size == 0:
         return TarScan(np.zeros(1, np.int64), "empty (0 bytes)")
@@ -131,9 +127,9 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
     key: str | None = None
     extensions: set[str] = set()
     left_out: Counter[str] = Counter()
-    before: dict[str, frozenset[str]] = {}  # by the key of a sample, its extensions
+    earlier: dict[str, frozenset[str]] = {}  # extensions of the samples before this one, by key
     in_pieces: set[str] = set()
-    end, damage = start, None
+    end, corruption = start, None
     try:
         for header, name, lost, at, size in walk(_Reader(store, info), start, info.size):
             end = min(at + _padded(size), info.size)
@@ -141,8 +137,8 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
                 continue
             parts = split_name(name)
             if parts is None:
-                if not lost and (reason := _why_no_member(name)):
-                    left_out[reason] += 1
+                if not lost and not _META.match(name):
+                    left_out[excluded(name) or _NO_EXTENSION] += 1
                 continue
             if lost:
                 left_out[lost] += 1
@@ -150,19 +146,19 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
             # The same extension twice is two samples under one key, not one sample that lost a member.
             if parts[0] != key or parts[1] in extensions:
                 if key is not None:
-                    before[key] = before.get(key, frozenset()) | extensions
+                    earlier[key] = earlier.get(key, frozenset()) | extensions
                 key = parts[0]
                 extensions.clear()
                 offsets.append(header)
-                if key in before and parts[1] not in before[key]:
+                if key in earlier and parts[1] not in earlier[key]:
                     in_pieces.add(key)
             if parts[1] in _IMAGES and not _IMAGES.isdisjoint(extensions):
                 left_out[_FURTHER_IMAGES] += 1
             extensions.add(parts[1])
         if end == info.size and end % BLOCK:
-            damage = f"cut off at byte {end}, inside the padding of the last member"
-    except TarDamage as fault:
-        damage, end = str(fault), fault.at
+            corruption = f"cut off at byte {end}, inside the padding of the last member"
+    except CorruptTar as fault:
+        corruption, end = str(fault), fault.at
         parts = split_name(fault.name) if fault.name is not None else None
         if parts is not None and offsets and parts[0] == key and parts[1] not in extensions:
             end = offsets.pop()  # it lost this member
@@ -170,11 +166,11 @@ def scan_tar(store: Store, info: ObjectInfo, start: int = 0) -> TarScan:
         end = start
     if in_pieces:
         left_out[_IN_PIECES] = len(in_pieces)
-    return TarScan(np.array([*offsets, end], np.int64), damage, left_out)
+    return TarScan(np.array([*offsets, end], np.int64), corruption, left_out)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Split a member's name into its sample's key and its extension; None for what belongs to no sample."""
+    """Split a member's name into its sample's key and its extension; None if it belongs to no sample."""
     slash = name.rfind("/") + 1
     dot = name.find(".", slash)
     if dot <= slash or dot + 1 == len(name) or (name.startswith("__") and _META.match(name)):
@@ -184,70 +180,62 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def _why_no_member(name: str) -> str | None:
-    """Why a plain file's name belongs to no sample, if that is worth a word."""
-    if _META.match(name):
-        return None
-    return excluded(name) or _NO_EXTENSION
-
-
 def is_header(block: bytes) -> bool:
-    """Whether 512 bytes are a tar header: its checksum is right."""
+    """Whether 512 bytes are a tar header with the right checksum."""
     if len(block) != BLOCK:
         return False
     try:
-        told = _number(block[148:156])
+        checksum = _number(block[148:156])
     except ValueError:
         return False
     # Without the zeros the sum is three times as fast.
-    if told == 256 + sum(block.translate(None, b"\0")) - sum(block[148:156]):
+    if checksum == 256 + sum(block.translate(None, b"\0")) - sum(block[148:156]):
         return True
     signed = np.frombuffer(block, np.int8).astype(np.int64)  # as some old writers summed
-    return told == 256 + int(signed.sum() - signed[148:156].sum())
+    return checksum == 256 + int(signed.sum() - signed[148:156].sum())
 
 
 def walk(
     read: Callable[[int, int], bytes | memoryview], at: int, end: int
 ) -> Iterator[tuple[int, str | None, str | None, int, int]]:
-    """Walk over a tar's members, and those of archives that follow it, up to byte `end`.
+    """Iterate over a tar's members, and those of archives that follow it, up to byte `end`.
 
     Args:
-        read: (start, stop) to those bytes, stop <= end.
-        at: where a header begins.
-        end: bytes there are.
+        read: maps (start, stop), stop <= end, to those bytes.
+        at: first byte of a header.
 
     Yields:
-        (first header byte, name, None, first byte and number of bytes of the content). What is no file has None for a
-        name; a file that is not there in full, such as a link, has in place of the first None why. The content lies
+        (first header byte, name, None, first byte and length of the content). The name is None for what is no file;
+        the first None is replaced by the reason where a file is not stored in full, such as a link. The content lies
         before `end`.
 
     Raises:
-        TarDamage: what comes next is no header, or ends early.
+        CorruptTar: what comes next is no header, or ends early.
     """
     begin = at  # the member's first header
-    told: dict[str, Any] = {}  # what extension headers said of the member
+    fields: dict[str, Any] = {}  # what extension headers said of the member
     while at < end:
         header = bytes(read(at, min(at + BLOCK, end)))
         if header == _ZEROS[: len(header)]:
             if begin != at:
-                raise TarDamage(f"the archive ends at byte {at}, after a header that announces a member", begin)
+                raise CorruptTar(f"the archive ends at byte {at}, after a header that announces a member", begin)
             begin = at = _next_archive(read, at, end)
             continue
         if len(header) < BLOCK:
-            raise TarDamage(f"cut off at byte {end}, inside the header at byte {at}", begin)
+            raise CorruptTar(f"cut off at byte {end}, inside the header at byte {at}", begin)
         name, kind, size = _fields(header, at, begin)
         data = at + BLOCK
         if kind in _EXTENSIONS:
             if size > _LARGEST_EXTENSION:
-                raise TarDamage(f"the header at byte {at} announces {size} bytes of names", begin)
+                raise CorruptTar(f"the header at byte {at} announces {size} bytes of names", begin)
             if data + size > end:
-                raise TarDamage(f"cut off at byte {end}, inside the header at byte {at}", begin)
-            told = {**_extension(kind, bytes(read(data, data + size)), at, begin), **told}  # the first one counts
+                raise CorruptTar(f"cut off at byte {end}, inside the header at byte {at}", begin)
+            fields = {**_extension(kind, bytes(read(data, data + size)), at, begin), **fields}  # the first one counts
             if kind == b"g" and begin == at:
                 begin = data + _padded(size)  # it belongs to the archive, not to the member
             at = data + _padded(size)
             continue
-        name, size = told.get("path", name), told.get("size", size)
+        name, size = fields.get("path", name), fields.get("size", size)
         if kind == _SPARSE:
             more = header[482]
             while more and data < end:
@@ -255,8 +243,8 @@ def walk(
         if kind in _WITHOUT_DATA:
             size = 0
         if data + size > end:
-            raise TarDamage(f"cut off at byte {end}, inside member {name!r}", begin, name)
-        if "sparse" in told:
+            raise CorruptTar(f"cut off at byte {end}, inside member {name!r}", begin, name)
+        if "sparse" in fields:
             lost = _LOST[_SPARSE]
         elif kind in _REGULAR or kind in _NO_FILES:
             lost = None
@@ -265,17 +253,13 @@ def walk(
         file = (kind in _REGULAR and not name.endswith("/")) or lost is not None
         yield begin, name if file else None, lost, data, size
         begin = at = data + _padded(size)
-        told = {}
+        fields = {}
     if begin < at:
-        raise TarDamage(f"cut off at byte {end}, after a header that announces a member", begin)
+        raise CorruptTar(f"cut off at byte {end}, after a header that announces a member", begin)
 
 
 def _next_archive(read: Callable[[int, int], bytes | memoryview], at: int, end: int) -> int:
-    """The byte behind the zeros that end an archive at `at`: the first header of another archive, or `end`.
-
-    Raises:
-        TarDamage: what follows is no archive, or the zeros are more than end one.
-    """
+    """The byte after the zeros that end an archive at `at`: the first header of another archive, or `end`."""
     closing = at
     while at < end:
         part = bytes(read(at, min(at + len(_ZEROS), end)))
@@ -283,13 +267,13 @@ def _next_archive(read: Callable[[int, int], bytes | memoryview], at: int, end: 
         if zeros < len(part):
             at += zeros - zeros % BLOCK
             if not is_header(bytes(read(at, min(at + BLOCK, end)))):
-                raise TarDamage(
+                raise CorruptTar(
                     f"{end - at} bytes that are no tar follow the end of the archive, from byte {at}", closing
                 )
             return at
         at += len(part)
     if end - closing > _MOST_CLOSING_ZEROS:
-        raise TarDamage(
+        raise CorruptTar(
             f"only zeros from byte {closing} on, {end - closing} of them: was the file ever filled?", closing
         )
     return end
@@ -298,7 +282,7 @@ def _next_archive(read: Callable[[int, int], bytes | memoryview], at: int, end: 
 def _fields(header: bytes, at: int, begin: int) -> tuple[str, bytes, int]:
     """Name, type and size of a header's member."""
     if not is_header(header):
-        raise TarDamage(f"no tar header at byte {at}", begin)
+        raise CorruptTar(f"no tar header at byte {at}", begin)
     name = header[: header.find(b"\0", 0, 100)] if b"\0" in header[:100] else header[:100]
     kind = header[156:157]
     if header[345] and header.startswith(_PREFIXED, 257) and kind not in _EXTENSIONS:
@@ -308,19 +292,19 @@ def _fields(header: bytes, at: int, begin: int) -> tuple[str, bytes, int]:
     except ValueError:
         size = -1
     if size < 0:
-        raise TarDamage(f"the header at byte {at} has no size that can be", begin)
+        raise CorruptTar(f"the header at byte {at} has no valid size", begin)
     return _text(name), kind, size
 
 
 def _extension(kind: bytes, content: bytes, at: int, begin: int) -> dict[str, Any]:
-    """What a long-name or pax header says of the next member: "path", "size", "sparse"."""
+    """Fields of the next member ("path", "size", "sparse") in a long-name or pax header."""
     if kind == b"L":
         return {"path": _text(content.partition(b"\0")[0])}
     if kind not in (b"x", b"X"):
         return {}
     if b"path=" not in content and b"size=" not in content and b"sparse" not in content:
         return {}  # times and owners
-    told: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     position = 0
     while position < len(content) and content[position]:
         try:
@@ -330,21 +314,21 @@ def _extension(kind: bytes, content: bytes, at: int, begin: int) -> dict[str, An
             if not (equals and 0 < length <= len(content) - position):
                 raise ValueError
             if keyword == b"path":
-                told["path"] = _text(value)
+                fields["path"] = _text(value)
             elif keyword == b"size":
-                told["size"] = int(value)
-                if told["size"] < 0:
+                fields["size"] = int(value)
+                if fields["size"] < 0:
                     raise ValueError
             elif keyword.startswith(b"GNU.sparse"):
-                told["sparse"] = True
+                fields["sparse"] = True
         except ValueError:
-            raise TarDamage(f"the pax header at byte {at} is malformed", begin) from None
+            raise CorruptTar(f"the pax header at byte {at} is malformed", begin) from None
         position += length
-    return told
+    return fields
 
 
 def _number(field: bytes) -> int:
-    """A number as octal digits or, with the first bit set, in binary (two's complement)."""
+    """Parse octal digits or, if the first bit is set, a binary number (two's complement)."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big") if field[0] == 0x80 else -1
     return int(field.partition(b"\0")[0].strip() or b"0", 8)
@@ -361,22 +345,22 @@ def _padded(size: int) -> int:
 class _Reader:
     """Reads an object from front to back, for `walk`.
 
-    Every request begins where bytes are needed next, so that what lies between is skipped for nothing. It is as long
-    as another request costs; twice as long each time while the next one would begin about where the last one ended.
+    A request begins where bytes are needed next, so skipped data costs nothing. Its length is `readahead`, and doubles
+    while requests follow each other closely.
     """
 
     def __init__(self, store: Store, info: ObjectInfo) -> None:
         self._store, self._info = store, info
-        self._at, self._held = 0, memoryview(b"")
+        self._at, self._buffer = 0, memoryview(b"")
         self._length = store.readahead
 
     def __call__(self, start: int, stop: int) -> bytes | memoryview:
-        held_until = self._at + len(self._held)
-        if not self._at <= start <= stop <= held_until:
-            dense = bool(self._held) and start <= held_until + self._store.readahead
+        buffered_until = self._at + len(self._buffer)
+        if not self._at <= start <= stop <= buffered_until:
+            dense = bool(self._buffer) and start <= buffered_until + self._store.readahead
             grown = 2 * self._length if dense else self._length // 2
             self._length = max(self._store.readahead, min(grown, _LARGEST_READ))
             until = min(max(stop, start + self._length), self._info.size)
             content = self._store.read(self._info.name, start, until, version=self._info.version)
-            self._at, self._held = start, memoryview(content)
-        return self._held[start - self._at : stop - self._at]
+            self._at, self._buffer = start, memoryview(content)
+        return self._buffer[start - self._at : stop - self._at]

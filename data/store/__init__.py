@@ -1,14 +1,13 @@
-"""Where bytes come from and go to: a local directory or `s3://bucket/prefix`, behind five calls.
+"""Stores of objects: a local directory, or `s3://bucket/prefix`, behind the same few calls.
 
-- `Store` lists and reads; `WritableStore` writes as well. `open_store` gives the latter; a folder of images seen as
-  shards (`folder.py`) is the former alone.
-- An object's name is its path below the root, with forward slashes, alike for both kinds.
-- A listing holds what counts by the rule of `data/listing.py`; the rest can be read and written all the same.
+- `Store` lists and reads; `WritableStore`, which `open_store` returns, writes as well. The virtual tars of a folder of
+  images (`virtual.py`) are a `Store`.
+- An object's name is its path below the root, with forward slashes. A listing holds what `data/listing.py` counts;
+  other objects can still be read and written by name.
 - A store is plain configuration: it pickles and holds no open file, so threads and processes share it.
-- An object is written whole or not at all, and is read as the one version it was when the read began (or when it was
-  indexed): bytes of two versions never meet.
-- Faults that may pass are retried until none of the call's requests has got on for `retry_minutes`, then they end as
-  `StoreError`; what only the user can mend (bucket, directory, credentials, permissions) is a `DataError` at once.
+- An object is written whole or not at all. A read returns bytes of one version, never of two.
+- Transient faults are retried until none of a call's requests has made progress for `retry_minutes`, then raise
+  `StoreError`. What only the user can correct (bucket, directory, credentials, permissions) is a `DataError` at once.
 """
 
 from __future__ import annotations

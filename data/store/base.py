@@ -1,4 +1,4 @@
-"""What every store has: its calls, its options, its retries and its errors."""
+"""What all stores share: their calls, options, retries and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class ReadOnly(DataError):
-    """The store may be read but not written."""
+    """The store can be read but not written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,11 @@ class ObjectInfo:
     """One object.
 
     Attributes:
-        name: its path below the store's root.
+        name: path below the store's root.
         size: bytes.
-        version: changes when the content does: the ETag without quotes on S3, the mtime in ns on disk; "" where the
-            server tells none.
-        modified: when it was last written, in seconds since 1970; 0 where the server does not tell.
+        version: changes with the content: the ETag without quotes on S3, the mtime in ns on disk; "" if the server
+            gives none.
+        modified: when it was last written, in seconds since 1970; 0 if the server does not say.
     """
 
     name: str
@@ -45,17 +45,17 @@ class ObjectInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """How to reach a store; a directory looks at `retry_minutes` alone. Credentials are boto3's own affair.
+    """How to reach a store; only `retry_minutes` applies to a directory. Credentials come from boto3's usual places.
 
     Attributes:
-        endpoint: URL of another S3 server than Amazon's.
+        endpoint: URL of an S3 server other than Amazon's.
         region: the bucket's region; None takes the profile's.
         profile: profile of the AWS credentials file; None takes boto3's choice.
         anonymous: send no credentials.
-        requester_pays: agree with every request that the requester is charged.
+        requester_pays: accept that the requester is charged.
         connect_timeout_s: seconds to wait for a connection.
         read_timeout_s: seconds to wait for the next bytes of an answer, and for the next 64 KiB of an object.
-        retry_minutes: minutes without progress after which faults end a call; 0 retries nothing.
+        retry_minutes: minutes without progress after which a call fails; 0 retries nothing.
     """
 
     endpoint: str | None = None
@@ -69,19 +69,18 @@ class StoreOptions:
 
 
 class Store(Protocol):
-    """A tree of objects to read. `readahead` is the number of bytes that cost about as much as one more request.
+    """A tree of objects to read. Reading `readahead` bytes costs about as much as one more request.
 
-    Every call raises DataError for what only the user can mend, and StoreError where faults outlasted their retries.
+    Every call raises DataError for what only the user can correct, and StoreError where faults outlasted the retries.
     """
 
     url: str
     readahead: int
 
     def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
-        """List every object that counts (`data/listing.py`) and whose name ends in `suffix`, sorted by name.
+        """List the objects that count (`data/listing.py`) and whose names end in `suffix`, sorted by name.
 
-        Args:
-            left_out: what does not count is added to it, by reason and whatever its name ends in.
+        What does not count is added to `left_out` by reason, whatever its name ends in.
         """
 
     def read(
@@ -93,79 +92,76 @@ class Store(Protocol):
         version: str | None = None,
         on_fault: OnFault = None,
     ) -> bytes | bytearray:
-        """Read bytes [start, stop) of an object, `stop=None` for its end: all of them, or raise.
+        """Read all bytes [start, stop) of an object; `stop=None` is its end.
 
         Args:
-            version: the version the object must still be.
-            on_fault: called with the kind of every fault that is retried or ends the read: "throttled" (the server asks
-                for less), "server" (its error), "timeout" (dripping, too), "broken" (a connection reset, refused, or
-                cut short), "credentials" (none for now).
+            version: the version that the object must still have.
+            on_fault: called with the kind of every fault that is retried or ends the read: "throttled" (too many
+                requests), "server" (its error), "timeout" (or too slow a body), "broken" (a connection reset, refused
+                or cut short), "credentials" (none at the moment).
 
         Raises:
-            DataError: the object is gone, shorter than `stop`, another version, or may not be read.
+            DataError: the object is gone, shorter than `stop`, of another version, or must not be read.
         """
 
     def info(self, name: str) -> ObjectInfo | None:
-        """Look one object up; None where there is no such object."""
+        """Look one object up; None if there is no such object."""
 
 
 class WritableStore(Store, Protocol):
-    """A tree of objects to read and to write; whether it may be written shows at the first attempt."""
+    """A tree of objects to read and write; whether writing is allowed shows at the first attempt."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Write an object in place of any before, whole or not at all, and the folders above it.
+        """Write or replace an object, whole or not at all, and create the folders above it.
 
         Raises:
-            ReadOnly: the place may not be written.
+            ReadOnly: the store must not be written.
         """
 
     def upload(self, name: str, path: Path) -> None:
-        """Write a local file's content as `write` does, however large it is."""
+        """Write the content of a local file of any size as `write` does."""
 
     def delete(self, name: str) -> None:
-        """Remove an object, and the folder that held nothing else; one that is not there is removed already."""
+        """Remove an object, if it is there, and its folder if that is then empty."""
 
 
 def changed(url: str, name: str) -> DataError:
-    """The error of an object that is not what the index says."""
+    """The error where an object has another version than the index says."""
     return DataError(f"{url}/{name} changed since it was indexed; index the source anew")
 
 
 def shrunk(url: str, name: str, end: int) -> DataError:
-    """The error of an object that ends before the bytes asked for."""
+    """The error where an object ends before the bytes asked for."""
     return DataError(f"{url}/{name} ends before byte {end}: it changed since it was indexed; index the source anew")
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """The error of a local file that is to be uploaded."""
+    """The error where a local file to upload cannot be read."""
     return DataError(f"{path} cannot be read: {error.strerror}")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that may pass.
+    """A transient fault.
 
     Attributes:
-        kind: as `on_fault` is told.
-        words: as a message says it.
-        minutes: how long it may go on by itself, where that is less than for others.
-        lasting: what to raise then, where that is not StoreError.
+        kind: what `on_fault` is called with.
+        words: its description in messages.
+        minutes: how long this kind alone is retried, where that is shorter than `retry_minutes`.
+        error: what is raised after that, where it is not StoreError.
     """
 
     kind: str
     words: str
     minutes: float = math.inf
-    lasting: DataError | None = None
+    error: DataError | None = None
 
 
 class Retries:
-    """The patience of one call: full-jitter exponential backoff while any request of it gets on now and then.
+    """The retries of one call: exponential backoff with full jitter, for `minutes` without progress.
 
-    A call whose faults go on for some seconds says so once, through `logging`; a process does at most once a minute.
-
-    Args:
-        what: the call and its object, as a message names them ("reading s3://bucket/a.tar").
-        minutes: how long faults may go on without progress.
+    A call whose faults persist for some seconds logs one warning; a process logs at most one a minute. `what` names the
+    call in messages: "reading s3://bucket/a.tar".
     """
 
     _FIRST_S, _CAP_S = 0.2, 20.0
@@ -176,7 +172,7 @@ class Retries:
         self.progress()
 
     def progress(self) -> None:
-        """Note that bytes arrived: the clocks and the backoff start anew."""
+        """Reset the deadline and the backoff: bytes arrived."""
         self._since, self._faults = time.monotonic(), 0
         self._kind, self._kind_since = "", 0.0
 
@@ -186,11 +182,9 @@ class Retries:
         faults: tuple[type[Exception], ...],
         judge: Callable[[Exception], Fault | DataError],
     ) -> T:
-        """Attempt until it succeeds.
+        """Call `attempt` until it succeeds.
 
-        Args:
-            faults: exceptions of `attempt` to judge; others pass through.
-            judge: from an exception to a fault that may pass, or to the error to raise at once.
+        Exceptions of the types `faults` go to `judge`, which returns a transient fault or the error to raise at once.
         """
         while True:
             try:
@@ -215,26 +209,26 @@ class Retries:
             minutes, since = fault.minutes, self._kind_since
         left = since + 60 * minutes - now
         if left <= 0:
-            raise fault.lasting or StoreError(
+            raise fault.error or StoreError(
                 f"{self._what}: {self._faults} requests in a row failed over {minutes:g} minutes, "
                 f"the last one with: {fault.words}"
             ) from error
         if not self._warned and now - self._faulty_since >= _SILENT_S:
             words = f"{self._what}: {fault.words}; trying again, for up to {minutes:g} minutes without progress"
             self._warned = _warned(words)
-        # The cap on the exponent only keeps the power small.
+        # The exponent is capped only to keep the power small.
         delay = random.uniform(0, min(self._CAP_S, self._FIRST_S * 2 ** min(self._faults, 10)))
         time.sleep(min(delay, left))
 
 
-_SILENT_S = 3.0  # faults that pass sooner are counted, not told
+_SILENT_S = 3.0  # shorter faults are counted but not logged
 _WARNING_S = 60.0
 _warning_lock = threading.Lock()
 _last_warning = -math.inf
 
 
 def _warned(words: str) -> bool:
-    """Warn, but once a minute in this process: what ails one call ails the others as well. Whether it did."""
+    """Log a warning unless this process logged one within a minute, as an outage hits many calls; whether it did."""
     global _last_warning
     with _warning_lock:
         now = time.monotonic()

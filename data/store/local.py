@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from data.errors import DataError
+from data.files import atomic_path
 from data.listing import excluded
 from data.store.base import Fault, ObjectInfo, OnFault, ReadOnly, Retries, StoreOptions, changed, shrunk, unreadable
 
 T = TypeVar("T")
 
-_PARTIAL = ".partial"  # what is not whole yet is named so, and not listed
+_PARTIAL = ".partial"  # the ending of files that are still being written
 _UNFINISHED = f"unfinished ({_PARTIAL})"
 _BROKEN = "broken links"
 _AGAIN = "links to folders that are listed already"
 _SPECIAL = "neither files nor folders"
-_PASSING = {
+_TRANSIENT = {
     errno.EIO: "broken",
     errno.ESTALE: "broken",
     errno.ENOTCONN: "broken",
@@ -48,8 +47,8 @@ class LocalStore:
     def list(self, suffix: str = "", left_out: Counter[str] | None = None) -> list[ObjectInfo]:
         def attempt() -> tuple[list[ObjectInfo], Counter[str]]:
             skipped: Counter[str] = Counter()
-            files = [it for it in _files(self.url, skipped) if it[0].endswith(suffix)]
-            return [self._described(name, os.stat(path)) for name, path in files], skipped
+            files = [(name, path) for name, path in _files(self.url, skipped) if name.endswith(suffix)]
+            return [_described(name, os.stat(path)) for name, path in files], skipped
 
         infos, skipped = self._retried("listing", "", attempt)
         if left_out is not None:
@@ -68,16 +67,16 @@ class LocalStore:
         def attempt() -> bytes | bytearray:
             nonlocal version
             with open(f"{self.url}/{name}", "rb", buffering=0) as file:
-                info = self._described(name, os.fstat(file.fileno()))
+                info = _described(name, os.fstat(file.fileno()))
                 if info.version != (version or info.version):
                     raise changed(self.url, name)
-                version = info.version  # of every attempt that follows
+                version = info.version  # for the attempts that follow
                 end = info.size if stop is None else stop
                 if max(start, end) > info.size:
                     raise shrunk(self.url, name, max(start, end))
                 content = bytearray(max(end - start, 0))
                 view, at = memoryview(content), 0
-                # The kernel may return less than was asked for; only 0 is the end.
+                # The kernel may return less than asked for; only 0 means the end.
                 while at < len(view):
                     if not (got := os.preadv(file.fileno(), [view[at:]], start + at)):
                         raise shrunk(self.url, name, end)
@@ -90,31 +89,35 @@ class LocalStore:
         def attempt() -> ObjectInfo | None:
             path = Path(self.url, name)
             try:
-                return self._described(name, path.stat()) if not path.is_dir() else None
+                return _described(name, path.stat()) if not path.is_dir() else None
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
         return self._retried("looking up", name, attempt)
 
     def write(self, name: str, content: bytes) -> None:
-        def attempt() -> None:
-            with self._replacing(name) as file:
-                file.write(content)
-
-        self._retried("writing", name, attempt)
+        self._replace(name, lambda file: file.write(content))
 
     def upload(self, name: str, path: Path) -> None:
-        def attempt() -> None:
+        def copy(file: BinaryIO) -> None:
             source.seek(0)
-            with self._replacing(name) as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+            shutil.copyfileobj(source, file, 1 << 20)
 
         try:
             source = open(path, "rb")  # noqa: SIM115
         except OSError as error:
             raise unreadable(path, error) from error
         with source:
-            self._retried("writing", name, attempt)
+            self._replace(name, copy)
+
+    def _replace(self, name: str, fill: Callable[[BinaryIO], object]) -> None:
+        def attempt() -> None:
+            path = Path(self.url, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as partial, open(partial, "xb") as file:
+                fill(file)
+
+        self._retried("writing", name, attempt)
 
     def delete(self, name: str) -> None:
         def attempt() -> None:
@@ -125,29 +128,12 @@ class LocalStore:
 
         self._retried("deleting", name, attempt)
 
-    @contextmanager
-    def _replacing(self, name: str) -> Iterator[BinaryIO]:
-        path = Path(self.url, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
-        try:
-            with open(partial, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())  # else the rename may outlive the content when the machine goes down
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _described(self, name: str, stat: os.stat_result) -> ObjectInfo:
-        return ObjectInfo(name, stat.st_size, str(stat.st_mtime_ns), stat.st_mtime)
-
     def _retried(self, verb: str, name: str, attempt: Callable[[], T], on_fault: OnFault = None) -> T:
         what = f"{verb} {self.url}/{name}".rstrip("/")
 
         def judge(error: Exception) -> Fault | DataError:
             assert isinstance(error, OSError)
-            if kind := _PASSING.get(error.errno or 0):
+            if kind := _TRANSIENT.get(error.errno or 0):
                 return Fault(kind, str(error))
             mistake = DataError
             if verb == "writing" and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -158,11 +144,15 @@ class LocalStore:
         return Retries(what, self._minutes, on_fault).run(attempt, (OSError,), judge)
 
 
-def _files(root: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Name and path of every file below a folder that counts; the rest is added to `left_out`.
+def _described(name: str, stat: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(name, stat.st_size, str(stat.st_mtime_ns), stat.st_mtime)
 
-    Each real folder is listed once, by its own name before a link's, and a link to a folder that holds the root is not
-    followed: so links may form circles.
+
+def _files(root: str, left_out: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Name and path of every file below a folder that counts; the others are added to `left_out` by reason.
+
+    Each real folder is listed once, under its own name rather than a link's. A link to a folder that contains the root
+    is not followed, so links may form cycles.
     """
     top = os.path.realpath(root)
     walked: set[str] = set()

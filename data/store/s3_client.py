@@ -1,13 +1,10 @@
-"""A process's botocore client: made when it is first needed, and only with credentials.
+"""A process's botocore client, and what the errors of an S3 server mean.
 
-- A role's credentials come from a metadata service, which is now and then too busy to answer. A client made without
-  them would have none for ever, so none is kept: the next attempt of any call asks again.
-- Threads that wait for a client take what came of the attempt they waited for: a rank has dozens, and a metadata
-  service that is busy must not be asked by each in turn.
-
-What the errors of an S3 server mean: a fault that may pass, or a sentence for the user.
-
-Messages hold the server's error code and never its text, which may repeat what was sent.
+- A role's credentials come from a metadata service, which is at times too busy to answer. A client made then would
+  never have any, so it is not kept: the next attempt of any call asks again.
+- Threads that wait for the client share the outcome of the attempt in progress: a rank has dozens of them, and a busy
+  metadata service must not be asked by each in turn.
+- Messages hold the server's error code and never its text, which may repeat what was sent.
 """
 
 from __future__ import annotations
@@ -31,20 +28,16 @@ from data.errors import DataError
 from data.store.base import Fault, ReadOnly, StoreOptions
 
 _METADATA_ATTEMPTS, _METADATA_TIMEOUT_S = 2, 2
-"""botocore asks for a token and then for a role: where nothing answers, both take all of it, 8 s."""
+"""botocore asks for a token and then for a role; if nothing answers, both time out, after 8 s together."""
 _PROBE_S = 1.0
 _SERVICES = ("http://169.254.169.254", "http://[fd00:ec2::254]")
 _AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
-_NOT_NOW = (401, 408, 429)  # 401 asks for a token
+_RETRYABLE = (401, 408, 429)  # 401 asks for a token
 REMEDY = "configure boto3's credentials and region, or set anonymous"
 
 
 class Connection:
-    """The client of the process that made this; another process makes its own.
-
-    Args:
-        where: the store, as messages name it.
-    """
+    """The botocore client of the process that made this; `where` is the store's name in messages."""
 
     def __init__(self, where: str, options: StoreOptions) -> None:
         self._where, self._options = where, options
@@ -54,11 +47,11 @@ class Connection:
         self._failure: tuple[float, Exception] | None = None  # the last one, and when
 
     def client(self) -> Any:
-        """The client.
+        """Return the client, connecting first if need be.
 
         Raises:
-            DataError: there is no such profile, region or endpoint, or nothing that credentials may come from.
-            BotoCoreError: there are no credentials for now.
+            DataError: the profile, region or endpoint does not exist, or there is no source of credentials.
+            BotoCoreError: there are no credentials at the moment.
         """
         asked = time.monotonic()
         with self._lock:
@@ -95,7 +88,7 @@ class Connection:
                 client = session.create_client("s3", options.region, endpoint_url=options.endpoint, config=config)
                 if is_alias or urlsplit(client.meta.endpoint_url).netloc.endswith(_AMAZON):
                     break
-            return client  # by paths, for few servers besides Amazon's have a DNS name for every bucket
+            return client  # with paths: few servers besides Amazon's have a DNS name for every bucket
         except (*CREDENTIALS, DataError):
             raise
         except (aws.BotoCoreError, ValueError) as error:
@@ -103,20 +96,20 @@ class Connection:
 
 
 CREDENTIALS = (aws.NoCredentialsError, aws.CredentialRetrievalError, aws.MetadataRetrievalError)
-"""Errors that may be a metadata service's, or another provider's, moment of weakness."""
+"""Errors that may come from a metadata service, or another provider, that is busy at the moment."""
 
 
 def open_session(where: str, options: StoreOptions) -> botocore.session.Session:
-    """Read the user's configuration, without any request. A session is not thread-safe, so every client gets its own.
+    """Read the user's AWS configuration, without any request. A session is not thread-safe: every client needs its own.
 
     Raises:
-        DataError: there is no such profile, or the files are malformed.
+        DataError: the profile does not exist, or the files are malformed.
     """
     session = botocore.session.Session(profile=options.profile)
     patience = {"metadata_service_num_attempts": _METADATA_ATTEMPTS, "metadata_service_timeout": _METADATA_TIMEOUT_S}
     try:
         session.get_scoped_config()
-        for name, least in patience.items():  # the user's own may be more
+        for name, least in patience.items():  # the user's own setting may be higher
             session.set_config_variable(name, max(least, session.get_config_variable(name)))
     except (aws.BotoCoreError, ValueError) as error:
         raise DataError(f"source {where}: {error}") from error
@@ -124,7 +117,7 @@ def open_session(where: str, options: StoreOptions) -> botocore.session.Session:
 
 
 def _may_have_role(session: botocore.session.Session) -> bool:
-    """Whether there is a metadata service that may name a role yet: all but those that answer that they know none."""
+    """Whether there is a metadata service that may still name a role: one that has not answered that it knows none."""
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         return False
     mode = str(session.get_config_variable("ec2_metadata_service_endpoint_mode") or "").lower()
@@ -141,11 +134,11 @@ def _may_have_role(session: botocore.session.Session) -> bool:
         return True
     finally:
         connection.close()
-    return not 400 <= status < 500 or status in _NOT_NOW
+    return not 400 <= status < 500 or status in _RETRYABLE
 
 
 class Refused(DataError):
-    """A refusal by the server, with S3's code for it; a bare HTTP status where the answer had no body."""
+    """A refusal by the server. `code` is S3's error code, or the HTTP status where the answer had no body."""
 
     def __init__(self, message: str, code: str = "") -> None:
         super().__init__(message)
@@ -153,19 +146,19 @@ class Refused(DataError):
 
 
 class ReadOnlyBucket(Refused, ReadOnly):
-    """A refusal to write."""
+    """The server refuses to write."""
 
 
 class CutShort(Exception):
-    """An answer without what it must hold: its end was lost."""
+    """An answer lacks what it must hold: its end was lost."""
 
 
-class Dripping(Exception):
-    """A body that comes so slowly that it counts as stalled."""
+class Stalled(Exception):
+    """A body arrives too slowly."""
 
 
-ERRORS = (aws.ClientError, aws.BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError, CutShort, Dripping)
-_TIMEOUTS = (aws.ReadTimeoutError, aws.ConnectTimeoutError, urllib3.exceptions.TimeoutError, Dripping)
+ERRORS = (aws.ClientError, aws.BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError, CutShort, Stalled)
+_TIMEOUTS = (aws.ReadTimeoutError, aws.ConnectTimeoutError, urllib3.exceptions.TimeoutError, Stalled)
 _BROKEN = (
     aws.ConnectionError,
     aws.HTTPClientError,
@@ -179,8 +172,8 @@ _BROKEN = (
 _CREDENTIALS_MINUTES = 1.0
 
 
-def judged(what: str, writing: bool = False) -> Callable[[Exception], Fault | DataError]:
-    """What `Retries` asks about an error of the call `what`: a fault that may pass, or the error to raise."""
+def judge_for(what: str, writing: bool = False) -> Callable[[Exception], Fault | DataError]:
+    """The `judge` of `Retries` for the call `what`."""
 
     def judge(error: Exception) -> Fault | DataError:
         if isinstance(error, aws.ClientError):
@@ -202,7 +195,7 @@ def judged(what: str, writing: bool = False) -> Callable[[Exception], Fault | Da
 
 
 def _fault(error: aws.ClientError) -> Fault | None:
-    """The fault of an answer that another attempt may better; None if none will."""
+    """The transient fault that an answer reports; None if it is a refusal."""
     code, status = _code(error)
     words = f"{status} {code}"
     if status in (429, 503) or code in ("SlowDown", "Throttling", "RequestLimitExceeded", "TooManyRequests"):

@@ -1,26 +1,23 @@
-"""Tars that no disk holds: their bytes are made from files as they are read.
+"""Virtual tars: folders of files seen as shards, whose bytes are made from the files as they are read.
 
-Names are cut to what a plain ustar header holds, with a hash in place of the rest: no reader needs more.
+A folder of images with captions (`FolderStore`):
+- A sample is an image and the files of the same name up to the last dot ("a.jpg", "a.txt"), or of the image's whole
+  name plus an extension ("a.jpg.txt"). A ".caption" serves as .txt where there is none. Other files are left out and
+  counted by reason (`data/listing.py`).
+- Images that share a name ("a.jpg", "a.png") are separate samples, "a%jpg" and "a%png", and share their other files.
+- A virtual tar holds up to 1000 samples of one folder, by name. Members carry no folder, since the shard's name does.
+  Dots before the extension are written %2E, since WebDataset splits at the first dot ("v1.5/a.b.jpg" is member
+  "a%2Eb.jpg" of shard "v1.5/00000.tar"). So keys are unique in a shard.
+- Long names are cut to what a plain ustar header holds and end in a hash: no reader needs more.
 
-A folder of images with captions, seen as shards: tars whose bytes are made from the files as they are read.
-
-- A sample is an image and the files beside it of the same name up to the last dot ("a.jpg", "a.txt") or of the image's
-  whole name and another extension ("a.jpg.txt"). A ".caption" is its .txt where it has no other. All else is left out,
-  and counted by reason (`data/listing.py`).
-- Images of one name ("a.jpg", "a.png") are samples of their own, "a%jpg" and "a%png", and share the files beside them.
-- A virtual tar holds up to 1000 samples of one folder, by name. Its members carry no folder, since the shard's name
-  does, and a dot in the rest of the name is written %2E, since WebDataset would take it for the extension's
-  ("v1.5/a.b.jpg" is member "a%2Eb.jpg" of shard "v1.5/00000.tar"). So a key is unique in its shard.
-- The files are listed once. A read names the version each file had then, so a file that changes is an error. Every
-  process holds the list, 250 bytes a file; that is a way to begin, not one for millions of images.
-
-A folder of classes, seen as shards: `n01440764/x.JPEG`, the layout of ImageNet and of torchvision's ImageFolder.
-
+A folder of classes (`ClassFolderStore`), `n01440764/x.JPEG`, as ImageNet and torchvision's ImageFolder have it:
 - The folders at the root are the classes, numbered from 0 in the order of their names, as ImageFolder does. A sample
-  is an image at any depth in one of them; its second member, `.cls`, is made: the class's number in digits.
-- A virtual tar holds up to 1000 samples of all classes, in an order shuffled once and for all, so that shards are
-  alike and a shuffle inside a block of them is one over classes.
-- The files are listed once. Every process holds the list, 200 bytes an image: some 250 MB for ImageNet's 1.28 million.
+  is an image at any depth in one of them and a generated member `.cls`: the class's number in digits.
+- A virtual tar holds up to 1000 samples of all classes in one fixed shuffled order, so that shards are alike and a
+  shuffle within a block is one over classes.
+
+Files are listed once; a read insists on the version that each file had then. Every process holds the list, about 250
+bytes a file (250 MB for ImageNet's 1.28 million), so larger sources should be packed.
 """
 
 from __future__ import annotations
@@ -45,20 +42,20 @@ SAMPLES_A_SHARD = 1000
 BLOCK = 512
 END = bytes(2 * BLOCK)
 LONGEST_EXTENSION = 20
-"""In bytes; longer ones are names with a dot in them, not members that anything reads."""
+"""Bytes; a longer one is a name with a dot in it, not an extension that anything reads."""
 _LONGEST_KEY = 100 - 1 - LONGEST_EXTENSION
 
 
 class VirtualTar(Protocol):
-    """What a tar is made of: pieces, each some made bytes and then a file's content, padded."""
+    """A tar made of pieces: each is a generated head and then a file's content, padded."""
 
     @property
     def info(self) -> ObjectInfo:
-        """The tar as it is listed."""
+        """The tar's entry in a listing."""
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """The files'."""
+        """Versions of the files."""
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -66,7 +63,7 @@ class VirtualTar(Protocol):
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """Int64 (pieces + 1,): the first byte of each piece, then of the closing blocks."""
+        """Int64 (pieces + 1,): first byte of each piece, then of the closing blocks."""
 
     def file(self, number: int) -> str:
         """Name of a piece's file."""
@@ -79,16 +76,14 @@ T = TypeVar("T", bound=VirtualTar)
 
 
 class VirtualTars(Generic[T]):
-    """A store of virtual tars.
+    """A store of virtual tars, made of the files of the store `inner`.
 
     Args:
-        inner: what holds the files.
-        tars: what is made of them.
         what: the source in words, for messages.
-        left_out: what `inner` holds besides, by reason.
+        left_out: what else `inner` holds, by reason.
     """
 
-    readahead = 0  # headers are made, not read: what a request costs, it costs a file
+    readahead = 0  # each file is a request of its own, and headers cost none
 
     def __init__(self, inner: Store, tars: Iterable[T], what: str, left_out: Counter[str]) -> None:
         self.url, self._inner, self._what, self._left_out = inner.url, inner, what, left_out
@@ -114,12 +109,7 @@ class VirtualTars(Generic[T]):
         version: str | None = None,
         on_fault: OnFault = None,
     ) -> bytes | bytearray:
-        """Read bytes [start, stop) of a virtual tar, as `Store.read` does.
-
-        Raises:
-            DataError: there is no such tar, it ends before `stop`, or one of its files is gone or changed.
-            StoreError: the network or a disk failed for longer than the retries last.
-        """
+        """Read bytes [start, stop) of a virtual tar, as `Store.read` does; DataError if one of its files changed."""
         tar = self._tars.get(name)
         if tar is None:
             raise DataError(f"{self.url}/{name} does not exist: the source is {self._what}, read as tars")
@@ -144,13 +134,13 @@ class VirtualTars(Generic[T]):
 
 
 def piece_offsets(head_bytes: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where pieces of files of these sizes begin, and the last ends, if so many bytes precede each file."""
+    """Int64 (files + 1,): first byte of each file's piece, then the end of the last; heads have `head_bytes` each."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(head_bytes + -(-sizes // BLOCK) * BLOCK)])
 
 
-def tar_info(name: str, offsets: NDArray[np.int64], files: Iterable[ObjectInfo], besides: bytes = b"") -> ObjectInfo:
-    """A tar as it is listed; its version is of its files and of other bytes."""
-    digest, modified = hashlib.blake2b(besides, digest_size=16), 0.0
+def tar_info(name: str, offsets: NDArray[np.int64], files: Iterable[ObjectInfo], extra: bytes = b"") -> ObjectInfo:
+    """A tar's entry in a listing; its version is a hash of `extra` and of the files' entries."""
+    digest, modified = hashlib.blake2b(extra, digest_size=16), 0.0
     for file in files:
         digest.update(encoded(f"{file.name}\0{file.size}\0{file.version}\0"))
         modified = max(modified, file.modified)
@@ -158,42 +148,42 @@ def tar_info(name: str, offsets: NDArray[np.int64], files: Iterable[ObjectInfo],
 
 
 def tar_header(name: bytes, size: int) -> bytes:
-    """A plain ustar header: readable by all, owned by nobody, of no time."""
+    """A plain ustar header: mode 644, no owner, no time."""
     head = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2
     head += b"%011o\0" % size + b"%011o\0" % 0
     tail = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - len(head) - 8, b"\0")
-    checksum = sum(head) + sum(tail) + 8 * ord(" ")  # its own field counts as spaces
+    checksum = sum(head) + sum(tail) + 8 * ord(" ")  # the checksum field itself counts as spaces
     return head + b"%06o\0 " % checksum + tail
 
 
 def tar_key(stem: str, ending: str = "") -> bytes:
-    """A sample's key: the name of its files without the extension, with no dot in it and no longer than may be.
+    """A sample's key: its files' name without the extension, dots escaped and cut to fit a header.
 
-    `ending` tells samples of one stem apart; it holds no dot.
+    `ending` distinguishes samples of one stem; it holds no dot.
     """
     key = encoded(stem.replace("%", "%25").replace(".", "%2E") + ending)
     if len(key) <= _LONGEST_KEY:
         return key
     digest = hashlib.blake2b(key, digest_size=8).hexdigest()
-    # Half a character at the cut would be no text.
+    # The cut may split a character.
     start = key[: _LONGEST_KEY - 1 - len(digest)].decode("utf-8", "ignore")
     return encoded(f"{start}~{digest}")
 
 
 def encoded(name: str) -> bytes:
-    """A name as a tar holds it."""
-    return name.encode("utf-8", "surrogateescape")  # a disk's names need not be text
+    """A name's bytes in a tar."""
+    return name.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
 
 
 def _paste(content: bytearray, at: int, piece: bytes) -> None:
-    """Put a piece at byte `at`, which may lie before the content's beginning, as far as there is room."""
+    """Copy the part of a piece at byte `at` (which may be negative) that lies within the content."""
     first, last = max(at, 0), min(at + len(piece), len(content))
     if first < last:
         content[first:last] = piece[first - at : last - at]
 
 
 _LARGEST_FILE = 8**11 - 1
-"""Bytes that eleven octal digits can tell."""
+"""The largest size that a header's eleven octal digits can hold."""
 _SECOND = "files beside an image that has another of their kind"
 
 
@@ -203,11 +193,11 @@ class _Shard:
 
     Attributes:
         folder: "" or "a/b/".
-        names: the files, without the folder, as they follow each other.
-        members: what each is called in the tar.
-        versions: theirs, in the inner store.
+        names: the files in order, without the folder.
+        members: their names in the tar.
+        versions: their versions in the inner store.
         sizes: int64 (files,), bytes.
-        offsets: int64 (files + 1,), the first byte of each file's header, then of the closing blocks.
+        offsets: int64 (files + 1,), first byte of each file's header, then of the closing blocks.
     """
 
     info: ObjectInfo
@@ -226,14 +216,10 @@ class _Shard:
 
 
 class FolderStore(VirtualTars[_Shard]):
-    """The virtual tars of a store's images, "sub/00000.tar" for the folder "sub".
-
-    Args:
-        inner: what holds the files, at any depth.
+    """The virtual tars of a store's images, at any depth: "sub/00000.tar" for the folder "sub".
 
     Raises:
-        DataError: a file that a tar cannot hold.
-        StoreError: the network failed for longer than the retries last.
+        DataError: a file is too large for a tar.
     """
 
     def __init__(self, inner: Store) -> None:
@@ -242,7 +228,7 @@ class FolderStore(VirtualTars[_Shard]):
 
 
 _Sample = list[tuple[bytes, ObjectInfo]]
-"""What its files are called in the tar, and the files, in the order of their names."""
+"""Pairs of a file's name in the tar and its entry, in the order of the files' names."""
 
 
 def _shards(inner: Store, left_out: Counter[str]) -> Iterator[_Shard]:
@@ -261,16 +247,16 @@ def _shards(inner: Store, left_out: Counter[str]) -> Iterator[_Shard]:
 def _samples(url: str, folder: str, files: list[ObjectInfo], left_out: Counter[str]) -> Iterator[_Sample]:
     """The samples of one folder, by name."""
     images: dict[str, list[ObjectInfo]] = defaultdict(list)  # by their names up to the last dot
-    beside: dict[str, list[ObjectInfo]] = defaultdict(list)  # the other files alike: of "a.jpg.txt" it is "a.jpg"
+    others: dict[str, list[ObjectInfo]] = defaultdict(list)  # likewise: "a.jpg.txt" is under "a.jpg"
     for info in files:
         stem = _name(info).rpartition(".")[0]
-        (images if stem and is_image(info.name) else beside)[stem].append(info)
+        (images if stem and is_image(info.name) else others)[stem].append(info)
     taken, second = set[str](), set[str]()
     for stem in sorted(images):
         several = len(images[stem]) > 1
         for image in images[stem]:
             members = {extension(image.name): image}
-            around = [beside.get(stem, []), beside.get(_name(image), [])]
+            around = [others.get(stem, []), others.get(_name(image), [])]
             for file in itertools.chain.from_iterable(reversed(around) if several else around):
                 ending = extension(file.name)
                 if 0 < len(encoded(ending)) <= LONGEST_EXTENSION:
@@ -281,11 +267,11 @@ def _samples(url: str, folder: str, files: list[ObjectInfo], left_out: Counter[s
                 raise DataError(
                     f"{url}: {too_large.name!r} is {too_large.size} bytes, and a tar's file has at most {_LARGEST_FILE}"
                 )
-            # A stem has no bare "%" in its key: so keys of images that share one are free.
+            # A stem's "%" is escaped in its key, so keys with a bare "%" are free.
             key = tar_key(stem, f"%{_name(image).rpartition('.')[2]}" if several else "")
             by_file = sorted(members.items(), key=lambda item: item[1].name)
             yield [(key + b"." + encoded(ending), file) for ending, file in by_file]
-    for file in itertools.chain.from_iterable(beside.values()):
+    for file in itertools.chain.from_iterable(others.values()):
         if file.name not in taken:
             left_out[_SECOND if file.name in second else why_not_an_image(file.name)] += 1
 
@@ -312,7 +298,7 @@ def _shard(folder: str, name: str, files: _Sample) -> _Shard:
 LABEL = "cls"
 """Extension of the member that holds the class's number."""
 _LABEL_BYTES = 2 * BLOCK
-"""Of a label's header and content."""
+"""Bytes of a label's header and content."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -321,10 +307,10 @@ class _ClassShard:
 
     Attributes:
         names: the images, in the inner store.
-        versions: theirs.
-        sizes: int64 (samples,), bytes of them.
+        versions: their versions.
+        sizes: int64 (samples,), bytes of the images.
         labels: int64 (samples,).
-        offsets: int64 (samples + 1,), the first byte of each sample, then of the closing blocks.
+        offsets: int64 (samples + 1,), first byte of each sample, then of the closing blocks.
     """
 
     info: ObjectInfo
@@ -338,7 +324,7 @@ class _ClassShard:
         return self.names[number]
 
     def head(self, number: int) -> bytes:
-        """The label as a member, and the image's header."""
+        """The label as a member, then the image's header."""
         stem, _, extension = self.names[number].rpartition(".")
         key, label = tar_key(stem), b"%d" % self.labels[number]
         member = tar_header(key + b"." + LABEL.encode(), len(label)) + label.ljust(BLOCK, b"\0")
@@ -348,12 +334,8 @@ class _ClassShard:
 class ClassFolderStore(VirtualTars[_ClassShard]):
     """The virtual tars "00000.tar", ... of a store whose folders are classes.
 
-    Args:
-        inner: what holds the folders.
-
     Raises:
-        DataError: there is no image, or one that lies in no folder.
-        StoreError: the network failed for longer than the retries last.
+        DataError: there is no image, or one lies in no folder.
     """
 
     def __init__(self, inner: Store) -> None:
@@ -367,11 +349,11 @@ class ClassFolderStore(VirtualTars[_ClassShard]):
         if not images:
             raise DataError(f"{inner.url} holds no folder with an image ({', '.join(IMAGE_EXTENSIONS)})")
         self.classes = tuple(sorted({_class(info.name) for info in images}))
-        """The folders' names; a class's number is its place among them."""
+        """Names of the folders; a class's number is its index."""
         super().__init__(inner, _class_shards(images, self.classes), "a folder of classes", left_out)
 
     def offsets(self, name: str) -> NDArray[np.int64]:
-        """The first byte of each sample of a virtual tar, then the end of the last."""
+        """Int64 (samples + 1,): first byte of each sample of a virtual tar, then the end of the last."""
         return self._tars[name].offsets
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from data.packing.contents import check
 from data.packing.shapes import HELDOUT_START, Scene, caption_is_held_out, draw, scene
+from data.packing.spec import check
 from data.randomness import key, permutation
 from evaluation.geneval.prompts import TASKS, Metadata
 from evaluation.geneval.rules import Detection, Detector, Image, judge

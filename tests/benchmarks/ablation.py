@@ -48,7 +48,7 @@ from tiny import ROOT, free_port, write_config
 
 from data.errors import UserError
 from data.packing import pack, shapes
-from data.preview import FixedSamples, fixed_samples
+from data.preview import ValidationSet, read_validation_set
 from launch.process import main
 from t2i.config.loading import load_config, merge, stage_config
 from t2i.config.run import RunConfig
@@ -177,7 +177,7 @@ def right_colours(drawn: Tensor) -> float:
     return float(np.mean([a == b for a, b in zip(found, asked, strict=True)]))
 
 
-def heldout(settings: RunConfig, n: int) -> FixedSamples:
+def heldout(settings: RunConfig, n: int) -> ValidationSet:
     """The first n held-out scenes; validation measures its loss on the first of them."""
     stage = stage_config(settings, 0)
     return fixed_samples(open_data(stage, "scenes", {}).val_sources, n, image_settings(stage.data))
@@ -249,7 +249,7 @@ def measure() -> None:
         vgg16 = vgg16_weights.fetch()
     except vgg16_weights.Unavailable as missing:
         raise UserError(str(missing)) from missing
-    pack.pack(shapes.contents(20000, SIDE, 0.1, 0), out / "scenes")
+    pack.pack(shapes.dataset_spec(20000, SIDE, 0.1, 0), out / "scenes")
     runs = []
     for seed in range(options.seeds):
         for arm in ARMS:

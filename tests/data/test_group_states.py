@@ -9,7 +9,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-from grouped import LANES, RULES, SHAPES, SIZES, Case, bucket, came_and_waits, number_of
+from grouped import FILTERS, LANES, SHAPES, SIZES, Case, bucket, came_and_waits, number_of
 from tar_samples import jpeg, write_source
 
 from data.errors import DataError
@@ -17,7 +17,7 @@ from data.fetch import MOST_AT_ONCE
 from data.filters import Buckets
 from data.lane import Source
 from data.prefetch import request_bytes
-from data.preview import fixed_samples
+from data.preview import read_validation_set
 from data.sample import ImageSettings
 from data.shards.index import SourceIndex, open_index
 from data.store import StoreOptions, open_store
@@ -66,11 +66,11 @@ def test_what_waits_is_read_again_from_the_shard_it_was_in(case: Case, indices: 
 
 def test_what_waits_passes_by_the_rules_of_now(case: Case, indices: list[SourceIndex]) -> None:
     _, _, state = case.read(indices, 2)
-    stricter = replace(RULES, max_aspect_ratio=1.4)
+    stricter = replace(FILTERS, max_aspect_ratio=1.4)
     wide = {n for n in range(40) if max(SHAPES[n % 6]) > 1.4 * min(SHAPES[n % 6])}
     came, waits = came_and_waits(case, indices, state)
     assert {n for _, n in waits} & wide and {n for _, n in waits} - wide
-    read, _, after = case.read(indices, 1, state=state, rules=stricter)
+    read, _, after = case.read(indices, 1, state=state, filters=stricter)
     assert not {number_of(id_) for _, id_, *_ in read[0]} & wide
     passed = came_and_waits(case, indices, after)[0] - came + waits
     counted = sum(lane["counters"].get("aspect_ratio", 0) for lane in after["lanes"].values())
@@ -132,6 +132,6 @@ def test_what_waits_counts_in_the_buffer(tmp_path: Path) -> None:
 def test_a_source_of_one_shape_has_samples_for_its_bucket_alone(tmp_path: Path) -> None:
     index = write_source(tmp_path, [4], "s0", {n: {"jpg": jpeg(n, (8, 16))} for n in range(4)})
     images = ImageSettings(16, buckets=Buckets(SIZES, 2))
-    assert fixed_samples([Source(index)], 1, images).pixels.shape == (1, 3, 8, 16)
+    assert read_validation_set([Source(index)], 1, images).pixels.shape == (1, 3, 8, 16)
     with pytest.raises(DataError, match="small_image"):
-        fixed_samples([Source(index)], 1, ImageSettings(16))
+        read_validation_set([Source(index)], 1, ImageSettings(16))

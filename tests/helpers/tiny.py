@@ -28,7 +28,7 @@ COSTS |= {"memory_gib", "rank_s_max", "rank_s_median", "slowest_rank", "held_s"}
 
 def pack_scenes(folder: Path, size: int = 24) -> Path:
     """240 scenes and 16 held-out ones, in several shards."""
-    pack.pack(shapes.contents(256, size, 1 / 16, 0), folder, shard_size=50)
+    pack.pack(shapes.dataset_spec(256, size, 1 / 16, 0), folder, shard_size=50)
     return folder
 
 

@@ -70,7 +70,7 @@ def test_the_rules_of_a_stage(run, config: Path, tmp_path: Path) -> None:
     low, _ = run("--config", config, "--stage", 1, "--source", "shapes", "--out", tmp_path / "page.html")
     assert "stage low of" in low and "caption words" in low and "small image" not in low
     high, _ = run("--config", config, "--stage", "high", "--source", "held", "--out", tmp_path / "page.html")
-    assert "at 32 px with smaller images passed over" in high
+    assert "at 32 px with smaller images dropped" in high
     assert "small image" in high and "caption words" not in high
     assert "caption over 12 tokens" in high
 
@@ -95,7 +95,7 @@ def test_the_order_of_a_config_is_that_of_training(run, config: Path, tmp_path: 
         loader.close()
     out, err = run("--config", config, "--stage", 1, "--order", 5)
     assert batches_of(out) == expected
-    assert "passed over on the way: " in err and "caption words" in err
+    assert "skipped on the way: " in err and "caption words" in err
     checkpoint = tmp_path / "step_00000003"
     checkpoint.mkdir()
     body = {"step": 3, "state": {"data": state}, "shapes": {}, "parts": []}
@@ -114,7 +114,7 @@ def test_the_order_with_buckets_tells_their_sizes(run, config: Path, tmp_path: P
     assert [len(batch) for batch in batches_of(out)] == [8, 8, 8]
     assert "by height and width: 16x16: 24; 0 wait in buckets for more" in err
     page, _ = run("--config", config, "--stage", 1, "--source", "held", "--out", tmp_path / "page.html")
-    assert "at 16 px in 2 buckets with smaller images passed over" in page
+    assert "at 16 px in 2 buckets with smaller images dropped" in page
 
 
 def test_the_order_of_flags(run, scenes: Path, config: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_order_of_flags(run, scenes: Path, config: Path) -> None:
         ("SCENES --samples few", "samples"),
         ("SCENES --sheet -1", "sheet is -1"),
         ("SCENES --out .", "out is .: it should be a local file"),
-        ("SCENES --out /proc/page.html", "out is /proc/page.html: it cannot be written"),
+        ("SCENES --out /proc/page.html", "out is /proc/page.html: cannot be written"),
         ("SCENES --source a", "--name names SOURCE"),
         ("SCENES --name a/b", "'a/b'"),
         ("SCENES --checkpoint x", "goes with --order"),

@@ -7,11 +7,11 @@ import tarfile
 import pytest
 
 from data.errors import UserError
-from data.packing.shapes import COLORS, RELATIONS, SHAPES, Group, Scene, caption_is_held_out, contents, scene
+from data.packing.shapes import COLORS, RELATIONS, SHAPES, Group, Scene, caption_is_held_out, dataset_spec, scene
 from launch.pack import main
 
 COUNT, SHARE = 6000, 0.1
-HELD_OUT = contents(COUNT, heldout_captions=SHARE)
+HELD_OUT = dataset_spec(COUNT, heldout_captions=SHARE)
 
 
 def all_captions():
@@ -42,11 +42,11 @@ def test_training_passes_over_them_and_is_as_long_as_without():
     train = HELD_OUT.splits["train"]
     passed = [caption_is_held_out(scene(0, index).caption, SHARE, 0) for index in range(train[-1] + 1)]
     assert list(train) == [index for index, is_so in enumerate(passed) if not is_so]
-    assert len(train) == len(contents(COUNT).splits["train"]) == 0.95 * COUNT < train[-1]
+    assert len(train) == len(dataset_spec(COUNT).splits["train"]) == 0.95 * COUNT < train[-1]
 
 
 def test_held_out_scenes_have_all_captions():
-    assert HELD_OUT.splits["heldout"] == contents(COUNT).splits["heldout"]
+    assert HELD_OUT.splits["heldout"] == dataset_spec(COUNT).splits["heldout"]
     captions = [scene(0, index).caption for index in HELD_OUT.splits["heldout"]]
     assert 0 < sum(caption_is_held_out(it, SHARE, 0) for it in captions) < 0.2 * len(captions)
 
@@ -67,7 +67,7 @@ def test_no_shape_colour_relation_or_number_is_lost_to_training():
 
 
 def test_without_the_option_a_pack_is_what_it_was():
-    plain = contents(100, heldout=0.1, seed=3)
+    plain = dataset_spec(100, heldout=0.1, seed=3)
     assert plain.splits == {"train": range(90), "heldout": range(10**9, 10**9 + 10)}
     assert plain.arguments == {"count": 100, "size": 64, "heldout": 0.1, "seed": 3}
 
@@ -75,12 +75,12 @@ def test_without_the_option_a_pack_is_what_it_was():
 @pytest.mark.parametrize("share", [-0.1, 0.6, float("nan")])
 def test_a_wrong_share_is_told(share):
     with pytest.raises(UserError, match="heldout_captions is .*: it should be a share between 0 and 0.5"):
-        contents(100, heldout_captions=share)
+        dataset_spec(100, heldout_captions=share)
 
 
 def test_too_many_scenes_to_look_through_are_told():
     with pytest.raises(UserError, match="count is 100000000: it should be between 1 and 10000000"):
-        contents(10**8, heldout_captions=0.1)
+        dataset_spec(10**8, heldout_captions=0.1)
 
 
 def captions(folder):

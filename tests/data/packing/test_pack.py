@@ -21,8 +21,8 @@ import webdataset
 
 from data.errors import DataError, UserError
 from data.packing import openmoji, pack, shapes
-from data.packing.contents import Contents, LeftOut, Sample
-from data.packing.output import LOCK, PLAN, SUMMARY, Output
+from data.packing.pack import LOCK, PLAN, SUMMARY, Output
+from data.packing.spec import DatasetSpec, Sample, Skipped
 from data.shards.index import open_index
 from data.shards.tar import parse_sample
 from data.store import StoreOptions, open_store
@@ -46,13 +46,13 @@ def files(directory: Path):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     out = tmp_path_factory.mktemp("shapes") / "a"
-    pack.pack(shapes.contents(100, size=64, heldout=0.1, seed=3), out, shard_size=40)
+    pack.pack(shapes.dataset_spec(100, size=64, heldout=0.1, seed=3), out, shard_size=40)
     return out
 
 
 @pytest.fixture(scope="module")
 def emojis():
-    return openmoji.contents(size=32, heldout=0.05, seed=0)
+    return openmoji.dataset_spec(size=32, heldout=0.05, seed=0)
 
 
 def test_shards_are_balanced_and_webdataset_reads_them(scenes):
@@ -86,9 +86,9 @@ def test_heldout_is_disjoint(scenes):
 
 
 def test_same_bytes_whatever_the_workers_and_other_bytes_for_another_seed(scenes, tmp_path):
-    pack.pack(shapes.contents(100, heldout=0.1, seed=3), tmp_path / "b", shard_size=40, workers=2)
+    pack.pack(shapes.dataset_spec(100, heldout=0.1, seed=3), tmp_path / "b", shard_size=40, workers=2)
     assert files(tmp_path / "b") == files(scenes)
-    pack.pack(shapes.contents(100, heldout=0.1, seed=4), tmp_path / "c", shard_size=40)
+    pack.pack(shapes.dataset_spec(100, heldout=0.1, seed=4), tmp_path / "c", shard_size=40)
     other = files(tmp_path / "c")
     assert other.keys() == files(scenes).keys()
     nothing = [name for name, content in files(scenes).items() if content == other[name]]
@@ -97,11 +97,11 @@ def test_same_bytes_whatever_the_workers_and_other_bytes_for_another_seed(scenes
 
 def test_finished_pack_is_left_alone(scenes):
     before = {p: p.stat().st_mtime_ns for p in scenes.rglob("*")}
-    again = pack.pack(shapes.contents(100, heldout=0.1, seed=3), scenes, shard_size=40)
+    again = pack.pack(shapes.dataset_spec(100, heldout=0.1, seed=3), scenes, shard_size=40)
     assert again.was_finished and again.summary == json.loads((scenes / "dataset.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in scenes.rglob("*")} == before
     with pytest.raises(UserError, match="a pack whose seed is 3, not 5"):
-        pack.pack(shapes.contents(100, heldout=0.1, seed=5), scenes, shard_size=40)
+        pack.pack(shapes.dataset_spec(100, heldout=0.1, seed=5), scenes, shard_size=40)
 
 
 class Interrupt:
@@ -119,11 +119,11 @@ class Interrupt:
 
 
 def changed(contents, **changes):
-    return Contents(**{**vars(contents), **changes})
+    return DatasetSpec(**{**vars(contents), **changes})
 
 
 def test_goes_on_after_an_interruption(scenes, tmp_path):
-    whole = shapes.contents(100, size=64, heldout=0.1, seed=3)
+    whole = shapes.dataset_spec(100, size=64, heldout=0.1, seed=3)
     out = tmp_path / "a"
     with pytest.raises(KeyboardInterrupt):
         pack.pack(changed(whole, read=Interrupt(whole.read, 40)), out, shard_size=40)
@@ -150,7 +150,7 @@ def test_goes_on_after_a_kill(tmp_path):
         workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
     psutil.wait_procs(workers, timeout=30)  # one may yet begin a file
-    whole = shapes.contents(200, size=192)
+    whole = shapes.dataset_spec(200, size=192)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar.idx")}
     assert kept and not (out / "dataset.json").exists()
     pack.pack(whole, out, shard_size=5)
@@ -160,7 +160,7 @@ def test_goes_on_after_a_kill(tmp_path):
 
 
 def hold(out, ready, done):
-    with Output(str(out), StoreOptions()).hold({"source": "x"}):
+    with Output(str(out), StoreOptions()).lock({"source": "x"}):
         ready.set()
         done.wait(20)
 
@@ -173,7 +173,7 @@ def test_one_process_at_a_time_and_a_lock_that_was_left_holds_nobody(tmp_path):
     other.start()
     assert ready.wait(20)
     with pytest.raises(UserError, match="another process is packing"):
-        pack.pack(shapes.contents(10), tmp_path)
+        pack.pack(shapes.dataset_spec(10), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {LOCK, PLAN}
     done.set()
     other.join()
@@ -187,7 +187,7 @@ def test_what_fills_the_disk_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(webdataset.TarWriter, "write", full)
     assert main(["shapes", "--out", str(tmp_path / "new"), "--count", "2", "--workers", "1"]) == 1
     assert re.fullmatch(
-        r"error: .*/00000\.tar\.\d+\.partial cannot be written: No space left on device; the same command goes on .*\n",
+        r"error: .*/00000\.tar\.\d+\.partial cannot be written: No space left on device; the same command resumes\n",
         capsys.readouterr().err,
     )
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [PLAN, "train"]
@@ -207,10 +207,10 @@ def test_a_foreign_summary_is_told_in_one_sentence(name, content, tmp_path, caps
 
 def test_the_index_is_written_along(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr("data.shards.manifest.scan_shard", None)  # no shard may need a scan
-    pack.pack(shapes.contents(100, size=64, heldout=0.1, seed=3), tmp_path / "a", shard_size=40)
+    pack.pack(shapes.dataset_spec(100, size=64, heldout=0.1, seed=3), tmp_path / "a", shard_size=40)
     assert files(tmp_path / "a") == files(scenes)
     index = open_index(open_store(str(scenes / "train")), "scenes", notice=pytest.fail)
-    assert index.counts.tolist() == [30, 30, 30] and not index.damage
+    assert index.counts.tolist() == [30, 30, 30] and not index.corruption
     offsets = index.offsets(1)
     raw = [
         parse_sample(index.store.read(index.names[1], int(start), int(stop)))
@@ -223,11 +223,11 @@ def test_the_index_is_written_along(scenes, tmp_path, monkeypatch):
 def odd_rows(items):
     for item in items:
         unusable = item % 2 == 0 or 20 <= item < 30  # all of shard 2
-        yield LeftOut(f"row {item}", "even") if unusable else Sample(f"{item:09d}", {"txt": b"x"})
+        yield Skipped(f"row {item}", "even") if unusable else Sample(f"{item:09d}", {"txt": b"x"})
 
 
 def test_rows_that_cannot_be_used_are_counted_and_listed(tmp_path):
-    contents = Contents("odd", {}, {"train": range(50), "heldout": range(0)}, odd_rows, left_out={"seen before": 7})
+    contents = DatasetSpec("odd", {}, {"train": range(50), "heldout": range(0)}, odd_rows, left_out={"seen before": 7})
     done = pack.pack(contents, tmp_path / "o", shard_size=10)
     assert done.summary["left_out"] == {"seen before": 7, "even": 30}
     assert done.summary["samples"] == {"train": 20, "heldout": 0} and done.summary["shards"]["train"] == 4
@@ -242,7 +242,7 @@ def test_rows_that_cannot_be_used_are_counted_and_listed(tmp_path):
 
 
 def test_nothing_usable_is_a_mistake(tmp_path):
-    contents = Contents("odd", {}, {"train": range(20, 30)}, odd_rows)
+    contents = DatasetSpec("odd", {}, {"train": range(20, 30)}, odd_rows)
     with pytest.raises(DataError, match=r"no row of odd can be packed, all are left out: 10 \(even\)"):
         pack.pack(contents, tmp_path / "o")
     assert not (tmp_path / "o/dataset.json").exists()
@@ -281,7 +281,7 @@ def test_variants_of_an_emoji_are_held_out_together(emojis):
     assert openmoji.base("man, dark skin tone, red hair") == openmoji.base("woman")
     share = len(emojis.splits["heldout"]) / 3953
     assert 0.045 < share <= 0.0501
-    other = openmoji.contents(heldout=0.05, seed=1).splits["heldout"]
+    other = openmoji.dataset_spec(heldout=0.05, seed=1).splits["heldout"]
     assert {d.code for d in other} != {d.code for d in emojis.splits["heldout"]}
 
 

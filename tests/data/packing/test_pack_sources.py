@@ -24,11 +24,11 @@ from PIL import Image
 from tar_samples import MemoryStore, jpeg, tar_bytes
 
 from data.packing import pack
-from data.packing.contents import Images, Part, Recipe, below, parts, sample_key
 from data.packing.csv_table import csv_table
-from data.packing.output import samples_of_tars
 from data.packing.parquet_table import parquet_table
+from data.packing.spec import ImageEncoder, PackOptions, SplitRows, name_below, sample_key, split_rows
 from data.packing.table import Columns, Files
+from data.packing.tars import samples_of_tars
 from data.shards.index import index_source, open_index
 from data.shards.tar import TarSample, parse_sample
 from data.store import StoreOptions, open_store
@@ -66,7 +66,7 @@ def encoded(form: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **op
 
 @pytest.mark.parametrize("rows, share", [(1, 0.0), (10, 0.1), (1000, 0.03), (997, 0.5), (100, 0.9), (7, 0.99)])
 def test_parts_are_disjoint_and_complete(rows: int, share: float) -> None:
-    split = parts(rows, share, seed=5)
+    split = split_rows(rows, share, seed=5)
     train, heldout = list(split["train"]), list(split["heldout"])
     assert len(heldout) == round(rows * share)
     assert train == sorted(set(range(rows)) - set(heldout)) and heldout == sorted(heldout)
@@ -74,11 +74,11 @@ def test_parts_are_disjoint_and_complete(rows: int, share: float) -> None:
 
 
 def test_what_is_held_out_depends_on_the_seed_and_is_spread() -> None:
-    first, second = (list(parts(10_000, 0.01, seed)["heldout"]) for seed in (0, 1))
+    first, second = (list(split_rows(10_000, 0.01, seed)["heldout"]) for seed in (0, 1))
     assert first != second
     gaps = np.diff(first)
     assert gaps.max() < 200 and len(set(gaps.tolist())) > 50
-    assert len(parts(10**12, 0.01, 0)["train"]) == 99 * 10**10  # nothing of it is in memory
+    assert len(split_rows(10**12, 0.01, 0)["train"]) == 99 * 10**10  # nothing of it is in memory
 
 
 def test_keys_are_unique_and_safe() -> None:
@@ -89,17 +89,17 @@ def test_keys_are_unique_and_safe() -> None:
 
 
 def test_paths_lead_nowhere_outside() -> None:
-    assert below("/data", "a", "b/../c.jpg") == "a/c.jpg"
-    assert below("/data", "a", "../c.jpg") == "c.jpg"
-    assert below("/data", "a", "/data/x/c.jpg") == "x/c.jpg"
-    assert below("s3://bucket/p", "", "s3://bucket/p/c.jpg") == "c.jpg"
-    assert below("/data", "a", "/data/../data/x/./c.jpg") == "x/c.jpg"
-    assert below("/", "", "/etc/hosts") == "etc/hosts"
-    assert below("data/set", "a", os.path.abspath("data/set/x/c.jpg")) == "x/c.jpg"
-    assert below(".", "", os.path.abspath("c.jpg")) == "c.jpg"
+    assert name_below("/data", "a", "b/../c.jpg") == "a/c.jpg"
+    assert name_below("/data", "a", "../c.jpg") == "c.jpg"
+    assert name_below("/data", "a", "/data/x/c.jpg") == "x/c.jpg"
+    assert name_below("s3://bucket/p", "", "s3://bucket/p/c.jpg") == "c.jpg"
+    assert name_below("/data", "a", "/data/../data/x/./c.jpg") == "x/c.jpg"
+    assert name_below("/", "", "/etc/hosts") == "etc/hosts"
+    assert name_below("data/set", "a", os.path.abspath("data/set/x/c.jpg")) == "x/c.jpg"
+    assert name_below(".", "", os.path.abspath("c.jpg")) == "c.jpg"
     for path in ("../../c.jpg", "/database/c.jpg", "/data/../etc/passwd", "s3://other/c.jpg", "../..", "/etc/passwd"):
         with pytest.raises(Exception, match="outside_root"):
-            below("/data", "a", path)
+            name_below("/data", "a", path)
 
 
 # --- folders ---
@@ -180,18 +180,22 @@ def test_images_are_made_smaller_never_larger(tmp_path: Path) -> None:
     pixels = np.kron(rng.integers(0, 256, (6, 9, 3), np.uint8), np.ones((16, 16, 1), np.uint8))  # 144 x 96
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    (kind, small), (same, untouched) = Images(resize=48)(buffer.getvalue()), Images(resize=96)(buffer.getvalue())
+    (kind, small), (same, untouched) = (
+        ImageEncoder(resize=48)(buffer.getvalue()),
+        ImageEncoder(resize=96)(buffer.getvalue()),
+    )
     assert (same, untouched) == ("png", buffer.getvalue())
     assert kind == "jpg" and simplejpeg.decode_jpeg_header(small)[:2] == (48, 72)
     expected = np.asarray(Image.fromarray(pixels).resize((72, 48), Image.Resampling.BOX), float)
     assert np.abs(simplejpeg.decode_jpeg(small) - expected).mean() < 8
-    kind, again = Images(quality=30)(buffer.getvalue())
+    kind, again = ImageEncoder(quality=30)(buffer.getvalue())
     assert kind == "jpg" and simplejpeg.decode_jpeg_header(again)[:2] == (96, 144)
-    assert len(again) < len(Images(quality=95)(buffer.getvalue())[1])
-    kind, same_size = Images(resize=512, quality=90)(jpeg(3))
+    assert len(again) < len(ImageEncoder(quality=95)(buffer.getvalue())[1])
+    kind, same_size = ImageEncoder(resize=512, quality=90)(jpeg(3))
     assert kind == "jpg" and simplejpeg.decode_jpeg_header(same_size)[:2] == (16, 16)
     assert (
-        Images(resize=512)(encoded("GIF")) == ("gif", encoded("GIF")) and Images(resize=8)(encoded("GIF"))[0] == "jpg"
+        ImageEncoder(resize=512)(encoded("GIF")) == ("gif", encoded("GIF"))
+        and ImageEncoder(resize=8)(encoded("GIF"))[0] == "jpg"
     )
 
 
@@ -214,8 +218,8 @@ def test_encoded_images_are_in_srgb_and_others_keep_their_bytes() -> None:
     adobe = rgb_profile(ADOBE_RGB, 563 / 256)
     picture = np.full((64, 64, 3), (60, 180, 60), np.uint8)
     for whole in (encode(picture, icc_profile=adobe), encode(picture, "JPEG", quality=100, icc_profile=adobe)):
-        assert Images()(whole)[1] == Images(resize=64)(whole)[1] == whole
-        for images in (Images(resize=32), Images(quality=95)):
+        assert ImageEncoder()(whole)[1] == ImageEncoder(resize=64)(whole)[1] == whole
+        for images in (ImageEncoder(resize=32), ImageEncoder(quality=95)):
             _, again = images(whole)
             assert "icc_profile" not in Image.open(io.BytesIO(again)).info
             # The linear values by hand: 60 and 180 of Adobe RGB at its gamma are more green than sRGB has.
@@ -225,7 +229,7 @@ def test_encoded_images_are_in_srgb_and_others_keep_their_bytes() -> None:
 def test_a_turned_image_is_encoded_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    _, small = Images(resize=20)(encoded("JPEG", size=(80, 40), exif=exif))
+    _, small = ImageEncoder(resize=20)(encoded("JPEG", size=(80, 40), exif=exif))
     assert simplejpeg.decode_jpeg_header(small)[:2] == (40, 20)
 
 
@@ -343,7 +347,7 @@ def test_parquet_is_packed(kind: str, tmp_path: Path) -> None:
     assert [s.key for s in train] == sorted(s.key for s in train)
 
 
-def test_a_damaged_row_group_is_left_out(tmp_path: Path) -> None:
+def test_a_corrupt_row_group_is_left_out(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in", files=1, rows=50, group=10, kind="bytes")
     path = tmp_path / "in/f0/part.parquet"
     at = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
@@ -351,7 +355,7 @@ def test_a_damaged_row_group_is_left_out(tmp_path: Path) -> None:
     content[at : at + 600] = b"\xff" * 600
     path.write_bytes(content)
     packed("parquet {i} --out {o} --workers 1", i=path, o=tmp_path / "out")
-    assert summary(tmp_path / "out")["left_out"] == {"damaged_parquet": 10}
+    assert summary(tmp_path / "out")["left_out"] == {"corrupt_parquet": 10}
     kept = [int(s.members["txt"][8:]) for s in samples(f"{tmp_path}/out")]
     assert kept == [*range(20), *range(30, 50)]
 
@@ -363,7 +367,7 @@ def test_a_row_group_as_large_as_the_file_is_not_held_in_memory(tmp_path: Path) 
     del table, noise
     pa.default_memory_pool().release_unused()
     columns, store = Columns("image", "caption"), open_store(str(tmp_path))
-    contents = parquet_table(store, ["a.parquet"], columns, Files(store), Recipe())
+    contents = parquet_table(store, ["a.parquet"], columns, Files(store), PackOptions())
     held = pa.total_allocated_bytes()
     most = 0
     tracemalloc.start()
@@ -405,7 +409,7 @@ def test_tars_are_packed_anew_with_all_members(tmp_path: Path) -> None:
     assert [s.members["txt"].decode() for s in found[:100]] == expected
     assert all(s.members["seg.png"] == b"seg" for s in found[:100]) and found[7].members["jpg"] == jpeg(7)
     assert len({s.key for s in found}) == len(found)
-    left_out = {"missing_image": 1, "bad_member_name": 1, "rest of a damaged shard": 1}
+    left_out = {"missing_image": 1, "bad_member_name": 1, "rest of a corrupt shard": 1}
     assert summary(tmp_path / "out")["left_out"] == left_out
     assert len(found) == 101 and found[-1].members == {"jpg": jpeg(2)}
 
@@ -441,7 +445,7 @@ def test_neighbours_are_read_together_where_that_is_cheaper(tmp_path: Path) -> N
     content = tar_bytes([(f"{n}.jpg", jpeg(n)) for n in range(12)])  # 2 KB each, with pax headers
     for readahead, most in ((0, 1), (2100, 2), (1 << 20, 12)):
         store = MemoryStore({"0.tar": content}, readahead)
-        contents = samples_of_tars(index_source(store, "s"), Recipe(heldout=0.25))
+        contents = samples_of_tars(index_source(store, "s"), PackOptions(heldout=0.25))
         store.reads.clear()
         made = [*contents.read(contents.splits["train"])]
         asked = [stop - start for _, start, stop in store.reads if stop - start > 512]
@@ -487,8 +491,8 @@ def test_from_s3_to_s3_and_on_after_an_interruption(endpoint: str, tmp_path: Pat
         client.upload_file(str(path), "bucket", f"in/{path.relative_to(tmp_path / 'in')}")
     options = StoreOptions(endpoint=endpoint)
     store = open_store("s3://bucket/in", options)
-    contents = csv_table(store, "all.csv", Columns("path", "caption"), Files(store), Recipe())
-    broken = pack.Contents(**{**vars(contents), "read": Broken(contents.read, 25)})
+    contents = csv_table(store, "all.csv", Columns("path", "caption"), Files(store), PackOptions())
+    broken = pack.DatasetSpec(**{**vars(contents), "read": Broken(contents.read, 25)})
     with pytest.raises(KeyboardInterrupt):
         pack.pack(broken, "s3://bucket/out", 10, options=options)
     out = open_store("s3://bucket/out", options)
@@ -497,7 +501,7 @@ def test_from_s3_to_s3_and_on_after_an_interruption(endpoint: str, tmp_path: Pat
     client.delete_object(Bucket="bucket", Key="out/train/00001.tar.idx")  # as if it was stopped before that
     before = out.info("train/00000.tar")
 
-    again = pack.Contents(**{**vars(contents), "read": Broken(contents.read, 20)})  # only what is missing is read
+    again = pack.DatasetSpec(**{**vars(contents), "read": Broken(contents.read, 20)})  # only what is missing is read
     pack.pack(again, "s3://bucket/out", 10, options=options)
     assert out.info("train/00000.tar") == before and out.info("train/00001.tar.idx") is not None
     packed(f"csv s3://bucket/in/all.csv --out s3://bucket/out --endpoint {endpoint} --workers 1 --shard_size 10")
@@ -547,6 +551,6 @@ def test_mistakes_are_told_in_one_sentence(words: str, said: str, tmp_path: Path
 
 def test_a_part_of_many_rows_costs_no_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    part: Part = parts(10**9, 0.1, 0)["train"]
+    part: SplitRows = split_rows(10**9, 0.1, 0)["train"]
     assert part[len(part) - 1] <= 10**9 - 1 and part[5 * 10**8 : 5 * 10**8 + 3][0] > 5 * 10**8
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000

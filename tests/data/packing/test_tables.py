@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from tar_samples import jpeg
 
-from data.packing.contents import LeftOut, Recipe, Sample
 from data.packing.csv_table import csv_table
 from data.packing.parquet_table import parquet_table
+from data.packing.spec import PackOptions, Sample, Skipped
 from data.packing.table import Columns, Files
 from data.store import open_store
 from launch.pack import main
@@ -28,14 +28,16 @@ def read(folder: Path, content: bytes | str, *columns: str, name: str = "t.csv")
     for n in range(9):
         (folder / f"{n}.jpg").write_bytes(jpeg(n))
     store, said = open_store(str(folder)), list[str]()
-    contents = csv_table(store, name, Columns(*(columns or ("path", "caption"))), Files(store), Recipe(), said.append)
+    contents = csv_table(
+        store, name, Columns(*(columns or ("path", "caption"))), Files(store), PackOptions(), said.append
+    )
     rows = list(contents.read(contents.splits["train"]))
     captions = [row.members["txt"].decode() for row in rows if isinstance(row, Sample)]
     for row in rows:
         if isinstance(row, Sample):  # each beside its own image
             assert row.members["jpg"] == jpeg(int(row.key.rpartition("-")[2]))
     assert len(said) == ("0 lines that continue" not in contents.about["lines"])
-    return captions, [row.reason for row in rows if isinstance(row, LeftOut)], contents.about["lines"]
+    return captions, [row.reason for row in rows if isinstance(row, Skipped)], contents.about["lines"]
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
@@ -149,7 +151,7 @@ def test_headers_as_tools_write_them(tmp_path: Path) -> None:
     assert main(["csv", str(tmp_path / "t.csv"), "--out", str(tmp_path / "o"), "--caption_column", "text.en"]) == 0
     (tmp_path / "n.csv").write_text(",path,caption,n,n,score\n7,0.jpg,a,1,2,3\n")
     store = open_store(str(tmp_path))
-    contents = csv_table(store, "n.csv", Columns("path", "caption"), Files(store), Recipe())
+    contents = csv_table(store, "n.csv", Columns("path", "caption"), Files(store), PackOptions())
     (row,) = contents.read(contents.splits["train"])
     assert isinstance(row, Sample) and json.loads(row.members["json"]) == {"score": 3}
 
@@ -186,14 +188,14 @@ def test_a_process_begins_anywhere_and_reads_the_same(tmp_path: Path, monkeypatc
     for n in range(9):
         (tmp_path / f"{n}.jpg").write_bytes(jpeg(n))
     store = open_store(str(tmp_path))
-    contents = csv_table(store, "t.csv", Columns("path", "caption"), Files(store), Recipe(), lambda _: None)
+    contents = csv_table(store, "t.csv", Columns("path", "caption"), Files(store), PackOptions(), lambda _: None)
     rows = contents.splits["train"]
     whole = list(contents.read(rows))
-    assert len(whole) == len(rows) and {type(row) for row in whole} == {Sample, LeftOut}
+    assert len(whole) == len(rows) and {type(row) for row in whole} == {Sample, Skipped}
     for start in range(0, len(rows), 13):
         assert list(contents.read(rows[start : start + 5])) == whole[start : start + 5]
     for n, row in enumerate(whole):
-        if isinstance(row, LeftOut):  # names its line
+        if isinstance(row, Skipped):  # names its line
             line = lines[int(row.row.split()[1].rstrip(":")) - 2]
             assert line.partition(",")[2].startswith(('"open', '"s" t', "a, b", "\n")), (n, row)
 
@@ -201,11 +203,11 @@ def test_a_process_begins_anywhere_and_reads_the_same(tmp_path: Path, monkeypatc
 # --- Parquet ---
 
 
-def rows_of(folder: Path, table: pa.Table, *columns: str, **options: Any) -> list[Sample | LeftOut]:
+def rows_of(folder: Path, table: pa.Table, *columns: str, **options: Any) -> list[Sample | Skipped]:
     pq.write_table(table, folder / "a.parquet", **options)
     store = open_store(str(folder))
     columns = columns or ("image", "caption")
-    contents = parquet_table(store, ["a.parquet"], Columns(*columns), Files(store), Recipe())
+    contents = parquet_table(store, ["a.parquet"], Columns(*columns), Files(store), PackOptions())
     return list(contents.read(contents.splits["train"]))
 
 
@@ -241,7 +243,7 @@ def test_other_columns_of_a_parquet_file_decide_nothing(tmp_path: Path) -> None:
     assert values[1] == {"zone": None, "text": "fine", "half": None, "word": None, "big": 0, "a.b": 2}
 
 
-def test_a_damaged_column_that_is_not_used_is_null(tmp_path: Path) -> None:
+def test_a_corrupt_column_that_is_not_used_is_null(tmp_path: Path) -> None:
     table = pa.table({"image": [jpeg(n) for n in range(9)], "caption": [str(n) for n in range(9)], "score": range(9)})
     rows_of(tmp_path, table, row_group_size=3, use_dictionary=False, compression="none")
     path = tmp_path / "a.parquet"
@@ -250,7 +252,7 @@ def test_a_damaged_column_that_is_not_used_is_null(tmp_path: Path) -> None:
     content[at : at + 8] = b"\xff" * 8
     path.write_bytes(content)
     store = open_store(str(tmp_path))
-    contents = parquet_table(store, ["a.parquet"], Columns("image", "caption"), Files(store), Recipe())
+    contents = parquet_table(store, ["a.parquet"], Columns("image", "caption"), Files(store), PackOptions())
     found = [row.members for row in contents.read(contents.splits["train"]) if isinstance(row, Sample)]
     assert [members["txt"] for members in found] == [b"%d" % n for n in range(9)]
     assert [members["jpg"] for members in found] == [jpeg(n) for n in range(9)]
@@ -260,7 +262,7 @@ def test_a_damaged_column_that_is_not_used_is_null(tmp_path: Path) -> None:
 def test_used_columns_fail_alone_and_say_why(tmp_path: Path) -> None:
     captions = raw_text(b"a", b"caf\xe9", b"c", b"d\0")
     found = rows_of(tmp_path, pa.table({"image": [jpeg(0)] * 4, "caption": captions}))
-    assert [row.reason if isinstance(row, LeftOut) else row.key for row in found] == [
+    assert [row.reason if isinstance(row, Skipped) else row.key for row in found] == [
         "000000000",
         "bad_caption",
         "000000002",
@@ -269,7 +271,7 @@ def test_used_columns_fail_alone_and_say_why(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     paths = raw_text(b"1.jpg", b"\xff.jpg")
     found = rows_of(tmp_path, pa.table({"image": paths, "caption": ["a", "b"]}))
-    assert [row.reason if isinstance(row, LeftOut) else row.key for row in found] == ["000000000-1", "missing_file"]
+    assert [row.reason if isinstance(row, Skipped) else row.key for row in found] == ["000000000-1", "missing_file"]
     # Beside an image's bytes its path is but a name.
     structs = pa.StructArray.from_arrays([pa.array([jpeg(0), jpeg(1)]), paths], ["bytes", "path"])
     found = rows_of(tmp_path, pa.table({"image": structs, "caption": ["a", "b"]}))
@@ -281,7 +283,7 @@ def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path, capsys: Any) -> None
     assert main(["parquet", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]) == 2
     assert "should be a Parquet file: it is a Git LFS pointer" in capsys.readouterr().err
     (row,) = rows_of(tmp_path, pa.table({"image": [POINTER], "caption": ["a"]}))
-    assert isinstance(row, LeftOut) and row.reason == "other_format" and "a Git LFS pointer" in row.row
+    assert isinstance(row, Skipped) and row.reason == "other_format" and "a Git LFS pointer" in row.row
 
 
 def test_double_and_dotted_names_in_parquet(tmp_path: Path, capsys: Any) -> None:

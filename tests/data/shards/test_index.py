@@ -19,8 +19,7 @@ from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 import data.shards.index
 from data.errors import DataError
 from data.shards.index import SourceIndex, check_listing, open_index
-from data.shards.manifest import build_manifest
-from data.shards.offsets import to_bytes
+from data.shards.manifest import build_manifest, offsets_to_bytes
 from data.shards.tar import parse_sample
 from data.store import ObjectInfo, Store, open_store
 
@@ -180,12 +179,12 @@ def test_a_useless_shard_stays_in_the_table_and_is_named(content: bytes, said: s
     source = open_index(store, "s")
     assert source.names == ("a.tar", "b.tar") and source.counts.tolist() == [2, 0]
     assert source.offsets(1).shape == (1,)
-    assert list(source.damage) == [1]
+    assert list(source.corruption) == [1]
     with pytest.raises(DataError, match=rf"'s': no shard below s3://bucket/p has a sample: b\.tar: .*{said}"):
         open_index(MemoryStore({"b.tar": content}), "s")
     build_manifest([store], store)
     listed = open_index(store, "s")
-    assert listed.damage == source.damage and listed.offsets(1).shape == (1,)
+    assert listed.corruption == source.corruption and listed.offsets(1).shape == (1,)
 
 
 def test_no_shards_and_names_that_ids_cannot_hold(tmp_path: Path) -> None:
@@ -205,7 +204,7 @@ def test_a_cut_shard_gives_its_whole_samples(tmp_path: Path) -> None:
     store: Store = open_store(str(tmp_path))
     source = open_index(store, "s")
     assert captions(source) == [f"caption {n}" for n in range(4)]
-    assert source.damage == {0: f"cut off at byte {cut}, inside member '000004.txt'"}
+    assert source.corruption == {0: f"cut off at byte {cut}, inside member '000004.txt'"}
 
 
 # --- manifests that others wrote ---
@@ -239,8 +238,8 @@ def test_offsets_beside_the_shards_of_others_are_checked() -> None:
     store = MemoryStore({f"{n}.tar": shard(10 * n, 3) for n in range(2)})
     foreign(store)
     good, wrong = np.array([0, 2048, 4096, 6144]), np.array([0, 512, 4096, 6144])
-    store.write("0.tar.idx", to_bytes(good))
-    store.write("1.tar.idx", to_bytes(wrong))
+    store.write("0.tar.idx", offsets_to_bytes(good))
+    store.write("1.tar.idx", offsets_to_bytes(wrong))
     source = pickle.loads(pickle.dumps(open_index(store, "s")))
     store = source.store
     store.reads.clear()

@@ -18,8 +18,16 @@ from tar_samples import MemoryStore, jpeg, tar_bytes, write_source
 import launch.index
 from data.errors import DataError
 from data.shards.index import open_index
-from data.shards.manifest import build_manifest, offsets_name, open_place, read_manifest
-from data.shards.offsets import from_bytes, read_offsets, scan_shard, to_bytes
+from data.shards.manifest import (
+    build_manifest,
+    offsets_from_bytes,
+    offsets_name,
+    offsets_to_bytes,
+    open_place,
+    read_manifest,
+    read_offsets,
+    scan_shard,
+)
 from data.shards.tar import scan_tar
 from data.store import open_store
 
@@ -97,15 +105,15 @@ def test_offsets_are_energons_file(tmp_path: Path) -> None:
     raw = (tmp_path / "a.tar.idx").read_bytes()
     # Two members of one block each, plain headers: 2 * (512 + 512) bytes a sample.
     assert struct.unpack("<4Q", raw) == (0, 2048, 4096, 6144)
-    assert raw == to_bytes(np.array([0, 2048, 4096, 6144]))
+    assert raw == offsets_to_bytes(np.array([0, 2048, 4096, 6144]))
 
 
 def test_offsets_that_cannot_be_are_refused() -> None:
     good = [0, 1024, 4096]
-    assert from_bytes(to_bytes(np.array(good)), 4096).tolist() == good
+    assert offsets_from_bytes(offsets_to_bytes(np.array(good)), 4096).tolist() == good
     for wrong in ([], [0], [0, 1024, 1024], [1024, 0, 4096], [0, 1000, 4096], [-512, 1024, 4096], [0, 1024, 4097]):
-        assert from_bytes(to_bytes(np.array(wrong, np.int64)), 4096) is None
-    assert from_bytes(to_bytes(np.array(good))[:-1], 4096) is None
+        assert offsets_from_bytes(offsets_to_bytes(np.array(wrong, np.int64)), 4096) is None
+    assert offsets_from_bytes(offsets_to_bytes(np.array(good))[:-1], 4096) is None
 
 
 # --- building ---
@@ -118,7 +126,7 @@ def test_a_second_run_reads_what_the_first_wrote() -> None:
     store = MemoryStore(objects)
     first = build(store)
     assert [entry["nsamples"] for entry in first.values()] == [300, 200, 3, 0]
-    assert [entry.get("damage") for entry in first.values()] == [
+    assert [entry.get("corruption") for entry in first.values()] == [
         None,
         None,
         f"cut off at byte {cut}, inside member '0023.txt'",
@@ -150,7 +158,7 @@ def test_offsets_older_than_the_shard_or_of_another_content_are_scanned_again() 
     assert read_offsets(store, info, store, store.info("a.tar.idx")) is None
     store.now = info.modified
     for wrong in ([0, 2048], [512, 2048, 6144], [2048 - 512, 4096, 6144]):  # samples follow; begins at no header
-        store.write("a.tar.idx", to_bytes(np.array(wrong)))
+        store.write("a.tar.idx", offsets_to_bytes(np.array(wrong)))
         assert read_offsets(store, info, store, store.info("a.tar.idx")) is None
     assert build(store)["a.tar"]["nsamples"] == 3 and store._objects["a.tar.idx"][0] == idx
 
@@ -175,7 +183,7 @@ def test_offsets_of_other_content_that_was_as_long(longer: int, shorter: int, re
     store = MemoryStore({"a.tar": new, "old.tar": old}, readahead)
     info, before = store.list(".tar")
     for content, fits in ((before, False), (info, True)):
-        store.write("a.tar.idx", to_bytes(scan_tar(store, content).offsets))
+        store.write("a.tar.idx", offsets_to_bytes(scan_tar(store, content).offsets))
         store.reads.clear()
         assert (read_offsets(store, info, store, store.info("a.tar.idx")) is not None) == fits
         assert len(store.reads) <= (1 + 4 if readahead > 512 else 1 + 4 * 4), "a request a pair, or a few"
@@ -192,7 +200,7 @@ def test_an_offset_inside_a_sample_is_no_beginning(samples: int, wrong: Sequence
         for into in (512, 1024):  # data, or the second member's header, which is a header as good
             offsets = np.arange(samples + 1) * 2560
             offsets[n] += into if n < samples else -into
-            store.write("a.tar.idx", to_bytes(offsets))
+            store.write("a.tar.idx", offsets_to_bytes(offsets))
             assert read_offsets(store, info, store, store.info("a.tar.idx")) is None, (n, into)
 
 
@@ -200,14 +208,14 @@ def test_offsets_of_read_only_shards_lie_beside_the_manifest_apart_for_each_pref
     sources = [MemoryStore({"x/0.tar": shard(10 * n, n + 2)}, url=f"s3://bucket/{n}", read_only=True) for n in range(2)]
     place = MemoryStore({}, url="s3://other/m")
     built = build_manifest(sources, place, "both.json")
-    assert (built.shards, built.samples, built.damaged) == (2, 5, [])
+    assert (built.shards, built.samples, built.corrupt) == (2, 5, [])
     assert sorted(place.writes) == [
         "both.json",
         *(f"both.offsets/s3/bucket/{n}/x/0.tar{end}" for n in (0, 1) for end in (".idx", ".left_out.json")),
     ]
     for n, source in enumerate(sources):
         table = read_manifest(place, "both.json", source.url)
-        assert table.counts.tolist() == [n + 2] and table.elsewhere == {0: f"both.offsets/s3/bucket/{n}/x/0.tar.idx"}
+        assert table.counts.tolist() == [n + 2] and table.offset_paths == {0: f"both.offsets/s3/bucket/{n}/x/0.tar.idx"}
     place.writes.clear()
     build_manifest(sources, place, "both.json")
     assert place.writes == ["both.json"]
@@ -216,7 +224,7 @@ def test_offsets_of_read_only_shards_lie_beside_the_manifest_apart_for_each_pref
 def test_offsets_elsewhere_are_those_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stale file beside a read-only shard, with as many samples, must not be taken."""
     store = MemoryStore({"a.tar": shard(0, 3)}, read_only=True)
-    store._objects["a.tar.idx"] = (to_bytes(np.array([0, 512, 1024, 6144])), "1", 1.0)
+    store._objects["a.tar.idx"] = (offsets_to_bytes(np.array([0, 512, 1024, 6144])), "1", 1.0)
     place = open_store(str(tmp_path))
     build_manifest([store], place)
     source = open_index(store, "s", str(tmp_path / "index.json"))
@@ -313,7 +321,7 @@ def test_the_command_writes_a_manifest_and_says_what_is_in_it(
     out = tmp_path / "new" / "both.json"
     assert launch.index.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out), "--workers", "2"]) == 0
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and f"{out}: 4 shards, 9 samples, 43 kB; 1 damaged: 00001.tar: no tar" in said
+    assert said.count("\n") == 1 and f"{out}: 4 shards, 9 samples, 43 kB; 1 corrupt: 00001.tar: no tar" in said
     assert [entry["nsamples"] for entry in listed(out)] == [3, 2, 4, 0]
     assert launch.index.main([str(tmp_path / "a")]) == 0
     assert len(open_index(open_store(str(tmp_path / "a")), "s", notice=pytest.fail).names) == 2
@@ -326,7 +334,7 @@ def test_the_command_writes_a_manifest_and_says_what_is_in_it(
         (["nowhere"], "'nowhere' is not a directory"),
         (["a", "a"], "out is not given"),
         (["a", "--workers", "0"], "workers is 0"),
-        (["a", "--out", "file/index.json"], "its folder cannot be made"),
+        (["a", "--out", "file/index.json"], "file/index.json: cannot be written"),
         (["a", "--out", "a/"], "should be a file"),
         (["empty"], "no .tar shard below"),
         (["a", "--anonymous", "perhaps"], "anonymous"),
@@ -345,14 +353,14 @@ def test_mistakes_are_one_sentence_and_code_2(
     assert not list(tmp_path.glob("**/index.json"))
 
 
-def test_a_damaged_shard_scans_the_same_from_its_last_offset() -> None:
-    """What a second run says of a damaged shard comes from the header at its last offset alone."""
+def test_a_corrupt_shard_scans_the_same_from_its_last_offset() -> None:
+    """What a second run says of a corrupt shard comes from the header at its last offset alone."""
     content = shard(0, 5)
     for cut in range(2048, 5 * 2048, 100):
         store = MemoryStore({"a.tar": content[:cut]}, readahead=512)
         info = store.list()[0]
         whole = scan_shard(store, info)
-        store.write("a.tar.idx", to_bytes(whole.offsets))
+        store.write("a.tar.idx", offsets_to_bytes(whole.offsets))
         again = read_offsets(store, info, store, store.info("a.tar.idx"))
-        assert again is not None and again.damage == whole.damage
+        assert again is not None and again.corruption == whole.corruption
         assert again.offsets.tolist() == whole.offsets.tolist()

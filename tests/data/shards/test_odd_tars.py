@@ -15,8 +15,7 @@ from tar_samples import MemoryStore, tar_bytes
 
 from data.errors import DataError
 from data.shards.index import list_left_out, open_index
-from data.shards.manifest import build_manifest
-from data.shards.offsets import UNCOUNTED, scan_shard, to_bytes
+from data.shards.manifest import UNCOUNTED, build_manifest, offsets_to_bytes, scan_shard
 from data.shards.tar import TarSample, TarScan, parse_sample
 
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -108,7 +107,7 @@ def test_archives_that_follow_each_other_are_read_on(between: bytes, form: int) 
         found = parsed(content)
         assert [it.key for it in found] == ["a", "b", "c", "c", "d", "e"]
         assert all(it.members == {"jpg": it.key.encode(), "txt": it.key.encode()} for it in found)
-        assert scan(content).damage is None and not scan(content).left_out
+        assert scan(content).corruption is None and not scan(content).left_out
 
 
 def test_zeros_in_front_are_passed() -> None:
@@ -126,19 +125,21 @@ def test_zeros_in_front_are_passed() -> None:
 )
 def test_what_follows_the_end_is_said(behind: bytes, said: str) -> None:
     content = shard("ab") + behind
-    assert scan(content).damage == said and [it.key for it in parsed(content)] == ["a", "b"]
+    assert scan(content).corruption == said and [it.key for it in parsed(content)] == ["a", "b"]
 
 
 def test_a_tar_without_an_end_may_be_cut_off() -> None:
     content = shard("ab")
-    assert scan(content[:4096]).damage == "it ends at byte 4096 without the zeros that close a tar: it may be cut off"
-    assert len(scan(content[:4096]).offsets) == 3 and scan(content[: 4096 + 512]).damage is None
+    said = "it ends at byte 4096 without the zeros that close a tar: it may be cut off"
+    assert scan(content[:4096]).corruption == said
+    assert len(scan(content[:4096]).offsets) == 3 and scan(content[: 4096 + 512]).corruption is None
     assert scan(content[:2048]).offsets.tolist() == [0, 2048]
 
 
 def test_tars_without_a_member() -> None:
     for content in (bytes(512), bytes(10240), of(info("d", tarfile.DIRTYPE))):
-        assert scan(content).offsets.tolist() == [0] and scan(content).damage == "no member that belongs to a sample"
+        found = scan(content)
+        assert found.offsets.tolist() == [0] and found.corruption == "no member that belongs to a sample"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_tars_without_a_member() -> None:
 )  # fmt: skip
 def test_what_is_called_tar_and_is_none_is_called_by_its_name(pack: object, said: str) -> None:
     found = scan(pack(shard("ab")))  # type: ignore[operator]
-    assert len(found.offsets) == 1 and said in str(found.damage)
+    assert len(found.offsets) == 1 and said in str(found.corruption)
 
 
 # --- members that are lost ---
@@ -182,7 +183,7 @@ def test_links_and_sparse_files_are_counted_with_what_helps() -> None:
         "sparse files in tars (write them anew without tar --sparse)": 1,
     }
     alone = scan(of(info("a.jpg", tarfile.LNKTYPE, linkname="x")))
-    assert "no member that belongs to a sample; left out: 1 hard links in tars" in str(alone.damage)
+    assert "no member that belongs to a sample; left out: 1 hard links in tars" in str(alone.corruption)
 
 
 def test_members_of_every_other_type_are_counted_under_its_name() -> None:
@@ -195,7 +196,7 @@ def test_members_of_every_other_type_are_counted_under_its_name() -> None:
     ]
     others = (info(f"a.{n}", kind, size) for n, (kind, size) in enumerate(kinds))
     content = of(info("a.jpg"), *others, info("a.txt"), form=tarfile.USTAR_FORMAT)
-    assert parsed(content) == [TarSample("a", {"jpg": b"", "txt": b""})] and scan(content).damage is None
+    assert parsed(content) == [TarSample("a", {"jpg": b"", "txt": b""})] and scan(content).corruption is None
     named = {"'C'": 2, r"'\xe9'": 1, "'A'": 1}
     assert scan(content).left_out == {f"members of tars of type {kind}": count for kind, count in named.items()}
 
@@ -239,7 +240,7 @@ def test_what_is_lost_is_told_by_every_index(read_only: bool) -> None:
     lost |= {"hidden": 2, "compressed (.tar.gz: gunzip it first)": 1}
     for _ in range(3):
         built = build_manifest([store], place)
-        assert built.left_out == lost and built.damaged == []
+        assert built.left_out == lost and built.corrupt == []
         (first, second) = json.loads(place.read("index.json"))["shardlist"]
         assert first["left_out"].keys() == lost.keys() - {"compressed (.tar.gz: gunzip it first)"}
         assert "left_out" not in second
@@ -256,7 +257,7 @@ def test_offsets_that_do_not_tell_what_is_lost_train_and_are_indexed_anew(read_o
     """As Energon writes them, alone."""
     members = [(f"{n:04d}.{end}", b"") for n in range(500) for end in ("jpg", "txt")]
     content = tar_bytes([*members[:8], ("._a.jpg", b""), *members[8:]])
-    objects = {"0.tar": content, "0.tar.idx": to_bytes(scan(content).offsets)}
+    objects = {"0.tar": content, "0.tar.idx": offsets_to_bytes(scan(content).offsets)}
     objects |= {} if noted is None else {"0.tar.left_out.json": noted}
     store, place = MemoryStore(objects, read_only=read_only), MemoryStore({}, url="s3://bucket/p/m")
     source = open_index(store, "s", notice=lambda _: None)

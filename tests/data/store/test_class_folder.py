@@ -65,7 +65,7 @@ def test_offsets_are_those_that_a_scan_finds_and_any_range_is_the_wholes() -> No
     folder = store()
     for info in folder.list():
         scan = scan_tar(folder, info)
-        assert scan.damage is None and scan.offsets.tolist() == folder.offsets(info.name).tolist()
+        assert scan.corruption is None and scan.offsets.tolist() == folder.offsets(info.name).tolist()
         whole = bytes(folder.read(info.name))
         assert len(whole) == info.size
         for start, stop in ((0, 700), (511, 513), (1024, 1536), (1500, 90_001), (info.size - 1030, info.size)):

@@ -75,7 +75,7 @@ def test_a_virtual_tar_is_one_tar_however_it_is_read(files: dict[str, bytes], da
         held += members(content).values()
 
         scan = scan_tar(store, info)
-        assert scan.damage is None and scan.offsets[-1] == info.size - 1024
+        assert scan.corruption is None and scan.offsets[-1] == info.size - 1024
         samples = [parse_sample(content[a:b]) for a, b in itertools.pairwise(scan.offsets)]
         assert len({sample.key for sample in samples}) == len(samples)
         assert all({"jpg", "png"} & set(sample.members) for sample in samples)

@@ -82,7 +82,7 @@ def test_what_a_server_leaves_out_or_writes_otherwise(name: str, bucket: str, al
         for start, stop in ((0, None), (0, 10), (512, 1024), (600, None), (len(CONTENT), None)):
             assert store.read("0.tar", start, stop, version=version) == CONTENT[start:stop]
     index = index_source(store, "s")
-    assert index.counts.tolist() == [3, 3] and not index.damage and check_listing(index) is None
+    assert index.counts.tolist() == [3, 3] and not index.corruption and check_listing(index) is None
     # By its manifest, and by the offsets beside the shards.
     build_manifest([store], store)
     listed = open_index(store, "s", notice=pytest.fail)
@@ -174,7 +174,7 @@ def test_a_listing_that_turns_in_a_circle_is_ended(kept: str, bucket: str, alter
         return headers, body
 
     store = paged(at(bucket, altered(change)), 1)
-    with pytest.raises(DataError, match=rf"listing {bucket} at .*the server breaks off and does not go on"):
+    with pytest.raises(DataError, match=rf"listing {bucket} at .*the server cuts the listing short and gives no"):
         store.list()
 
 
@@ -195,7 +195,9 @@ def test_an_object_that_is_decompressed_on_its_way_is_not_cut(bucket: str, alter
 
     store = at(bucket, altered(change))
     for stop in (None, len(CONTENT)):
-        with pytest.raises(DataError, match=rf"the server of {bucket}/0\.tar at .* sends more bytes than it has"):
+        with pytest.raises(
+            DataError, match=rf"the server of {bucket}/0\.tar at .* sends more bytes than the object has"
+        ):
             store.read("0.tar", 0, stop)
 
 

@@ -290,6 +290,7 @@ def test_faults_that_go_on_are_told_once(
 ) -> None:
     assert data.store.base._SILENT_S == 3
     monkeypatch.setattr(data.store.base, "_SILENT_S", 0.2)
+    monkeypatch.setattr(data.store.base.random, "uniform", lambda low, high: high / 2)
     store: Any = open_store("s3://bucket/p", StoreOptions(endpoint=closed_port, retry_minutes=0.02))
     assert store._client, "it takes a while to make"
     with caplog.at_level(logging.WARNING, "data"):

@@ -94,7 +94,7 @@ def test_a_wrong_count_is_told(count):
 def test_held_out_are_those_that_the_packer_leaves_out():
     assert [it["heldout"] for it in PROMPTS] == [caption_is_held_out(it["prompt"], 0.1, 0) for it in PROMPTS]
     assert 0.06 < sum(it["heldout"] for it in PROMPTS) / len(PROMPTS) < 0.14
-    contents = shapes.contents(4000, heldout_captions=0.1)
+    contents = shapes.dataset_spec(4000, heldout_captions=0.1)
     trained = {shapes.scene(0, index).caption for index in contents.splits["train"]}
     assert not trained & {it["prompt"] for it in PROMPTS if it["heldout"]}
     few = [it for it in PROMPTS if it["tag"] in ("single_object", "two_object", "colors")]

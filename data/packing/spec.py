@@ -1,14 +1,9 @@
-"""What is packed: rows of splits, and a reader that makes samples of them.
+"""What is packed: the rows of each split, and a reader that makes samples of them.
 
-What packing does to an image: its bytes pass through, or it is made smaller and encoded as JPEG again.
-
-What all sources share: splits of row numbers, keys, files that rows name, rows that are left out.
-
-- Nothing is read but names and counts before packing begins; a process that writes shards reads their rows.
-- Keys are the row's number and what is left of its name: so they are unique, and safe for any file system.
-- A row that cannot be used is left out with a reason: "missing_file", "missing_caption", ...
-
-What packing does to the rows of any source.
+- Before packing begins only names and counts are read; the processes that write shards read the rows.
+- A key is the row's number and what is left of the file's name, so it is unique and safe for any file system.
+- A row that cannot be used is skipped with a reason: "missing_file", "missing_caption", ...
+- An image's bytes pass through, or it is resized and encoded as JPEG again.
 """
 
 from __future__ import annotations
@@ -41,103 +36,89 @@ JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it is written: members by extension. Keys are the reader's to make unique and safe."""
+    """One sample as it is written: members by extension. The reader makes the key unique and safe."""
 
     key: str
     members: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Skipped:
     """A row that cannot be used: what its user would look for (a path, a row's number), and the counter's name."""
 
     row: str
     reason: str
 
 
-Reader = Callable[[Sequence[Any]], Iterable[Sample | LeftOut]]
-"""Reads neighbouring items of a split: one result each, in their order. It is pure and can be pickled."""
+Reader = Callable[[Sequence[Any]], Iterable[Sample | Skipped]]
+"""Reads neighbouring items of a split, one result each, in order. It is pure and can be pickled."""
 
 
 @dataclass(frozen=True)
-class Each:
+class EachItem:
     """A reader that makes a sample of each item by itself."""
 
     sample: Callable[[Any], Sample]
 
     def __call__(self, items: Sequence[Any]) -> Iterator[Sample]:
-        """Make the samples."""
         return map(self.sample, items)
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What to pack. A split's items are sliced, never walked through, and a slice is what a process is sent."""
+class DatasetSpec:
+    """What to pack. The items of a split are only sliced, and a process is sent its slice.
+
+    Attributes:
+        name: the kind of source.
+        arguments: what decides the samples; another value is another pack.
+        about: further entries of dataset.json, such as licence and credit.
+        left_out: what there is besides the items: reason and number.
+        versions: packages and fingerprints that decide the bytes; another version does not resume a pack.
+    """
 
     name: str
     arguments: dict[str, Any]
     splits: dict[str, Sequence[Any]]
     read: Reader
     about: dict[str, str] = field(default_factory=dict)
-    """What dataset.json says besides, such as licence and credit."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """What there is besides the items: reason and number."""
     versions: dict[str, str] = field(default_factory=dict)
-    """What the bytes come from: packages, fingerprints. Another version does not go on with a pack."""
 
 
-def picture(key: str, image: NDArray[np.uint8], caption: str, meta: Mapping[str, Any]) -> Sample:
+def make_sample(key: str, image: NDArray[np.uint8], caption: str, meta: Mapping[str, Any]) -> Sample:
     """Make a sample of pixels (H, W, 3), RGB: a JPEG without chroma subsampling, .txt, and `meta` as .json."""
     jpeg = bytes(simplejpeg.encode_jpeg(image, JPEG_QUALITY, "RGB", "444"))
     return Sample(key, {"jpg": jpeg, "txt": caption.encode(), "json": json_bytes(meta)})
 
 
 def json_bytes(value: Any) -> bytes:
-    """Encode a JSON file."""
-    # What is no Unicode, such as half of a file's name in another encoding, becomes an escape that JSON knows.
+    # What is not Unicode, such as a file name in another encoding, becomes an escape that JSON knows.
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
 
 
 def check(good: bool, field: str, value: object, should_be: str) -> None:
-    """Refuse a user's value.
-
-    Raises:
-        UserError: it is not good.
-    """
+    """Raise a UserError for a user's value unless it is good."""
     if not good:
         raise UserError(f"{field} is {value}: it should be {should_be}")
 
 
 def check_heldout(heldout: float) -> None:
-    """Refuse a wrong share to hold out.
-
-    Raises:
-        UserError: naming the argument and what would be right.
-    """
     check(0 <= heldout < 1, "heldout", heldout, "a share of at least 0 and below 1")
 
 
 def check_common(size: int, heldout: float) -> None:
-    """Refuse a wrong side of drawn pictures in pixels or a wrong share to hold out.
-
-    Raises:
-        UserError: naming the argument and what would be right.
-    """
     check(8 <= size <= 4096, "size", size, "a number of pixels between 8 and 4096")
     check_heldout(heldout)
 
 
 @dataclass(frozen=True)
-class Images:
-    """What to do with every image.
+class ImageEncoder:
+    """Resizes and encodes images.
 
     Attributes:
-        resize: most pixels of the shorter side; a smaller image stays as it is. None leaves every image its size.
-        quality: of the JPEGs, 1 to 100, which every image becomes. None lets what need not be made smaller pass
-            through, byte by byte.
-
-    Raises:
-        UserError: a number outside its range.
+        resize: maximum of the shorter side in pixels, 8 to 16384; None leaves every image its size.
+        quality: JPEG quality, 1 to 100, with which every image is encoded; with None, images that need no resizing pass
+            through byte by byte.
     """
 
     resize: int | None = None
@@ -151,57 +132,48 @@ class Images:
 
     @property
     def versions(self) -> dict[str, str]:
-        """The packages that decide the bytes."""
+        """Versions of the packages that decide the bytes."""
         if self.resize is None and self.quality is None:
             return {}
         return {name: version(name) for name in ("pillow", "simplejpeg", "torch")}
 
     def __call__(self, content: bytes) -> tuple[str, bytes]:
-        """Return the member's extension, which is that of the content whatever its file was called, and its bytes.
+        """Return the member's extension (that of the content, whatever the file was called) and its bytes.
 
         Raises:
-            BadSample: ("other_format") of a format that is not decoded; ("undecodable_image", "too_many_pixels") to be
-                encoded again.
+            BadSample: "other_format" (not decoded), "undecodable_image" or "too_many_pixels" (when encoding).
         """
         if (format_ := format_of(content)) is None:
-            kind = kind_of(content)
-            raise BadSample("other_format", kind or f"not {', '.join(it.name for it in FORMATS.values())}")
+            formats = ", ".join(known.name for known in FORMATS.values())
+            raise BadSample("other_format", kind_of(content) or f"not {formats}")
         if self.resize is None and self.quality is None:
             return format_.extensions[0], content
-        # Imported here: only who encodes again needs the decoder, whose torch takes seconds.
-        from data.decode import image_size
+        # Imported here: only encoding needs the decoder, whose torch takes seconds.
+        from data.decode import decode, image_size
 
         height, width = image_size(content)
         scale = min(1.0, (self.resize or min(height, width)) / min(height, width))
         if scale == 1 and self.quality is None:
             return format_.extensions[0], content
-        return "jpg", _encode(content, (round(height * scale), round(width * scale)), self.quality or JPEG_QUALITY)
-
-
-def _encode(content: bytes, size: tuple[int, int], quality: int) -> bytes:
-    import simplejpeg
-
-    from data.decode import decode
-
-    # The size has the image's own aspect ratio, so that no more than a rounded pixel is cropped.
-    pixels_chw = decode(content, size, small_images="upscale")
-    pixels_hwc = pixels_chw.transpose(1, 2, 0).copy()
-    return bytes(simplejpeg.encode_jpeg(pixels_hwc, quality, "RGB", "444"))
+        # The size has the image's own aspect ratio, so at most a rounded pixel is cropped.
+        pixels_chw = decode(content, (round(height * scale), round(width * scale)), small_images="upscale")
+        pixels_hwc = pixels_chw.transpose(1, 2, 0).copy()
+        return "jpg", bytes(simplejpeg.encode_jpeg(pixels_hwc, self.quality or JPEG_QUALITY, "RGB", "444"))
 
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _THREADS = 8
-"""Files that a process reads at a time: on S3 each takes tens of milliseconds."""
+"""Files that a process reads at a time; on S3 each takes tens of milliseconds."""
 _LONGEST_STEM = 60
 
 
 @dataclass(frozen=True)
-class Part(Sequence[int]):
-    """The rows of one split, by their numbers, ascending; none is held in memory.
+class SplitRows(Sequence[int]):
+    """The row numbers of one split, ascending, computed on access.
 
-    Of `rows` rows `heldout` are held out: the rows are cut into as many strata, and a row of each is drawn.
+    Of `rows` rows `heldout` are held out: the rows are cut into as many strata, and one row of each is drawn.
     """
 
     rows: int
@@ -216,10 +188,10 @@ class Part(Sequence[int]):
     @overload
     def __getitem__(self, index: int) -> int: ...
     @overload
-    def __getitem__(self, index: slice) -> Part: ...
-    def __getitem__(self, index: int | slice) -> int | Part:
+    def __getitem__(self, index: slice) -> SplitRows: ...
+    def __getitem__(self, index: int | slice) -> int | SplitRows:
         if isinstance(index, slice):
-            return Part(self.rows, self.heldout, self.seed, self.is_heldout, self.span[index])
+            return SplitRows(self.rows, self.heldout, self.seed, self.is_heldout, self.span[index])
         return self._row(self.span[index])
 
     def _row(self, place: int) -> int:
@@ -240,33 +212,32 @@ class Part(Sequence[int]):
         return start + int(hash_u64(key(self.seed, "pack", "heldout"), stratum)) % (stop - start)
 
 
-def parts(rows: int, heldout: float, seed: int) -> dict[str, Part]:
+def split_rows(rows: int, heldout: float, seed: int) -> dict[str, SplitRows]:
     """Split range(rows) into "train" and "heldout", a share of at least 0 and below 1."""
-    held = round(rows * heldout)
+    count = round(rows * heldout)
     return {
-        "train": Part(rows, held, seed, False, range(rows - held)),
-        "heldout": Part(rows, held, seed, True, range(held)),
+        "train": SplitRows(rows, count, seed, False, range(rows - count)),
+        "heldout": SplitRows(rows, count, seed, True, range(count)),
     }
 
 
 def sample_key(row: int, name: str) -> str:
-    """Make the key of a row from its number and what is left of its file's name: letters, digits, "-" and "_"."""
+    """Make a row's key from its number and its file's name, reduced to letters, digits, "-" and "_"."""
     stem = re.sub(r"[^A-Za-z0-9-]+", "_", name)[-_LONGEST_STEM:].strip("_-")
     return f"{row:09d}-{stem}" if stem else f"{row:09d}"
 
 
-def left_out(row: str, why: BadSample) -> LeftOut:
-    """Say why a row is left out."""
-    return LeftOut(f"{row}: {why.detail}" if why.detail else row, why.reason)
+def skipped(row: str, why: BadSample) -> Skipped:
+    return Skipped(f"{row}: {why.detail}" if why.detail else row, why.reason)
 
 
 def fingerprint(listed: Iterable[Iterable[object]]) -> str:
-    """Hash what is known of a source's objects to 16 hex digits."""
+    """Hash a listing of a source's objects to 16 hex digits."""
     lines = ("\t".join(map(str, row)) for row in listed)
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], most: int = 2 * _THREADS) -> Iterator[R]:
+def prefetch(function: Callable[[T], R], items: Iterable[T], most: int = 2 * _THREADS) -> Iterator[R]:
     """Map in threads, in order, at most `most` results ahead of their use."""
     items = iter(items)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -285,8 +256,8 @@ def read_file(store: Store, name: str) -> bytes:
     """Read a file that a row names.
 
     Raises:
-        BadSample: ("missing_file") there is none of that name.
-        DataError: it may not be read.
+        BadSample: "missing_file".
+        DataError: reading is not permitted.
     """
     if "\0" in name or any(len(part.encode("utf-8", "replace")) > 255 for part in name.split("/")):
         raise BadSample("missing_file", "no file can be named so")
@@ -298,16 +269,11 @@ def read_file(store: Store, name: str) -> bytes:
         raise BadSample("missing_file") from None
 
 
-def below(root: str, base: str, path: str) -> str:
-    """Find the name below `root` of a path that a row gives.
-
-    Args:
-        root: the address of a store.
-        base: the folder below `root` that a relative path starts from.
-        path: relative, or an address below `root`.
+def name_below(root: str, base: str, path: str) -> str:
+    """The name below the address `root` of a path in a row, which is relative to the folder `base` or an address.
 
     Raises:
-        BadSample: ("outside_root") it leads elsewhere; ("missing_file") it is empty.
+        BadSample: "outside_root", or "missing_file" if the path is empty.
     """
     if not path.strip():
         raise BadSample("missing_file", "its path is empty")
@@ -328,11 +294,11 @@ def _absolute(address: str) -> str:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PackOptions(ImageEncoder):
     """How rows become samples, and which of them are held out.
 
     Args:
-        resize: Most pixels of an image's shorter side: larger ones are made smaller and encoded as JPEG.
+        resize: Maximum of an image's shorter side in pixels; larger images are resized and encoded as JPEG.
         quality: Encode every image as JPEG of this quality. By default what needs no resizing passes byte by byte.
         heldout: Share of the rows that goes into OUT/heldout.
         seed: Decides which rows are held out.
@@ -341,21 +307,14 @@ class Recipe:
         UserError: a number outside its range.
     """
 
-    resize: int | None = None
-    quality: int | None = None
     heldout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_heldout(self.heldout)
-        Images(self.resize, self.quality)
+        super().__post_init__()
 
-    @property
-    def images(self) -> Images:
-        """What is done to every image."""
-        return Images(self.resize, self.quality)
-
-    def contents(
+    def dataset_spec(
         self,
         name: str,
         rows: int,
@@ -365,24 +324,17 @@ class Recipe:
         fingerprint: str,
         arguments: Mapping[str, Any] | None = None,
         left_out: Mapping[str, int] | None = None,
-    ) -> Contents:
-        """Describe a source of so many rows; `read` is given their numbers.
+    ) -> DatasetSpec:
+        """Describe a source of `rows` rows at the address `origin`, which `read` reads by number.
 
-        Args:
-            name: the kind of source.
-            rows: how many it has.
-            read: makes samples of them.
-            origin: its address.
-            fingerprint: another one, another content.
-            arguments: what decides the samples besides the recipe.
-            left_out: what there is besides the rows: reason and number.
+        `fingerprint` changes with the source's content; `arguments` are what decides the samples besides these options.
         """
-        return Contents(
+        return DatasetSpec(
             name=name,
             arguments={**(arguments or {}), **asdict(self)},
-            splits=dict(parts(rows, self.heldout, self.seed)),
+            splits=dict(split_rows(rows, self.heldout, self.seed)),
             read=read,
             about={"origin": origin},
             left_out=dict(left_out or {}),
-            versions={"contents": fingerprint, **self.images.versions},
+            versions={"contents": fingerprint, **self.versions},
         )
