@@ -27,30 +27,6 @@ from t2i.plan.command import tables
 from t2i.plan.memory import GPUS
 
 
-def _options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and the other arguments, which are the config's."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        epilog="Also --config and any field of the config, as launch/stage1.py --help lists them.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all, over all machines (default: %(default)s)")
-    parser.add_argument("--gpu", default="h800", help=f"GPU model: {', '.join(GPUS)} (default: %(default)s)")
-    utilisation = "share of the peak that the step reaches, over all its FLOPs (default: %(default)s, the paper's)"
-    parser.add_argument("--mfu", type=float, default=0.22, help=utilisation)
-    parser.add_argument("--sample_kb", type=float, default=100.0, help="mean KB of a sample (default: %(default)s)")
-    parser.add_argument("--reference", action="store_true", help="FLOPs and memory as of the public code")
-    parser.add_argument("--json", action="store_true", help="print JSON in bytes, seconds and FLOPs")
-    given = values_of(argv)
-    for name, kind in {"gpus": int, "mfu": float, "sample_kb": float}.items():
-        read_word(given.get(name, "0"), kind, f"--{name}")
-    try:
-        return parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from error
-
-
 def plan() -> None:
     """Parse the command line and print the plan."""
     parser = config_parser(__doc__, DEFAULT_CONFIG)

@@ -72,8 +72,8 @@ class SourceConfig(Section):
     """Credit for the data, shown in the report."""
 
     @property
-    def rules(self) -> Rules:
-        return Rules(
+    def filters(self) -> Filters:
+        return Filters(
             images=tuple(self.images),
             captions=self.captions.members,
             metadata=self.metadata,

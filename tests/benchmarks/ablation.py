@@ -180,7 +180,7 @@ def right_colours(drawn: Tensor) -> float:
 def heldout(settings: RunConfig, n: int) -> ValidationSet:
     """The first n held-out scenes; validation measures its loss on the first of them."""
     stage = stage_config(settings, 0)
-    return fixed_samples(open_data(stage, "scenes", {}).val_sources, n, image_settings(stage.data))
+    return read_validation_set(open_data(stage, "scenes", {}).val_sources, n, image_settings(stage.data))
 
 
 def kid_cell(it: dict[str, float], form: str) -> str:
