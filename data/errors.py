@@ -5,6 +5,8 @@ What a job's exit code says. Standard library alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 DONE = 0
 FAILED = 1
 """Something that nobody foresaw; a traceback says what."""
@@ -43,3 +45,16 @@ class BadSample(_PassedOver):
 
 class Filtered(_PassedOver):
     """A good sample that the filters leave out: counted."""
+
+
+def first_of(names: Iterable[object], most: int = 4) -> str:
+    """The first few names, joined for a sentence: "a, b", "a, b and 3 more"."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """A value as text of at most `most` characters; where it is cut, it ends in "..."."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

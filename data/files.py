@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import io
+import json
 import os
 import re
 import secrets
@@ -17,9 +19,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from data.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 P = TypeVar("P", str, Path)
 
@@ -121,6 +127,21 @@ def read_lines(path: Path, where: str = "") -> list[str]:
     return split_lines(read_text(path, where))
 
 
+@contextmanager
+def name_in_errors(where: str, verb: str = "written") -> Iterator[None]:
+    """Turn an OSError into a UserError that begins with the option, field or file at fault."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where}: cannot be {verb}: {error.strerror or error}") from error
+
+
+def refuse_existing(path: Path, where: str) -> None:
+    """Raise a UserError if there is a file or folder at `path`, which the option or field `where` names."""
+    if os.path.lexists(path):
+        raise UserError(f"{where}: {path} exists: remove it, or give another name")
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or a folder's list of names, durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -153,6 +174,20 @@ def atomic_write(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Write a file, in pieces or at once, that is whole or absent whatever happens, durably."""
     with atomic_path(path) as partial, partial.open("xb") as file:
         file.writelines([content] if isinstance(content, bytes) else content)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write JSON's types to a file that is whole or absent."""
+    atomic_write(path, (json.dumps(tree, indent=1) + "\n").encode())
+
+
+def write_png(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write an image, uint8 (H, W, 3), as a PNG file that is whole or absent."""
+    from PIL import Image  # here, since launchers read this module before anything is installed or loaded
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    atomic_write(path, buffer.getvalue())
 
 
 _PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")
