@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import hashlib
 import io
 import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -183,11 +185,33 @@ def write_json(path: Path, tree: Any) -> None:
 
 def write_png(path: Path, image: NDArray[np.uint8]) -> None:
     """Write an image, uint8 (H, W, 3), as a PNG file that is whole or absent."""
-    from PIL import Image  # here, since launchers read this module before anything is installed or loaded
+    from PIL import Image  # here: this module is imported before any library is loaded
 
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     atomic_write(path, buffer.getvalue())
+
+
+def commit(aside: Path, final: Path) -> None:
+    """Give a finished folder its name, in place of a damaged or superseded one that may have it, durably."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    try:
+        aside.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial")

@@ -23,10 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
-from data.files import atomic_path, atomic_write, remove_partials
+from data.files import atomic_path, atomic_write, remove_partials, sha256
 from evaluation.sampling_job import begin_or_go_on, read_speed, write_json
 from t2i.config.train import SamplingConfig
-from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Picture, Pipeline, batches_of
 
 

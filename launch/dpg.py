@@ -21,6 +21,7 @@ from argparse import Namespace
 from typing import Any
 
 from data.errors import UserError
+from data.files import sha256
 from evaluation.dpg import job, judge, rules
 from evaluation.dpg.judge import PICTURES, Drawing, read_answers, write_questions
 from evaluation.sampling_job import begin_scores, count_cut, fingerprint, held, read_speed
@@ -28,7 +29,6 @@ from launch.cli import check_memory, drawing_parser, parsed, sampling_of
 from launch.process import joined_world, main
 from t2i.config.base import PathText
 from t2i.distributed import World
-from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Pipeline
 
 

@@ -30,14 +30,13 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from data.files import FileLock, atomic_write, lock_beside
+from data.files import FileLock, atomic_write, commit, lock_beside
 from launch.cli import run
 from launch.process import quiet
 from t2i.build import build_conditioner, choose_dtype
 from t2i.config.base import ConfigError, PathText
 from t2i.config.loading import load_config, stage_config
 from t2i.config.run import RunConfig
-from t2i.engine.checkpoint.format import commit
 from t2i.model_folder import NULL_CAPTION, check_finite, write_model
 from t2i.models.text import Conditioner, TextEncoder
 from t2i.released.checkpoint import Checkpoint

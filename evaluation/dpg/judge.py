@@ -36,12 +36,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForVi
 
 from data.decode import decode_file
 from data.errors import UserError
-from data.files import atomic_write, read_lines, refuse_lfs_pointers
+from data.files import atomic_write, read_lines, refuse_lfs_pointers, sha256
 from data.listing import excluded, is_image
 from evaluation.dpg.rules import Item
 from evaluation.sampling_job import begin_or_go_on, unfinished_batches, write_png
 from t2i.config.train import SamplingConfig
-from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Pipeline, pictures_of
 
 PICTURES = 4

@@ -34,13 +34,12 @@ from torch import Tensor
 
 from data.decode import Pixels, decode_file
 from data.errors import UserError
-from data.files import refuse_lfs_pointers
+from data.files import refuse_lfs_pointers, sha256
 from data.listing import IMAGE_EXTENSIONS, is_image, told, why_not_decoded
 from data.store import open_store
 from evaluation.fid.estimators import Gaussian
 from evaluation.fid.networks import Network
 from evaluation.npz import write_npz
-from t2i.engine.checkpoint.format import sha256
 
 _THREADS = 8
 _MEMBER = "arr_0.npy"

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
 from data.errors import UserError
+from data.files import sha256
 from t2i.diffusion.perceptual import IMAGENET_MEAN, IMAGENET_STD
-from t2i.engine.checkpoint.format import sha256
 
 Name = Literal["inception", "efficientnet-lite0"]
 

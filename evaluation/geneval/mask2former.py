@@ -52,11 +52,10 @@ from transformers import AutoTokenizer, CLIPModel, Mask2FormerConfig, Mask2Forme
 from transformers.utils import logging
 
 from data.errors import UserError
-from data.files import refuse_lfs_pointers
+from data.files import refuse_lfs_pointers, sha256
 from evaluation.geneval import openmmlab
 from evaluation.geneval.prompts import CLASSES, COLORS
 from evaluation.geneval.rules import Detection, Image, Thresholds
-from t2i.engine.checkpoint.format import sha256
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """File names of weights in a folder, those that transformers prefers first."""

@@ -44,13 +44,12 @@ from numpy.typing import NDArray
 
 from data.decode import decode_file
 from data.errors import UserError
-from data.files import atomic_write
+from data.files import atomic_write, sha256
 from data.listing import is_image
 from data.randomness import key, uniform
 from evaluation.geneval.prompts import TASKS, Metadata, read_one, to_lines
 from evaluation.geneval.rules import Detector, Image, Verdict, judge
 from evaluation.sampling_job import check_or_write_manifest, write_json, write_png
-from t2i.engine.checkpoint.format import sha256
 
 Result = dict[str, Any]
 """A line of results.jsonl: filename, tag, prompt, correct, reason, and metadata and details as strings of JSON."""

@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import atomic_write
+from data.files import atomic_write, commit
 from data.preview import FixedSamples
 from data.randomness import key, permutation
 from t2i.config.run import RunConfig
@@ -47,7 +47,6 @@ from t2i.config.train import ScoringConfig
 from t2i.diffusion.flow import flow_matching_loss, interpolate, slot_noise, to_unit_range
 from t2i.diffusion.objective import Terms, add_bands, band_names
 from t2i.distributed import Preempted, World
-from t2i.engine.checkpoint.format import commit
 from t2i.models.text import stack_conditions
 from t2i.pipeline import Picture, Pipeline, batches_of
 from t2i.train.metrics import EventLog

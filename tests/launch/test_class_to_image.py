@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import draw_classes, run, start, tiny_classes, write_config
 
+from data.files import sha256
 from evaluation.npz import drawn_as
 from t2i.config.base import ConfigError
 from t2i.config.loading import stage_config, validate_config
-from t2i.engine.checkpoint.format import sha256
 from t2i.pipeline import Picture, Pipeline
 from t2i.train.data import open_data
 

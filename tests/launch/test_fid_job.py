@@ -16,9 +16,9 @@ from tiny import run
 
 import launch.fid
 from data.errors import UserError
+from data.files import sha256
 from evaluation.fid import networks
 from evaluation.fid.networks import Features, Network
-from t2i.engine.checkpoint.format import sha256
 
 Fid = Callable[..., str]
 

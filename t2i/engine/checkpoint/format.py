@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import sync
+from data.files import sha256
 from t2i.engine.engine import Shards
 
 
@@ -93,31 +92,6 @@ def checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints of a stage, oldest first."""
     found = [path for path in folder.glob("step_*") if is_step(path.name) and (path / MANIFEST).exists()]
     return sorted(found, key=step_of)
-
-
-# Files
-
-
-def commit(aside: Path, final: Path) -> None:
-    """Give a finished folder its name, in place of a damaged or superseded one that may have it, durably."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    try:
-        aside.rename(final)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(final)
-        raise
-    sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # The manifest

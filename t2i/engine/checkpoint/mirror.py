@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, StoreError
-from data.files import sync
+from data.files import commit, sync
 from data.store import LocalStore, StoreOptions, WritableStore, open_store
 from t2i.engine.checkpoint.format import (
     MANIFEST,
     Checkpoint,
     CheckpointError,
     Retention,
-    commit,
     folder_name,
     is_step,
     newest,

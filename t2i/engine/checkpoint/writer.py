@@ -27,13 +27,12 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from data.files import atomic_write, sync
+from data.files import atomic_write, commit, sync
 from t2i.engine.checkpoint.format import (
     EPHEMERAL,
     MANIFEST,
     Retention,
     checkpoints,
-    commit,
     folder_name,
     manifest_text,
     part_name,

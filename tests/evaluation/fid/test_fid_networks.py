@@ -12,10 +12,10 @@ from fid_inception import random_inception
 from torch import Tensor, nn
 
 from data.errors import UserError
+from data.files import sha256
 from evaluation.fid import networks
 from evaluation.fid.estimators import InceptionScore, precision_recall
 from evaluation.fid.networks import Features, first_channels, load, with_map
-from t2i.engine.checkpoint.format import sha256
 
 CPU = torch.device("cpu")
 
