@@ -24,7 +24,7 @@ from data.errors import UserError
 from data.packing.openmoji import drawings, rasterise
 from evaluation.geneval.prompts import Metadata, official
 from evaluation.geneval.rules import Detection, Detector, Image, judge
-from evaluation.geneval.summary import counted, summarise
+from evaluation.geneval.summary import counted, summarize
 
 
 class GenEvalScorer:
@@ -48,7 +48,7 @@ class GenEvalScorer:
 
     def summary(self, results: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The score of each task that there is, and "overall"."""
-        found = summarise(results)
+        found = summarize(results)
         return {"overall": found["overall"], **{task: it["score"] for task, it in found["tasks"].items()}}
 
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from data.files import atomic_write
 from evaluation.geneval.prompts import Metadata
-from evaluation.geneval.summary import Judged
+from evaluation.geneval.summary import ImageResult
 
 _UNIT = 1000
 _COLOURS = 3
@@ -31,7 +31,7 @@ _SMALL = 128
 """Images narrower than this are shown by their pixels."""
 
 
-def write_page(path: Path, name: str, summary: Mapping[str, Any], judged: Sequence[Sequence[Judged]]) -> None:
+def write_page(path: Path, name: str, summary: Mapping[str, Any], judged: Sequence[Sequence[ImageResult]]) -> None:
     """Write the page.
 
     Args:
@@ -94,7 +94,7 @@ def _choices(name: str, labels: Mapping[str, str]) -> str:
     )
 
 
-def _prompt(number: int, images: Sequence[Judged]) -> str:
+def _prompt(number: int, images: Sequence[ImageResult]) -> str:
     metadata: Metadata = json.loads(images[0].result["metadata"])
     wanted = list(dict.fromkeys(item["class"] for item in metadata.get("include", [])))
     right = sum(image.result["correct"] for image in images)
@@ -106,7 +106,7 @@ def _prompt(number: int, images: Sequence[Judged]) -> str:
     )
 
 
-def _figure(image: Judged, wanted: Sequence[str]) -> str:
+def _figure(image: ImageResult, wanted: Sequence[str]) -> str:
     it, height = image.result, round(_UNIT * image.height / image.width)
     verdict, word = ("right", "Right") if it["correct"] else ("wrong", "Wrong")
     details: dict[str, list[list[float]]] = json.loads(it["details"])

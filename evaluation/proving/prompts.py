@@ -21,7 +21,7 @@ from data.packing.shapes import HELDOUT_START, Scene, caption_is_held_out, draw,
 from data.randomness import key, permutation
 from evaluation.geneval.prompts import TASKS, Metadata
 from evaluation.geneval.rules import Detection, Detector, Image, judge
-from evaluation.geneval.summary import Prompted, Result, counted, read_image, summarise
+from evaluation.geneval.summary import PromptImages, Result, counted, read_image, summarize
 
 _MOST = 3000
 _LOOKED_AT = 24
@@ -113,7 +113,7 @@ class _Seen:
         return [self._color_of[id(it)] for it in objects]
 
 
-def bounds(prompted: Sequence[Prompted], detector: Detector) -> dict[str, Any]:
+def bounds(prompted: Sequence[PromptImages], detector: Detector) -> dict[str, Any]:
     """Overall scores beside that of a folder of images.
 
     Returns:
@@ -125,7 +125,7 @@ def bounds(prompted: Sequence[Prompted], detector: Detector) -> dict[str, Any]:
     return {"drawn_scenes": _of_scenes(prompted, detector), "shuffled_prompts": _by_chance(prompted, detector)}
 
 
-def _of_scenes(prompted: Sequence[Prompted], detector: Detector) -> float | None:
+def _of_scenes(prompted: Sequence[PromptImages], detector: Detector) -> float | None:
     scenes = {it.caption: it for it in proving_scenes()}
     results = []
     for it in prompted:
@@ -136,7 +136,7 @@ def _of_scenes(prompted: Sequence[Prompted], detector: Detector) -> float | None
     return _overall(results)
 
 
-def _by_chance(prompted: Sequence[Prompted], detector: Detector) -> float | None:
+def _by_chance(prompted: Sequence[PromptImages], detector: Detector) -> float | None:
     if len(prompted) == 1:
         return None
     shuffles = [shuffled([it.metadata for it in prompted], seed) for seed in range(_SHUFFLES)]
@@ -150,5 +150,5 @@ def _by_chance(prompted: Sequence[Prompted], detector: Detector) -> float | None
 
 
 def _overall(results: Sequence[Result]) -> float:
-    overall: float = summarise(results)["overall"]
+    overall: float = summarize(results)["overall"]
     return overall
