@@ -98,7 +98,7 @@ def _match(benchmark: Benchmark, folder: Path, parity: bool) -> tuple[dict[str, 
     missing, strange = sorted(names - set(grids)), sorted(set(grids) - names)
     if missing and not parity:
         raise UserError(
-            f"{folder} has no grid for {len(missing)} of {len(names)} prompts, such as {missing[0]}.png: give all of them"
+            f"{folder} lacks grids of {len(missing)} of {len(names)} prompts, such as {missing[0]}.png: give them all"
         )
     if strange and not parity:
         raise UserError(f"{folder} holds {grids[strange[0]].name}, but there is no prompts/{strange[0]}.txt: remove it")

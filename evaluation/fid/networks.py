@@ -150,7 +150,7 @@ def with_map(net: Callable[[Tensor], tuple[Tensor, Tensor]], at: nn.Module) -> C
 
 
 def imagenet_input(images: Tensor, side: int) -> Tensor:
-    """uint8 (B, 3, H, W) to (B, 3, side, side), bilinear with antialias, normalized by ImageNet's mean and deviation."""
+    """uint8 (B, 3, H, W) to (B, 3, side, side), antialiased bilinear, normalized by ImageNet's statistics."""
     resized = F.interpolate(images.float() / 255.0, (side, side), mode="bilinear", antialias=True)
     return normalize(resized, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
 
