@@ -119,7 +119,7 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dpg_bench.csv: is UTF-16"):
         read(tmp_path / "copy")
     table.unlink()
-    with pytest.raises(UserError, match="dpg_bench.csv cannot be read: .*No such file"):
+    with pytest.raises(UserError, match="dpg_bench.csv: cannot be read: .*No such file"):
         read(tmp_path / "copy")
 
 

@@ -127,7 +127,7 @@ def test_images_are_found_by_their_prompts(tmp_path: Path) -> None:
     (tmp_path / "cat1.JPG").touch()
     with pytest.raises(UserError, match="holds two images of one prompt, cat1.JPG and cat1.png: remove one"):
         find(tmp_path, ids)
-    with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
+    with pytest.raises(UserError, match="nowhere: cannot be read: No such file"):
         find(tmp_path / "nowhere", ids)
 
 
