@@ -114,8 +114,8 @@ def self_check(detector: Detector) -> str:
     objects, colors = len(answers) - len(missed), len(named) - len(wrong)
     said = (
         f"the detector finds {objects} of {len(answers)} known objects with a score above {least}{_but(missed)}, its "
-        f"most confident answer has {max(score for _, score in answers.values()):.2f}, and it names {colors} of {len(named)} "
-        f"known colours{_but(wrong)}"
+        f"most confident answer has {max(score for _, score in answers.values()):.2f}, and it names {colors} of "
+        f"{len(named)} known colours{_but(wrong)}"
     )
     if objects < ENOUGH_OBJECTS or colors < ENOUGH_COLORS:
         raise UserError(
@@ -170,8 +170,8 @@ def check_prompts(prompts: Sequence[Metadata], detector: Detector) -> None:
         for item in prompt.get("include", ()):
             if item["count"] > most:
                 raise UserError(
-                    f"the prompt {prompt['prompt']!r} asks for {item['count']} of {item['class']!r}, and GenEval counts "
-                    f"the {most} most confident alone: no image could be right"
+                    f"the prompt {prompt['prompt']!r} asks for {item['count']} of {item['class']!r}, and GenEval "
+                    f"counts the {most} most confident alone: no image could be right"
                 )
 
 
