@@ -170,7 +170,7 @@ def test_what_fails_ends_the_job_but_in_parity(dpg: Dpg, copy: Path, tmp_path: P
     good = (theirs / "dog2.png").read_bytes()
     for spoilt, reason in (
         (good[:60], "is no image that can be read"),
-        (None, "no image for 1 of 2 prompts, such as dog2.png"),
+        (None, "lacks grids of 1 of 2 prompts, such as dog2.png"),
     ):
         if spoilt is None:
             (theirs / "dog2.png").unlink()
@@ -263,13 +263,13 @@ def test_a_judge_is_not_asked_twice_but_about_what_has_changed(
         ("--model m --judge x --sample_only", "give one of --judge, --answers"),
         ("--score_only --sample_only", "--sample_only generates with --model"),
         ("--images i --judge x", "--images needs --resolution"),
-        ("--score_only --resolution 16 --judge x", "--resolution is known of the grids in --out: leave it out"),
-        ("--model m --resolution -4 --judge x", "--resolution -4: at least 1 pixel"),
-        ("--images i --resolution 0 --judge x", "--resolution 0: at least 1 pixel"),
+        ("--score_only --resolution 16 --judge x", "--resolution is known for the grids in --out: leave it out"),
+        ("--model m --resolution -4 --judge x", "--resolution -4: must be at least 1 pixel"),
+        ("--images i --resolution 0 --judge x", "--resolution 0: must be at least 1 pixel"),
         ("--model m --images_per_prompt 2 --judge x", "--images_per_prompt is for --images"),
-        ("--images i --resolution 16 --images_per_prompt 5 --judge x", "--images_per_prompt 5: 1 to 4"),
-        ("--score_only --judge x", "holds no grids: draw them with --model"),
-        ("--images nowhere --resolution 16 --judge x", "nowhere cannot be read"),
+        ("--images i --resolution 16 --images_per_prompt 5 --judge x", "--images_per_prompt 5: must be 1 to 4"),
+        ("--score_only --judge x", "holds no grids: generate them with --model"),
+        ("--images nowhere --resolution 16 --judge x", "nowhere: cannot be read"),
         ("--images", "expected one argument"),
     ],
 )

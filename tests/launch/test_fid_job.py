@@ -87,7 +87,7 @@ def test_the_summary_has_what_samples_were_drawn_with(fid: Fid, folder: Path, si
     for digest, expected in ((sha256(folder / "samples.npz"), known), ("0" * 64, None)):
         (folder / "samples.json").write_text(json.dumps({"sha256": digest, **known}))
         fid("samples.npz", "--reference", "real.npz", "--out", "summary.json")
-        assert json.loads((folder / "summary.json").read_text())["samples"].get("drawn") == expected
+        assert json.loads((folder / "summary.json").read_text())["samples"].get("generated_with") == expected
         (folder / "summary.json").unlink()
 
 
@@ -126,8 +126,8 @@ def test_what_is_left_out_says_why(fid: Fid, folder: Path, simple: None) -> None
         ("samples --make_reference r.npz --out s.json", "--out does nothing with --make_reference"),
         ("samples --reference real.npz --out real.npz", "--out: real.npz exists"),
         ("samples --reference real.npz --size 0", "--size 0: must be at least 1"),
-        ("samples.npz --reference real.npz --size 8", "--size 8 is of folders, and an .npz is taken as it is"),
-        ("real.npz --make_reference r.npz --size 8", "--size 8 is of folders"),
+        ("samples.npz --reference real.npz --size 8", "--size 8 does nothing with an .npz, which is taken as it is"),
+        ("real.npz --make_reference r.npz --size 8", "--size 8 does nothing with an .npz"),
         ("samples --reference real.npz --batch_size -1", "--batch_size -1: must be at least 1"),
         ("none --reference real.npz", r"none: must be a folder of images or an \.npz with arr_0"),
         ("samples --reference none.npz", r"none.npz: must be a folder of images or an \.npz with arr_0"),

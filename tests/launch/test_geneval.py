@@ -242,9 +242,9 @@ def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -
     assert found["detector"]["name"] == "shapes" and found["thresholds"]["score"] == ACCEPTED
     assert len(found["prompt_file"]["md5"]) == 32 and found["prompt_file"]["file"] == "proving ground"
     assert found["notes"] == [
-        "The prompts are not GenEval's official 553: their scores compare with no published ones.",
+        "The prompts are not GenEval's official 553: the scores compare with no published ones.",
         "A part of the prompts was scored: the first 1 of each task.",
-        "Images a prompt: 2, where GenEval has 4.",
+        "Images per prompt: 2, where GenEval has 4.",
     ]
 
 
@@ -261,7 +261,7 @@ def test_genevals_own_prompts_by_genevals_own_detector(model: Path, job: Job, tm
     file = "model.safetensors"
     assert found["notes"] == [
         "A part of the prompts was scored: the first 1 of each task.",
-        "Images a prompt: 1, where GenEval has 4.",
+        "Images per prompt: 1, where GenEval has 4.",
         f"The detector's weights are not those of published scores: {file}, {file}.",
     ]
 
@@ -357,7 +357,9 @@ def test_a_folder_of_images_that_are_not_the_jobs_is_refused(
     shutil.copytree(drawn, tmp_path / "out" / "images")
     with pytest.raises(UserError, match="holds images/.*, which this job has not written"):
         job("--model", str(model), *FEW)
-    with pytest.raises(UserError, match="holds no images of this job: draw them, or give those of others as --images"):
+    with pytest.raises(
+        UserError, match="holds no images of this job: generate them, or give those of others as --images"
+    ):
         job("--score_only", "--detector", "shapes")
 
 
@@ -382,14 +384,7 @@ REFUSED = {
     "--weights does nothing with --images: leave it out": ["--images", "i", "--weights", "raw"],
     "--model does nothing with --score_only: leave it out": ["--score_only", "--model", "m"],
     "--tasks was chosen when the images were generated": ["--score_only", "--tasks", "colors"],
-    "--clip does nothing with --detector shapes": [
-        "--images",
-        "i",
-        "--detector",
-        "shapes",
-        "--clip",
-        "c",
-    ],
+    "--clip does nothing with --detector shapes": "--images i --detector shapes --clip c".split(),
     "i: there is no such folder of images": ["--images", "i", "--detector", "shapes"],
     "clip 'no/such' is neither a folder nor": ["--model", "m", "--clip", "no/such"],  # before anything is drawn
     "m is not a model folder": ["--model", "m", "--detector", "shapes"],
