@@ -18,7 +18,7 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 
 from typing import Literal
 
-from evaluation.compare.page import as_text, check_groups, write_comparison
+from evaluation.compare.page import check_groups, format_comparison, write_comparison
 from evaluation.compare.read import read_groups
 from evaluation.compare.tables import all_tables
 from launch.cli import run
@@ -39,7 +39,7 @@ def compare(
     if out is not None:
         check_groups(groups)
     sections = all_tables(groups)
-    print(as_text(groups, sections))
+    print(format_comparison(groups, sections))
     if out is not None:
         print(f"\nthe page is {write_comparison(Path(out), groups, sections)}")
 

@@ -29,7 +29,7 @@ _NARROWEST = 12
 _LEAD = 8  # characters kept of what cells have in common, where they are shortened
 
 
-def as_text(groups: Sequence[RunGroup], sections: dict[str, list[Table]]) -> str:
+def format_comparison(groups: Sequence[RunGroup], sections: dict[str, list[Table]]) -> str:
     """All tables, after a description of each group."""
     head = [textwrap.fill(line, _WIDTH, subsequent_indent="  ") for line in [*describe_groups(groups), legend(groups)]]
     parts = [_table([group.name for group in groups], table) for tables in sections.values() for table in tables]

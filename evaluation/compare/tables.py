@@ -156,23 +156,21 @@ def _score_table(groups: Sequence[RunGroup], name: str) -> Table | None:
         lines = run.stages[name].of("score") if name in run.stages else []
         return next((line for line in reversed(lines) if line.get("complete", True)), {})
 
-    def value(score: str) -> Callable[[Run], float | None]:
+    def newest_value(score: str) -> Callable[[Run], float | None]:
         return lambda run: newest(run).get(score)
+
+    def best(run: Run) -> float | None:
+        series = run.stages[name].series("score", "overall") if name in run.stages else None
+        return None if series is None else float(series[1].max())
 
     scores = union((key for key in newest(run) if key not in NO_SCORES) for run in all_runs(groups))
     if not scores:
         return None
     rows = [text_row("of step", groups, lambda run: f"{newest(run)['step']:,}" if newest(run) else None)]
     for score in scores:
-        label = score.replace("_", " ")
-        rows.append(number_row(label, groups, value(score), ".3f", points=True))
-    rows.append(number_row("overall, best", groups, lambda run: _best(run.stages.get(name)), ".3f", points=True))
+        rows.append(number_row(score.replace("_", " "), groups, newest_value(score), ".3f", points=True))
+    rows.append(number_row("overall, best", groups, best, ".3f", points=True))
     return Table(f"Newest scores while training, stage {name}", rows)
-
-
-def _best(stage: Stage | None) -> float | None:
-    series = None if stage is None else stage.series("score", "overall")
-    return None if series is None else float(series[1].max())
 
 
 # --- GenEval ---
@@ -193,11 +191,10 @@ def _of_folder(folder: str) -> Pick:
 
 
 def _of_geneval(groups: Sequence[RunGroup], title: str, pick: Pick) -> list[Table]:
-    how = _how(groups, pick)
-    return [
-        _geneval_table(groups, title, pick),
-        *([Table(f"{title}: generated or judged with other settings", how, words=True)] if how else []),
-    ]
+    tables, how = [_geneval_table(groups, title, pick)], _how(groups, pick)
+    if how:
+        tables.append(Table(f"{title}: generated or judged with other settings", how, words=True))
+    return tables
 
 
 def _geneval_table(groups: Sequence[RunGroup], title: str, pick: Pick) -> Table:

@@ -384,7 +384,7 @@ REFUSED = {
     "--weights does nothing with --images: leave it out": ["--images", "i", "--weights", "raw"],
     "--model does nothing with --score_only: leave it out": ["--score_only", "--model", "m"],
     "--tasks was chosen when the images were generated": ["--score_only", "--tasks", "colors"],
-    "--clip does nothing with --detector shapes": "--images i --detector shapes --clip c".split(),
+    "--clip does nothing with --detector shapes": ["--images", "i", "--detector", "shapes", "--clip", "c"],
     "i: there is no such folder of images": ["--images", "i", "--detector", "shapes"],
     "clip 'no/such' is neither a folder nor": ["--model", "m", "--clip", "no/such"],  # before anything is drawn
     "m is not a model folder": ["--model", "m", "--detector", "shapes"],

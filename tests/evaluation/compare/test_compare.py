@@ -10,7 +10,7 @@ import pytest
 from made_runs import results, score, train, validation, write_run, write_scores
 
 from data.errors import UserError
-from evaluation.compare.page import as_text
+from evaluation.compare.page import format_comparison
 from evaluation.compare.read import RunGroup, differing, read_groups
 from evaluation.compare.tables import Table, all_tables, settings_table, stage_tables
 from t2i.config.loading import fields_of
@@ -145,7 +145,7 @@ def test_seeds_are_one_column_with_mean_and_spread(tmp_path: Path) -> None:
     assert rows(table)["validation loss, last"] == ["0.2000 ± 0.1000", "-"]
     assert rows(table)["images seen"] == ["8", "8"]  # no spread to speak of
     assert rows(settings_table(found)) == {"optimizer.lr": ["0.001", "1.0 ≠"], "seed": ["1, 2, 3", "0 ≠"]}
-    assert "3 runs that differ in the seed alone" in as_text(found, all_tables(found))
+    assert "3 runs that differ in the seed alone" in format_comparison(found, all_tables(found))
     assert [column.name for column in groups(*runs, together=False)] == ["prove-1", "prove-2", "prove-3"]
 
 
@@ -294,7 +294,7 @@ def test_the_text_keeps_to_its_width_and_shows_where_long_cells_differ(tmp_path:
     a = write_run(tmp_path / "a", [train("low", 1)], validation={"prompts": prompts})
     b = write_run(tmp_path / "b", [train("low", 1)], validation={"prompts": [*prompts[:20], "a cat"]})
     found = groups(a, b)
-    text = as_text(found, all_tables(found))
+    text = format_comparison(found, all_tables(found))
     assert max(map(len, text.splitlines())) <= 120
     assert re.search(
         r'validation.prompts +…\S* "a photo of 20 red.*…"a cat"\]|validation.prompts +….*20 red.*cat', text

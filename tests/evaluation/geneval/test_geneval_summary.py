@@ -56,11 +56,11 @@ def test_nothing_is_refused() -> None:
         summarize([])
 
 
-def test_a_prompt_is_drawn_with_all_its_images() -> None:
-    drawn = bootstrap([[True] * 3, [False]], key_=1)
-    values, counts = np.unique(drawn, return_counts=True)
+def test_a_prompt_is_resampled_with_all_its_images() -> None:
+    resampled = bootstrap([[True] * 3, [False]], key_=1)
+    values, counts = np.unique(resampled, return_counts=True)
     assert values.tolist() == [0, 0.75, 1]
-    assert np.abs(counts / len(drawn) - [0.25, 0.5, 0.25]).max() < 0.05
+    assert np.abs(counts / len(resampled) - [0.25, 0.5, 0.25]).max() < 0.05
     # Each prompt does as well as any other: no draw of prompts changes the score.
     assert summarize(lines("colors", *["+--+"] * 20))["tasks"]["colors"]["interval"] == [0.5, 0.5]
 
@@ -77,7 +77,7 @@ def test_intervals_are_as_wide_as_the_binomial_law_says() -> None:
     for told in summary["tasks"].values():
         assert half_width(told["interval"]) == pytest.approx(expected, rel=0.15)
         assert told["interval"][0] < p < told["interval"][1]
-    # The tasks are drawn independently, though their outcomes are the same.
+    # The tasks are resampled independently, though their outcomes are the same.
     assert half_width(summary["overall_interval"]) == pytest.approx(expected / math.sqrt(6), rel=0.15)
 
 
