@@ -1,10 +1,14 @@
-"""Is a difference between two GenEval scores more than chance?
+"""The bootstrap of all scores, the paired bootstrap of two models, and Welch's interval over training runs.
 
-Two intervals that overlap do not answer that: both models met the same prompts, so most of each interval, which
-prompts happen to be hard, is common to both and cancels in the difference. So the difference itself is resampled: the
-same prompts, drawn with replacement within their tasks, for both (the paired bootstrap; Efron and Tibshirani 1993,
-chapter 13; Koehn 2004 for scores of models). It speaks of these weights. Whether a recipe is better than another is a
-question about training runs, and Welch's t over seeds answers it.
+Whole groups are resampled (a prompt with all its images), since images of one prompt succeed and fail together. To
+resample images would make the intervals too narrow.
+
+Two intervals that overlap do not say whether a difference is more than chance. Both models met the same prompts, so
+most of each interval, which prompts happen to be hard, is common to both and cancels in the difference. So the
+difference itself is resampled. It speaks of these weights; whether one recipe is better than another is a question
+about training runs, which Welch's t over seeds answers.
+
+Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13; Koehn (2004) for pairs of models.
 """
 
 from __future__ import annotations
@@ -14,23 +18,50 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from scipy import stats
 
-Result = Mapping[str, Any]  # a line of results.jsonl; `tag`, `prompt` and `correct` count here
-_Counts = dict[tuple[str, str], npt.NDArray[np.int64]]  # by task and prompt: images that are correct, images
+from data.randomness import uniform
 
+Floats = NDArray[np.float64]
+Result = Mapping[str, Any]
+"""A line of results.jsonl, of which `tag`, `prompt` and `correct` are read."""
+
+RESAMPLES = 2000
+LEVEL = 0.95
 _FEWEST_PROMPTS = 10
-"""Below that a task's resampled mean varies over a tenth less than the mean does."""
+"""With fewer, a task's resampled mean varies over a tenth less than the mean does."""
+
+
+def interval(resampled: Floats) -> tuple[float, float]:
+    """The middle 95 %: percentiles 2.5 and 97.5."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap(groups: Sequence[Sequence[float]], key_: int) -> Floats:
+    """The mean over all values, (RESAMPLES,), each time over as many groups, which are resampled with replacement.
+
+    A function of the key and the groups in their order; none is empty.
+    """
+    sums, counts = np.array([sum(group) for group in groups]), np.array([len(group) for group in groups])
+    n = len(groups)
+    chosen = (uniform(key_, np.arange(RESAMPLES * n)) * n).astype(np.int64).reshape(RESAMPLES, n)
+    return np.asarray(sums[chosen].sum(1) / counts[chosen].sum(1))
+
+
+def resample_counts(random: np.random.Generator, count: int, resamples: int = RESAMPLES) -> NDArray[np.int64]:
+    """How often each of `count` groups is in each resample, (resamples, count)."""
+    return random.multinomial(count, np.full(count, 1 / count), resamples)
 
 
 class Incomparable(Exception):
-    """Why two scores cannot be held against each other, in half a sentence."""
+    """Why two scores cannot be compared, in half a sentence."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two scores, the second less the first, with its 95 % interval."""
+    """The second score less the first, with its 95 % interval."""
 
     value: float
     interval: tuple[float, float]
@@ -52,7 +83,7 @@ class Paired:
 
 
 def paired_bootstrap(first: Sequence[Result], second: Sequence[Result], resamples: int = 10_000) -> Paired:
-    """How much better the second model's images are, by percentiles of the paired bootstrap over prompts.
+    """How much better the second model's images are, by the paired bootstrap over prompts within their tasks.
 
     Images of the same task and prompt belong together, also where a list has a prompt twice. A task's score is the
     mean over its images, the overall score the mean over the tasks.
@@ -69,39 +100,33 @@ def paired_bootstrap(first: Sequence[Result], second: Sequence[Result], resample
     random = np.random.default_rng(0)
     total = np.zeros(resamples)
     for task in sorted({task for task, _ in a}):
-        # In one order, so that what is drawn does not hang on that of the file.
-        prompts = sorted(key for key in a if key[0] == task)
+        prompts = sorted(key for key in a if key[0] == task)  # whatever the order of the file
         if len(prompts) < _FEWEST_PROMPTS:
             raise Incomparable(f"{task} has {len(prompts)} different prompts, which is too few")
         counts = np.stack([[a[key], b[key]] for key in prompts])  # (prompts, model, correct or all)
-        draws = random.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), resamples)
-        difference = _gain(np.tensordot(draws, counts, 1))
-        tasks[task] = _difference(float(_gain(counts.sum(0))), difference)
+        difference = _gain(np.tensordot(resample_counts(random, len(prompts), resamples), counts, 1))
+        tasks[task] = Difference(float(_gain(counts.sum(0))), interval(difference))
         total += difference
-    value = sum(it.value for it in tasks.values()) / len(tasks)
-    return Paired(_difference(value, total / len(tasks)), tasks, len(a))
+    value = sum(task.value for task in tasks.values()) / len(tasks)
+    return Paired(Difference(value, interval(total / len(tasks))), tasks, len(a))
 
 
-def _counts(results: Sequence[Result]) -> _Counts:
-    counts: _Counts = {}
+def _counts(results: Sequence[Result]) -> dict[tuple[str, str], NDArray[np.int64]]:
+    """By task and prompt, how many images are correct, and how many there are."""
+    counts: dict[tuple[str, str], NDArray[np.int64]] = {}
     for line in results:
         missing = [name for name in ("tag", "prompt", "correct") if name not in line]
         if missing:
             raise Incomparable(f"a line of results.jsonl has no {missing[0]!r}")
-        of = counts.setdefault((line["tag"], line["prompt"]), np.zeros(2, np.int64))
-        of += [bool(line["correct"]), 1]
+        of_prompt = counts.setdefault((line["tag"], line["prompt"]), np.zeros(2, np.int64))
+        of_prompt += [bool(line["correct"]), 1]
     return counts
 
 
-def _gain(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def _gain(counts: NDArray[np.int64]) -> Floats:
     """(..., model, correct or all) to the second model's score less the first's."""
     scores = counts[..., 0] / counts[..., 1]
     return np.asarray(scores[..., 1] - scores[..., 0])
-
-
-def _difference(value: float, resampled: npt.NDArray[np.float64]) -> Difference:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Difference(value, (float(low), float(high)))
 
 
 def over_seeds(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -114,9 +139,9 @@ def over_seeds(first: Sequence[float], second: Sequence[float]) -> Difference:
         raise Incomparable("a recipe has a single run")
     if np.ptp(first) == np.ptp(second) == 0:
         raise Incomparable("the seeds have no spread")
-    # Not scipy's t-test, which warns of seeds that came to the same score.
-    value = float(np.mean(second) - np.mean(first))
-    a, b = (np.var(it, ddof=1) / len(it) for it in (first, second))
+    # scipy.stats.ttest_ind would warn of seeds that came to the same score.
+    a, b = (np.var(scores, ddof=1) / len(scores) for scores in (first, second))
     freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
-    low, high = stats.t.interval(0.95, freedom, value, np.sqrt(a + b))
+    value = float(np.mean(second) - np.mean(first))
+    low, high = stats.t.interval(LEVEL, freedom, value, np.sqrt(a + b))
     return Difference(value, (float(low), float(high)))

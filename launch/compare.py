@@ -1,10 +1,10 @@
-"""Two or more runs side by side: what differs in their settings, what training cost and came to, and their scores.
+"""Compare runs: which settings differ, what training cost, and the losses and scores that it reached.
 
     python launch/compare.py runs/prove runs/prove_wider
     python launch/compare.py runs/prove-0 runs/prove-1 runs/prove-2 runs/wider-0 runs/wider-1 runs/wider-2
-    python launch/compare.py runs/a runs/b --out compared           # and curves and pictures, in compared/compare.html
+    python launch/compare.py runs/a runs/b --out compared           # and curves and images, in compared/compare.html
 
-Runs of the same code whose settings differ in the seed alone become one column: mean and standard deviation. A folder
+Runs of the same code whose settings differ in the seed alone become one group: mean and standard deviation. A folder
 with a GenEval summary.json and no run is taken, too.
 """
 
@@ -18,8 +18,8 @@ if not __package__:  # run by its path: with the code beside it, whatever is ins
 
 from typing import Literal
 
-from evaluation.compare.page import as_text, check_columns, write_comparison
-from evaluation.compare.read import read_columns
+from evaluation.compare.page import check_groups, format_comparison, write_comparison
+from evaluation.compare.read import read_groups
 from evaluation.compare.tables import all_tables
 from launch.cli import run
 from t2i.config.base import PathText
@@ -28,20 +28,20 @@ from t2i.config.base import PathText
 def compare(
     runs: list[PathText], /, out: PathText | None = None, seeds: Literal["together", "apart"] = "together"
 ) -> None:
-    """Print runs side by side.
+    """Print tables that compare runs.
 
     Args:
-        runs: Folders of runs, or of GenEval scores; the others are held against the first.
-        out: Folder for compare.html, a page with curves and pictures besides.
-        seeds: Whether runs that differ in nothing but the seed make one column.
+        runs: Folders of runs, or of GenEval scores; the first is the baseline.
+        out: Folder for compare.html, a page that also has curves and images.
+        seeds: Whether runs that differ in nothing but the seed make one group.
     """
-    columns = read_columns([Path(it) for it in runs], together=seeds == "together")
+    groups = read_groups([Path(run) for run in runs], together=seeds == "together")
     if out is not None:
-        check_columns(columns)
-    sections = all_tables(columns)
-    print(as_text(columns, sections))
+        check_groups(groups)
+    sections = all_tables(groups)
+    print(format_comparison(groups, sections))
     if out is not None:
-        print(f"\nthe page is {write_comparison(Path(out), columns, sections)}")
+        print(f"\nthe page is {write_comparison(Path(out), groups, sections)}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -1,10 +1,10 @@
-"""Draw pictures from a trained model.
+"""Generate images from prompts with a trained model.
 
     python launch/sample.py --model runs/demo/sft/model --prompts prompts.txt --out DIR [--size 32x48]
 
-One prompt a line; picture n of prompt i is DIR/iiiii_n.png, with DIR/prompts.json beside. Under `deepspeed` or
-`torchrun` the processes share the work; the pictures are the same for any number of them. A job that is killed goes on
-where it stood; a folder that holds anything else is refused.
+One prompt a line; image n of prompt i is DIR/iiiii_n.png, and DIR/prompts.json says what they are made from. Under
+`deepspeed` or `torchrun` the processes share the work; the images are the same for any number of them. A job that was
+killed resumes where it stood; a folder that holds anything else is refused.
 """
 
 from __future__ import annotations
@@ -15,78 +15,51 @@ from pathlib import Path
 if not __package__:  # run by its path: with the code beside it, whatever is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from collections.abc import Callable, Sequence
-from itertools import chain
-
 from data.files import read_lines
-from evaluation.sampling_job import (
-    begin_or_go_on,
-    count_cut,
-    draw_together,
-    fingerprint,
-    held,
-    unfinished_batches,
-    write_png,
-)
+from evaluation.sampling_job import SamplingJob, count_cut, fingerprint, from_pipeline, lock_output
 from launch.cli import add_size, check_memory, drawing_parser, parsed, sampling_of, size_of
 from launch.process import joined_world, main
 from t2i.config.base import ConfigError
 from t2i.pipeline import Pipeline, pictures_of
 
 
-def _read_prompts(path: Path) -> list[str]:
-    prompts = [line.strip() for line in read_lines(path, f"--prompts {path}") if line.strip()]
-    if not prompts:
-        raise ConfigError(f"--prompts {path}: holds no prompt")
-    return prompts
-
-
 def sample() -> None:
-    """Parse the command line and draw."""
+    """Parse the command line and do the job."""
     parser = drawing_parser(__doc__)
     add_size(parser)
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--pictures", type=int, default=1, help="pictures a prompt")
-    parser.add_argument("--negative", default="", help="prompt that guidance leads away from, for all pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
+    parser.add_argument("--images_per_prompt", type=int, default=1, help="images per prompt")
+    parser.add_argument("--negative", default="", help="prompt that guidance leads away from, for all images")
     options = parsed(parser)
-    prompts = _read_prompts(options.prompts)
-    if options.pictures < 1:
-        raise ConfigError(f"--pictures {options.pictures}: at least one picture a prompt")
+    lines = read_lines(options.prompts, f"--prompts {options.prompts}")
+    prompts, each = [line.strip() for line in lines if line.strip()], options.images_per_prompt
+    if not prompts:
+        raise ConfigError(f"--prompts {options.prompts}: holds no prompt")
+    if each < 1:
+        raise ConfigError(f"--images_per_prompt {each}: must be at least 1")
     with joined_world(vars(options)) as world:
         pipeline = Pipeline.load(options.model, options.weights, world.device, options.text_model)
-        settings = sampling_of(pipeline.config, options.sampling)
-        if options.negative and settings.guidance_scale == 1.0:
+        sampling = sampling_of(pipeline.config, options.sampling)
+        if options.negative and sampling.guidance_scale == 1.0:
             raise ConfigError("--negative does nothing at guidance_scale 1: leave it out or raise the scale")
         size = size_of(pipeline.config, options.size)
-        check_memory(world, pipeline, size, settings)
-        pictures = pictures_of(prompts, options.pictures, options.negative)
-        paths = [options.out / f"{i // options.pictures:05d}_{i % options.pictures}.png" for i in range(len(pictures))]
+        check_memory(world, pipeline, size, sampling)
         about = {"which": options.weights, **fingerprint(pipeline, options.model, options.weights)}
-        about |= {"prompts": prompts, "pictures": options.pictures, "negative": options.negative}
-        about |= {"size": size, "sampling": settings.model_dump(mode="json")}
-        beside = {"model": str(options.model), **count_cut(world, pipeline, prompts)}
+        about |= {"prompts": prompts, "images_per_prompt": each, "negative": options.negative}
+        about |= {"size": size, "sampling": sampling.model_dump(mode="json")}
+        metadata = {"model": str(options.model), **count_cut(world, pipeline, prompts)}
         if world.is_rank0 and pipeline.conditioner.cut([options.negative], plain=True):
-            print(
-                f"--negative is longer than text.length {pipeline.config.text.length} tokens and is cut",
-                file=sys.stderr,
-            )
-
-        def begin() -> list[Sequence[int]]:
-            begin_or_go_on(options.out / "prompts.json", about, beside)
-            return unfinished_batches(range(len(paths)), settings.batch_size, lambda i: not paths[i].exists())
-
-        def draw(mine: Sequence[int], drawn: Callable[[int], object]) -> None:
-            images = chain.from_iterable(pipeline.draw_batches([pictures[i] for i in mine], settings, size))
-            for i, image in zip(mine, images, strict=True):
-                if not paths[i].exists():
-                    write_png(paths[i], image.permute(1, 2, 0).numpy())
-                drawn(1)
-
-        with held(world, options.out):
-            draw_together(world, options.out, world.broadcast_from_rank0(begin), draw)
+            limit = f"text.length {pipeline.config.text.length} tokens"
+            print(f"--negative is longer than {limit} and is cut", file=sys.stderr)
+        samples = pictures_of(prompts, each, options.negative)
+        paths = [options.out / f"{i // each:05d}_{i % each}.png" for i in range(len(samples))]
+        generate = from_pipeline(pipeline, samples, sampling, size)
+        job = SamplingJob(options.out / "prompts.json", about, metadata, paths, sampling.batch_size, generate)
+        with lock_output(world, options.out):
+            job.run(world)
         if world.is_rank0:
-            print(f"{len(pictures)} pictures in {options.out}", file=sys.stderr)
+            print(f"{len(samples)} images in {options.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Runs side by side: what differs in their settings, what training cost and came to, scores, curves and pictures."""
+"""Comparison of runs: settings that differ, what training cost, scores, curves and samples."""

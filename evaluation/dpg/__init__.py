@@ -1,1 +1,1 @@
-"""DPG-Bench (Hu et al. 2024, ELLA): long prompts, yes-or-no questions about each, and what depends on what."""
+"""DPG-Bench (Hu et al. 2024, ELLA): long prompts, and yes-or-no questions about each, which depend on each other."""

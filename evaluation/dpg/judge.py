@@ -1,21 +1,16 @@
-"""Judges: models that answer questions about a picture, through transformers, by name or path.
+"""What is judged in DPG-Bench, and who judges: grids of images, questions and answers in files, and models.
 
-Three kinds are told apart by what transformers knows them as: classifiers of questions and pictures (ViLT), models that
-write an answer (BLIP), and chat models that see (Qwen2.5-VL, LLaVA, SmolVLM), which are asked for yes or no.
-Questions are put one at a time, so that no answer depends on what is asked beside it.
+Grids, in DPG-Bench's layout: one image file a prompt, named by the prompt's id, of 2 x 2 images, which stand top left,
+top right, bottom left, bottom right. The resolution is the side of one of the four in pixels.
 
-Pictures in DPG-Bench's layout: one image a prompt, named by its id, a 2 x 2 grid of four pictures.
+Files for a judge that runs elsewhere: one JSON object a line. The first line is a header with `judge` (null among the
+questions; the answers name who gave them) and the hashes of what was asked about. Each other line is a question about
+an image: `id`, `crop` (0 to 3, in the order above) and `proposition_id`; for the judge `image`, `box` (left, upper,
+right and lower edge in that file) and `question`; and from it `answer`. Answers may leave out what is for the judge.
 
-- They stand top left, top right, bottom left, bottom right; the resolution is the side of one in pixels.
-- A picture is a function of the weights, the sampler, the seed, the prompt and its number. Each is a file until its
-  grid is put together, so what a killed job has drawn is there for the next, on any number of processes.
-
-Questions for a judge that runs elsewhere, and its answers: files of one JSON object a line.
-
-The first line is a header: `judge` (null among the questions; the answers name who gave them) and the hashes of what
-was asked about. Each other line is a question about a picture: `id`, `crop` (0 to 3: top left, top right, bottom left,
-bottom right) and `proposition_id`; for the judge `image`, `box` (left, upper, right and lower edge in that file) and
-`question`; and from it `answer`. Lines of answers may leave out what is for the judge.
+Models that judge are transformers', by name or path, of three kinds: classifiers of questions and images (ViLT),
+models that write an answer (BLIP), and chat models that see (Qwen2.5-VL, LLaVA, SmolVLM), which are asked for yes or
+no. Questions are put one at a time, so that no answer depends on another question.
 """
 
 from __future__ import annotations
@@ -23,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,34 +31,32 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForVi
 
 from data.decode import decode_file
 from data.errors import UserError
-from data.files import atomic_write, read_lines, refuse_lfs_pointers, sha256
+from data.files import atomic_write, name_in_errors, read_lines, refuse_lfs_pointers, sha256, write_png
 from data.listing import excluded, is_image
 from evaluation.dpg.rules import Item
-from evaluation.sampling_job import begin_or_go_on, unfinished_batches, write_png
+from evaluation.sampling_job import SamplingJob, from_pipeline
 from t2i.config.train import SamplingConfig
 from t2i.pipeline import Pipeline, pictures_of
 
-PICTURES = 4
-"""Of a prompt."""
+IMAGES = 4
+"""Images in a grid."""
 
 
-def boxes(resolution: int, pictures: int) -> list[tuple[int, int, int, int]]:
-    """Left, upper, right and lower edges in pixels of a grid's pictures."""
+def boxes(resolution: int, images: int) -> list[tuple[int, int, int, int]]:
+    """Left, upper, right and lower edges in pixels of a grid's first images."""
     corners = [(column * resolution, row * resolution) for row in range(2) for column in range(2)]
-    return [(left, upper, left + resolution, upper + resolution) for left, upper in corners[:pictures]]
+    return [(left, upper, left + resolution, upper + resolution) for left, upper in corners[:images]]
 
 
 def find(folder: Path, ids: Collection[str]) -> dict[str, Path]:
-    """A folder's images by the ids of their prompts: their names without the ending, or else up to the first dot.
+    """A folder's grids by the ids of their prompts: file names without the ending, or else up to the first dot.
 
     Raises:
-        UserError: there is no such folder, or two images are of one prompt.
+        UserError: the folder cannot be read, or two grids are of one prompt.
     """
     found: dict[str, Path] = {}
-    try:
+    with name_in_errors(str(folder), "read"):
         paths = sorted(path for path in folder.iterdir() if is_image(path.name) and not excluded(path.name))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
     for path in paths:
         name = path.stem if path.stem in ids else path.name.split(".")[0]
         if name in found:
@@ -72,37 +65,47 @@ def find(folder: Path, ids: Collection[str]) -> dict[str, Path]:
     return found
 
 
-def examine(path: Path, resolution: int, pictures: int) -> str:
-    """The SHA-256 of an image's file.
+def check_grid(path: Path, resolution: int, images: int) -> str:
+    """The SHA-256 of a grid's file.
 
     Raises:
-        UserError: it cannot be read whole, or is no grid of pictures of this resolution (nor, if one is scored, one).
+        UserError: it cannot be read whole, or is no grid of images of this resolution (nor one such image, if only one
+            is scored).
     """
     height, width = decode_file(path).shape[1:]
     side = 2 * resolution
-    if not (height == width == side or (pictures == 1 and height == width == resolution)):
+    if not (height == width == side or (images == 1 and height == width == resolution)):
         raise UserError(
-            f"{path} is {width} x {height} pixels: a grid of 2 x 2 pictures of --resolution {resolution} "
+            f"{path} is {width} x {height} pixels: a grid of 2 x 2 images of --resolution {resolution} "
             f"has {side} x {side}"
         )
     return sha256(path)
 
 
-def crops(path: Path, resolution: int, pictures: int) -> list[Image.Image]:
-    """A grid's pictures."""
-    image = Image.fromarray(decode_file(path).transpose(1, 2, 0))
-    return [image.crop(box) for box in boxes(resolution, pictures)]
+def crops(path: Path, resolution: int, images: int) -> list[Image.Image]:
+    """The first images of a grid."""
+    grid = Image.fromarray(decode_file(path).transpose(1, 2, 0))
+    return [grid.crop(box) for box in boxes(resolution, images)]
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Grids in the making.
+class _Tiles(SamplingJob):
+    grids: Sequence[Path] = ()
+    """The grid that each image goes into."""
+
+    def is_missing(self, number: int) -> bool:
+        return not self.grids[number].exists() and super().is_missing(number)
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The grids of a job, which are put together once their images are there.
 
     Attributes:
-        out: the job's folder; the grids come into `grids/`, single pictures into `tiles/`.
+        out: the job's folder; grids go into `grids/`, single images into `tiles/` until then.
         items: the prompts.
-        resolution: side of a picture in pixels.
-        sampling: how they are drawn.
+        resolution: side of an image in pixels.
+        sampling: how images are generated.
     """
 
     out: Path
@@ -110,66 +113,53 @@ class Drawing:
     resolution: int
     sampling: SamplingConfig
 
-    def grid(self, item: Item) -> Path:
-        """Where a prompt's grid is."""
+    def _grid(self, item: Item) -> Path:
         return self.out / "grids" / f"{item.id}.png"
 
-    def tile(self, item: Item, number: int) -> Path:
-        """Where one of its pictures is until then."""
+    def _tile(self, item: Item, number: int) -> Path:
         return self.out / "tiles" / f"{item.id}_{number}.png"
 
-    def begin(self, fingerprint: dict[str, Any], beside: dict[str, Any]) -> None:
-        """Begin in the folder, which is held, or see that the pictures that are there are of the same drawing.
+    def job(self, pipeline: Pipeline, fingerprint: Mapping[str, Any], metadata: Mapping[str, Any]) -> SamplingJob:
+        """The job that generates the images.
 
         Args:
-            fingerprint: what else the pictures depend on, in JSON's types.
-            beside: what else is worth knowing of them.
-
-        Raises:
-            UserError: they are not, it holds anything else, or cannot be written to.
+            fingerprint, metadata: what else the images depend on, and what else their manifest says.
         """
-        settings = {**fingerprint, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")}
-        begin_or_go_on(self.out / "grids.json", settings, beside, "grids drawn otherwise")
-        for name in ("grids", "tiles"):
-            (self.out / name).mkdir(exist_ok=True)
+
+        def prepare() -> None:
+            for name in ("grids", "tiles"):
+                (self.out / name).mkdir(exist_ok=True)
+
+        numbered = [(item, number) for item in self.items for number in range(IMAGES)]
+        samples = pictures_of([item.prompt for item in self.items], IMAGES)
+        return _Tiles(
+            self.out / "grids.json",
+            {**fingerprint, "resolution": self.resolution, "sampling": self.sampling.model_dump(mode="json")},
+            metadata,
+            [self._tile(*image) for image in numbered],
+            self.sampling.batch_size,
+            from_pipeline(pipeline, samples, self.sampling, (self.resolution, self.resolution)),
+            prepare,
+            grids=[self._grid(item) for item, _ in numbered],
+        )
 
     def unfinished(self) -> list[Item]:
         """Prompts without a grid."""
-        return [item for item in self.items if not self.grid(item).exists()]
+        return [item for item in self.items if not self._grid(item).exists()]
 
-    def _is_missing(self, picture: tuple[Item, int]) -> bool:
-        return not (self.grid(picture[0]).exists() or self.tile(*picture).exists())
-
-    def missing(self) -> list[Sequence[tuple[Item, int]]]:
-        """Batches of pictures, prompts and numbers, from which any has to be drawn."""
-        pictures = [(item, number) for item in self.items for number in range(PICTURES)]
-        return unfinished_batches(pictures, self.sampling.batch_size, self._is_missing)
-
-    def draw(self, pipeline: Pipeline, mine: Sequence[tuple[Item, int]], drawn: Callable[[int], object]) -> None:
-        """Draw these pictures, whole batches, and tell of each batch how many it was; those that are there stay."""
-        every = pictures_of([item.prompt for item in self.items], PICTURES)
-        numbered = {item.id: every[i * PICTURES :] for i, item in enumerate(self.items)}
-        pictures = [numbered[item.id][number] for item, number in mine]
-        names = iter(mine)
-        for batch in pipeline.draw_batches(pictures, self.sampling, (self.resolution, self.resolution)):
-            for image in batch:
-                if self._is_missing(picture := next(names)):
-                    write_png(self.tile(*picture), image.permute(1, 2, 0).numpy())
-            drawn(len(batch))
-
-    def assemble(self, mine: Sequence[Item]) -> None:
+    def assemble(self, items: Iterable[Item]) -> None:
         """Put these prompts' grids together."""
-        for item in mine:
-            tiles = [decode_file(self.tile(item, number)).transpose(1, 2, 0) for number in range(PICTURES)]
-            write_png(self.grid(item), np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])]))
+        for item in items:
+            tiles = [decode_file(self._tile(item, number)).transpose(1, 2, 0) for number in range(IMAGES)]
+            write_png(self._grid(item), np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])]))
 
-    def end(self) -> None:
-        """Remove the single pictures."""
+    def remove_tiles(self) -> None:
+        """Remove the single images."""
         shutil.rmtree(self.out / "tiles")
 
 
 Answers = dict[str, list[dict[int, str]]]
-"""By prompt, picture and question."""
+"""By prompt, image and question."""
 
 _HASHES = ("table_sha256", "grids_sha256")
 
@@ -180,16 +170,14 @@ def write_questions(
     items: Sequence[Item],
     grids: Mapping[str, Path],
     resolution: int,
-    pictures: int,
+    images: int,
 ) -> int:
-    """Write what a judge has to answer, and return how many questions that is.
+    """Write what a judge has to answer about the first images of grids, and return the number of questions.
 
     Args:
         header: hashes of the table and of the grids.
-        items: what is asked.
-        grids: the images, by the prompts' ids.
-        resolution: side of one picture in pixels.
-        pictures: of a prompt.
+        grids: by the prompts' ids.
+        resolution: side of one image in pixels.
     """
     lines = [
         {
@@ -201,24 +189,21 @@ def write_questions(
             "question": question.text,
         }
         for item in items
-        for crop, box in enumerate(boxes(resolution, pictures))
+        for crop, box in enumerate(boxes(resolution, images))
         for question in item.questions
     ]
-    try:
+    with name_in_errors(f"--write_questions {path}"):
         atomic_write(path, (f"{json.dumps(line)}\n".encode() for line in [{"judge": None, **header}, *lines]))
-    except OSError as error:
-        raise UserError(f"--write-questions {path} cannot be written: {error.strerror}") from error
     return len(lines)
 
 
-def read_answers(path: Path, header: Mapping[str, str], items: Sequence[Item], pictures: int) -> tuple[str, Answers]:
+def read_answers(path: Path, header: Mapping[str, str], items: Sequence[Item], images: int) -> tuple[str, Answers]:
     """Who answered, and what.
 
     Raises:
-        UserError: a line is malformed, the answers are to other questions or pictures, one stands there twice, or not
-            all are there.
+        UserError: a line is malformed, the answers are to other questions or images, or one is missing or there twice.
     """
-    wanted = [(item.id, crop, it.number) for item in items for crop in range(pictures) for it in item.questions]
+    wanted = [(item.id, crop, asked.number) for item in items for crop in range(images) for asked in item.questions]
     asked, found = set(wanted), dict[tuple[str, int, int], tuple[int, str]]()
     lines = read_lines(path, f"--answers {path}") or [""]
     judge = _read_header(path, lines[0], header)
@@ -231,8 +216,8 @@ def read_answers(path: Path, header: Mapping[str, str], items: Sequence[Item], p
             or type(place[2]) is not int
             or place not in asked
         ):
-            told = "id {!r}, crop {!r}, proposition_id {!r}".format(*place)
-            raise UserError(f"--answers {path}: line {number}: nobody asked {told}")
+            words = "id {!r}, crop {!r}, proposition_id {!r}".format(*place)
+            raise UserError(f"--answers {path}: line {number}: nobody asked {words}")
         if not isinstance(line.get("answer"), str):
             raise UserError(f'--answers {path}: line {number}: answer must be a string, such as "yes"')
         if place in found:
@@ -244,7 +229,7 @@ def read_answers(path: Path, header: Mapping[str, str], items: Sequence[Item], p
     if missing:
         first = "id {}, crop {}, proposition_id {}".format(*missing[0])
         raise UserError(f"--answers {path}: {len(missing)} of {len(wanted)} answers are missing, the first {first}")
-    answers: Answers = {item.id: [{} for _ in range(pictures)] for item in items}
+    answers: Answers = {item.id: [{} for _ in range(images)] for item in items}
     for (name, crop, question), (_, answer) in found.items():
         answers[name][crop][question] = answer
     return judge, answers
@@ -268,13 +253,14 @@ def _read_header(path: Path, text: str, header: Mapping[str, str]) -> str:
     for name in _HASHES:
         if line.get(name) != header[name]:
             raise UserError(
-                f"--answers {path}: {name} differs, so these answers are to other questions or pictures: write the "
-                "questions anew with --write-questions and have them answered"
+                f"--answers {path}: {name} differs, so these answers are to other questions or images: write the "
+                "questions anew with --write_questions and have them answered"
             )
     return judge
 
 
 Answer = Callable[[Image.Image, str], str]
+"""From an image and a question to the answer."""
 
 CHAT_REQUEST = "{question} Answer with yes or no."
 """What a chat model is asked."""
@@ -283,13 +269,7 @@ _MAX_TOKENS = 10
 
 @dataclass(frozen=True)
 class Judge:
-    """A model that answers.
-
-    Attributes:
-        name: as it was asked for.
-        answer: from a picture and a question to the answer.
-        weights_blake2b: a hash of its weights.
-    """
+    """A model that answers, by the name or path that it was loaded from."""
 
     name: str
     answer: Answer
@@ -297,18 +277,18 @@ class Judge:
 
 
 def load(name: str, device: torch.device) -> Judge:
-    """A judge, from the hub's cache, the hub or a folder.
+    """A judge from a folder, the hub's cache or the hub.
 
     Raises:
-        UserError: transformers cannot load it, or it is of none of the kinds.
+        UserError: transformers cannot load it, or it is of none of the three kinds.
     """
     try:
         config = type(AutoConfig.from_pretrained(name))
-        # BLIP-2 is known as both, and answers questions as the former.
+        # BLIP-2 is in both, and answers questions as the former.
         kinds = (AutoModelForVisualQuestionAnswering, AutoModelForImageTextToText)
-        kind = next((it for it in kinds if config in it._model_mapping), None)
+        kind = next((kind for kind in kinds if config in kind._model_mapping), None)
         if kind is None:
-            raise UserError(f"--judge {name} ({config.__name__}) is no model that answers questions about a picture")
+            raise UserError(f"--judge {name} ({config.__name__}) is no model that answers questions about images")
         processor = AutoProcessor.from_pretrained(name)
         model: Any = kind.from_pretrained(name, dtype="auto")
         model.to(device).eval()
@@ -327,7 +307,7 @@ def load(name: str, device: torch.device) -> Judge:
 def _classifies(model: Any, processor: Any) -> Answer:
     def answer(image: Image.Image, question: str) -> str:
         inputs = processor(images=image, text=question, return_tensors="pt", truncation=True)
-        with torch.random.fork_rng(devices=()):  # ViLT draws the order of its patches, and which if they are too many
+        with torch.random.fork_rng(devices=()):  # ViLT shuffles its patches, and drops some of too many
             torch.manual_seed(0)
             logits = model(**inputs.to(model.device, model.dtype)).logits
         return str(model.config.id2label[int(logits.argmax())])

@@ -1,26 +1,25 @@
-"""DPG-Bench's rules: from the answers about a prompt's pictures to its score, and from all prompts to the table.
+"""DPG-Bench: its prompts and questions, and the rules from answers to scores.
 
 - A question scores 1 if its answer is "yes", else 0, and 0 if any question that it depends on scores 0, so that zeros
   run down whole chains: without a dog there is no collar, nor the collar's colour.
-- A picture's score is the mean over its questions, a prompt's the mean over its pictures, the total the mean over the
-  prompts, times 100. A category's is the mean over all its questions about all pictures, as they count in the total.
+- An image's score is the mean over its questions, a prompt's the mean over its images, the total the mean over the
+  prompts, times 100. A category's is the mean over all its questions about all images, as they count in the total.
 
-`parity` counts as the official code does, whose numbers differ in four ways (one process of it is meant: several mix up
-their categories, since each goes through them in an order of its own that no seed holds; the total is not touched):
+`parity` counts as the official code does, whose numbers differ in four ways (as one process of it counts: several mix
+up their categories, since each goes through them in an order of its own that no seed fixes; the total is the same):
 
-- The first row of the questions is skipped (benchmark.py). Where another depends on it, its prompt falls out.
-- Categories are counted on the last picture alone and before anything is zeroed, not on the total's footing.
-- What fails falls out of the mean: it is neither 0 nor an error. We list it.
+- The first row of the questions is skipped (benchmark.py). Where another depends on it, its prompt drops out.
+- Categories are counted on the last image alone and before anything is zeroed, unlike the total.
+- What fails drops out of the mean: it is neither 0 nor an error. We list it.
 - Questions are zeroed in the file's order, so that one that stands above its parent misses what zeroes the parent.
+
+A copy of the benchmark is the folder dpg_bench of ELLA's repository: `prompts/<id>.txt` and `dpg_bench.csv`. A row of
+the table is a question about a prompt. Its columns item_id, proposition_id, dependency (numbers with commas between
+them, 0 for none), tuple (whose words before the bracket are the category) and question_natural_language are read; the
+prompts are those of the files.
 
 Source: Hu et al., "ELLA: Equip Diffusion Models with LLM for Enhanced Semantic Alignment" (2024), and its
 dpg_bench/compute_dpg_bench.py; Cho et al., "Davidsonian Scene Graph" (2024), for the dependencies.
-
-The user's copy of DPG-Bench: `prompts/<id>.txt` and `dpg_bench.csv`, as the folder dpg_bench of ELLA's repository.
-
-A row of the table is a question about a prompt. Read are its columns item_id, proposition_id, dependency (numbers with
-commas between them, 0 for none), tuple (whose words before the bracket are the category) and question_natural_language;
-the prompts are those of the files.
 """
 
 from __future__ import annotations
@@ -35,27 +34,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.errors import UserError
-from data.files import decode_text, read_lines
+from data.files import decode_text, name_in_errors, read_lines
 from data.listing import excluded
 from data.randomness import key
+from evaluation.stats import Floats, interval, resample_counts
 
 Result = dict[str, Any]
-"""One prompt's line of results.jsonl: id, prompt, score and images (0 to 1), and its questions, of each what is asked
-and, by picture, the answers and the scores before and after zeroing."""
+"""A prompt's line of results.jsonl: id, prompt, score and images (0 to 1), and its questions, each with what is asked
+and, by image, the answers and the scores before and after zeroing."""
 
 PROMPTS_SHA256 = "e1e089ca304591daec49055baff1eecc7fdbff932fa4a818a51bf4bb6543e980"
-"""Of the benchmark's 1065 prompts as published, as `benchmark.Benchmark` has it."""
+"""Of the benchmark's 1065 prompts as published, see `Benchmark`."""
 MPLUG = "damo/mplug_visual-question-answering_coco_large_en"
 """The benchmark's judge, by its name on ModelScope."""
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a picture.
+    """A question about an image.
 
     Attributes:
         number: within its prompt, from 1.
@@ -82,18 +80,18 @@ class Item:
 def is_yes(answer: str) -> bool:
     """Whether an answer is "yes", whatever its case, the space around it and a full stop behind it.
 
-    The official code takes "yes" alone. Its judge answers so; chat models write "Yes.", too.
+    The official code takes "yes" alone, as its judge answers; chat models also write "Yes.".
     """
     return answer.strip().removesuffix(".").lower() == "yes"
 
 
 def is_no(answer: str) -> bool:
-    """Whether an answer is "no", in the same sense; what is neither counts as no, but tells of a judge out of place."""
+    """Whether an answer is "no", in the same sense. What is neither counts as no, but is a sign of an unfit judge."""
     return answer.strip().removesuffix(".").lower() == "no"
 
 
 def zeroing_order(item: Item, parity: bool = False) -> list[int]:
-    """The numbers of a prompt's questions, parents before children; in parity, as they stand.
+    """The numbers of a prompt's questions, parents before children; in parity, in the file's order.
 
     Raises:
         UserError: there are none, one depends on a question that is not there or, without parity, on itself.
@@ -110,14 +108,14 @@ def zeroing_order(item: Item, parity: bool = False) -> list[int]:
     if parity:
         return known
     try:
-        return list(TopologicalSorter({it.number: it.parents for it in item.questions}).static_order())
+        return list(TopologicalSorter({asked.number: asked.parents for asked in item.questions}).static_order())
     except CycleError as error:
         round_trip = ", ".join(map(str, error.args[1]))
         raise UserError(f"{item.id}: questions {round_trip} depend on each other in a circle") from error
 
 
 def zeroed(item: Item, scores: Mapping[int, int], parity: bool = False) -> dict[int, int]:
-    """A picture's scores by question, with those zeroed that depend on one at zero."""
+    """An image's scores by question, where those that depend on a question at zero are zero."""
     parents = {question.number: question.parents for question in item.questions}
     after = dict(scores)
     for number in zeroing_order(item, parity):
@@ -127,50 +125,42 @@ def zeroed(item: Item, scores: Mapping[int, int], parity: bool = False) -> dict[
 
 
 def score(item: Item, answers: Sequence[Mapping[int, str]], parity: bool = False) -> Result:
-    """A prompt's result.
-
-    Args:
-        answers: for each picture, the answer to each question by its number.
+    """A prompt's result from the answers about each of its images, by the questions' numbers.
 
     Raises:
         UserError: see `zeroing_order`.
     """
-    before = [{it.number: int(is_yes(answered[it.number])) for it in item.questions} for answered in answers]
+    numbers = [question.number for question in item.questions]
+    before = [{number: int(is_yes(answered[number])) for number in numbers} for answered in answers]
     after = [zeroed(item, scores, parity) for scores in before]
     images = [sum(scores.values()) / len(scores) for scores in after]
     questions = [
         {
-            "proposition_id": it.number,
-            "dependency": list(it.parents),
-            "category": it.category,
-            "question": it.text,
-            "answers": [answered[it.number] for answered in answers],
-            "before": [scores[it.number] for scores in before],
-            "after": [scores[it.number] for scores in after],
+            "proposition_id": asked.number,
+            "dependency": list(asked.parents),
+            "category": asked.category,
+            "question": asked.text,
+            "answers": [answered[asked.number] for answered in answers],
+            "before": [scores[asked.number] for scores in before],
+            "after": [scores[asked.number] for scores in after],
         }
-        for it in item.questions
+        for asked in item.questions
     ]
     mean = sum(images) / len(images)
     return {"id": item.id, "prompt": item.prompt, "score": mean, "images": images, "questions": questions}
 
 
-def _interval(resampled: NDArray[np.float64]) -> list[float]:
-    """Where the middle 95 % lie."""
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def summarise(results: Sequence[Result], parity: bool = False, seed: int = 0) -> dict[str, Any]:
-    """The table of all prompts, in percent, with 95 % intervals of the bootstrap over prompts.
+def summarize(results: Sequence[Result], parity: bool = False, seed: int = 0) -> dict[str, Any]:
+    """The scores of all prompts, in percent, with 95 % intervals of the bootstrap over prompts.
 
     Returns:
         `total` and its `interval`; `prompts`; how many `answers` are `yes`, `no` and `other`; and for each category, in
         `broad` and `detailed`, its `score`, `interval` and `questions`, the answers that were counted.
     """
     count = len(results)
-    drawn = np.random.default_rng(key(seed, "dpg", "bootstrap")).multinomial(count, [1 / count] * count, _RESAMPLES)
+    weights = resample_counts(np.random.default_rng(key(seed, "dpg", "bootstrap")), count)
     scores = np.array([result["score"] for result in results])
-    cells: dict[str, dict[str, NDArray[np.float64]]] = {"broad": {}, "detailed": {}}
+    cells: dict[str, dict[str, Floats]] = {"broad": {}, "detailed": {}}
     for n, result in enumerate(results):
         for question in result["questions"]:
             counted = question["before"][-1:] if parity else question["after"]
@@ -178,34 +168,30 @@ def summarise(results: Sequence[Result], parity: bool = False, seed: int = 0) ->
             for level, name in (("broad", category.split("-")[0].strip()), ("detailed", category)):
                 cells[level].setdefault(name, np.zeros((2, count)))[:, n] += (sum(counted), len(counted))
 
-    def cell(sums: NDArray[np.float64]) -> dict[str, Any]:
-        right, asked = sums @ drawn.T  # a resample may hold no prompt that asks for the category
-        interval = _interval(100 * right[asked > 0] / asked[asked > 0])
+    def cell(sums: Floats) -> dict[str, Any]:
+        right, asked = sums @ weights.T  # a resample may hold no prompt that asks for the category
         return {
             "score": float(100 * sums[0].sum() / sums[1].sum()),
-            "interval": interval,
+            "interval": list(interval(100 * right[asked > 0] / asked[asked > 0])),
             "questions": int(sums[1].sum()),
         }
 
     answers = [answer for result in results for question in result["questions"] for answer in question["answers"]]
-    told = {"yes": sum(map(is_yes, answers)), "no": sum(map(is_no, answers))}
+    counts = {"yes": sum(map(is_yes, answers)), "no": sum(map(is_no, answers))}
     return {
         "total": float(100 * scores.mean()),
-        "interval": _interval(100 * (drawn @ scores) / count),
+        "interval": list(interval(100 * (weights @ scores) / count)),
         "prompts": count,
-        "answers": told | {"other": len(answers) - sum(told.values())},
+        "answers": counts | {"other": len(answers) - sum(counts.values())},
         **{level: {name: cell(sums) for name, sums in sorted(named.items())} for level, named in cells.items()},
     }
 
 
 def title(judge_name: str, scored: int, prompts: int, prompts_sha256: str) -> str:
-    """What a score may be called: the benchmark's name is for its own judge on all of its own prompts.
+    """The name of a score: the benchmark's own only for its own judge on all of its own prompts.
 
     Args:
-        judge_name: who answered.
-        scored: prompts in the mean.
-        prompts: prompts of the user's copy.
-        prompts_sha256: of that.
+        scored: prompts in the mean, of all `prompts` of the copy.
     """
     published = prompts_sha256 == PROMPTS_SHA256
     name = f"DPG questions{'' if published else ' about other prompts'}, judged by {judge_name}"
@@ -216,7 +202,7 @@ def title(judge_name: str, scored: int, prompts: int, prompts_sha256: str) -> st
 
 TABLE = "dpg_bench.csv"
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
-"""Those that are read."""
+"""The columns that are read."""
 
 
 @dataclass(frozen=True)
@@ -235,21 +221,19 @@ class Benchmark:
 
 
 def read(folder: Path, parity: bool = False) -> Benchmark:
-    """Read a copy.
+    """Read a copy of the benchmark.
 
     Args:
-        parity: read the table as the official code does: without its first row, and of what stands twice the last. Such
-            a prompt may be left with questions that depend on nothing that is there, or with none.
+        parity: read the table as the official code does: without its first row, and of rows of the same number the
+            last. A prompt may be left with questions that depend on nothing that is there, or with none.
 
     Raises:
-        UserError: it is not whole, or a row is malformed; without parity, also where dependencies lead nowhere.
+        UserError: a file is missing or a row is malformed; without parity, also where dependencies lead nowhere.
     """
     prompts = _read_prompts(folder / "prompts")
     table = folder / TABLE
-    try:
+    with name_in_errors(str(table), "read"):
         content = table.read_bytes()
-    except OSError as error:
-        raise UserError(f"{table} cannot be read: {error.strerror}") from error
     questions = _read_questions(table, decode_text(content, str(table)), parity)
     _check_alike(folder, prompts, questions)
     items = tuple(Item(name, prompt, tuple(questions[name].values())) for name, prompt in sorted(prompts.items()))
@@ -284,7 +268,7 @@ def _read_questions(table: Path, text: str, parity: bool) -> dict[str, dict[int,
             found[name] = {}
         here = found.setdefault(name, {})
         if question.number in here and not parity:
-            raise UserError(f"{table}: line {line}: proposition_id {question.number} of {name} stands there twice")
+            raise UserError(f"{table}: line {line}: proposition_id {question.number} of {name} is there twice")
         here[question.number] = question
         above = name
     return found
@@ -305,7 +289,7 @@ def _rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        # The reader counts the lines of whole rows: this one begins on the next.
+        # The reader has counted the lines of whole rows: the malformed one begins on the next.
         raise UserError(f"{table}: line {reader.line_num + 1}: {error}") from error
 
 
@@ -339,4 +323,6 @@ def _check_dependencies(table: Path, item: Item) -> None:
     try:
         zeroing_order(item)
     except UserError as error:
-        raise UserError(f"{table}: {error}: mend its rows, or count with --parity as the official code does") from error
+        raise UserError(
+            f"{table}: {error}: correct its rows, or count with --parity as the official code does"
+        ) from error

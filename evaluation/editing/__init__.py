@@ -1,1 +1,1 @@
-"""Edits of images and how well they keep what was not to be edited: the background, by MSE and SSIM."""
+"""Edits of images, and how well they keep the background, by MSE and SSIM."""

@@ -1,28 +1,27 @@
-"""Files of edits: YAML in the layout of FlowEdit's data set.
+"""Files of edits, and how well an edit keeps the background.
 
-    - init_img: Images/bear.png           # seen from the file's folder; input_img means the same
+A file is YAML in the layout of FlowEdit's data set:
+
+    - init_img: Images/bear.png           # relative to the file's folder; input_img means the same
       source_prompt: A large brown bear walking through a stream of water.
       target_prompts:
         - A large black bear walking through a stream of water.
-      target_codes:                       # a word for each target; may be left out
+      target_codes:                       # a word for each target; optional
         - 1_black_bear
-      box: [212, 96, 840, 1010]           # where the edit belongs; or mask: FILE, or detect: [bear]; or nothing
+      box: [212, 96, 840, 1010]           # the edited region; or mask: FILE, or detect: [bear]; or nothing
 
-`box` is x0, y0, x1, y1 in pixels of the image, x to the right and y down, x1 and y1 beyond the last. `mask` is an image
-of the same size, black outside. `detect` names classes of a detector: the region is all boxes of these in the image and
-the result together.
+`box` is x0, y0, x1, y1 in pixels of the image, x to the right and y down, x1 and y1 one beyond the last. `mask` is an
+image of the same size, black outside the region. `detect` names classes of a detector: the region is all their boxes in
+the image and in the result.
 
-Source: Kulikov et al., "FlowEdit" (2025): Data/flowedit.yaml has init_img, the examples of the code input_img.
+The background scores are MSE and SSIM of the pixels outside the edited region. The PixelDiT paper (section D.2, Table
+14) does not define its own further. Here values are 0 to 1, and MSE is the mean over the outside pixels and their three
+channels. SSIM is a map over the whole image, with Wang et al.'s Gaussian window (11 pixels, sigma 1.5), averaged over
+channels, then over the outside pixels. Windows of pixels near the region reach into it, so `ssim_replaced` is the same
+for the result with the source's pixels put back inside the region.
 
-How well an edit keeps the background: MSE and SSIM of the pixels outside the edited region.
-
-The PixelDiT paper (section D.2, Table 14) says no more of its own than that. Here:
-- Values are 0 to 1. MSE is the mean over the outside pixels and their three channels.
-- SSIM is computed over the whole image, as a map, with Wang et al.'s Gaussian window (11 pixels, sigma 1.5), averaged
-  over channels, then over the outside pixels. The windows of pixels near the region reach into it; so there is a second
-  number, of the result with the source's pixels put back inside the region.
-
-Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004), equation 13.
+Source: Kulikov et al., "FlowEdit" (2025): Data/flowedit.yaml has init_img, the examples of the code input_img. Wang et
+al., "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004), equation 13.
 """
 
 from __future__ import annotations
@@ -65,12 +64,10 @@ def ssim_map(first: Floats, second: Floats) -> Floats:
 
 
 def background_scores(source: Pixels, result: Pixels, inside: Inside) -> dict[str, float]:
-    """ "mse", "ssim" and "ssim_replaced" of the background.
+    """ "mse", "ssim" and "ssim_replaced" of the background, from uint8 (H, W, 3) before and after the edit.
 
     Args:
-        source: uint8 (H, W, 3).
-        result: the same after the edit.
-        inside: what was to be edited; not everything.
+        inside: the edited region, which is not all of the image.
     """
     assert source.shape == result.shape and source.shape[:2] == inside.shape and not inside.all()
     before, after = source / 255.0, result / 255.0
@@ -87,26 +84,26 @@ Box = tuple[float, float, float, float]
 
 
 class Entry(Section):
-    """One image and what is to become of it, as a file of edits has it."""
+    """An image and its edits, in a file of edits."""
 
     init_img: str = Field(validation_alias=AliasChoices("init_img", "input_img"))
     """Path of the image."""
     source_prompt: str
-    """What it shows."""
+    """Caption of the image."""
     target_prompts: list[str] = Field(min_length=1)
-    """What it is to show, an edit each."""
+    """Captions of edited images, an edit each."""
     target_codes: list[str] | None = None
-    """A word for each of them."""
+    """A word for each edit."""
     box: Box | None = None
     """The edited region."""
     mask: str | None = None
-    """Path of an image that is black outside it."""
+    """Path of an image that is black outside the region."""
     detect: list[str] | None = Field(None, min_length=1)
-    """Classes of objects whose boxes make it up."""
+    """Classes of the objects whose boxes are the region."""
 
     @model_validator(mode="after")
     def _one_region(self) -> Entry:
-        if sum(it is not None for it in (self.box, self.mask, self.detect)) > 1:
+        if sum(region is not None for region in (self.box, self.mask, self.detect)) > 1:
             raise ValueError("give one of box, mask and detect")
         return self
 
@@ -118,10 +115,8 @@ class Edit:
     Attributes:
         entry: number of its image in the file, from 0.
         number: its own among those of the image, from 0.
-        image: the image's file.
-        source: what the image shows.
-        target: what it is to show.
-        code: a word for that; may be empty.
+        source, target: captions of the image before and after.
+        code: a word for the target; may be empty.
         about: the whole entry.
     """
 
@@ -135,7 +130,7 @@ class Edit:
 
     @property
     def name(self) -> str:
-        """Of the result's file, without suffix."""
+        """Name of the result's file, without suffix."""
         return f"{self.entry:05d}_{self.number}"
 
 
@@ -143,7 +138,7 @@ def read_edits(path: Path) -> list[Edit]:
     """All edits of a file, in its order.
 
     Raises:
-        UserError: it cannot be read or is not of this layout, or a path leads out of its folder.
+        UserError: it cannot be read, has another layout, or a path leads out of its folder.
     """
     entries = read_yaml(path, f"--edits {path}")
     if not isinstance(entries, list) or not entries:
@@ -155,19 +150,19 @@ def _edits(path: Path, number: int, tree: Any) -> list[Edit]:
     where = f"--edits {path}, entry {number}"
     if not isinstance(tree, dict):
         raise UserError(f"{where}: must have init_img, source_prompt and target_prompts (got {tree!r:.40})")
-    it = validate_section(Entry, tree, where)
-    image = _inside_folder(path, it.init_img, f"{where}: init_img")
-    if it.mask is not None:
-        _inside_folder(path, it.mask, f"{where}: mask")
-    codes = it.target_codes or []
-    if len(codes) != len(it.target_prompts):  # as in an entry of the published file: nobody knows whose one lacks
-        codes = [""] * len(it.target_prompts)
-    prompts = enumerate(zip(it.target_prompts, codes, strict=True))
-    return [Edit(number, n, image, it.source_prompt, prompt, code, it) for n, (prompt, code) in prompts]
+    about = validate_section(Entry, tree, where)
+    image = _inside_folder(path, about.init_img, f"{where}: init_img")
+    if about.mask is not None:
+        _inside_folder(path, about.mask, f"{where}: mask")
+    codes = about.target_codes or []
+    if len(codes) != len(about.target_prompts):  # as in an entry of the published file: which one is missing is unknown
+        codes = [""] * len(about.target_prompts)
+    prompts = enumerate(zip(about.target_prompts, codes, strict=True))
+    return [Edit(number, n, image, about.source_prompt, prompt, code, about) for n, (prompt, code) in prompts]
 
 
 def _inside_folder(path: Path, name: str, where: str) -> Path:
-    """A file that is named from the folder of `path`: names from elsewhere may lead anywhere."""
+    """A file below the folder of `path`; foreign names may lead anywhere else."""
     parts = PurePosixPath(name)
     if not name or parts.is_absolute() or ".." in parts.parts:
         raise UserError(f"{where} {name!r}: must be a path below the folder of {path.name}, without '..'")
@@ -175,30 +170,30 @@ def _inside_folder(path: Path, name: str, where: str) -> Path:
 
 
 def given_region(edit: Edit, folder: Path, height: int, width: int) -> Inside | None:
-    """The region (height, width) that an entry's box or mask gives; None: it has neither.
+    """The region (height, width) that an entry's box or mask gives, or None if it has neither.
 
     Args:
         folder: that of the file of edits.
-        height, width: of the image as it is in its file.
+        height, width: of the image in its file.
 
     Raises:
-        UserError: the box is empty or leads out of the image, or the mask is not of its size.
+        UserError: the box is empty or leads out of the image, or the mask has another size.
     """
-    it = edit.about
-    if it.box is not None:
-        x0, y0, x1, y1 = it.box
+    box, mask_file = edit.about.box, edit.about.mask
+    if box is not None:
+        x0, y0, x1, y1 = box
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise UserError(
-                f"entry {edit.entry}: box {list(it.box)}: must be [x0, y0, x1, y1] within {edit.image.name}, which has "
+                f"entry {edit.entry}: box {list(box)}: must be [x0, y0, x1, y1] within {edit.image.name}, which has "
                 f"{width} x {height} pixels, with x0 below x1 and y0 below y1"
             )
-        return in_boxes([it.box], height, width)
-    if it.mask is None:
+        return in_boxes([box], height, width)
+    if mask_file is None:
         return None
-    mask = decode_file(folder / it.mask)
+    mask = decode_file(folder / mask_file)
     if mask.shape[1:] != (height, width):
         raise UserError(
-            f"entry {edit.entry}: mask {it.mask}: has {mask.shape[2]} x {mask.shape[1]} pixels, and must have "
+            f"entry {edit.entry}: mask {mask_file}: has {mask.shape[2]} x {mask.shape[1]} pixels, and must have "
             f"{width} x {height} as {edit.image.name}"
         )
     return np.asarray(mask.max(0) > 0)

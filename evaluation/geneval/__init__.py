@@ -1,1 +1,1 @@
-"""GenEval (Ghosh et al. 2023): prompts, what a detector has to tell, the rules, and the scores."""
+"""GenEval (Ghosh et al. 2023): prompts, detectors, rules and scores."""

@@ -1,14 +1,10 @@
-"""The detectors by name.
+"""Detectors by name, the check that one can be trusted, and GenEval as a scorer of training (t2i/train/scoring.py).
 
-GenEval as a scorer of training (t2i/train/scoring.py): its rules over a detector, without files and intervals.
-
-Whether a detector is to be trusted: it is shown pictures whose content is known.
-
-- It is for what no exception tells: wrong weights, a wrong library, a GPU that computes something else. GenEval's own
-  detector has been seen to give only low scores on one kind of GPU.
-- The pictures are ten of OpenMoji's drawings on white (extra `demo`), and ten balls painted in the ten colours. They
-  are no photographs, and a good detector misses some, so few need be found. Who guesses finds 3 of the 10 drawings as
-  the surest object once in 4,000 times, and 7 of the 10 colours once in 100,000.
+The self-check is for what no exception reports: wrong weights, a wrong library, a GPU that computes wrong values.
+GenEval's own detector has been seen to give only low scores on one kind of GPU. Its images are ten of OpenMoji's
+drawings on white (extra `demo`), and ten balls in the ten colours. They are no photographs, and a good detector misses
+some, so few need be found: random answers find 3 of the 10 drawings as the most confident object once in 4,000 times,
+and 7 of the 10 colours once in 100,000.
 """
 
 from __future__ import annotations
@@ -24,32 +20,27 @@ from data.errors import UserError
 from data.packing.openmoji import drawings, rasterise
 from evaluation.geneval.prompts import Metadata, official
 from evaluation.geneval.rules import Detection, Detector, Image, judge
-from evaluation.geneval.summary import counted, summarise
+from evaluation.geneval.summary import counted, summarize
 
 
 class GenEvalScorer:
-    """Judges pictures by GenEval's rules.
-
-    Args:
-        metadata: the prompts.
-        detector: finds what they ask for.
-    """
+    """Judges images by GenEval's rules, without files and intervals."""
 
     def __init__(self, metadata: Sequence[Metadata], detector: Detector) -> None:
         self._metadata, self._detector = metadata, detector
-        self.prompts: Sequence[str] = [it["prompt"] for it in metadata]
-        self.tasks: Sequence[str] = [it["tag"] for it in metadata]
+        self.prompts: Sequence[str] = [prompt["prompt"] for prompt in metadata]
+        self.tasks: Sequence[str] = [prompt["tag"] for prompt in metadata]
 
     def judge(self, index: int, image: Tensor) -> dict[str, Any]:
-        """Of a picture of prompt `index`, uint8 (3, H, W), what a summary reads of a line of results.jsonl."""
+        """Judge an image of prompt `index`, uint8 (3, H, W); those fields of results.jsonl that a summary reads."""
         metadata = self._metadata[index]
         verdict = judge(metadata, image.permute(1, 2, 0).contiguous().numpy(), self._detector)
         return counted(metadata, verdict.correct)
 
     def summary(self, results: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """The score of each task that there is, and "overall"."""
-        found = summarise(results)
-        return {"overall": found["overall"], **{task: it["score"] for task, it in found["tasks"].items()}}
+        """The score of each task with images, and "overall"."""
+        found = summarize(results)
+        return {"overall": found["overall"], **{task: scores["score"] for task, scores in found["tasks"].items()}}
 
 
 ENOUGH_OBJECTS = 3
@@ -81,8 +72,8 @@ _PAINTS = {
 }
 
 
-def known_pictures() -> dict[str, Image]:
-    """Drawings, (512, 512, 3), by the class of what they show.
+def known_images() -> dict[str, Image]:
+    """Drawings, (512, 512, 3), by the class that they show.
 
     Raises:
         UserError: a package of the extra 'demo' is not installed.
@@ -92,7 +83,7 @@ def known_pictures() -> dict[str, Image]:
 
 
 def painted_balls() -> tuple[Image, dict[str, Detection]]:
-    """One picture with a ball of each colour, and where they are."""
+    """An image with a ball of each colour, and the balls by colour."""
     image = np.full((_SIZE, _SIZE, 3), 200, np.uint8)
     y, x = np.mgrid[:_SIZE, :_SIZE] + 0.5
     step = _SIZE // 4
@@ -109,25 +100,22 @@ def painted_balls() -> tuple[Image, dict[str, Detection]]:
 
 
 def self_check(detector: Detector) -> str:
-    """Show a detector what is known.
-
-    Returns:
-        One sentence that says what it found.
+    """Show a detector known images; one sentence says what it found.
 
     Raises:
         UserError: it found too little to be trusted, or a package of the extra 'demo' is not installed.
     """
-    answers = {label: _surest(detector.detect(picture)) for label, picture in known_pictures().items()}
-    bar = detector.thresholds.score
-    missed = [label for label, (name, score) in answers.items() if name != label or score <= bar]
+    answers = {label: _most_confident(detector.detect(image)) for label, image in known_images().items()}
+    least = detector.thresholds.score
+    missed = [label for label, (name, score) in answers.items() if name != label or score <= least]
     image, balls = painted_balls()
     named = dict(zip(balls, detector.colors(image, list(balls.values())), strict=True))
     wrong = [color for color, name in named.items() if name != color]
     objects, colors = len(answers) - len(missed), len(named) - len(wrong)
     said = (
-        f"the detector finds {objects} of {len(answers)} known objects with a score above {bar}{_but(missed)}, its "
-        f"surest answer has {max(score for _, score in answers.values()):.2f}, and it names {colors} of {len(named)} "
-        f"known colours{_but(wrong)}"
+        f"the detector finds {objects} of {len(answers)} known objects with a score above {least}{_but(missed)}, its "
+        f"most confident answer has {max(score for _, score in answers.values()):.2f}, and it names {colors} of "
+        f"{len(named)} known colours{_but(wrong)}"
     )
     if objects < ENOUGH_OBJECTS or colors < ENOUGH_COLORS:
         raise UserError(
@@ -137,7 +125,7 @@ def self_check(detector: Detector) -> str:
     return said
 
 
-def _surest(found: Sequence[Detection]) -> tuple[str, float]:
+def _most_confident(found: Sequence[Detection]) -> tuple[str, float]:
     return max(((one.label, one.score) for one in found), key=lambda answer: answer[1], default=("nothing", 0.0))
 
 
@@ -149,16 +137,10 @@ Name = Literal["mask2former", "shapes"]
 
 
 def build_detector(name: Name, weights: str | None, clip: str | None, device: torch.device) -> Detector:
-    """A detector.
-
-    Args:
-        name: which.
-        weights: of mask2former, as its `build` takes them; None: OpenMMLab's, from the usual caches.
-        clip: of CLIP, which tells the colours of mask2former's objects; None: from the usual caches.
-        device: where it computes.
+    """Build a detector; `weights` and `clip` are mask2former's, see its `build`, and by default in the usual caches.
 
     Raises:
-        UserError: weights that are missing or not those expected.
+        UserError: weights are missing or not those expected.
     """
     if name == "shapes":
         from evaluation.proving.detector import ShapeDetector
@@ -171,30 +153,30 @@ def build_detector(name: Name, weights: str | None, clip: str | None, device: to
 
 
 def check_prompts(prompts: Sequence[Metadata], detector: Detector) -> None:
-    """See that a detector can find what prompts ask for: what it cannot, every model would score 0 at.
+    """Check that a detector can find what prompts ask for: every model would score 0 at what it cannot.
 
     Raises:
-        UserError: a class that it does not know, or more objects of one than it counts; the first is named.
+        UserError: the first prompt with a class that it does not know, or with more objects of one than it counts.
     """
     most = detector.thresholds.most
-    for it in prompts:
-        for item in (*it.get("include", ()), *it.get("exclude", ())):
+    for prompt in prompts:
+        for item in (*prompt.get("include", ()), *prompt.get("exclude", ())):
             if item["class"] not in detector.classes:
                 raise UserError(
-                    f"the prompt {it['prompt']!r} asks for the class {item['class']!r}, which the detector "
+                    f"the prompt {prompt['prompt']!r} asks for the class {item['class']!r}, which the detector "
                     f"{detector.identity['name']} cannot find: choose another --detector, or name it as one of "
                     f"{', '.join(detector.classes[:3])} ... {detector.classes[-1]}"
                 )
-        for item in it.get("include", ()):
+        for item in prompt.get("include", ()):
             if item["count"] > most:
                 raise UserError(
-                    f"the prompt {it['prompt']!r} asks for {item['count']} of {item['class']!r}, and GenEval counts "
-                    f"the {most} most confident alone: no image could be right"
+                    f"the prompt {prompt['prompt']!r} asks for {item['count']} of {item['class']!r}, and GenEval "
+                    f"counts the {most} most confident alone: no image could be right"
                 )
 
 
 def prompts_for(name: Name) -> list[Metadata]:
-    """What a detector is asked for unless a file of prompts is given: GenEval's own, or the proving ground's."""
+    """The default prompts for a detector: GenEval's own, or the proving ground's."""
     if name == "shapes":
         from evaluation.proving.prompts import proving_prompts
 

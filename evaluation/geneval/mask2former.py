@@ -1,32 +1,21 @@
-"""GenEval's detector: Mask2Former Swin-S for COCO's 80 classes, with colours by CLIP.
+"""GenEval's detector: Mask2Former Swin-S for COCO's 80 classes, and CLIP ViT-L/14 for the colours of objects.
 
-- The network is transformers'; its weights are OpenMMLab's, with which published scores were made, or those of the
-  Hugging Face hub, which are others: their scores do not compare, and the identity says which.
-- What goes in and comes out is mmdet 2.x's. In: the image is resized by OpenCV's bilinear filter, without antialiasing,
-  padded with grey 128 to a multiple of 32, and only then normalised. Out: the 100 best of all pairs of query and class,
-  each with its query's mask, brought up bilinearly to the padded size, cut to the image, brought to its size, and taken
-  where it is above 0. Masks do not know of each other; transformers' own post-processing paints over.
-- fp32 without TF32.
+- Mask2Former is transformers'; its weights are OpenMMLab's, with which published scores were made, or the Hugging Face
+  hub's, whose scores do not compare; the identity says which. Pre- and post-processing are mmdet 2.x's. Input: resized
+  by OpenCV's bilinear filter, without antialiasing, padded with grey 128 to a multiple of 32, and only then normalized.
+  Output: the 100 best of all pairs of query and class, each with its query's mask, which is upsampled bilinearly to the
+  padded size, cut to the image, resized to the image's size, and thresholded at 0. Masks may overlap, unlike in
+  transformers' own post-processing.
+- A colour's embedding is the mean of three sentences', each normalized, normalized again (clip_benchmark's zero-shot
+  classifier). An object's image is its box, with #999999 outside its mask, prepared as OpenAI's CLIP does: short side
+  to 224 pixels by Pillow's antialiased bicubic filter, centre crop. GenEval ran both in half precision; here fp32.
+- Nothing is downloaded: a model is a folder or file, or what the Hugging Face cache has under its name. A file whose
+  name contains its SHA-256, as in OpenMMLab's and in that cache, is checked against it.
 
-Source: Cheng et al. 2022; mmdet 2.28 (configs/mask2former, maskformer_fusion_head.py).
+Source: Cheng et al. 2022; mmdet 2.28 (configs/mask2former, maskformer_fusion_head.py); Ghosh et al. 2023,
+evaluation/evaluate_images.py.
 
 Q = queries, C = classes and "no object", h x w = a quarter of the padded image.
-
-The frozen networks of a detector: where their weights lie, whether they are the published ones, how they run.
-
-- Nothing is downloaded: a model is a folder or file, or what the Hugging Face cache holds under its name.
-- A file whose name tells its own SHA-256, as those of OpenMMLab and of the Hugging Face cache do, is held to it: a
-  download that was cut off never scores anything. Whether a hash is the published one goes into the identity.
-
-The colour of an object, by CLIP ViT-L/14, as GenEval asks for it.
-
-- A colour's embedding is the mean of three sentences', each normalised, normalised again (clip_benchmark's zero-shot
-  classifier); the object's colour is that which its picture is most alike to.
-- An object's picture is the image with #999999 wherever it is not, cut to its box, and prepared as OpenAI's CLIP does:
-  short side to 224 pixels by Pillow's antialiased bicubic filter, the centre 224 x 224 of that.
-- fp32; GenEval ran both sides in half precision, by autocast.
-
-Source: Ghosh et al. 2023, evaluation/evaluate_images.py.
 """
 
 from __future__ import annotations
@@ -58,13 +47,13 @@ from evaluation.geneval.prompts import CLASSES, COLORS
 from evaluation.geneval.rules import Detection, Image, Thresholds
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""File names of weights in a folder, those that transformers prefers first."""
+"""File names of weights in a folder, in transformers' order of preference."""
 _IN_NAME = re.compile(r"-([0-9a-f]{8})\.pth")  # OpenMMLab's
 _BLOB = re.compile(r"[0-9a-f]{64}")  # what a large file of the Hugging Face cache is a link to
 
 
 def cached(name: str) -> Path | None:
-    """The folder in the Hugging Face cache that holds a model's configuration; None: there is none."""
+    """The folder in the Hugging Face cache that holds a model's configuration, or None."""
     try:
         found = try_to_load_from_cache(name, "config.json")
     except HFValidationError:  # no name of a model
@@ -73,11 +62,7 @@ def cached(name: str) -> Path | None:
 
 
 def weight_file(folder: Path) -> Path:
-    """The one file with the weights in a folder of transformers'.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The file with the weights in a folder of transformers'; a UserError if there is none."""
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -85,16 +70,13 @@ def weight_file(folder: Path) -> Path:
 
 
 def identify(path: Path, published: Collection[str]) -> dict[str, Any]:
-    """Tell which weights a file holds.
+    """Which weights a file holds: "file", "sha256", and "pinned", whether it is a published one.
 
     Args:
-        published: SHA-256 of the published files, or how they begin.
-
-    Returns:
-        "file", "sha256", and "pinned": whether it is a published one.
+        published: SHA-256 of the published files, or their first digits.
 
     Raises:
-        UserError: its name says another hash than it has, or it is a Git LFS pointer.
+        UserError: its name has another hash than its content, or it is a Git LFS pointer.
     """
     refuse_lfs_pointers(path, "weights")
     digest = sha256(path)
@@ -108,7 +90,7 @@ def identify(path: Path, published: Collection[str]) -> dict[str, Any]:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Run networks in fp32 without TF32 or autocast, whatever a training run around this has chosen."""
+    """Run networks in fp32 without TF32 or autocast, whatever the training run around this uses."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -132,27 +114,23 @@ _BATCH = 16
 
 
 def cut_out(image: Image, found: Detection) -> Image:
-    """The object's picture: its box of the image, grey around its mask."""
+    """The object's box of the image, grey outside its mask."""
     x0, y0, x1, y1 = (round(edge) for edge in found.box)
     alone = np.where(found.mask[..., None], image, np.uint8(_BACKGROUND))
     return alone[y0:y1, x0:x1]
 
 
 def prepare_for_clip(image: Image, size: int = 224) -> Tensor:
-    """(3, size, size) as CLIP takes it."""
+    """CLIP's input, (3, size, size)."""
     small = resize(fromarray(image), [size], InterpolationMode.BICUBIC)
     return normalize(pil_to_tensor(center_crop(small, [size, size])).float() / 255, list(_CLIP_MEAN), list(_CLIP_STD))
 
 
 class ClipColors:
-    """Names the colours of objects.
-
-    Args:
-        name: a folder with weights and tokeniser as transformers saves them, or a name in the Hugging Face cache.
-        device: where it runs.
+    """Names the colours of objects, with a CLIP from a folder of transformers' or by name from the Hugging Face cache.
 
     Raises:
-        UserError: the weights are not there, damaged, or not of an OpenAI CLIP.
+        UserError: the weights are missing, damaged, or not of an OpenAI CLIP.
     """
 
     def __init__(self, name: str = CLIP, device: torch.device | str = "cpu") -> None:
@@ -164,7 +142,6 @@ class ClipColors:
             )
         file = weight_file(folder)
         self.identity: dict[str, Any] = {"name": "CLIP", "model": name, **identify(file, _PUBLISHED_CLIP)}
-        """Which weights they are."""
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             network: Any = CLIPModel.from_pretrained(
@@ -174,7 +151,7 @@ class ClipColors:
             raise UserError(f"clip {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         activations = {network.config.text_config.hidden_act, network.config.vision_config.hidden_act}
         if activations != {"quick_gelu"}:
-            raise UserError(f"clip {name!r} is no CLIP of OpenAI's: its activation should be quick_gelu")
+            raise UserError(f"clip {name!r} is no CLIP of OpenAI's, whose activation is quick_gelu")
         self._network = network.eval().requires_grad_(False).to(device)
         self._device = torch.device(device)
         self._size = int(network.config.vision_config.image_size)
@@ -186,10 +163,10 @@ class ClipColors:
             return [
                 COLORS[index]
                 for start in range(0, len(objects), _BATCH)
-                for index in self._most_alike(image, objects[start : start + _BATCH])
+                for index in self._most_similar(image, objects[start : start + _BATCH])
             ]
 
-    def _most_alike(self, image: Image, objects: Sequence[Detection]) -> list[int]:
+    def _most_similar(self, image: Image, objects: Sequence[Detection]) -> list[int]:
         pictures = torch.stack([prepare_for_clip(cut_out(image, found), self._size) for found in objects]).to(
             self._device
         )
@@ -219,17 +196,13 @@ _PUBLISHED = ("743b7d99",)
 _SHORT, _LONG, _MULTIPLE, _PADDING = 800, 1333, 32, 128
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _MOST = 100
-# What files may lack or have without meaning: a norm that the backbone's outputs do not pass through, the loss's class
-# weights, and a table of positions that older versions of transformers saved.
+# Weights that files may lack or have without effect: a norm that the backbone's outputs do not pass through, the loss's
+# class weights, and a table of positions that older versions of transformers saved.
 _UNUSED = ("swin.layernorm.weight", "swin.layernorm.bias", "criterion.empty_weight", "relative_position_index")
 
 
 def prepare(image: Image) -> tuple[Tensor, tuple[int, int]]:
-    """Resize, pad and normalise an image.
-
-    Returns:
-        (1, 3, H, W), H and W multiples of 32, and the height and width of the image in it.
-    """
+    """The network's input (1, 3, H, W), H and W multiples of 32, and the height and width of the image in it."""
     height, width = image.shape[:2]
     scale = min(_LONG / max(height, width), _SHORT / min(height, width))
     kept = int(height * scale + 0.5), int(width * scale + 0.5)
@@ -243,7 +216,7 @@ def prepare(image: Image) -> tuple[Tensor, tuple[int, int]]:
 def to_detections(
     classes_QC: Tensor, masks_Qhw: Tensor, padded: tuple[int, int], kept: tuple[int, int], size: tuple[int, int]
 ) -> list[Detection]:
-    """Turn the network's logits for one image into detections, the most confident first.
+    """Detections, the most confident first, from the network's logits for one image.
 
     Args:
         padded, kept, size: height and width of the network's input, of the image in it, and of the original image.
@@ -279,14 +252,7 @@ def _box(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, float, float
 
 
 class Mask2FormerDetector:
-    """A `Detector`: objects by Mask2Former, colours by CLIP.
-
-    Args:
-        network: with its weights, any device.
-        weights: which weights they are, for the identity.
-        clip: names the colours.
-        device: where the network runs.
-    """
+    """A `Detector`: objects by Mask2Former, colours by CLIP; `weights` says in the identity which weights it has."""
 
     def __init__(
         self,
@@ -302,7 +268,7 @@ class Mask2FormerDetector:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Names, settings, versions and hashes, in JSON's types."""
+        """Names, settings, versions and hashes."""
         return {
             "name": "Mask2Former Swin-S",
             "weights": self._weights,
@@ -327,12 +293,11 @@ class Mask2FormerDetector:
 
 
 def build(weights: str = OPENMMLAB, clip: str = CLIP, device: torch.device | str = "cpu") -> Mask2FormerDetector:
-    """Load the detector.
+    """Load the detector; `clip` is as for `ClipColors`.
 
     Args:
         weights: OpenMMLab's checkpoint (.pth), a folder of transformers', or a name in the Hugging Face cache; a file
             name alone is also looked for where PyTorch keeps downloaded checkpoints (torch.hub.get_dir()).
-        clip: see `ClipColors`.
 
     Raises:
         UserError: weights are missing, damaged, or of another network.
@@ -345,15 +310,7 @@ def build(weights: str = OPENMMLAB, clip: str = CLIP, device: torch.device | str
 def load_network(
     weights: str, config: Mask2FormerConfig | None = None
 ) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any]]:
-    """Load Mask2Former, and tell which weights these are.
-
-    Args:
-        weights: see `build`.
-        config: the network of an OpenMMLab checkpoint; None: Swin-S.
-
-    Raises:
-        UserError: see `build`.
-    """
+    """Mask2Former and its identity, see `build`; `config` is of an OpenMMLab checkpoint, by default Swin-S."""
     places = (Path(weights), Path(torch.hub.get_dir(), "checkpoints", weights))
     file = next((path for path in places if path.is_file()), None)
     if file is not None:
@@ -415,7 +372,7 @@ def _load(weights: str, folder: Path | None, **options: Any) -> Mask2FormerForUn
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report of what a file lacks: `_load` judges that."""
+    """Without transformers' own report of what a file lacks, which `_load` checks."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,29 +1,25 @@
-"""OpenMMLab's Mask2Former checkpoints (mmdet 2.x), as transformers' Mask2FormerForUniversalSegmentation takes them.
+"""OpenMMLab's Mask2Former checkpoints (mmdet 2.x), converted for transformers' Mask2FormerForUniversalSegmentation.
 
-- The names given are those of the Hugging Face hub's files, not of the modules: transformers renames modules between
-  its versions, and reads the hub's names in all of them.
-- Both networks compute the same; but for names, only this differs:
-  queries, keys and values have one matrix here in Swin and in the decoder's self-attention, three there; a patch
-  merging has its 4 pixels of C channels here as unfold gives them, channel by channel with (row, column) inside, and
-  there pixel by pixel, column before row, with the channels inside.
-- A file is read without running anything that is in it: beside weights it holds whatever the training noted.
+- The new names are those of the Hugging Face hub's files, not of the modules: transformers renames modules between
+  versions, and reads the hub's names in all of them.
+- Both networks compute the same. Besides names, two things differ. Queries, keys and values have one matrix in mmdet's
+  Swin and in its decoder's self-attention, three in transformers. A patch merging has its 4 pixels of C channels in the
+  order of unfold in mmdet, channel by channel with (row, column) inside, and in transformers pixel by pixel, column
+  before row, with the channels inside.
+- A file is read without running anything in it: besides weights it holds whatever the training stored.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
-import types
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.errors import UserError
-from t2i.released.checkpoint import Inert
+from t2i.released.checkpoint import Checkpoint
 
 _ENCODER = "model.pixel_level_module.encoder"
 _PIXELS = "model.pixel_level_module.decoder"
@@ -50,7 +46,7 @@ _SINGLE = {
     f"{_HEAD}.cls_embed": "class_predictor",  # "no object" is the last class in both
     **{f"{_HEAD}.mask_embed.{2 * i}": f"{_QUERIES}.decoder.mask_predictor.mask_embedder.{i}.0" for i in range(3)},
 }
-# The repeated ones: where they lie, here and there, and what each of them holds.
+# Repeated modules: their prefix in mmdet and in transformers, and the names inside.
 _REPEATED: list[tuple[str, str, dict[str, str]]] = [
     (
         r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.",
@@ -87,7 +83,7 @@ _REPEATED: list[tuple[str, str, dict[str, str]]] = [
         rf"{_HEAD}\.transformer_decoder\.layers\.(\d+)\.",
         _QUERIES + ".decoder.layers.{}.",
         {
-            # A layer attends to the pixels first.
+            # A layer's first attention is to the pixels.
             "attentions.0.attn": "cross_attn",
             "attentions.0.attn.out_proj": "cross_attn.out_proj",
             "norms.0": "cross_attn_layer_norm",
@@ -101,57 +97,23 @@ _REPEATED: list[tuple[str, str, dict[str, str]]] = [
 ]
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and ordered dictionaries; whatever else a file names becomes `Inert`, which does nothing.
-
-    torch.load itself looks up the storage types. Its own weights_only refuses a file for one class it does not know.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")):
-            return getattr(torch._utils, name)
-        return Inert
-
-
-class _Restricted(types.ModuleType):
-    """What torch.load takes for the module pickle."""
-
-    Unpickler = _Unpickler
-
-    @staticmethod
-    def load(file: Any, **options: Any) -> Any:
-        return _Unpickler(file, **options).load()
-
-
 def read(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint that mmcv or mmengine saved, old file format or new.
+    """The weights of a checkpoint that mmcv or mmengine saved, in torch's old file format or its new one.
 
     Raises:
         UserError: it is no such file, or damaged.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_Restricted("restricted"))
-    except Exception as error:  # a spoilt file may raise anything
-        raise UserError(f"{path} is no checkpoint, or damaged: {' '.join(str(error).split())[:200]}") from error
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise UserError(f"{path} is no checkpoint of OpenMMLab: it has no state_dict of tensors")
-    return dict(weights)
+    checkpoint = Checkpoint(path)
+    for name, cause in checkpoint.unusable.items():
+        raise UserError(f"{path} is no checkpoint of OpenMMLab: its {name} is {cause}")
+    return {name: checkpoint.tensor(name).clone() for name in checkpoint.weights}
 
 
 def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the weights of mmdet's Mask2Former with a Swin backbone into those of transformers.
-
-    Args:
-        weights: by mmdet's names. Each is used once.
-
-    Returns:
-        By the Hugging Face hub's names.
+    """Weights of Mask2Former with a Swin backbone, from mmdet's names to the Hugging Face hub's.
 
     Raises:
-        UserError: a weight that this network has not, or another order of Swin's position biases.
+        UserError: a weight that this network does not have, or another order of Swin's position biases.
     """
     converted: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -175,7 +137,7 @@ def _convert(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _place(module: str) -> str:
-    """A module's name there; "{}" stands where it becomes three."""
+    """A module's new name, with "{}" where it becomes three."""
     if module in _SINGLE:
         return _SINGLE[module]
     for here, there, parts in _REPEATED:
@@ -192,7 +154,7 @@ def _pixels_first(weight: Tensor) -> Tensor:
 
 
 def _check_positions(name: str, index: Tensor) -> None:
-    """Which row of its bias table a pair of a window's pixels has: (query - key) by rows, then columns."""
+    """A pair of a window's pixels must have the row (query - key) of the bias table, by rows, then columns."""
     window = round(index.shape[0] ** 0.5)
     at = torch.cartesian_prod(torch.arange(window), torch.arange(window))
     rows, columns = (at[:, None] - at[None] + window - 1).unbind(-1)

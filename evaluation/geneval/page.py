@@ -1,9 +1,7 @@
-"""The page of a GenEval job: every image, what was found in it, and why it failed.
+"""The page of a GenEval job: every image, the objects found in it, and why it failed.
 
-- The page lies beside what it shows: images are loaded by relative path as they come into view, and nothing else is
-  loaded from anywhere.
-- Boxes are inline SVG over the images, in thousandths of an image's width.
-- Prompts, reasons and labels are foreign text, and escaped.
+Images are loaded by relative path as they come into view, and nothing else is loaded from anywhere. Boxes are inline
+SVG over the images, in thousandths of an image's width. Prompts, reasons and labels are foreign text, and escaped.
 """
 
 from __future__ import annotations
@@ -20,22 +18,19 @@ from urllib.parse import quote
 
 from data.files import atomic_write
 from evaluation.geneval.prompts import Metadata
-from evaluation.geneval.summary import Judged
+from evaluation.geneval.summary import ImageResult
 
 _UNIT = 1000
-_COLOURS = 3
-"""Classes of a prompt that are told apart."""
-_LABEL = 66
-"""Height of a label."""
-_SMALL = 128
-"""Images narrower than this are shown by their pixels."""
+_COLOURS = 3  # for a prompt's classes
+_LABEL = 66  # height
+_SMALL = 128  # images narrower than this are shown with each pixel as a square
 
 
-def write_page(path: Path, name: str, summary: Mapping[str, Any], judged: Sequence[Sequence[Judged]]) -> None:
+def write_page(path: Path, name: str, summary: Mapping[str, Any], judged: Sequence[Sequence[ImageResult]]) -> None:
     """Write the page.
 
     Args:
-        path: where; file names in `judged` are as seen from its folder.
+        path: file names of images are relative to its folder.
         name: what was scored, in a few words.
         summary: as summary.json has it.
         judged: for each prompt its images.
@@ -65,13 +60,13 @@ def _words(task: str) -> str:
 
 def _cards(summary: Mapping[str, Any]) -> str:
     cards = [_card("overall", summary["overall"], summary["overall_interval"], "mean of the tasks", " class=overall")]
-    for task, it in summary["tasks"].items():
-        count = f"{it['prompts']:,} prompts, {it['images']:,} images"
-        cards.append(_card(_words(task), it["score"], it["interval"], count))
-    if it := summary.get("held_out"):
-        count = f"{it['prompts']:,} held-out captions"
-        cards.append(_card("held out", it["overall"], it["overall_interval"], count))
-    notes = {"drawn_scenes": "the best that can be had", "shuffled_prompts": "chance"}
+    for task, scores in summary["tasks"].items():
+        count = f"{scores['prompts']:,} prompts, {scores['images']:,} images"
+        cards.append(_card(_words(task), scores["score"], scores["interval"], count))
+    if scores := summary.get("held_out"):
+        count = f"{scores['prompts']:,} held-out captions"
+        cards.append(_card("held out", scores["overall"], scores["overall_interval"], count))
+    notes = {"drawn_scenes": "the best possible score", "shuffled_prompts": "chance"}
     for name, score in summary.get("bounds", {}).items():
         if score is not None:
             cards.append(_card(_words(name), score, None, notes[name]))
@@ -79,10 +74,10 @@ def _cards(summary: Mapping[str, Any]) -> str:
 
 
 def _card(label: str, score: float, interval: Sequence[float] | None, note: str, kind: str = "") -> str:
-    said = f"<small>95 %: {100 * interval[0]:.1f} to {100 * interval[1]:.1f}</small>" if interval else ""
+    shown = f"<small>95 %: {100 * interval[0]:.1f} to {100 * interval[1]:.1f}</small>" if interval else ""
     return (
         f'<div{kind}><span>{escape(label)}</span><b>{100 * score:.1f} %</b><meter value="{score:.4f}"></meter>'
-        f"{said}<small>{escape(note)}</small></div>"
+        f"{shown}<small>{escape(note)}</small></div>"
     )
 
 
@@ -94,7 +89,7 @@ def _choices(name: str, labels: Mapping[str, str]) -> str:
     )
 
 
-def _prompt(number: int, images: Sequence[Judged]) -> str:
+def _prompt(number: int, images: Sequence[ImageResult]) -> str:
     metadata: Metadata = json.loads(images[0].result["metadata"])
     wanted = list(dict.fromkeys(item["class"] for item in metadata.get("include", [])))
     right = sum(image.result["correct"] for image in images)
@@ -106,20 +101,19 @@ def _prompt(number: int, images: Sequence[Judged]) -> str:
     )
 
 
-def _figure(image: Judged, wanted: Sequence[str]) -> str:
-    it, height = image.result, round(_UNIT * image.height / image.width)
-    verdict, word = ("right", "Right") if it["correct"] else ("wrong", "Wrong")
-    details: dict[str, list[list[float]]] = json.loads(it["details"])
+def _figure(image: ImageResult, wanted: Sequence[str]) -> str:
+    result, height = image.result, round(_UNIT * image.height / image.width)
+    verdict, word = ("right", "Right") if result["correct"] else ("wrong", "Wrong")
+    details: dict[str, list[list[float]]] = json.loads(result["details"])
     found = [(label, box) for label, boxes in details.items() for box in boxes]
-    # What the prompt does not ask for lies beneath.
-    found.sort(key=lambda it: it[0] in wanted)
+    found.sort(key=lambda item: item[0] in wanted)  # wanted objects are on top
     boxes = "".join(_box(label, box, wanted, _UNIT / image.width) for label, box in found)
-    reason = f"\n{escape(it['reason'])}" if it["reason"] else ""
+    reason = f"\n{escape(result['reason'])}" if result["reason"] else ""
     nothing = "" if found else "\nnothing was found"
     small = " small" if image.width < _SMALL else ""
     return (
         f'<figure class="{verdict}" tabindex=0><div class="view{small}">'
-        f'<img src="{quote(it["filename"])}" width="{image.width}" height="{image.height}" loading=lazy alt="">'
+        f'<img src="{quote(result["filename"])}" width="{image.width}" height="{image.height}" loading=lazy alt="">'
         f'<svg viewBox="0 0 {_UNIT} {height}" aria-hidden=true>{boxes}</svg></div>'
         f"<figcaption><b>{word}</b>{reason}{nothing}</figcaption></figure>"
     )
@@ -139,7 +133,7 @@ _SCORES = ("name", "overall", "overall_interval", "tasks", "absent_tasks", "note
 
 
 def _settings(summary: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """What is not a score, by its dotted name in summary.json."""
+    """All but the scores, by dotted name in summary.json."""
     found: list[tuple[str, str]] = []
     for name, value in summary.items():
         if not prefix and name in _SCORES:

@@ -1,7 +1,7 @@
 """GenEval's prompts: the official 553 lines from classes, colours and six rules, and files of others.
 
-- `official` draws the lines anew, with the seed and in the order of draws that the authors used. NumPy does not promise
-  the same stream in every version, so the result is held against the hash of the published file before anyone gets it.
+- `official` generates the lines anew, with the authors' seed and in their order of random draws. NumPy does not promise
+  the same stream in every version, so the result is checked against the hash of the published file.
 - A prompt is the dictionary that the published file holds as one line: "tag" (the task), "include", for the task
   "counting" "exclude", and "prompt", in this order.
 
@@ -46,10 +46,10 @@ OFFICIAL_MD5 = "9a0ed515640279a48ed3380d90aec0ed"
 """Of the published evaluation_metadata.jsonl."""
 
 _SEED = 43
-_DRAWN = 100
-"""Prompts drawn for each task but the first; those drawn twice count once."""
+_PROMPTS_PER_TASK = 100
+"""Random prompts of each task but the first; duplicates count once."""
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
-# People are not asked for in a colour.
+# Prompts do not ask for people in a colour.
 _COLORABLE = CLASSES[1:]
 
 
@@ -57,15 +57,15 @@ def official() -> list[Metadata]:
     """Make the 553 official prompts, in the official order.
 
     Raises:
-        UserError: this NumPy draws other numbers than the one that GenEval's authors had.
+        UserError: this NumPy's random stream is not the one that GenEval's authors had.
     """
     rng = np.random.default_rng(_SEED)
     order = rng.choice(len(CLASSES), size=len(CLASSES), replace=False)
     prompts = [_naming("single_object", _object(CLASSES[i])) for i in order]
     rules: list[Callable[[np.random.Generator], Metadata]] = [_two_object, _counting, _colors, _position, _color_attr]
     for rule in rules:
-        drawn = [rule(rng) for _ in range(_DRAWN)]
-        prompts += {prompt["prompt"]: prompt for prompt in drawn}.values()  # as they first came up
+        drawn = [rule(rng) for _ in range(_PROMPTS_PER_TASK)]
+        prompts += {prompt["prompt"]: prompt for prompt in drawn}.values()  # in the order of first occurrence
     _check_official(prompts)
     return prompts
 
@@ -103,7 +103,7 @@ def _colors(rng: np.random.Generator) -> Metadata:
 def _position(rng: np.random.Generator) -> Metadata:
     a, b = (CLASSES[i] for i in rng.choice(len(CLASSES), size=2, replace=False))
     relation = RELATIONS[rng.choice(len(RELATIONS))]
-    # The object that the other is placed by comes first: rules look for it first.
+    # The reference object comes first: rules look for it first.
     include = [_object(b), {**_object(a), "position": [relation, 0]}]
     prompt = f"a photo of {_with_article(a)} {relation} {_with_article(b)}"
     return {"tag": "position", "include": include, "prompt": prompt}
@@ -121,7 +121,7 @@ def _object(name: str, count: int = 1, color: str | None = None) -> Metadata:
 
 def _naming(task: str, *objects: Metadata) -> Metadata:
     """The prompt that names one object of each kind."""
-    names = (_with_article(" ".join([*filter(None, [it.get("color")]), it["class"]])) for it in objects)
+    names = (_with_article(" ".join([*filter(None, [item.get("color")]), item["class"]])) for item in objects)
     return {"tag": task, "include": list(objects), "prompt": "a photo of " + " and ".join(names)}
 
 
@@ -140,13 +140,12 @@ def digest(prompts: Sequence[Metadata]) -> str:
 
 
 class _Fields(BaseModel):
-    """Fields that the official code does not know are allowed, but in a file of prompts not those that look like a
-    misspelt one."""
+    """Unknown fields are allowed, but in a file of prompts not those that look like a misspelt one."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="after")
-    def _nothing_is_misspelt(self, info: ValidationInfo) -> Self:
+    def _check_spelling(self, info: ValidationInfo) -> Self:
         for name in (self.model_extra or {}) if info.context != _OF_OTHERS else ():
             for meant in difflib.get_close_matches(name, _OPTIONAL, n=1, cutoff=0.8):
                 if meant in type(self).model_fields and meant not in self.model_fields_set:
@@ -162,7 +161,7 @@ class _Few(_Fields):
 class _Unwanted(_Few):
     @field_validator("count", mode="before")
     @classmethod
-    def _some_image_is_right(cls, count: Any) -> Any:
+    def _check_possible(cls, count: Any) -> Any:
         if isinstance(count, int) and count < 1:
             raise ValueError(f"{count} leaves no image that could be right: must be at least 1")
         return count
@@ -180,7 +179,7 @@ class _Prompt(_Fields):
     prompt: Annotated[str, Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _asks_for_something(self) -> Self:
+    def _check_items(self) -> Self:
         if not self.include and not self.exclude:
             raise ValueError("include and exclude are empty: any image would be right")
         for i, item in enumerate(self.include):
@@ -191,7 +190,7 @@ class _Prompt(_Fields):
 
 class _ListedPrompt(_Prompt):
     tag: Task
-    heldout: bool = False  # of the proving ground's: whether training never saw the caption
+    heldout: bool = False  # on the proving ground: whether training never saw the caption
 
 
 _OF_OTHERS = "metadata of others"
@@ -200,7 +199,7 @@ _OPTIONAL = ("include", "exclude", "color", "position")
 
 
 def essentials(metadata: Metadata) -> Metadata:
-    """What a prompt asks for, without fields that others have added and empty ones."""
+    """What a prompt asks for, without empty fields and those that others have added."""
     lists = {
         name: [{field: item[field] for field in _ITEM if item.get(field) is not None} for item in metadata[name]]
         for name in ("include", "exclude")
@@ -210,11 +209,10 @@ def essentials(metadata: Metadata) -> Metadata:
 
 
 def read(path: Path) -> list[Metadata]:
-    """Read prompts from a file as the published one is: a line of JSON each. Wordings and classes are free, and fields
-    that GenEval does not know are kept.
+    """Read prompts from a file like the published one: a line of JSON each, with any wording, classes and more fields.
 
     Raises:
-        UserError: the file cannot be read, holds no prompt, or a line is not one; it is named.
+        UserError: the file cannot be read, holds no prompt, or a line, which is named, is no prompt.
     """
     lines = read_lines(path, f"prompts {path}")
     if not lines:
@@ -223,11 +221,12 @@ def read(path: Path) -> list[Metadata]:
 
 
 def read_one(path: Path) -> Metadata:
-    """Read a metadata.jsonl as the official code does: one object of JSON, over any number of lines. Its images are
-    there already, so any tag is a task, and any other field is kept and means nothing, whatever it looks like.
+    """Read a metadata.jsonl as the official code does: one object of JSON, over any number of lines.
+
+    Its images are there already, so any tag is a task, and any other field is kept and ignored.
 
     Raises:
-        UserError: the file cannot be read, or holds anything else, or what any image or none would be right for.
+        UserError: the file cannot be read, holds anything else, or a prompt for which any image or none is right.
     """
     return _parse(read_text(path), str(path), _Prompt, _OF_OTHERS)
 

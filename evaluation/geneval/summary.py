@@ -1,31 +1,21 @@
-"""GenEval's scores: the lines of results.jsonl, a line an image, and what they come to.
+"""GenEval's scores, its folder of images, and the results that a detector's judgement leaves for each image.
 
-- A task's score is the mean over its images, the overall score the mean over the tasks that there are: whatever tags
+Scores:
+- A task's score is the mean over its images, the overall score the mean over the tasks that there are, whatever tags
   the lines have, as in the official code.
-- The intervals are of the bootstrap: the prompts of each task are drawn anew, with replacement, a prompt with all its
-  images. Images of a prompt succeed and fail together, so to draw images would make the intervals too narrow. They tell
-  how far another set of prompts of the same kind could have moved the score; where a task's prompts all did equally
-  well, that is no width at all.
-- Draws are a function of (seed, task), and lines may come in any order.
+- Intervals are of the bootstrap over a task's prompts, each with all its images. They say how far another set of
+  prompts of the same kind could have moved the score. They are a function of the results, in whatever order.
 
-Source: Ghosh et al., "GenEval" (2023), and its evaluation/summary_scores.py; the percentile bootstrap: Efron and
-Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3.
-
-GenEval's folder of images, written and read.
+The folder has a folder for each prompt, in the prompts' order:
 
     00000/metadata.jsonl      the prompt, one line
     00000/samples/0000.png    its images
     00000/grid.png            all of them in one
 
-A folder for each prompt, in the prompts' order. Of what others made any digits may name a folder or image, and numbers
-may be missing. Images may not: a folder that lacks some would get a score that looks like a whole one.
+In a folder that others made, any digits may name a folder or image, and numbers may be missing. Images may not: a
+folder that lacks some would get a score that looks like that of a whole one.
 
-Source: Ghosh et al., "GenEval" (2023), and its evaluation/evaluate_images.py.
-
-A detector's verdicts on a folder's images, kept so that a job that was killed goes on where it stood.
-
-A file a prompt, whole or absent. Each verdict is kept with the hash of the image's file: an image that has changed is
-judged again. All are of one detector; a folder with those of another is refused.
+Source: Ghosh et al., "GenEval" (2023), and its evaluation/summary_scores.py and evaluation/evaluate_images.py.
 """
 
 from __future__ import annotations
@@ -40,96 +30,68 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data.decode import decode_file
-from data.errors import UserError
-from data.files import atomic_write, sha256
+from data.errors import UserError, first_of
+from data.files import atomic_write, name_in_errors, sha256, write_json, write_png
 from data.listing import is_image
-from data.randomness import key, uniform
+from data.randomness import key
 from evaluation.geneval.prompts import TASKS, Metadata, read_one, to_lines
 from evaluation.geneval.rules import Detector, Image, Verdict, judge
-from evaluation.sampling_job import check_or_write_manifest, write_json, write_png
+from evaluation.sampling_job import begin_or_resume
+from evaluation.stats import LEVEL, RESAMPLES, Floats, bootstrap, interval
 
 Result = dict[str, Any]
 """A line of results.jsonl: filename, tag, prompt, correct, reason, and metadata and details as strings of JSON."""
 
-RESAMPLES = 2000
-_LEVEL = 0.95
-_Floats = NDArray[np.float64]
-
 
 def counted(metadata: Metadata, correct: bool) -> Result:
-    """Of an image's line, what `summarise` reads."""
+    """Those fields of an image's line that `summarize` reads."""
     return {"tag": metadata["tag"], "metadata": json.dumps(metadata), "correct": correct}
 
 
-def summarise(results: Sequence[Result], seed: int = 0) -> dict[str, Any]:
-    """The scores, as shares of 1, with intervals (low, high) of 95 %.
-
-    Args:
-        results: a line for each image.
-        seed: of the bootstrap.
+def summarize(results: Sequence[Result], seed: int = 0) -> dict[str, Any]:
+    """The scores, 0 to 1, with intervals [low, high] of 95 %; `seed` is the bootstrap's.
 
     Returns:
-        "overall", "overall_interval"; "tasks": of each that there is "score", "interval", "prompts", "images";
-        "absent_tasks": GenEval's that there are not; "correct_images"; "correct_prompts": with any image correct;
+        "overall", "overall_interval"; "tasks": for each with images "score", "interval", "prompts", "images";
+        "absent_tasks": GenEval's tasks without images; "correct_images"; "correct_prompts": with any image correct;
         "prompts"; "images"; "bootstrap": how the intervals were made. In JSON's types.
 
     Raises:
-        UserError: there is no line.
+        UserError: there are no results.
     """
     if not results:
-        raise UserError("there are no results to sum up: an image at least has to be scored")
-    others = sorted({it["tag"] for it in results} - set(TASKS))
+        raise UserError("there are no results to summarize: at least one image has to be scored")
+    others = sorted({line["tag"] for line in results} - set(TASKS))
     # As in the official code, lines of equal metadata are of one prompt. Sorted, so that their order means nothing.
     outcomes: dict[str, dict[str, list[bool]]] = {task: defaultdict(list) for task in (*TASKS, *others)}
-    for it in sorted(results, key=lambda it: it["metadata"]):
-        outcomes[it["tag"]][it["metadata"]].append(it["correct"])
+    for line in sorted(results, key=lambda line: line["metadata"]):
+        outcomes[line["tag"]][line["metadata"]].append(line["correct"])
     tasks: dict[str, dict[str, Any]] = {}
-    resampled: list[_Floats] = []
+    resampled: list[Floats] = []
     for task, of_prompts in outcomes.items():
         if of_prompts:
-            scores = bootstrap(list(of_prompts.values()), key(seed, "geneval", "bootstrap", task))
-            resampled.append(scores)
+            resampled.append(bootstrap(list(of_prompts.values()), key(seed, "geneval", "bootstrap", task)))
             images = [correct for of_prompt in of_prompts.values() for correct in of_prompt]
             tasks[task] = {
                 "score": _mean(images),
-                "interval": interval(scores),
+                "interval": list(interval(resampled[-1])),
                 "prompts": len(of_prompts),
                 "images": len(images),
             }
     prompts = [any(of_prompt) for of_prompts in outcomes.values() for of_prompt in of_prompts.values()]
     return {
         "overall": _mean([task["score"] for task in tasks.values()]),
-        "overall_interval": interval(np.mean(resampled, axis=0)),
+        "overall_interval": list(interval(np.mean(resampled, axis=0))),
         "tasks": tasks,
         "absent_tasks": [task for task in TASKS if task not in tasks],
-        "correct_images": _mean([it["correct"] for it in results]),
+        "correct_images": _mean([line["correct"] for line in results]),
         "correct_prompts": _mean(prompts),
         "prompts": len(prompts),
         "images": len(results),
-        "bootstrap": {"resamples": RESAMPLES, "seed": seed, "level": _LEVEL, "unit": "prompts of a task"},
+        "bootstrap": {"resamples": RESAMPLES, "seed": seed, "level": LEVEL, "unit": "prompts of a task"},
     }
-
-
-def bootstrap(of_prompts: Sequence[Sequence[float]], key_: int) -> _Floats:
-    """A task's score, (RESAMPLES,), each time with as many prompts, drawn with replacement.
-
-    Args:
-        of_prompts: each image's score, here whether it is correct, by prompts; none is empty.
-    """
-    correct = np.array([sum(of_prompt) for of_prompt in of_prompts])
-    images = np.array([len(of_prompt) for of_prompt in of_prompts])
-    n = len(images)
-    drawn = (uniform(key_, np.arange(RESAMPLES * n)) * n).astype(np.int64).reshape(RESAMPLES, n)
-    return np.asarray(correct[drawn].sum(1) / images[drawn].sum(1))
-
-
-def interval(scores: _Floats) -> list[float]:
-    """The middle 95 % of scores: their percentiles 2.5 and 97.5."""
-    low, high = np.quantile(scores, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return [float(low), float(high)]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -137,8 +99,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Prompted:
-    """One prompt and its images.
+class PromptImages:
+    """A prompt and its images.
 
     Attributes:
         folder: the prompt's own, such as 00000.
@@ -157,48 +119,46 @@ def image_path(root: Path, prompt: int, image: int) -> Path:
 
 
 def begin_folder(root: Path, prompts: Sequence[Metadata]) -> None:
-    """Make the folders and write each prompt's line; what is there already stays.
+    """Make the prompts' folders with their metadata.jsonl; what is there already stays.
 
     Raises:
         UserError: they cannot be made.
     """
-    try:
+    with name_in_errors(str(root)):
         for number, metadata in enumerate(prompts):
             samples = image_path(root, number, 0).parent
             samples.mkdir(parents=True, exist_ok=True)
             line = samples.with_name("metadata.jsonl")
             if not line.exists():
                 atomic_write(line, to_lines([metadata]))
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written to: {error.strerror}") from error
 
 
 def read_image(path: Path) -> Image:
     """An image, uint8 (H, W, 3).
 
     Raises:
-        UserError: it is no image, or a damaged one.
+        UserError: it cannot be read as an image.
     """
     return np.ascontiguousarray(decode_file(path).transpose(1, 2, 0))
 
 
-def write_grid(it: Prompted) -> None:
-    """Write grid.png of a prompt's images, as nearly square as can be, row by row."""
-    images = [read_image(path) for path in it.images]
+def write_grid(prompt: PromptImages) -> None:
+    """Write grid.png of a prompt's images, row by row in a grid that is as nearly square as can be."""
+    images = [read_image(path) for path in prompt.images]
     height, width = images[0].shape[:2]
     columns = math.ceil(math.sqrt(len(images)))
     grid = np.zeros((-(-len(images) // columns) * height, columns * width, 3), np.uint8)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
-    write_png(it.folder / "grid.png", grid)
+    write_png(prompt.folder / "grid.png", grid)
 
 
-def read_folder(root: Path) -> list[Prompted]:
+def read_folder(root: Path) -> list[PromptImages]:
     """All prompts of a folder, in the order of their numbers.
 
     Raises:
-        UserError: it is no such folder, or something is missing from it.
+        UserError: it has another layout, or something is missing from it.
     """
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder of images")
@@ -206,14 +166,16 @@ def read_folder(root: Path) -> list[Prompted]:
     if not folders:
         raise UserError(f"{root}: must hold a folder for each prompt: 00000/metadata.jsonl and 00000/samples/0000.png")
     found = [_read_prompt(folder) for folder in folders]
-    usual, _ = Counter(len(it.images) for it in found).most_common(1)[0]
-    for it in found:
-        if len(it.images) != usual:
-            raise UserError(f"{it.folder}: holds {len(it.images)} images where others hold {usual}: complete it")
+    usual, _ = Counter(len(prompt.images) for prompt in found).most_common(1)[0]
+    for prompt in found:
+        if len(prompt.images) != usual:
+            raise UserError(
+                f"{prompt.folder}: holds {len(prompt.images)} images where others hold {usual}: complete it"
+            )
     return found
 
 
-def _read_prompt(folder: Path) -> Prompted:
+def _read_prompt(folder: Path) -> PromptImages:
     line = folder / "metadata.jsonl"
     if not line.exists():
         raise UserError(f"{folder}: has no metadata.jsonl, which says what its images must show")
@@ -221,14 +183,13 @@ def _read_prompt(folder: Path) -> Prompted:
     files = sorted(samples.iterdir()) if samples.is_dir() else []
     images = _numbered((path.stem, path) for path in files if is_image(path.name))
     if not images:
-        others = f", but {', '.join(path.name for path in files[:3])}" if files else ""
+        others = f", but {first_of([path.name for path in files], 3)}" if files else ""
         raise UserError(f"{folder}: has no image samples/0000.png{others}")
-    return Prompted(folder, read_one(line), tuple(images))
+    return PromptImages(folder, read_one(line), tuple(images))
 
 
 def _numbered(paths: Iterable[tuple[str, Path]]) -> list[Path]:
-    """The paths whose names, given before them, are numbers, in their order; others are left out, as by the official
-    code.
+    """The paths whose names, given before them, are numbers, in order; others are left out, as in the official code.
 
     Raises:
         UserError: two have the same number.
@@ -236,77 +197,65 @@ def _numbered(paths: Iterable[tuple[str, Path]]) -> list[Path]:
     found: dict[int, Path] = {}
     for name, path in sorted(paths):
         if name.isdecimal() and (first := found.setdefault(int(name), path)) is not path:
-            raise UserError(f"{path.parent}: {first.name} and {path.name} are of one number: remove one")
+            raise UserError(f"{path.parent}: {first.name} and {path.name} have the same number: remove one")
     return [found[number] for number in sorted(found)]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """An image and what became of it."""
+class ImageResult:
+    """An image and its result."""
 
     digest: str
     """SHA-256 of its file."""
     height: int
     width: int
     result: Result
-    """Its line of results.jsonl; the file's name as seen from the job's folder."""
+    """Its line of results.jsonl; the file's name is relative to the job's folder."""
 
 
 class Verdicts:
-    """The verdicts of a detector on a folder's images.
+    """A detector's verdicts on a folder's images: a file for each prompt in verdicts/, whole or absent.
 
-    Args:
-        out: the job's folder.
-        prompted: what is judged.
-        detector: who judges.
+    A verdict is kept with the hash of its image's file, so that an image that has changed is judged again.
     """
 
-    def __init__(self, out: Path, prompted: Sequence[Prompted], detector: Detector) -> None:
+    def __init__(self, out: Path, prompts: Sequence[PromptImages], detector: Detector) -> None:
         self._folder = out / "verdicts"
-        self._out, self._prompted, self._detector = out, prompted, detector
+        self._out, self._prompts, self._detector = out, prompts, detector
 
     def begin(self) -> list[int]:
-        """Make the folder, or see that what is there is of the same detector.
-
-        Returns:
-            Numbers of the prompts whose images are not judged yet, or have changed since.
+        """Make the folder or resume in it; the numbers of the prompts whose images are still to be judged.
 
         Raises:
-            UserError: it holds verdicts of another detector, or cannot be made.
+            UserError: it holds verdicts of another detector, or cannot be written.
         """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            settings = {"detector": self._detector.identity, "thresholds": asdict(self._detector.thresholds)}
-            differ = check_or_write_manifest(self._folder / "settings.json", settings)
-        except OSError as error:
-            raise UserError(f"--out {self._out}: cannot be written to: {error.strerror}") from error
-        if differ:
-            raise UserError(
-                f"--out {self._out}: {self._folder} holds verdicts of another detector ({', '.join(differ)}): remove it"
-            )
-        return [number for number in range(len(self._prompted)) if not self._known(number)]
+        settings = {"detector": self._detector.identity, "thresholds": asdict(self._detector.thresholds)}
+        begin_or_resume(
+            self._folder / "settings.json", settings, what="verdicts of another detector", advice="remove it"
+        )
+        return [number for number in range(len(self._prompts)) if not self._is_known(number)]
 
-    def judge(self, mine: Iterable[int], judged: Callable[[], object]) -> None:
-        """Judge the images of these prompts, and tell of each prompt.
+    def judge(self, numbers: Iterable[int], advance: Callable[[], object]) -> None:
+        """Judge the images of these prompts; `advance` is called after each prompt.
 
         Raises:
-            UserError: an image that cannot be read.
+            UserError: an image cannot be read.
         """
-        for number in mine:
-            it = self._prompted[number]
-            found = [self._judge(path, it.metadata) for path in it.images]
-            write_json(self._path(number), [asdict(image) for image in found])
-            judged()
+        for number in numbers:
+            prompt = self._prompts[number]
+            results = [self._judge(path, prompt.metadata) for path in prompt.images]
+            write_json(self._path(number), [asdict(image) for image in results])
+            advance()
 
-    def read(self) -> list[list[Judged]]:
-        """For each prompt the verdicts on its images. All have been judged."""
-        return [self._read(number) for number in range(len(self._prompted))]
+    def read(self) -> list[list[ImageResult]]:
+        """For each prompt the results of its images, all of which have been judged."""
+        return [self._read(number) for number in range(len(self._prompts))]
 
-    def _judge(self, path: Path, metadata: Metadata) -> Judged:
+    def _judge(self, path: Path, metadata: Metadata) -> ImageResult:
         image = read_image(path)
         verdict = judge(metadata, image, self._detector)
         height, width = image.shape[:2]
-        return Judged(sha256(path), height, width, _line(self._name(path), metadata, verdict))
+        return ImageResult(sha256(path), height, width, _line(self._name(path), metadata, verdict))
 
     def _name(self, path: Path) -> str:
         return os.path.relpath(path, self._out)
@@ -314,22 +263,22 @@ class Verdicts:
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:05d}.json"
 
-    def _read(self, number: int) -> list[Judged]:
-        return [Judged(**it) for it in json.loads(self._path(number).read_text())]
+    def _read(self, number: int) -> list[ImageResult]:
+        return [ImageResult(**fields) for fields in json.loads(self._path(number).read_text())]
 
-    def _known(self, number: int) -> bool:
+    def _is_known(self, number: int) -> bool:
         if not self._path(number).exists():
             return False
-        it = self._prompted[number]
+        prompt = self._prompts[number]
         known = [(image.result["filename"], image.result["metadata"], image.digest) for image in self._read(number)]
-        return known == [(self._name(path), json.dumps(it.metadata), sha256(path)) for path in it.images]
+        return known == [(self._name(path), json.dumps(prompt.metadata), sha256(path)) for path in prompt.images]
 
 
 def _line(filename: str, metadata: Metadata, verdict: Verdict) -> Result:
-    """An image's line of results.jsonl; its details are (x0, y0, x1, y1, score) of all that counts, by class."""
+    """An image's line of results.jsonl; details are (x0, y0, x1, y1, score) of all objects that count, by class."""
     details: dict[str, list[list[float]]] = {}
-    for it in verdict.used:
-        details.setdefault(it.label, []).append([float(value) for value in (*it.box, it.score)])
+    for found in verdict.used:
+        details.setdefault(found.label, []).append([float(value) for value in (*found.box, found.score)])
     return {
         "filename": filename,
         "tag": metadata["tag"],

@@ -1,1 +1,1 @@
-"""The proving ground: GenEval's tasks on scenes of drawn shapes, judged by a detector that learns nothing."""
+"""The proving ground: GenEval's tasks on scenes of drawn shapes, judged by a detector without learned weights."""

@@ -1,16 +1,15 @@
-"""A detector of drawn shapes (data/packing/shapes.py), in drawn pictures and in a model's. It learns nothing.
+"""A detector of drawn shapes (data/packing/shapes.py) in rendered and generated images. It learns nothing.
 
 1. Segmentation: a pixel belongs to the ground or to one of eight colours, by the nearest in CIELAB of the nine palette
-   colours and of the blends between ground and colour that an object's edge consists of.
-2. Objects: connected pixels of one colour. What is too small or too large for an object of these scenes is none.
-3. Coverage: how far a pixel is on the way from the ground's colour to the object's, both as measured in the picture:
-   a shade that is a little off costs nothing.
-4. Shape: each of the eight is drawn with the object's area and centre of gravity and moved and scaled in small steps to
-   where the two coverages agree best. The score is the best shape's agreement, their intersection over their union.
+   colours and of the blends of ground and colour that an object's edge consists of.
+2. Objects: connected pixels of one colour, unless they are too small or too large for an object of these scenes.
+3. Coverage: how far a pixel is on the way from the ground's colour to the object's, both as measured in the image, so
+   that a slightly different shade costs nothing.
+4. Shape: each of the eight is rendered with the object's area and centre of gravity, then moved and scaled in small
+   steps to where the two coverages agree best. The score is the best shape's intersection over union.
 
-The score is to tell how good a shape is, not how sharp its edge or how noisy its picture. So coverages are compared
-smoothed, and shapes are drawn with soft edges, too. Objects must not touch others of their own colour; of other colours
-they may.
+The score says how good a shape is, not how sharp its edge or how noisy the image. So coverages are compared smoothed,
+and shapes are rendered with soft edges, too. Objects must not touch others of their own colour; they may touch others.
 """
 
 from __future__ import annotations
@@ -29,26 +28,25 @@ from data.packing.shapes import BACKGROUND, COLORS, PALETTE, SHAPES, Object, cov
 from evaluation.geneval.rules import Detection, Image, Thresholds
 
 ACCEPTED = 0.86
-"""An object is of a shape above this agreement. Drawn scenes, blurred by half a pixel of 32 and with noise, are above
-0.88; circles, which of all whole shapes are the most like another, agree with squares up to 0.87. What else there is
-below and above: `python tests/benchmarks/shape_detector.py`."""
+"""Least agreement of an object with its shape. Rendered scenes, blurred by half a pixel of 32 and with noise, are above
+0.88; circles and squares, the two shapes most alike, agree up to 0.87. tests/benchmarks/shape_detector.py has more."""
 
 _SMALLEST, _LARGEST = 0.015, 0.4
-"""Share of the picture that an object covers; drawn ones 0.025 to 0.25."""
+"""Share of the image that an object covers; in rendered scenes 0.025 to 0.25."""
 _FAINTEST = 20.0
-"""Distance in RGB, of 0 to 255, from the ground, below which nothing is an object; pink, the nearest, is 83 away."""
+"""Least distance of an object from the ground in RGB of 0 to 255; pink, the nearest colour, is 83 away."""
 _LEAST_GROUND = 0.25
-"""Where less of the picture is ground, its colour is not measured; drawn scenes leave 0.48."""
+"""Least share of ground in an image to measure its colour; rendered scenes have 0.48."""
 _BLUR = 0.02
-"""Deviation of the Gaussian that smooths coverages, as a share of the picture's side: 0.64 pixels of 32."""
+"""Deviation of the Gaussian that smooths coverages, as a share of the image's side: 0.64 pixels of 32."""
 _STEPS = 128
-"""Sides and centres are multiples of the picture's side over this: of a quarter pixel of 32."""
+"""Sides and centres are multiples of the image's side over this: a quarter pixel of 32."""
 _SOFT = (0, 1 / 64)
-"""Deviations of the Gaussians that drawn edges are smoothed by, as well: none, and half a pixel of 32."""
+"""Deviations of the Gaussians that also smooth rendered edges: none, and half a pixel of 32."""
 _MOST_MOVES = 8
-"""So many steps of its side, centre or edge may lead a shape away from its first place."""
+"""Most steps of its side, centre or edge that a shape is moved from its first place."""
 _REFINED = 3
-"""So many shapes, the best at first sight, are moved and scaled."""
+"""How many shapes, the best at their first places, are moved and scaled."""
 _OFF_COLOR = 0.25
 """A pixel's distance from the way between ground and object, as a share of that way, that counts as noise."""
 
@@ -58,7 +56,7 @@ Floats = NDArray[np.float32]
 class ShapeDetector:
     """A `Detector` of the eight shapes, whose labels are their names, and of the eight colours of the palette.
 
-    Pictures are squares; it is measured at sides of 32 pixels and more. An object is found once, as the shape that it
+    Images are squares; it is tested at sides of 32 pixels and more. An object is found once, as the shape that it
     agrees with best.
     """
 
@@ -84,15 +82,15 @@ class ShapeDetector:
         }
 
     def detect(self, image: Image) -> list[Detection]:
-        """Every object, however badly it agrees; boxes, finer than pixels, are of the shapes that fit best.
+        """Every object, however badly it agrees; boxes are those of the best shapes, in fractions of pixels.
 
         Raises:
-            UserError: the picture is no square.
+            UserError: the image is not square.
         """
         height, width = image.shape[:2]
         if height != width:
             raise UserError(
-                f"the detector shapes finds objects in squares, not in {height} x {width} pixels: draw squares"
+                f"the detector shapes finds objects in squares, not in {height} x {width} pixels: generate squares"
             )
         labels = segment(image)
         pixels, ground = image.astype(np.float32), ground_color(image, labels)
@@ -114,7 +112,7 @@ class ShapeDetector:
         """The palette's colour nearest in CIELAB to each object's."""
         pixels, ground = image.astype(np.float32), ground_color(image, segment(image))
         palette = lab(np.asarray([*PALETTE.values()]))
-        inks = (ink(pixels[it.mask], ground) for it in objects)
+        inks = (ink(pixels[found.mask], ground) for found in objects)
         return [COLORS[int(np.linalg.norm(palette - lab(color[None]), axis=1).argmin())] for color in inks]
 
 
@@ -128,7 +126,7 @@ def lab(rgb: NDArray[np.generic]) -> Floats:
 
 @cache
 def _blends() -> tuple[Floats, NDArray[np.intp]]:
-    """The colours of pixels covered by tenths, in CIELAB, (81, 3); and for each 0 for the ground, n + 1 for color n."""
+    """Colours of pixels covered by tenths, in CIELAB, (81, 3), and their labels: 0 the ground, n + 1 color n."""
     ground, palette = np.asarray(BACKGROUND, np.float32), np.asarray([*PALETTE.values()], np.float32)
     shares = np.arange(1, 11) / np.float32(10)
     blends = ground + shares[None, :, None] * (palette - ground)[:, None]
@@ -137,21 +135,21 @@ def _blends() -> tuple[Floats, NDArray[np.intp]]:
 
 
 def segment(image: Image) -> NDArray[np.intp]:
-    """What each pixel belongs to, (H, W): 0 the ground, n + 1 the color n of the palette."""
+    """The label of each pixel, (H, W): 0 for the ground, n + 1 for color n of the palette."""
     blends, names = _blends()
     squares = np.square(blends).sum(1) - 2 * lab(image.reshape(-1, 3)) @ blends.T  # less the pixel's own square
     return np.asarray(names[squares.argmin(1)].reshape(image.shape[:2]))
 
 
 def ground_color(image: Image, labels: NDArray[np.intp]) -> Floats:
-    """The ground's colour (3,): the median of its pixels or, where these are few, the palette's."""
+    """The ground's colour (3,): the median of its pixels, or the palette's if these are few."""
     ground = labels == 0
     measured = np.median(image[ground], axis=0) if ground.mean() > _LEAST_GROUND else BACKGROUND
     return np.asarray(measured, np.float32)
 
 
 def components(labels: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
-    """The masks of connected pixels (8 neighbours) of one colour that may be objects by their size."""
+    """The masks of connected pixels (8 neighbours) of one colour that have the size of an object."""
     found = []
     for label in np.unique(labels[labels > 0]):
         _, parts, stats, _ = cv2.connectedComponentsWithStats((labels == label).astype(np.uint8), connectivity=8)
@@ -161,13 +159,13 @@ def components(labels: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
 
 
 def ink(pixels: Floats, ground: Floats) -> Floats:
-    """The colour (3,) of an object with these pixels (N, 3): the mean of those that no ground is mixed into."""
+    """The colour (3,) of an object with these pixels (N, 3): the mean of those without ground mixed in."""
     distance = np.linalg.norm(pixels - ground, axis=1)
     return np.asarray(pixels[distance >= 0.8 * np.quantile(distance, 0.9)].mean(0))
 
 
 def coverage(pixels: Floats, color: Floats, ground: Floats) -> Floats:
-    """How much of each pixel (H, W, 3) the colour covers, 0 to 1; less of one that is no blend of it and the ground."""
+    """How much of each pixel (H, W, 3) the colour covers, 0 to 1; less if it is no blend of colour and ground."""
     way = color - ground
     square = float(way @ way)
     along = (pixels - ground) @ way / square
@@ -178,12 +176,12 @@ def coverage(pixels: Floats, color: Floats, ground: Floats) -> Floats:
 # --- shapes ---
 
 Place = tuple[int, int, int, int]
-"""How a shape is drawn: its side and the x and y of its centre, in steps, and which of the soft edges it has."""
+"""How a shape is rendered: its side and the x and y of its centre, in steps, and the number of its soft edge."""
 _MOVES = [tuple(d if i == n else 0 for i in range(4)) for n in range(4) for d in (-1, 1)]
 
 
 def best_shape(covered: Floats) -> tuple[float, Object]:
-    """The shape that agrees best with a coverage (H, W), and how well, 0 to 1; its lengths are shares of H."""
+    """The best agreement of a shape with a coverage (H, W), 0 to 1, and that shape; its lengths are shares of H."""
     match = _Match(covered)
     starts = [(match.agreement(shape, place), shape, place) for shape, place in match.first_places()]
     best = max(match.climbed(*start) for start in sorted(starts, reverse=True)[:_REFINED])
@@ -192,7 +190,7 @@ def best_shape(covered: Floats) -> tuple[float, Object]:
 
 
 class _Match:
-    """One coverage, and how the shapes agree with it."""
+    """A coverage that shapes are compared with."""
 
     def __init__(self, covered: Floats) -> None:
         self._size = len(covered)
@@ -201,7 +199,7 @@ class _Match:
         self._padded = np.pad(_smoothed(covered, self._size), self._size)
 
     def first_places(self) -> list[tuple[str, Place]]:
-        """For every shape where it has the coverage's area and centre of gravity."""
+        """For every shape, the place where it has the coverage's area and centre of gravity."""
         found = []
         for shape in SHAPES:
             area, x, y = _unit_moments(shape)
@@ -221,7 +219,7 @@ class _Match:
         return both / (self._area + float(drawn.sum()) - both)
 
     def climbed(self, agreement: float, shape: str, place: Place) -> tuple[float, str, Place]:
-        """The same after moves of one step each, as long as they help."""
+        """Hill climbing: the best shape after moves of one step each, as long as these help."""
         for _ in range(_MOST_MOVES):
             side, x, y, soft = place
             moved = [(side + a, x + b, y + c, soft + d) for a, b, c, d in _MOVES if 0 <= soft + d < len(_SOFT)]
@@ -262,6 +260,6 @@ def _unit_moments(shape: str) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=1 << 14)
 def _template(shape: str, size: int, side: float, x: float, y: float, soft: int) -> Floats:
-    """A smoothed shape for a picture of `size`, its centre (x, y), 0 to 1, from the middle of an even square."""
+    """A smoothed shape for an image of `size`, its centre (x, y), 0 to 1, from the middle of an even square."""
     half = math.ceil(side / 2 + 3 * math.hypot(_BLUR, _SOFT[soft]) * size) + 1
     return _smoothed(_drawn(shape, 2 * half, half + x, half + y, side), size, soft)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import draw_classes, run, start, tiny_classes, write_config
 
 from data.files import sha256
-from evaluation.npz import drawn_as
+from evaluation.npz import generated_with
 from t2i.config.base import ConfigError
 from t2i.config.loading import stage_config, validate_config
 from t2i.pipeline import Picture, Pipeline
@@ -103,14 +103,14 @@ def test_the_npz_is_adms(samples: Path) -> None:
 
 
 def test_beside_the_npz_is_what_it_was_drawn_with(samples: Path, tmp_path: Path) -> None:
-    found = drawn_as(samples, sha256(samples))
+    found = generated_with(samples, sha256(samples))
     assert found is not None
     assert found["count"] == COUNT and found["size"] == [SIDE, SIDE] and found["sampling"]["steps"] == 4
     assert found["speed"]["images"] == COUNT and found["speed"]["images_per_s"] > 0
-    assert drawn_as(samples, "0" * 64) is None  # another file of this name
-    assert drawn_as(tmp_path / "none.npz", sha256(samples)) is None
+    assert generated_with(samples, "0" * 64) is None  # another file of this name
+    assert generated_with(tmp_path / "none.npz", sha256(samples)) is None
     (tmp_path / "one.json").write_text("[]")  # nothing of ours
-    assert drawn_as(tmp_path / "one.npz", sha256(samples)) is None
+    assert generated_with(tmp_path / "one.npz", sha256(samples)) is None
 
 
 def test_an_image_is_a_function_of_its_index(samples: Path, trained: Path) -> None:
@@ -138,7 +138,7 @@ def test_killed_and_gone_on_with_on_two_processes_it_is_the_same_file(
     kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.bin")}
     assert 2 <= len(kept) < 6 and not out.exists()
     output = run("forked", "sample_classes.py", *command[:-1], '{"batch_size": 2, "steps": 5}', ranks=1, code=2)
-    assert "holds parts of other samples (sampling.steps)" in output.splitlines()[-1]
+    assert "holds images made with other settings (sampling.steps)" in output.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in parts.glob("*.bin")} == kept
     damaged = min(kept)
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -146,4 +146,4 @@ def test_killed_and_gone_on_with_on_two_processes_it_is_the_same_file(
     run("forked", "sample_classes.py", *command)
     assert out.read_bytes() == samples.read_bytes() and not parts.exists()
     output = run("forked", "sample_classes.py", *command, ranks=1, code=2)
-    assert "two.npz is there already" in output.splitlines()[-1]
+    assert "two.npz exists: remove it, or give another name" in output.splitlines()[-1]

@@ -111,7 +111,7 @@ def test_samples_of_a_prompt_stand_side_by_side(pair: list[Path], tmp_path: Path
     assert_shows(cells[0], "red", "blue")  # not the black of step 20
     assert_shows(cells[1], "green")
     assert_shows(cells[2], "white")
-    assert "b: not drawn" in cells[1] and "a&lt;b&gt;: not drawn" in cells[2]
+    assert "b: no sample" in cells[1] and "a&lt;b&gt;: no sample" in cells[2]
 
 
 def test_a_curve_of_seeds_is_their_mean_over_each(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_runs_without_anything_still_make_a_page(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, []) for name in "ab"]
     assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
     html = Page(tmp_path / "out/compare.html").html
-    assert "Recorded in none of the runs: training loss" in html and "None of the runs has drawn samples yet" in html
+    assert "Recorded in none of the runs: training loss" in html and "None of the runs has samples yet" in html
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_runs_without_anything_still_make_a_page(tmp_path: Path) -> None:
     [
         ("{a} {b}/low", "error: {b}/low is no run: it should be a run's folder (with config.yaml and metrics.jsonl)"),
         ("{a}", "error: a single run is given"),
-        ("{a} {b} --out {b}/config.yaml", "error: out is {b}/config.yaml: it cannot be written"),
+        ("{a} {b} --out {b}/config.yaml", "error: --out {b}/config.yaml: cannot be written"),
         ("{a} {b} --seeds alone", "error: "),
     ],
 )
@@ -152,7 +152,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_more_runs_than_a_page_has_colours_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(write_run(tmp_path / str(i), [])) for i in range(8)]
     assert main([*runs, "--out", str(tmp_path / "out")]) == 2
-    assert "7 curves apart, not 8" in capsys.readouterr().err
+    assert "7 colours for curves, not 8" in capsys.readouterr().err
     assert main(runs) == 0
 
 

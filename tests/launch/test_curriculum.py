@@ -225,7 +225,7 @@ def test_pictures_do_not_depend_on_processes_or_neighbours(unbroken: Path, tmp_p
     model = str(unbroken / "high" / "model")
     (tmp_path / "three.txt").write_text("\n".join(prompts))
     (tmp_path / "one.txt").write_text(prompts[2])
-    common = ["--model", model, "--pictures", "2"]
+    common = ["--model", model, "--images_per_prompt", "2"]
     run("torchrun", "sample.py", *common, "--prompts", str(tmp_path / "three.txt"), "--out", str(tmp_path / "two"))
     run("forked", "sample.py", *common, "--prompts", str(tmp_path / "three.txt"), "--out", str(tmp_path / "a"), ranks=1)
     run("forked", "sample.py", *common, "--prompts", str(tmp_path / "one.txt"), "--out", str(tmp_path / "b"), ranks=1)

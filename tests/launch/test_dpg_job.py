@@ -82,9 +82,9 @@ def test_from_a_model_to_the_table(dpg: Dpg, model: Path, judge: Path, capsys: p
     found = summary(out)
     assert found["name"] == f"DPG questions about other prompts, judged by {judge}, 2 of 2 prompts"
     assert found["name"] in capsys.readouterr().out
-    assert (found["prompts"], found["pictures_per_prompt"], found["resolution"]) == (2, 4, 16)
+    assert (found["prompts"], found["images_per_prompt"], found["resolution"]) == (2, 4, 16)
     assert sum(found["answers"].values()) == 7 * 4
-    drawn = found["drawn_with"]
+    drawn = found["generated_with"]
     assert drawn["cut_prompts"] == 0
     assert (drawn["which"], drawn["sampling"]["steps"], drawn["sampling"]["seed"]) == ("ema", 2, 0)
     assert (drawn["speed"]["images"], drawn["speed"]["devices"]) == (8, "1 × CPU")
@@ -104,7 +104,7 @@ def test_from_a_model_to_the_table(dpg: Dpg, model: Path, judge: Path, capsys: p
     assert found["total"] == pytest.approx(50 * sum(result["score"] for result in results(out)))
     # Scored again, by what is there.
     before = files(out)
-    assert files(dpg("--score-only", "--judge", judge)) == before
+    assert files(dpg("--score_only", "--judge", judge)) == before
 
 
 def answered(path: Path, to: Path, noes: set[tuple[str, int, int]], judge: str = "someone") -> Path:
@@ -126,7 +126,7 @@ NOES = {("cat1", 0, 1), ("cat1", 3, 2), ("dog2", 1, 3), ("dog2", 3, 1)}
 
 
 def test_answers_from_elsewhere_worked_by_hand(dpg: Dpg, others: list[str | Path], tmp_path: Path) -> None:
-    dpg(*others, "--write-questions", tmp_path / "q.jsonl")
+    dpg(*others, "--write_questions", tmp_path / "q.jsonl")
     answers = answered(tmp_path / "q.jsonl", tmp_path / "a.jsonl", NOES, MPLUG)
     found = summary(dpg(*others, "--answers", answers))
     assert found["name"] == f"DPG questions about other prompts, judged by {MPLUG}, 2 of 2 prompts"
@@ -140,13 +140,13 @@ def test_answers_from_elsewhere_worked_by_hand(dpg: Dpg, others: list[str | Path
         "attribute": 50, "entity": pytest.approx(100 * 9 / 12), "global": 100, "relation": 50
     }  # fmt: skip
     assert found["judge"] == {"name": MPLUG, "answers_sha256": hashlib.sha256(answers.read_bytes()).hexdigest()}
-    assert (found["drawn_with"], found["parity"], found["dropped"]) == (None, False, {})
+    assert (found["generated_with"], found["parity"], found["dropped"]) == (None, False, {})
 
 
 def test_in_parity_the_first_prompt_falls_out_and_categories_are_the_last_pictures(
     dpg: Dpg, others: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dpg(*others, "--parity", "--write-questions", tmp_path / "q.jsonl")
+    dpg(*others, "--parity", "--write_questions", tmp_path / "q.jsonl")
     answers = answered(tmp_path / "q.jsonl", tmp_path / "a.jsonl", NOES)
     found = summary(dpg(*others, "--parity", "--answers", answers))
     assert found["name"] == "DPG questions about other prompts, judged by someone, 1 of 2 prompts"
@@ -170,7 +170,7 @@ def test_what_fails_ends_the_job_but_in_parity(dpg: Dpg, copy: Path, tmp_path: P
     good = (theirs / "dog2.png").read_bytes()
     for spoilt, reason in (
         (good[:60], "is no image that can be read"),
-        (None, "no image for 1 of 2 prompts, such as dog2.png"),
+        (None, "lacks grids of 1 of 2 prompts, such as dog2.png"),
     ):
         if spoilt is None:
             (theirs / "dog2.png").unlink()
@@ -195,11 +195,11 @@ def test_what_fails_ends_the_job_but_in_parity(dpg: Dpg, copy: Path, tmp_path: P
 
 
 def test_answers_to_other_pictures_are_refused(dpg: Dpg, others: list[str | Path], tmp_path: Path) -> None:
-    dpg(*others, "--write-questions", tmp_path / "q.jsonl")
+    dpg(*others, "--write_questions", tmp_path / "q.jsonl")
     answers = answered(tmp_path / "q.jsonl", tmp_path / "a.jsonl", set())
     assert summary(dpg(*others, "--answers", answers))["total"] == 100
     Image.new("RGB", (32, 32), "green").save(tmp_path / "theirs" / "dog2.png")
-    with pytest.raises(UserError, match="grids_sha256 differs, so these answers are to other questions or pictures"):
+    with pytest.raises(UserError, match="grids_sha256 differs, so these answers are to other questions or images"):
         dpg(*others, "--answers", answers)
     assert not (tmp_path / "out" / "summary.json").exists()
 
@@ -220,7 +220,7 @@ def test_a_folder_of_anything_else_is_not_scored_into(
     draw_colors(tmp_path / "theirs")
     assert files(out) == before
     (out / "scored.json").rename(tmp_path / "scored.json")  # now it is another job's
-    with pytest.raises(UserError, match="--out .*: holds .* that this job has not begun: give another folder"):
+    with pytest.raises(UserError, match="--out .*: holds .*, which this job has not written: give another folder"):
         dpg(*others, "--judge", judge)
     assert (out / "summary.json").exists() and not (out / "scored.json").exists()
 
@@ -250,26 +250,26 @@ def test_a_judge_is_not_asked_twice_but_about_what_has_changed(
     dpg(*others, "--judge", judge)
     assert len(asked) == 16
     asked.clear()
-    dpg(*others, "--pic-num", "1", "--judge", judge)
-    assert len(asked) == 7 and summary(out)["pictures_per_prompt"] == 1
+    dpg(*others, "--images_per_prompt", "1", "--judge", judge)
+    assert len(asked) == 7 and summary(out)["images_per_prompt"] == 1
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--judge x", "give one of --model, --images and --score-only"),
-        ("--model m --images i --judge x", "give one of --model, --images and --score-only"),
-        ("--model m", "give one of --judge, --answers, --write-questions and --sample-only"),
-        ("--model m --judge x --sample-only", "give one of --judge, --answers"),
-        ("--score-only --sample-only", "--sample-only draws with --model"),
+        ("--judge x", "give one of --model, --images and --score_only"),
+        ("--model m --images i --judge x", "give one of --model, --images and --score_only"),
+        ("--model m", "give one of --judge, --answers, --write_questions and --sample_only"),
+        ("--model m --judge x --sample_only", "give one of --judge, --answers"),
+        ("--score_only --sample_only", "--sample_only generates with --model"),
         ("--images i --judge x", "--images needs --resolution"),
-        ("--score-only --resolution 16 --judge x", "--resolution is known of the grids in --out: leave it out"),
-        ("--model m --resolution -4 --judge x", "--resolution -4: at least 1 pixel"),
-        ("--images i --resolution 0 --judge x", "--resolution 0: at least 1 pixel"),
-        ("--model m --pic-num 2 --judge x", "--pic-num is for --images"),
-        ("--images i --resolution 16 --pic-num 5 --judge x", "--pic-num 5: 1 to 4"),
-        ("--score-only --judge x", "holds no grids: draw them with --model"),
-        ("--images nowhere --resolution 16 --judge x", "nowhere cannot be read"),
+        ("--score_only --resolution 16 --judge x", "--resolution is known for the grids in --out: leave it out"),
+        ("--model m --resolution -4 --judge x", "--resolution -4: must be at least 1 pixel"),
+        ("--images i --resolution 0 --judge x", "--resolution 0: must be at least 1 pixel"),
+        ("--model m --images_per_prompt 2 --judge x", "--images_per_prompt is for --images"),
+        ("--images i --resolution 16 --images_per_prompt 5 --judge x", "--images_per_prompt 5: must be 1 to 4"),
+        ("--score_only --judge x", "holds no grids: generate them with --model"),
+        ("--images nowhere --resolution 16 --judge x", "nowhere: cannot be read"),
         ("--images", "expected one argument"),
     ],
 )
@@ -280,12 +280,12 @@ def test_words_that_do_not_fit(dpg: Dpg, words: str, message: str) -> None:
 
 def test_a_resolution_that_cannot_be_drawn(dpg: Dpg, model: Path) -> None:
     with pytest.raises(UserError, match=r"--resolution 18 must be a multiple of model.patch_size \(4\)"):
-        dpg("--model", model, "--resolution", "18", "--sample-only")
-    out = dpg("--model", model, "--resolution", "24", "--sample-only", *FEW)
+        dpg("--model", model, "--resolution", "18", "--sample_only")
+    out = dpg("--model", model, "--resolution", "24", "--sample_only", *FEW)
     assert Image.open(out / "grids" / "cat1.png").size == (48, 48)
     assert not (out / "summary.json").exists()
-    with pytest.raises(UserError, match=r"holds grids drawn otherwise \(resolution\): give another"):
-        dpg("--model", model, "--sample-only", *FEW)
+    with pytest.raises(UserError, match=r"holds images made with other settings \(resolution\): give another"):
+        dpg("--model", model, "--sample_only", *FEW)
 
 
 def test_two_processes_make_the_same_files(dpg: Dpg, model: Path, judge: Path, copy: Path, tmp_path: Path) -> None:
@@ -297,5 +297,5 @@ def test_two_processes_make_the_same_files(dpg: Dpg, model: Path, judge: Path, c
         assert files(tmp_path / "both" / name) == files(alone / name)
     assert results(tmp_path / "both") == results(alone)
     one, two = summary(alone), summary(tmp_path / "both")
-    assert [it["drawn_with"].pop("speed")["devices"] for it in (one, two)] == ["1 × CPU", "2 × CPU"]
+    assert [it["generated_with"].pop("speed")["devices"] for it in (one, two)] == ["1 × CPU", "2 × CPU"]
     assert one == two

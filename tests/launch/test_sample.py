@@ -48,7 +48,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 def test_height_comes_before_width(sample: Sample) -> None:
-    wide = sample("--size", "8x24", "--pictures", "3")
+    wide = sample("--size", "8x24", "--images_per_prompt", "3")
     found = pictures(wide)
     assert list(found) == [f"{prompt:05d}_{n}.png" for prompt in range(2) for n in range(3)]
     assert len(set(found.values())) == 6
@@ -64,11 +64,11 @@ def test_by_default_pictures_have_the_training_resolution(sample: Sample) -> Non
 
 
 def test_files_are_named_by_prompt_and_number(sample: Sample) -> None:
-    both = pictures(sample("--pictures", "2"))
+    both = pictures(sample("--images_per_prompt", "2"))
     for i, prompt in enumerate(("a red circle", "a blue star")):
-        alone = pictures(sample("--pictures", "2", prompts=prompt))
+        alone = pictures(sample("--images_per_prompt", "2", prompts=prompt))
         assert alone == {f"00000_{n}.png": both[f"{i:05d}_{n}.png"] for n in range(2)}
-    first = pictures(sample("--pictures", "1"))
+    first = pictures(sample("--images_per_prompt", "1"))
     assert first == {name: both[name] for name in ("00000_0.png", "00001_0.png")}
 
 
@@ -137,18 +137,20 @@ def test_guidance_applies_between_0_and_1(sample: Sample, interval: str) -> None
 
 
 def test_equal_prompts_have_different_pictures_and_others_keep_theirs(sample: Sample) -> None:
-    plain = pictures(sample("--pictures", "2"))
-    found = pictures(sample("--pictures", "2", prompts="a red circle\na red circle\na blue star\na red circle"))
+    plain = pictures(sample("--images_per_prompt", "2"))
+    found = pictures(
+        sample("--images_per_prompt", "2", prompts="a red circle\na red circle\na blue star\na red circle")
+    )
     assert len(set(found.values())) == len(found) == 8
     assert [found[f"00000_{n}.png"] for n in range(2)] == [plain[f"00000_{n}.png"] for n in range(2)]
     assert [found[f"00002_{n}.png"] for n in range(2)] == [plain[f"00001_{n}.png"] for n in range(2)]
-    several = sample("--pictures", "4", prompts="a red circle")
+    several = sample("--images_per_prompt", "4", prompts="a red circle")
     assert found["00001_1.png"] == pictures(several)["00000_3.png"]  # the numbers go on
 
 
 def test_prompts_that_are_cut_are_counted_and_said_once(sample: Sample, capsys: pytest.CaptureFixture[str]) -> None:
     long = "a red circle left of a blue star above a green heart"
-    out = sample("--pictures", "2", "--negative", long, prompts=f"{long}\na\n{long} and more\nb\nc\nd\ne")
+    out = sample("--images_per_prompt", "2", "--negative", long, prompts=f"{long}\na\n{long} and more\nb\nc\nd\ne")
     said = capsys.readouterr().err
     assert said.count("29 % of prompts (2 of 7) are longer than text.length 8 tokens and are cut") == 1
     assert said.count("--negative is longer than text.length 8 tokens and is cut") == 1
@@ -160,13 +162,13 @@ def test_prompts_that_are_cut_are_counted_and_said_once(sample: Sample, capsys: 
 
 
 def test_what_is_there_stays_and_what_is_missing_is_drawn(sample: Sample) -> None:
-    out = sample("--pictures", "3")
+    out = sample("--images_per_prompt", "3")
     whole = pictures(out)
     (out / "00000_1.png").unlink()
     (out / "00001_2.png").unlink()
     (out / ".0123456789abcdef.partial").write_bytes(b"left by a process that was killed")
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
-    sample("--pictures", "3", "--out", str(out))
+    sample("--images_per_prompt", "3", "--out", str(out))
     assert pictures(out) == whole
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert {path.name for path in out.iterdir()} == {*whole, "prompts.json", "speed.json"}
@@ -177,7 +179,7 @@ def test_a_folder_with_anything_else_is_refused(sample: Sample, tmp_path: Path, 
     other = tmp_path / "other" / name
     other.parent.mkdir(parents=True)
     other.write_bytes(b"mine")
-    with pytest.raises(UserError, match=f"--out .*other: holds {name} that this job has not begun: give another name"):
+    with pytest.raises(UserError, match=f"other: holds {name}, which this job has not written: give another name"):
         sample("--out", str(tmp_path / "other"))
     assert [path for path in (tmp_path / "other").rglob("*") if path.is_file()] == [other]
     assert other.read_bytes() == b"mine"
@@ -188,7 +190,7 @@ def test_a_folder_with_anything_else_is_refused(sample: Sample, tmp_path: Path, 
     [
         (["--sampling.seed", "5"], "a red circle", "sampling.seed"),
         (["--size", "8x8"], "a red circle", "size"),
-        (["--negative", "a dog", "--pictures", "2"], "a red circle", "negative, pictures"),
+        (["--negative", "a dog", "--images_per_prompt", "2"], "a red circle", "images_per_prompt, negative"),
         (["--weights", "raw"], "a red circle", "weights, which"),
         ([], "a red circle\na dog", "prompts"),
     ],
@@ -196,7 +198,7 @@ def test_a_folder_with_anything_else_is_refused(sample: Sample, tmp_path: Path, 
 def test_pictures_drawn_otherwise_are_refused(sample: Sample, words: list[str], prompts: str, differs: str) -> None:
     out = sample(prompts="a red circle")
     before = pictures(out)
-    with pytest.raises(UserError, match=rf"--out .*: holds pictures drawn otherwise \({differs}\): give another name"):
+    with pytest.raises(UserError, match=rf"holds images made with other settings \({differs}\): give another name"):
         sample("--out", str(out), *words, prompts=prompts)
     assert pictures(out) == before
 
@@ -210,9 +212,18 @@ def test_a_second_job_on_the_same_folder_is_refused(sample: Sample, tmp_path: Pa
 
 
 def test_killed_and_gone_on_with_it_is_the_same(model: Path, sample: Sample, tmp_path: Path) -> None:
-    whole = pictures(sample("--pictures", "6", "--sampling.steps", "40"))
+    whole = pictures(sample("--images_per_prompt", "6", "--sampling.steps", "40"))
     out = tmp_path / "killed"
-    words = ["--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(out), "--pictures", "6"]
+    words = [
+        "--model",
+        str(model),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(out),
+        "--images_per_prompt",
+        "6",
+    ]
     words += ["--sampling.batch_size", "2", "--sampling.steps", "40"]
     process = start("python", "sample.py", *words)
     deadline = time.monotonic() + 200
@@ -222,6 +233,6 @@ def test_killed_and_gone_on_with_it_is_the_same(model: Path, sample: Sample, tmp
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
-    sample("--out", str(out), "--pictures", "6", "--sampling.steps", "40")
+    sample("--out", str(out), "--images_per_prompt", "6", "--sampling.steps", "40")
     assert pictures(out) == whole
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

@@ -10,9 +10,10 @@ import pytest
 from made_runs import results, score, train, validation, write_run, write_scores
 
 from data.errors import UserError
-from evaluation.compare.page import as_text
-from evaluation.compare.read import Column, differing, flatten, read_columns
+from evaluation.compare.page import format_comparison
+from evaluation.compare.read import RunGroup, differing, read_groups
 from evaluation.compare.tables import Table, all_tables, settings_table, stage_tables
+from t2i.config.loading import fields_of
 
 
 def rows(table: Table) -> dict[str, list[str]]:
@@ -23,12 +24,12 @@ def rows(table: Table) -> dict[str, list[str]]:
     }
 
 
-def columns(*paths: Path, together: bool = True) -> list[Column]:
-    return read_columns(paths, together)
+def groups(*paths: Path, together: bool = True) -> list[RunGroup]:
+    return read_groups(paths, together)
 
 
 def scores(*paths: Path) -> list[Table]:
-    return all_tables(columns(*paths))["Scores"]
+    return all_tables(groups(*paths))["Scores"]
 
 
 # --- settings ---
@@ -38,7 +39,7 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [])
     sources = [{"name": "shapes", "url": "s3://bucket/shapes", "weight": 2.0}]
     b = write_run(tmp_path / "b", [], git="bead", optimizer={"lr": 0.002}, data={"sources": sources})
-    assert rows(settings_table(columns(a, b))) == {
+    assert rows(settings_table(groups(a, b))) == {
         "data.sources.shapes.weight": ["1.0", "2.0 ≠"],
         "environment: git": ["c0ffee", "bead ≠"],
         "optimizer.lr": ["0.001", "0.002 ≠"],
@@ -48,26 +49,28 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
 def test_a_setting_counts_as_a_stage_has_it(tmp_path: Path) -> None:
     """Stage high sets its own steps in both runs, so the shared 50 matters to stage low alone."""
     a, b = write_run(tmp_path / "a", []), write_run(tmp_path / "b", [], train={"steps": 50})
-    assert rows(settings_table(columns(a, b))) == {"low: train.steps": ["40", "50 ≠"]}
+    assert rows(settings_table(groups(a, b))) == {"low: train.steps": ["40", "50 ≠"]}
 
 
 def test_stages_and_fields_that_one_alone_has(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [])
     b = write_run(tmp_path / "b", [], stages=[{"name": "low"}], ema={"decay": None})
-    assert rows(settings_table(columns(a, b))) == {"stages": ["low, high", "low ≠"], "ema.decay": ["-", "null"]}
+    assert rows(settings_table(groups(a, b))) == {"stages": ["low, high", "low ≠"], "ema.decay": ["-", "null"]}
     c = write_run(tmp_path / "c", [], stages=[{"name": "other"}], seed=3)
-    assert rows(settings_table(columns(a, c))) == {"stages": ["low, high", "other ≠"], "seed": ["0", "3 ≠"]}
+    assert rows(settings_table(groups(a, c))) == {"stages": ["low, high", "other ≠"], "seed": ["0", "3 ≠"]}
 
 
 def test_runs_that_are_the_same_say_so(tmp_path: Path) -> None:
-    table = settings_table(columns(write_run(tmp_path / "a", []), write_run(tmp_path / "b", [])))
+    table = settings_table(groups(write_run(tmp_path / "a", []), write_run(tmp_path / "b", [])))
     assert not table.rows and "differ in neither settings nor code" in table.notes[0]
 
 
 def test_flat_trees() -> None:
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2], "e": [{"name": "x", "f": None}]}) == {
+    assert fields_of({"a": {"b": 1, "c": {}}, "d": [1, 2], "e": [{"name": "x", "f": None}]}) == {
         "a.b": 1,
         "d": [1, 2],
+        "e": ["x"],
+        "e.x.name": "x",
         "e.x.f": None,
     }
     assert differing([{"a": 1, "b": None}, {"a": 1}]) == ["b"]
@@ -83,7 +86,7 @@ def test_what_a_stage_cost_and_came_to(tmp_path: Path) -> None:
     lines += [validation("low", 20, 1.0), validation("low", 40, 2.0)]
     a = write_run(tmp_path / "a", sorted(lines, key=lambda line: line["step"]))
     b = write_run(tmp_path / "b", [train("low", s, mfu=0.5, batch_size=12) for s in range(1, 21)])
-    (table,) = stage_tables(columns(a, b))
+    (table,) = stage_tables(groups(a, b))
     assert table.title == "Stage low"
     assert rows(table) == {
         "steps": ["40 of 40", "20 of 40 ≠"],
@@ -111,7 +114,7 @@ def test_a_later_stage_counts_its_own_steps(tmp_path: Path) -> None:
         train("high", 2, 2),
         validation("high", 2, 0.75),
     ]
-    low, high = stage_tables(columns(write_run(tmp_path / "a", lines), write_run(tmp_path / "b", [])))
+    low, high = stage_tables(groups(write_run(tmp_path / "a", lines), write_run(tmp_path / "b", [])))
     assert rows(low)["steps"] == ["1 of 1", "-"]
     assert rows(high)["of step"] == ["1", "-"]
 
@@ -121,7 +124,7 @@ def test_hours_where_it_took_hours(tmp_path: Path) -> None:
         write_run(tmp_path / name, [train("low", s, time=1e9 + pace * s, step_s=pace) for s in range(1, 41)])
         for name, pace in (("a", 300.0), ("b", 30.0))
     ]
-    (table,) = stage_tables(columns(*runs))
+    (table,) = stage_tables(groups(*runs))
     assert rows(table)["wall time"] == ["3.3 h", "0.3 h -90.0 %"]
 
 
@@ -136,19 +139,19 @@ def three_seeds(tmp_path: Path) -> list[Path]:
 
 def test_seeds_are_one_column_with_mean_and_spread(tmp_path: Path) -> None:
     runs = three_seeds(tmp_path)
-    found = columns(*runs, write_run(tmp_path / "b", [train("low", 1)], optimizer={"lr": 1.0}))
+    found = groups(*runs, write_run(tmp_path / "b", [train("low", 1)], optimizer={"lr": 1.0}))
     assert [column.name for column in found] == ["prove-{1,2,3}", "b"]
     (table,) = stage_tables(found)
     assert rows(table)["validation loss, last"] == ["0.2000 ± 0.1000", "-"]
     assert rows(table)["images seen"] == ["8", "8"]  # no spread to speak of
     assert rows(settings_table(found)) == {"optimizer.lr": ["0.001", "1.0 ≠"], "seed": ["1, 2, 3", "0 ≠"]}
-    assert "3 runs that differ in the seed alone" in as_text(found, all_tables(found))
-    assert [column.name for column in columns(*runs, together=False)] == ["prove-1", "prove-2", "prove-3"]
+    assert "3 runs that differ in the seed alone" in format_comparison(found, all_tables(found))
+    assert [column.name for column in groups(*runs, together=False)] == ["prove-1", "prove-2", "prove-3"]
 
 
 def test_a_seed_that_is_not_there_yet_is_counted(tmp_path: Path) -> None:
     runs = [*three_seeds(tmp_path), write_run(tmp_path / "prove-4", [train("low", 1)], seed=4)]
-    (table,) = stage_tables(columns(*runs))
+    (table,) = stage_tables(groups(*runs))
     assert rows(table)["validation loss, last"] == ["0.2000 ± 0.1000 (3 of 4)"]
 
 
@@ -160,8 +163,8 @@ def test_what_is_no_other_seed_of_the_same(tmp_path: Path) -> None:
         write_run(tmp_path / "other-setting", [], seed=1, train={"steps": 50}),
         write_scores(tmp_path / "scores", results("colors", [[True]])),
     ):
-        assert len(columns(a, other)) == 2, other
-    assert len(columns(write_scores(tmp_path / "s2", results("colors", [[True]])), tmp_path / "scores")) == 2
+        assert len(groups(a, other)) == 2, other
+    assert len(groups(write_scores(tmp_path / "s2", results("colors", [[True]])), tmp_path / "scores")) == 2
 
 
 # --- scores ---
@@ -189,8 +192,8 @@ def gained(task: str, prompts: int, right: int) -> list[dict]:
 
 def test_geneval_and_what_is_significant(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", []), write_run(tmp_path / "b", [])
-    write_scores(a / "geneval", gained("colors", 40, 10) + gained("counting", 40, 10), drawn={"steps": 25})
-    write_scores(b / "low/geneval", gained("colors", 40, 30) + gained("counting", 40, 12), drawn={"steps": 50})
+    write_scores(a / "geneval", gained("colors", 40, 10) + gained("counting", 40, 10), generated_with={"steps": 25})
+    write_scores(b / "low/geneval", gained("colors", 40, 30) + gained("counting", 40, 12), generated_with={"steps": 50})
     table, how = scores(a, b)
     assert rows(table) == {
         "overall": ["0.250 [0.210, 0.290]", "0.525 [0.485, 0.565] +0.275 *"],
@@ -202,7 +205,8 @@ def test_geneval_and_what_is_significant(tmp_path: Path) -> None:
         r"b less a: overall \+0\.275 \[\+0\.1\d\d, \+0\.3\d\d\], significant .* over 80 prompts", table.notes[0]
     )
     assert "another seed" in table.notes[1]
-    assert how.title == "GenEval: drawn and judged otherwise" and rows(how) == {"drawn.steps": ["25", "50 ≠"]}
+    assert how.title == "GenEval: generated or judged with other settings"
+    assert rows(how) == {"generated_with.steps": ["25", "50 ≠"]}
 
 
 def test_a_score_by_another_judge_is_no_comparison(tmp_path: Path) -> None:
@@ -211,7 +215,7 @@ def test_a_score_by_another_judge_is_no_comparison(tmp_path: Path) -> None:
     b = write_scores(tmp_path / "b", lines, thresholds={"score": 0.2})
     table, _ = scores(a, b)
     assert table.notes == [
-        "b less a: whether the difference is more than chance cannot be said: "
+        "b less a: cannot tell whether the difference is more than chance: "
         "they were not judged alike (thresholds.score)"
     ]
 
@@ -233,7 +237,7 @@ def test_without_results_nothing_is_said_of_chance(tmp_path: Path) -> None:
     a, b = (write_scores(tmp_path / name, gained("colors", 40, 10)) for name in "ab")
     (b / "results.jsonl").unlink()
     (table,) = scores(a, b)
-    assert "cannot be said" in table.notes[0] and "b has no results.jsonl" in table.notes[0]
+    assert "cannot tell" in table.notes[0] and "b has no results.jsonl" in table.notes[0]
     assert rows(table)["overall"] == ["0.250 [0.210, 0.290]", "0.250 [0.210, 0.290]"]
 
 
@@ -289,8 +293,8 @@ def test_the_text_keeps_to_its_width_and_shows_where_long_cells_differ(tmp_path:
     prompts = [f"a photo of {i} red circles" for i in range(40)]
     a = write_run(tmp_path / "a", [train("low", 1)], validation={"prompts": prompts})
     b = write_run(tmp_path / "b", [train("low", 1)], validation={"prompts": [*prompts[:20], "a cat"]})
-    found = columns(a, b)
-    text = as_text(found, all_tables(found))
+    found = groups(a, b)
+    text = format_comparison(found, all_tables(found))
     assert max(map(len, text.splitlines())) <= 120
     assert re.search(
         r'validation.prompts +…\S* "a photo of 20 red.*…"a cat"\]|validation.prompts +….*20 red.*cat', text
@@ -309,11 +313,11 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     (model / "config.yaml").write_text("name: x\n")
     for path in (tmp_path / "nowhere", model):
         with pytest.raises(UserError, match=f"{path.name} is no run: it should be a run's folder"):
-            columns(run, path)
+            groups(run, path)
     with pytest.raises(UserError, match="given twice"):
-        columns(run, tmp_path / "model/../a")
+        groups(run, tmp_path / "model/../a")
     with pytest.raises(UserError, match="a single run"):
-        columns(run)
+        groups(run)
 
 
 @pytest.mark.parametrize("name", ["environment.json", "config.yaml", "geneval/summary.json"])
@@ -322,19 +326,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     write_scores(run / "geneval", gained("colors", 10, 5))
     (run / name).write_text('{"torn": ')
     with pytest.raises(UserError, match=f"{name} is damaged"):
-        columns(run, write_run(tmp_path / "b", []))
+        groups(run, write_run(tmp_path / "b", []))
 
 
 def test_a_run_that_has_just_begun_is_all_dashes(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", [validation("low", 0, 1.0)]), write_run(tmp_path / "b", [])
     (b / "metrics.jsonl").unlink()
-    found = all_tables(columns(a, b))
+    found = all_tables(groups(a, b))
     assert found["Stages"] == found["Scores"] == []
     (a / "environment.json").unlink()
-    assert rows(settings_table(columns(a, b)))["environment: git"] == ["-", "c0ffee"]
+    assert rows(settings_table(groups(a, b)))["environment: git"] == ["-", "c0ffee"]
 
 
 def test_names_tell_runs_of_one_name_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / where / "run", []) for where in ("here", "there")]
-    assert [column.name for column in columns(*runs)] == ["here/run", "there/run"]
+    assert [column.name for column in groups(*runs)] == ["here/run", "there/run"]
     assert json.loads((runs[0] / "environment.json").read_text())["git"] == "c0ffee"

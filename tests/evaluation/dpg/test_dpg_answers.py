@@ -81,7 +81,7 @@ def spoil(lines: list[Any], line: int, **fields: Any) -> list[Any]:
     [
         (1, {"judge": None}, "line 1 must be the questions' first line with the judge's name as judge"),
         (1, {"judge": ""}, "line 1 must be the questions' first line"),
-        (1, {"grids_sha256": "other"}, "grids_sha256 differs, so these answers are to other .*--write-questions"),
+        (1, {"grids_sha256": "other"}, "grids_sha256 differs, so these answers are to other .*--write_questions"),
         (1, {"table_sha256": "other"}, "table_sha256 differs"),
         (4, {"answer": True}, 'line 4: answer must be a string, such as "yes"'),
         (4, {"crop": 2}, "line 4: nobody asked id 'cat1', crop 2, proposition_id 3"),
@@ -130,5 +130,5 @@ def test_missing_answers_are_counted(tmp_path: Path, benchmark: Benchmark, lines
 
 def test_questions_that_cannot_be_written(tmp_path: Path, benchmark: Benchmark) -> None:
     grids = {"cat1": tmp_path, "dog2": tmp_path}
-    with pytest.raises(UserError, match="--write-questions .* cannot be written: No such file"):
+    with pytest.raises(UserError, match="--write_questions .* cannot be written: No such file"):
         write_questions(tmp_path / "no" / "q.jsonl", HASHES, benchmark.items, grids, 16, 2)

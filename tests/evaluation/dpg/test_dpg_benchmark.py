@@ -52,7 +52,7 @@ def test_in_parity_the_first_row_is_skipped_and_its_children_have_no_parent(tmp_
 
 def test_in_parity_the_last_of_two_counts(tmp_path: Path) -> None:
     twice = changed(2, proposition_id="2", question_natural_language="Is it red all over?", dependency="0")
-    with pytest.raises(UserError, match="line 4: proposition_id 2 of cat1 stands there twice"):
+    with pytest.raises(UserError, match="line 4: proposition_id 2 of cat1 is there twice"):
         read(write_copy(tmp_path / "copy", twice))
     cat = read(tmp_path / "copy", parity=True).items[0]
     assert [(it.number, it.text) for it in cat.questions] == [(2, "Is it red all over?"), (4, "Is it a photo?")]
@@ -75,7 +75,7 @@ def test_rows_apart_belong_together_but_in_parity(tmp_path: Path) -> None:
         ({"question_natural_language": " "}, "line 3: question_natural_language is empty"),
         (
             {"dependency": "9"},
-            "cat1: question 2 depends on question 9, which is not there: mend its rows, or .*--parity",
+            "cat1: question 2 depends on question 9, which is not there: correct its rows, or .*--parity",
         ),
         ({"dependency": "3"}, "cat1: questions .* depend on each other in a circle"),
         ({"dependency": "2"}, "cat1: questions 2, 2 depend on each other in a circle"),
@@ -119,7 +119,7 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dpg_bench.csv: is UTF-16"):
         read(tmp_path / "copy")
     table.unlink()
-    with pytest.raises(UserError, match="dpg_bench.csv cannot be read: .*No such file"):
+    with pytest.raises(UserError, match="dpg_bench.csv: cannot be read: .*No such file"):
         read(tmp_path / "copy")
 
 

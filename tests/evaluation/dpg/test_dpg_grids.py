@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,15 @@ from PIL import Image
 from random_model import write_random_model
 
 from data.errors import UserError
-from evaluation.dpg.judge import Drawing, boxes, crops, examine, find
+from evaluation.dpg.job import generate
+from evaluation.dpg.judge import Grids, boxes, check_grid, crops, find
 from evaluation.dpg.rules import Item
 from t2i.config.train import SamplingConfig
-from t2i.pipeline import Picture, Pipeline
+from t2i.distributed import World
+from t2i.pipeline import Picture, Pipeline, batches_of
 
 ITEMS = [Item("cat1", "a red circle", ()), Item("dog2", "a blue star", ())]
+WORLD = World(0, 1, torch.device("cpu"))
 SAMPLING = SamplingConfig(steps=2, batch_size=3, seed=4)
 
 
@@ -33,17 +35,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def draw_all(drawing: Drawing, pipeline: Pipeline) -> dict[str, bytes]:
-    drawing.begin({}, {})
-    drawing.draw(pipeline, [*chain.from_iterable(drawing.missing())], lambda count: None)
-    drawing.assemble(drawing.unfinished())
-    drawing.end()
-    return files(drawing.out / "grids")
+def generate_all(grids: Grids, pipeline: Pipeline) -> dict[str, bytes]:
+    generate(WORLD, pipeline, grids, {}, {})
+    return files(grids.out / "grids")
 
 
 @pytest.fixture
 def grids(tmp_path: Path, pipeline: Pipeline) -> dict[str, bytes]:
-    return draw_all(Drawing(tmp_path / "whole", ITEMS, 16, SAMPLING), pipeline)
+    return generate_all(Grids(tmp_path / "whole", ITEMS, 16, SAMPLING), pipeline)
 
 
 def test_pictures_stand_in_the_official_order(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
@@ -64,52 +63,59 @@ def test_pictures_stand_in_the_official_order(tmp_path: Path, pipeline: Pipeline
 def test_a_job_that_was_cut_short_goes_on_at_the_next_picture(
     tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes], before: int
 ) -> None:
-    drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
-    drawing.begin({}, {})
-    pictures = [(item, number) for item in ITEMS for number in range(4)]
-    drawing.draw(pipeline, pictures[:before], lambda count: None)
-    drawing.assemble(ITEMS[: before // 4])
+    cut = Grids(tmp_path / "cut", ITEMS, 16, SAMPLING)
+    job = cut.job(pipeline, {}, {})
+    job.begin()
+    job.make(batches_of(range(before), SAMPLING.batch_size), lambda count: None)
+    cut.assemble(ITEMS[: before // 4])
     whole = before // SAMPLING.batch_size * SAMPLING.batch_size
-    assert [*chain.from_iterable(drawing.missing())] == pictures[whole:]
-    assert draw_all(drawing, pipeline) == grids
-    assert drawing.missing() == [] and not (tmp_path / "cut" / "tiles").exists()
+    assert [number for batch in job.begin() for number in batch] == list(range(whole, 8))
+    assert generate_all(cut, pipeline) == grids
+    assert not (tmp_path / "cut" / "tiles").exists() and job.begin() == []
 
 
 def test_a_half_written_picture_is_drawn_again(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
-    drawing = Drawing(tmp_path / "cut", ITEMS, 16, SAMPLING)
-    drawing.begin({}, {})
+    cut = Grids(tmp_path / "cut", ITEMS, 16, SAMPLING)
+    job = cut.job(pipeline, {}, {})
+    job.begin()
     (tmp_path / "cut" / "tiles" / ".0123456789abcdef.partial").write_bytes(grids["cat1.png"][:100])
-    assert sum(map(len, drawing.missing())) == 8
-    assert draw_all(drawing, pipeline) == grids
+    assert sum(map(len, job.begin())) == 8
+    assert generate_all(cut, pipeline) == grids
 
 
-def test_grids_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
-    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"}, {"model": "there"})
-    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({"weights": "a"}, {"model": "there"})
-    with pytest.raises(UserError, match=r"holds grids drawn otherwise \(resolution, weights\): give another name"):
-        Drawing(tmp_path, ITEMS, 24, SAMPLING).begin({"weights": "b"}, {"model": "elsewhere"})
-    with pytest.raises(UserError, match=r"drawn otherwise \(sampling.batch_size, sampling.seed, sampling.steps\)"):
-        Drawing(tmp_path, ITEMS, 16, SamplingConfig(steps=3)).begin({"weights": "a"}, {"model": "there"})
+def test_grids_of_other_settings_are_not_mixed(tmp_path: Path, pipeline: Pipeline) -> None:
+    def begin(resolution: int, sampling: SamplingConfig, weights: str, model: str) -> None:
+        Grids(tmp_path, ITEMS, resolution, sampling).job(pipeline, {"weights": weights}, {"model": model}).begin()
+
+    begin(16, SAMPLING, "a", "there")
+    begin(16, SAMPLING, "a", "elsewhere")
+    with pytest.raises(UserError, match=r"made with other settings \(resolution, weights\): give another name"):
+        begin(24, SAMPLING, "b", "there")
+    with pytest.raises(UserError, match=r"other settings \(sampling.batch_size, sampling.seed, sampling.steps\)"):
+        begin(16, SamplingConfig(steps=3), "a", "there")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out .*file: cannot be written to"):
-        Drawing(tmp_path / "file", ITEMS, 16, SAMPLING).begin({}, {})
+    with pytest.raises(UserError, match="--out .*file: cannot be written: "):
+        Grids(tmp_path / "file", ITEMS, 16, SAMPLING).job(pipeline, {}, {}).begin()
 
 
 def test_equal_prompts_have_different_pictures(tmp_path: Path, pipeline: Pipeline, grids: dict[str, bytes]) -> None:
     items = [*ITEMS, replace(ITEMS[0], id="again")]
-    found = draw_all(Drawing(tmp_path / "equal", items, 16, SAMPLING), pipeline)
+    found = generate_all(Grids(tmp_path / "equal", items, 16, SAMPLING), pipeline)
     again = found.pop("again.png")
     assert found == grids and again not in grids.values()
 
 
 @pytest.mark.parametrize("kind", ["grids", "tiles"])
-def test_pictures_that_nothing_is_known_of_are_not_taken_for_the_models(tmp_path: Path, kind: str) -> None:
+def test_pictures_that_nothing_is_known_of_are_not_taken_for_the_models(
+    tmp_path: Path, pipeline: Pipeline, kind: str
+) -> None:
     (tmp_path / kind).mkdir()
-    Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({}, {})  # killed before the note was written
+    job = Grids(tmp_path, ITEMS, 16, SAMPLING).job(pipeline, {}, {})
+    job.begin()  # killed before the manifest was written
     (tmp_path / "grids.json").unlink()
     (tmp_path / kind / "cat1.png").touch()
-    with pytest.raises(UserError, match=rf"holds {kind}/cat1.png that this job has not begun: give another name"):
-        Drawing(tmp_path, ITEMS, 16, SAMPLING).begin({}, {})
+    with pytest.raises(UserError, match=rf"holds {kind}/cat1.png, which this job has not written: give another name"):
+        job.begin()
 
 
 def test_images_are_found_by_their_prompts(tmp_path: Path) -> None:
@@ -121,37 +127,37 @@ def test_images_are_found_by_their_prompts(tmp_path: Path) -> None:
     (tmp_path / "cat1.JPG").touch()
     with pytest.raises(UserError, match="holds two images of one prompt, cat1.JPG and cat1.png: remove one"):
         find(tmp_path, ids)
-    with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
+    with pytest.raises(UserError, match="nowhere: cannot be read: No such file"):
         find(tmp_path / "nowhere", ids)
 
 
 def test_an_image_that_is_no_grid(tmp_path: Path) -> None:
     path = tmp_path / "cat1.png"
     Image.new("RGB", (32, 32)).save(path)
-    assert len(examine(path, 16, 4)) == 64
+    assert len(check_grid(path, 16, 4)) == 64
     with pytest.raises(UserError, match=r"cat1.png is 32 x 32 pixels: a grid .* of --resolution 32 has 64 x 64"):
-        examine(path, 32, 4)
-    assert len(examine(path, 32, 1)) == 64
+        check_grid(path, 32, 4)
+    assert len(check_grid(path, 32, 1)) == 64
     with pytest.raises(UserError, match="cat1.png is 32 x 32 pixels"):
-        examine(path, 24, 1)
+        check_grid(path, 24, 1)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(UserError, match=r"cat1.png: is no image that can be read \(.*\): make it again"):
-        examine(path, 16, 4)
+        check_grid(path, 16, 4)
     path.write_bytes(b"no image")
     with pytest.raises(UserError, match="cat1.png: is no image that can be read "):
-        examine(path, 16, 4)
+        check_grid(path, 16, 4)
 
 
 def test_grids_of_others_are_read_as_training_reads_them(tmp_path: Path) -> None:
     for name, (content, colour) in foreign(32).items():
         (tmp_path / name).write_bytes(content)
-        assert len(examine(tmp_path / name, 16, 4)) == 64
+        assert len(check_grid(tmp_path / name, 16, 4)) == 64
         for cut in crops(tmp_path / name, 16, 4):
             assert cut.mode == "RGB" and np.abs(np.asarray(cut).astype(int) - colour).max() <= 1
     (tmp_path / "bomb.png").write_bytes(BOMB)
     with pytest.raises(UserError, match=r"bomb.png: has too many pixels"):
-        examine(tmp_path / "bomb.png", 16, 4)
+        check_grid(tmp_path / "bomb.png", 16, 4)
 
 
 def test_boxes() -> None:

@@ -115,5 +115,5 @@ def test_what_is_no_judge(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--judge .*nothing cannot be loaded: "):
         load(str(tmp_path / "nothing"), CPU)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match=r"--judge .* \(BertConfig\) is no model that answers questions about a pic"):
+    with pytest.raises(UserError, match=r"--judge .* \(BertConfig\) is no model that answers questions about im"):
         load(str(tmp_path), CPU)

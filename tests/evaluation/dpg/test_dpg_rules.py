@@ -13,7 +13,7 @@ from evaluation.dpg.rules import (
     Result,
     is_yes,
     score,
-    summarise,
+    summarize,
     title,
     zeroed,
     zeroing_order,
@@ -102,7 +102,7 @@ def test_a_prompt_worked_by_hand() -> None:
 def test_categories_have_the_totals_footing_and_in_parity_the_last_pictures_before_zeroing() -> None:
     other = item((), (1,), categories=("entity - whole", "attribute - color"), name="y")
     results = [score(CHAIN, answers(*PICTURES)), score(other, answers("yy", "ny", "nn", "ny"))]
-    table = summarise(results)
+    table = summarize(results)
     # The other prompt: entity 1, 0, 0, 0; colour 1, 0, 0, 0 after zeroing.
     assert {name: cell["score"] for name, cell in table["broad"].items()} == {
         "attribute": 100 * (1 + 2 + 1) / 12, "entity": 100 * (3 + 1) / 8, "global": 75.0
@@ -112,7 +112,7 @@ def test_categories_have_the_totals_footing_and_in_parity_the_last_pictures_befo
     }  # fmt: skip
     assert table["total"] == pytest.approx(100 * (0.5625 + (1 + 0 + 0 + 0) / 4) / 2)
     assert table["answers"] == {"yes": 12 + 4, "no": 4 + 4, "other": 0}
-    same_total = summarise(results, parity=True)
+    same_total = summarize(results, parity=True)
     assert same_total["total"] == table["total"]
     # The last pictures: yyny and ny, none of them zeroed.
     assert {name: cell["score"] for name, cell in same_total["broad"].items()} == {
@@ -125,15 +125,15 @@ def results_of(scores: list[int], category: str = "entity - whole") -> list[Resu
 
 
 def test_intervals_are_those_of_a_mean_over_prompts() -> None:
-    low, high = summarise(results_of([0, 1] * 200))["interval"]
+    low, high = summarize(results_of([0, 1] * 200))["interval"]
     half = 100 * 1.96 * 0.5 / 400**0.5
     assert (low, high) == (pytest.approx(50 - half, abs=0.7), pytest.approx(50 + half, abs=0.7))
-    assert summarise(results_of([0, 1]))["interval"] == [0, 100]
-    assert summarise(results_of([1] * 9))["interval"] == [100, 100]
+    assert summarize(results_of([0, 1]))["interval"] == [0, 100]
+    assert summarize(results_of([1] * 9))["interval"] == [100, 100]
 
 
 def test_a_category_is_resampled_by_prompts_too_and_none_without_it_counts() -> None:
-    table = summarise([*results_of([0, 1] * 50), *results_of([1], "global -")])
+    table = summarize([*results_of([0, 1] * 50), *results_of([1], "global -")])
     assert table["broad"]["entity"]["interval"] == pytest.approx([40.2, 59.8], abs=1.5)
     assert table["broad"]["global"] == {"score": 100, "interval": [100, 100], "questions": 1}
 
@@ -141,7 +141,7 @@ def test_a_category_is_resampled_by_prompts_too_and_none_without_it_counts() -> 
 def test_answers_that_are_neither_yes_nor_no_are_counted() -> None:
     odd = score(item((), ()), [{1: "Yes, a dog", 2: "No."}])
     assert odd["score"] == 0
-    assert summarise([odd])["answers"] == {"yes": 0, "no": 1, "other": 1}
+    assert summarize([odd])["answers"] == {"yes": 0, "no": 1, "other": 1}
 
 
 def test_only_the_official_judge_on_all_published_prompts_makes_it_dpg_bench() -> None:

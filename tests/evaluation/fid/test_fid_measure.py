@@ -19,9 +19,10 @@ from evaluation.fid import images as references
 from evaluation.fid import measure as measuring
 from evaluation.fid.estimators import Gaussian, InceptionScore, frechet_distance, precision_recall
 from evaluation.fid.images import kept_numbers, open_images, open_reference, write_reference
-from evaluation.fid.measure import compare, for_features, groups_of, measure
+from evaluation.fid.measure import compare, for_features, measure
 from evaluation.fid.networks import Features, Network, load
 from t2i.distributed import World
+from t2i.pipeline import batches_of
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -82,7 +83,7 @@ def make_reference(folder: Path, **about: object) -> Path:
     measured = measure(ALONE, NETWORK, images, 7, "reference", ())
     about = {"features": "inception", "weights_sha256": NETWORK.sha256, "images": 60} | about
     path = folder / "made.npz"
-    write_reference(path, measured.gaussians(), about, images, groups_of(kept_numbers(60), 7))
+    write_reference(path, measured.gaussians(), about, images, batches_of(kept_numbers(60), 7))
     return path
 
 

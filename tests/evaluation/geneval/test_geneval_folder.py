@@ -13,8 +13,8 @@ from pictures import BOMB, foreign
 from PIL import Image
 
 from data.errors import UserError
+from data.files import write_png
 from evaluation.geneval.summary import begin_folder, image_path, read_folder, read_image, write_grid
-from evaluation.sampling_job import write_png
 
 CIRCLE = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}
 STARS = {
@@ -116,7 +116,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "must hold a folder for each prompt"),
     "a number twice": (
         lambda root: shutil.copytree(root / "00001", root / "1"),
-        "images: 00001 and 1 are of one number: remove one",
+        "images: 00001 and 1 have the same number: remove one",
     ),
     "no line": (lambda root: (root / "00001" / "metadata.jsonl").unlink(), "00001: has no metadata.jsonl"),
     "two lines": (
@@ -134,7 +134,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an image twice": (
         lambda root: shutil.copy(image_path(root, 1, 2), image_path(root, 1, 2).with_suffix(".jpg")),
-        "samples: 0002.jpg and 0002.png are of one number: remove one",
+        "samples: 0002.jpg and 0002.png have the same number: remove one",
     ),
     "an image lost": (
         lambda root: image_path(root, 1, 2).unlink(),

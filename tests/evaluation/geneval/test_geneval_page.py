@@ -12,7 +12,7 @@ import pytest
 from evaluation.geneval.job import kind_of, name_of, notes_on
 from evaluation.geneval.page import write_page
 from evaluation.geneval.prompts import Metadata, official
-from evaluation.geneval.summary import Judged, summarise
+from evaluation.geneval.summary import ImageResult, summarize
 
 CAT = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a <b>cat</b>"}
 LEFT: Metadata = {
@@ -22,7 +22,9 @@ LEFT: Metadata = {
 }
 
 
-def judged(metadata: Metadata, correct: bool, details: dict[str, list[list[float]]], file: str = "a.png") -> Judged:
+def judged(
+    metadata: Metadata, correct: bool, details: dict[str, list[list[float]]], file: str = "a.png"
+) -> ImageResult:
     result = {
         "filename": file,
         "tag": metadata["tag"],
@@ -32,7 +34,7 @@ def judged(metadata: Metadata, correct: bool, details: dict[str, list[list[float
         "metadata": json.dumps(metadata),
         "details": json.dumps(details),
     }
-    return Judged("digest", 100, 200, result)
+    return ImageResult("digest", 100, 200, result)
 
 
 IMAGES = [
@@ -66,7 +68,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path: Path) -> Page:
-    summary: dict[str, Any] = summarise([image.result for images in IMAGES for image in images])
+    summary: dict[str, Any] = summarize([image.result for images in IMAGES for image in images])
     summary |= {
         "name": "GenEval's rules",
         "notes": ["Not <all> of it."],

@@ -119,10 +119,13 @@ def test_what_is_no_such_checkpoint_is_said_in_one_sentence(tmp_path: Path, weig
     whole = save(path, weights).read_bytes()
     for content in (b"", b"<html>404</html>", whole[: len(whole) // 2], pickle.dumps(Bomb())):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"checkpoint\.pth is no checkpoint, or damaged: .+"):
+        with pytest.raises(UserError, match=r"checkpoint\.pth is no(t a)? checkpoint .+"):
             read(path)
-    torch.save(weights, path)
-    with pytest.raises(UserError, match="has no state_dict of tensors"):
+    torch.save({"meta": 1}, path)
+    with pytest.raises(UserError, match="has no state_dict"):
+        read(path)
+    torch.save({"state_dict": {**weights, "note": "text"}}, path)
+    with pytest.raises(UserError, match=r"its note is no tensor \(str\)"):
         read(path)
 
 

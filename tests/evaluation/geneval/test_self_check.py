@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.errors import UserError
-from evaluation.geneval.detectors import known_pictures, painted_balls, self_check
+from evaluation.geneval.detectors import known_images, painted_balls, self_check
 from evaluation.geneval.prompts import CLASSES, COLORS
 from evaluation.geneval.rules import Detection, Detector, Image, Thresholds
 
@@ -24,7 +24,7 @@ class Knowing:
     identity: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, answer: Callable[[str], list[tuple[str, float]]], name: Callable[[str], str] = str) -> None:
-        self._labels = {picture.tobytes(): label for label, picture in known_pictures().items()}
+        self._labels = {picture.tobytes(): label for label, picture in known_images().items()}
         self._answer, self._name = answer, name
 
     def detect(self, image: Image) -> list[Detection]:
@@ -83,8 +83,8 @@ def test_a_bad_namer_of_colours_is_caught() -> None:
         self_check(Knowing(lambda label: [(label, 0.9)], lambda color: "blue" if color in wrong else color))
 
 
-def test_the_known_pictures_show_something() -> None:
-    pictures = known_pictures()
+def test_the_known_images_show_something() -> None:
+    pictures = known_images()
     assert set(pictures) < set(CLASSES) and len(pictures) == 10
     for picture in pictures.values():
         drawn = (picture < 250).any(-1).mean()

@@ -2,12 +2,12 @@
 
 import pytest
 
+from data.files import write_png
 from data.packing.shapes import draw
 from evaluation.geneval.summary import begin_folder, image_path, read_folder
 from evaluation.proving import prompts as bounds_module
 from evaluation.proving.detector import ShapeDetector
 from evaluation.proving.prompts import bounds, proving_prompts, proving_scenes
-from evaluation.sampling_job import write_png
 
 
 @pytest.fixture(scope="module")
