@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from data.files import name_in_errors, refuse_existing, write_json
-from data.listing import told
+from data.listing import format_left_out
 from data.tables import format_table
 from evaluation.fid.images import kept_numbers, open_images, open_reference, write_reference
 from evaluation.fid.measure import compare, measure
@@ -142,7 +142,7 @@ def make_reference(world: World, network: Network, options: Namespace) -> None:
         groups = batches_of(kept_numbers(len(images)), options.batch_size)
         with name_in_errors(f"--make_reference {options.make_reference}"):
             write_reference(options.make_reference, measured.gaussians(), about, images, groups)
-        count = f"{len(images)} images{told(images.left_out)}"
+        count = f"{len(images)} images{format_left_out(images.left_out)}"
         print(f"statistics of {count}, in {options.make_reference}", file=sys.stderr)
 
     world.broadcast_from_rank0(write)

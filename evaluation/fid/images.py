@@ -35,7 +35,7 @@ from torch import Tensor
 from data.decode import Pixels, decode_file
 from data.errors import UserError
 from data.files import refuse_lfs_pointers, sha256
-from data.listing import IMAGE_EXTENSIONS, is_image, told, why_not_decoded
+from data.listing import IMAGE_EXTENSIONS, format_left_out, is_image, why_not_decoded
 from data.store import open_store
 from evaluation.fid.estimators import Gaussian
 from evaluation.fid.networks import Network
