@@ -96,7 +96,8 @@ def outcome(forward: Callable[..., Any], block: nn.Module, given: list[Any], wei
     results = list(out) if isinstance(out, tuple) else [out]
     if not weights:
         weights += [torch.randn_like(item) for item in results]
-    total = torch.stack([(result.float() * weight.float()).sum() for result, weight in zip(results, weights, strict=True)])
+    products = [(result.float() * weight.float()).sum() for result, weight in zip(results, weights, strict=True)]
+    total = torch.stack(products)
     gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
     return [*(item.detach() for item in results), *(item for item in gradients if item is not None)]
 
