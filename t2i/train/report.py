@@ -59,7 +59,7 @@ def write_report(run_dir: Path) -> Path:
         "Curves": _curves(run),
         "Samples over time": _strips(run),
         "Stages": _stage_table(run),
-        "Skipped samples": _counters(run),
+        "Skipped": _counters(run),
         "Configuration": _config(run_dir / "config.yaml"),
         "Environment": _environment(run),
         "Data": _data(run),

@@ -67,7 +67,7 @@ class Shown:
 def trained(scale: float, shown: Shown) -> None:
     engine: Any = SimpleNamespace(
         network=lambda *inputs: (shown(*inputs).output, None),
-        micro_step=lambda loss: None,
+        backward=lambda loss: None,
         step=lambda lr, skip_update: StepResult(0.0, None),
     )
     objective = Objective(LossWeights(0, 0, 0, 0.3, 0.05), None, None)

@@ -142,8 +142,8 @@ def test_numbers(rich: Path) -> None:
     assert re.search(r"Wall time\|+1 min", cards)  # 50 s
     assert re.search(r"Parameters\|+131 M", cards)
     assert "P-DINO is a &lt;stand-in&gt;" in page.html
-    assert "1,234" in page.section("passed-over")
-    assert "samples<" not in page.section("passed-over")  # those used
+    assert "1,234" in page.section("skipped")
+    assert "samples<" not in page.section("skipped")  # those used
     assert "3,755" in page.section("data")
     assert "10 / 40" in page.section("stages")
     assert "64 px" in page.section("stages") and "64×96 px" in page.section("stages")
