@@ -55,7 +55,7 @@ def main() -> None:
         predicted, projected = network(image, torch.from_numpy(t).float(), text)
         loss, _ = objective(
             predicted, projected, image, noise, t, grid=(SIDE // PATCH, SIDE // PATCH), batch_size=SAMPLES,
-            ungated=ungated, micro_batches=1, perceptual_weight=balance.weight, watch=watch,
+            ungated=ungated, micro_batches=1, perceptual_weight=balance.weight, gradient_hook=watch,
         )  # fmt: skip
         loss.backward()
         balance.finish(applied=True)

@@ -44,13 +44,14 @@ from PIL import Image
 
 RENAMED: dict[str, dict[str, str]] = {
     "code": {},  # what is started, and where batches are seen: "data.loader:Loader.take"
-    "config": {},  # "guard": "spike_guard", "data.sources.heldout": "data.sources.val"
+    "config": {"guard": "spike_guard"},
     "files": {},  # in the run's folder: "metrics.jsonl"
-    "lines": {},  # in .jsonl files: "skipped_updates"; "kind.validation" for a kind of line
-    "batch": {},  # "set_aside", "state.order.stage"
-    "manifest": {},  # of a checkpoint: "state.updates"
-    "tensors": {},  # before or behind the "/" of their names: "value"
-}
+    "lines": {"set_aside": "bad", "veto": "skipped_update", "skip": "skipped_batch"},  # in .jsonl files
+    "batch": {"set_aside": "bad"},
+    "manifest": {"updates": "optimizer_steps", "value": "param", "vetoed": "skipped_steps", "set_aside": "bad",
+                 "state.guard.skipped": "state.guard.skipped_ranges"},
+    "tensors": {"value": "param"},  # before or behind the "/" of their names
+}  # fmt: skip
 """By room, OLD's name: NEW's. Of a dotted name the longest beginning that is here counts, then each word by itself."""
 UNCOMPARED = {"time", "step_s", "data_wait_s", "images_per_s", "tflops", "mfu", "memory_gib", "held_s", "rank_s_max"}
 UNCOMPARED |= {"rank_s_median", "slowest_rank", "wait_s", "stall_s", "skipped_checkpoints", "reason", "detail"}

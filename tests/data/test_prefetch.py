@@ -48,7 +48,7 @@ def watched(index: SourceIndex, readahead: int) -> tuple[SourceIndex, Watched]:
         index.versions,
         index.counts,
         {},
-        held=offsets,
+        in_memory=offsets,
     )
     return copy, store
 

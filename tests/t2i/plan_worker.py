@@ -96,7 +96,7 @@ def inside(config: RunConfig, text_width: int, features: PatchFeatures, world: W
     parameters, shards = list(engine.network.parameters()), engine.shards.values()
     account.claim("masters", storages(shard.param for shard in shards))
     account.claim("moments", storages(moment for shard in shards for moment in shard.state.values()))
-    account.claim("ema", storages(ema.values.values()))
+    account.claim("ema", storages(ema.params.values()))
     account.claim("weights", storages([*parameters, *(getattr(p, "ds_tensor", None) for p in parameters)]))
     everything = live()
     account.claim("bucket", {at: size for at, size in everything.items() if size >= FP32 * BUCKET_NUMEL})

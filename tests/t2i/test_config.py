@@ -340,9 +340,9 @@ def test_allowed_numbers_of_ranks(world_size: int) -> None:
 @pytest.mark.parametrize(
     ("lanes", "batch", "micro", "world_size", "words"),
     [
-        (128, 1536, 4, 3, ["world_size 3", "data.lanes 128", "2 or 4"]),
-        (128, 1536, 4, 100, ["world_size 100", "64 or 128"]),
-        (16, 64, 4, 17, ["world_size 17", "data.lanes 16", "is 16"]),
+        (128, 1536, 4, 3, ["3 ranks do not divide", "data.lanes 128", "2 or 4"]),
+        (128, 1536, 4, 100, ["100 ranks do not divide", "64 or 128"]),
+        (16, 64, 4, 17, ["17 ranks do not divide", "data.lanes 16", "is 16"]),
         (128, 1500, 4, 2, ["train.batch_size 1500", "data.lanes 128", "1408 or 1536"]),
         (128, 1536, 50, 8, ["micro_batch_size 50", "192", "48 would"]),
         (128, 1536, 64, 128, ["micro_batch_size 64", "12 would"]),

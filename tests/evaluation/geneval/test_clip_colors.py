@@ -89,7 +89,7 @@ def test_no_object_no_colour(folder: Path) -> None:
 def test_another_clip_is_refused_in_one_sentence(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="'no/such' is neither a folder nor in the Hugging Face cache: run 'hf downl"):
         ClipColors("no/such")
-    with pytest.raises(UserError, match="no CLIP of OpenAI's: its activation should be quick_gelu"):
+    with pytest.raises(UserError, match="is no CLIP of OpenAI's, whose activation is quick_gelu"):
         ClipColors(str(save_clip(tmp_path / "other", "gelu")))
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -44,8 +44,8 @@ class Knowing:
 def test_a_good_detector_is_told_in_one_sentence() -> None:
     detector: Detector = Knowing(lambda label: [("person", 0.2), (label, 0.97), ("dog", 0.4)])
     assert self_check(detector) == (
-        "the detector finds 10 of 10 known objects with a score above 0.3, its surest answer has 0.97, and it names 10 "
-        "of 10 known colours"
+        "the detector finds 10 of 10 known objects with a score above 0.3, its most confident answer has 0.97, and it "
+        "names 10 of 10 known colours"
     )
 
 
@@ -60,9 +60,9 @@ def test_a_detector_of_photographs_may_miss_some_drawings() -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda label: [(label, 0.02)], "finds 0 of 10 .* its surest answer has 0.02"),
+        (lambda label: [(label, 0.02)], "finds 0 of 10 .* its most confident answer has 0.02"),
         (lambda label: [(label, 0.3)], "finds 0 of 10"),
-        (lambda label: [], "finds 0 of 10 .* its surest answer has 0.00"),
+        (lambda label: [], "finds 0 of 10 .* its most confident answer has 0.00"),
         (lambda label: [(CLASSES[CLASSES.index(label) + 1], 0.99)], "finds 0 of 10"),
         (lambda label: [("cat", 0.99), (label, 0.9)], "finds 1 of 10"),
         (lambda label: [(label, 0.9)] if label in ("cat", "dog") else [], "finds 2 of 10"),

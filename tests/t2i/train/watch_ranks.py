@@ -80,7 +80,7 @@ def sleeps_at_start(world: World, watchdog: Watchdog) -> None:
 def disagree(world: World, watchdog: Watchdog) -> None:
     """Each rank waits in another collective."""
     watchdog.step_done()
-    dist.barrier(world.hosts) if world.rank == 1 else total(world)
+    dist.barrier(world.cpu_group) if world.rank == 1 else total(world)
 
 
 def stopped(world: World, watchdog: Watchdog) -> None:
@@ -143,7 +143,7 @@ def times_out(world: World, watchdog: Watchdog) -> None:
         try:
             total(world)
         except RuntimeError:
-            dist.barrier(world.hosts)
+            dist.barrier(world.cpu_group)
     else:
         time.sleep(4)
 
