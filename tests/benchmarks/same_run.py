@@ -55,7 +55,7 @@ RENAMED: dict[str, dict[str, str]] = {
 """By room, OLD's name: NEW's. Of a dotted name the longest beginning that is here counts, then each word by itself."""
 UNCOMPARED = {"time", "step_s", "data_wait_s", "images_per_s", "tflops", "mfu", "memory_gib", "held_s", "rank_s_max"}
 UNCOMPARED |= {"rank_s_median", "slowest_rank", "wait_s", "stall_s", "skipped_checkpoints", "reason", "detail"}
-UNCOMPARED |= {"config", "bytes", "sha256"}
+UNCOMPARED |= {"config", "format", "bytes", "sha256"}
 """Either's names of what a step cost, which no two runs have alike; of sentences; of what depends on names."""
 JOB, TAKE = "launch/curriculum.py", "data.loader:Loader.take"
 ARMS: dict[str, dict[str, Any]] = {"zero1": {"engine.zero_stage": 1}, "fsdp2": {"engine.name": "fsdp"}}
