@@ -18,7 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA := .cache/demo
-LONG := %/train_step.py %/kill_soak.py %/ablation.py %/xxl.py
+LONG := %/train_step.py %/kill_soak.py %/ablation.py %/xxl.py %/same_run.py %/house.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SEEDS ?= 1

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
@@ -37,9 +37,10 @@ from t2i.config.data import CaptionConfig, SourceConfig
 from t2i.config.loading import dump_config, load_config, override, validate_config, validate_section
 from t2i.config.run import RunConfig
 from t2i.config.train import SamplingConfig
-from t2i.distributed import World
-from t2i.pipeline import Pipeline
-from t2i.size_limits import check_fits
+
+if TYPE_CHECKING:  # the networks, which not every job needs
+    from t2i.distributed import World
+    from t2i.pipeline import Pipeline
 
 set_loader("yaml", lambda text: load_yaml(text, "value"), (UserError,))
 _NUMBER_OF_YAML_1_1 = re.compile(r"[-+]?(?:0b[01_]+|\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?)\Z", re.ASCII)
@@ -323,6 +324,8 @@ def check_memory(
     Raises:
         UserError: it does not fit.
     """
+    from t2i.size_limits import check_fits
+
     advice = "give a smaller size, or a lower --sampling.batch_size"
     name = f"{option} {size[0]}x{size[1]}"
     world.broadcast_from_rank0(lambda: check_fits(pipeline, size, sampling.batch_size, name, advice, world.local_size))

@@ -29,7 +29,6 @@ import torch.distributed as dist
 
 from data.errors import BAD_INPUT, DONE, EXIT_RESUMABLE, FAILED, StoreError, UserError, first_of
 from launch.preemption import launchers
-from launch.rendezvous import RankAddress, meet
 from t2i.distributed import World
 
 RANK_0_FIRST_S = 3.0
@@ -165,7 +164,11 @@ def joined_world(
     with redirect_stdout(io.StringIO()):
         import deepspeed
 
-        from launch.rendezvous import agreed_values  # imports the networks, which not every job needs
+        from launch.rendezvous import (  # imports the networks, which not every job needs
+            RankAddress,
+            agreed_values,
+            meet,
+        )
 
     rank = int(os.environ.setdefault("RANK", "0"))
     size = int(os.environ.setdefault("WORLD_SIZE", "1"))

@@ -365,9 +365,8 @@ class _Rendezvous:
 
     def _missing(self) -> str:
         entries = self._read_entries()
-        missing = [rank for rank in range(self.own.size) if rank not in entries] or [
-            0
-        ]  # all here: rank 0 has to say so
+        # Where none is missing, rank 0 has to say so.
+        missing = [rank for rank in range(self.own.size) if rank not in entries] or [0]
         counts = Counter(entry["host"] for entry in entries.values())
         hosts = ", ".join(f"{count} on {host}" for host, count in counts.items())
         return f"{name_ranks(missing)} ({len(missing)} of {self.own.size}) at {self.own.store}; here are {hosts}"

@@ -1,4 +1,4 @@
-"""The ranks of a run, its lock, and its outcome.
+"""The ranks of a run, their devices, its lock, and its outcome.
 
 What became of a run is written to `outcome.json` in its folder, since launchers lose exit codes.
 
@@ -22,6 +22,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
 
 from data.errors import BAD_INPUT, DONE, EXIT_RESUMABLE, FAILED, StoreError, UserError
 from data.files import FileLock, InUseError, name_in_errors
@@ -191,3 +193,11 @@ def is_done(directory: Path) -> bool:
     """Whether the run in this folder has finished, by its outcome."""
     path = directory / "outcome.json"
     return path.exists() and '"done"' in path.read_text()
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on a device, without waiting for the device; on a CPU it shares the array's memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from pageable memory waits for all work queued before it
+    return tensor.to(device, non_blocking=True)

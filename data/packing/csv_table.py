@@ -107,7 +107,7 @@ class _Dialect:
     caption: int
 
     def rows(self, lines: _Lines) -> Iterator[_Cells]:
-        """The rows; blank lines are passed over."""
+        """The rows; blank lines are skipped."""
         for line in lines:
             if not line.text.strip(" \r\n"):
                 continue

@@ -219,7 +219,7 @@ def dataset_spec(
     """
     check_common(size, heldout)
     check(0 <= heldout_captions <= 0.5, "heldout_captions", heldout_captions, "a share between 0 and 0.5")
-    # Where scenes are passed over, training needs more indices, and each is listed in memory.
+    # Where scenes are skipped, training needs more indices, and each is listed in memory.
     most = HELDOUT_START // 100 if heldout_captions else HELDOUT_START
     check(1 <= count <= most, "count", count, f"between 1 and {most}")
     kept = round(count * heldout)

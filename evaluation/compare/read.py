@@ -119,7 +119,7 @@ def read_groups(paths: Sequence[Path], together: bool) -> list[RunGroup]:
     """
     resolved = [path.resolve() for path in paths]
     if twice := [path for path, real in zip(paths, resolved, strict=True) if resolved.count(real) > 1]:
-        raise UserError(f"{twice[0]} is given twice: each run give each run once")
+        raise UserError(f"{twice[0]} is given twice: give each run once")
     if len(paths) < 2:
         raise UserError("a single run is given: give two or more to compare")
     groups: list[list[Run]] = []

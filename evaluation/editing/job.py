@@ -159,7 +159,7 @@ class EditJob:
             UserError: an image, box or mask is wrong, or the folder holds other edits.
         """
         with lock_output(world, self.out):
-            contents = world.broadcast_from_rank0(lambda: self._check(pipeline))
+            contents = world.broadcast_from_rank0(lambda: self._check(pipeline, world.local_size))
             edits = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
             def generate(numbers: Sequence[int]) -> Iterator[Tensor]:
@@ -181,7 +181,7 @@ class EditJob:
             lines = [line for part in parts for line in part]
             return world.broadcast_from_rank0(lambda: self._finish(lines, {**metadata, **fingerprint}))
 
-    def _check(self, pipeline: Pipeline) -> list[list[str]]:
+    def _check(self, pipeline: Pipeline, ranks: int) -> list[list[str]]:
         """Check all that is given, and return what is edited: each image's hash and both captions."""
         if self.detector is not None:
             _check_classes(self.edits, self.detector)
@@ -191,7 +191,8 @@ class EditJob:
             digests[entry] = hashlib.sha256(image.tobytes()).hexdigest()
             sizes[image.shape[0], image.shape[1]] = edit
         largest = max(sizes, key=lambda size: size[0] * size[1])
-        check_fits(pipeline, largest, 1, f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels", SCALE_DOWN)
+        what = f"{sizes[largest].image}, {largest[0]} x {largest[1]} pixels"
+        check_fits(pipeline, largest, 1, what, SCALE_DOWN, ranks)
         return [[digests[edit.entry], edit.source, edit.target] for edit in self.edits]
 
     def _entries(self) -> dict[int, Edit]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from t2i.diffusion.flow import Array, PredictionKind, flow_matching_loss, image_from_velocity, interpolate
 from t2i.diffusion.perceptual import ImageDistance, PatchFeatures, cosine_distance
-from t2i.models.layers import to_device
+from t2i.distributed import to_device
 
 EPSILON = 1e-4
 """Added to the norm that divides."""

@@ -19,11 +19,10 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
@@ -360,11 +359,3 @@ class Block(nn.Module):
 def muon_takes(name: str) -> bool:
     """Whether Muon updates a parameter: matrices of attention and MLP, not adaLN, embeddings or head."""
     return ".attn." in name or (".mlp." in name and ".time." not in name)
-
-
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on a device, without waiting for the device; on a CPU it shares the array's memory."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # a copy from pageable memory waits for all work queued before it
-    return tensor.to(device, non_blocking=True)

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.errors import UserError, shortened
 from data.files import refuse_lfs_pointers
-from t2i.models.layers import to_device
+from t2i.distributed import to_device
 
 
 class Conditioner(Protocol):

@@ -208,7 +208,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.weights: dict[str, StoredTensor] = {}
-        """The state dict, and behind `state_dict_ema.` the average's, if it has one of its own; without what wrappers
+        """The state dict, and behind `state_dict_ema.` the EMA's, if it has one of its own; without what wrappers
         add to names."""
         self.unusable: dict[str, str] = {}
         """What is under the names of weights and is no tensor that can be read: what it is, to follow "it is"."""
@@ -236,7 +236,7 @@ class Checkpoint:
         if isinstance(content, dict) and any(isinstance(v, StoredTensor | Unreadable) for v in content.values()):
             content = content if "state_dict" in content else {"state_dict": content}
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise ConfigError(f"{path} is not a checkpoint of PixelGen or PixelDiT: it has no state_dict")
+            raise ConfigError(f"{path} is no checkpoint of a network: it has no state_dict")
         weights = ("state_dict", AVERAGE)
         self.rest: dict[Any, Any] = {key: value for key, value in content.items() if key not in weights}
         """What the file has beside the weights: training's progress, its optimizer, hyper-parameters."""

@@ -81,7 +81,7 @@ def build_objective(
     if config.pdino_weight + config.repa_weight > 0:
         features = stand_in if config.features_network == STAND_IN else _load_dino(config, device, dtype)
     if compiled:
-        # The number of un-gated samples varies, so the batch dimension is dynamic.
+        # The number of ungated samples varies, so the batch dimension is dynamic.
         for net in {net for net in (distance, features) if net is not None}:
             compile_for_any_batch(net)
     weights = LossWeights(

@@ -137,7 +137,7 @@ def made_up_batch(config: RunConfig, stage: str, step: int, world: World) -> Bat
     """A rank's share of a batch of noise that takes as much memory as any batch of the stage.
 
     Its images have the shape of the largest bucket, and its captions fill text.length. Its slots are those of step
-    `step` (from 0), in an order that makes each micro-batch hold the largest possible number of un-gated samples.
+    `step` (from 0), in an order that makes each micro-batch hold the largest possible number of ungated samples.
     Deterministic; no random generator is touched.
     """
     train, (height, width) = config.train, config.data.largest

@@ -203,17 +203,17 @@ def spread(tasks: Sequence[str], count: int) -> list[int]:
     return [next(chosen[task]) for task in turns]
 
 
-def promotes(scores: Scores, gain: float, steps: int) -> bool:
+def promotes(scores: Scores, min_delta: float, patience: int) -> bool:
     """Whether the stage ends, since its score no longer improves.
 
-    It ends if the best score so far is less than `gain` above the best one of `steps` steps ago or earlier, so a single
-    bad score ends nothing. A score that was cut short never ends a stage, nor does one before step `steps`.
+    It ends if the best score so far is less than `min_delta` above the best one of `patience` steps ago or earlier, so
+    a single bad score ends nothing. A score that was cut short never ends a stage, nor does one before step `patience`.
     """
     if not scores or scores[-1][1] is None:
         return False
     known = [(step, score) for step, score in scores if score is not None]
-    before = [score for step, score in known if step <= scores[-1][0] - steps]
-    return bool(before) and max(score for _, score in known) - max(before) < gain
+    before = [score for step, score in known if step <= scores[-1][0] - patience]
+    return bool(before) and max(score for _, score in known) - max(before) < min_delta
 
 
 def time_left(spent: float, longest: float, limit: float) -> bool:
@@ -324,10 +324,17 @@ class Scoring:
 
     def reason_to_end(self, step: int) -> str | None:
         """Why the stage ends at this step, if the score of this step says so."""
-        gain, steps = self._settings.min_delta, self._settings.patience
-        if gain is None or steps is None or self.pending(step) or not promotes(self.scores, gain, steps):
+        min_delta, patience = self._settings.min_delta, self._settings.patience
+        if (
+            min_delta is None
+            or patience is None
+            or self.pending(step)
+            or not promotes(self.scores, min_delta, patience)
+        ):
             return None
-        return f"the stage ends at step {step}: over {steps} steps its best score has risen by less than {gain:g}"
+        return (
+            f"the stage ends at step {step}: over {patience} steps its best score has risen by less than {min_delta:g}"
+        )
 
     def improves(self, score: Score) -> bool:
         """Whether the model of this score is the stage's best, and is to be kept."""

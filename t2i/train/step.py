@@ -32,9 +32,9 @@ from t2i.diffusion.objective import (
     norm_ratio,
     smoothed,
 )
-from t2i.distributed import World
+from t2i.distributed import World, to_device
 from t2i.engine.engine import Engine, StepResult, all_reduce_sum
-from t2i.models.layers import KEY_BITS, patchify, to_device
+from t2i.models.layers import KEY_BITS, patchify
 from t2i.models.pixelgen import ClassPixelGen, PixelGen
 from t2i.models.text import Conditioner, stack_conditions
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from data.loader import Batch
 from t2i.config.loading import validate_config
 from t2i.diffusion.objective import LossTerms, LossWeights, Objective
-from t2i.distributed import World
+from t2i.distributed import World, to_device
 from t2i.engine.engine import StepResult
-from t2i.models.layers import attention, to_device
+from t2i.models.layers import attention
 from t2i.models.pixelgen import PixelGen
 from t2i.train.step import GlobalMeans, TrainingStep
 
