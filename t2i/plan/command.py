@@ -107,10 +107,7 @@ def _flops(plan: dict[str, Any]) -> str:
                     rows.append([f"  ({prefix}{part})", *cells])
     head = [cell for stage in stages for cell in (stage["name"], "share")]
     seen = ", ".join(f"{stage['over_gate']:.1%}" for stage in stages)
-    return (
-        _table("GMAC an image (1 = 2 GFLOP)", head, rows)
-        + f"\nUngated samples (t at or above objective.perceptual_t_min): {seen}."
-    )
+    return _table("GMAC an image (1 = 2 GFLOP)", head, rows) + f"\nUngated (t >= perceptual_t_min): {seen}."
 
 
 def _gmac(flops: float) -> str:
