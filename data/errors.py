@@ -1,7 +1,4 @@
-"""What can go wrong with data: the user's mistake, the world's fault, a skipped sample.
-
-What a job's exit code says. Standard library alone.
-"""
+"""Errors (a user's mistake, the world's fault, a skipped sample) and the exit codes of jobs. Standard library alone."""
 
 from __future__ import annotations
 

@@ -29,18 +29,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 P = TypeVar("P", str, Path)
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)

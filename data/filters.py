@@ -219,7 +219,7 @@ def _require(holds: bool, name: str, value: object, right: str) -> None:
 
 
 def _metadata(members: Mapping[str, bytes], filters: Filters) -> Mapping[str, Any]:
-    """The metadata as far as any rule reads it; {} where the sample has none."""
+    """The metadata as far as a filter or caption reads it; {} where the sample has none."""
     wanted = filters.fields or any(name.startswith(_FIELD) for name in filters.captions)
     if not wanted or filters.metadata not in members:
         return {}

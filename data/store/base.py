@@ -101,7 +101,7 @@ class Store(Protocol):
                 or cut short), "credentials" (none at the moment).
 
         Raises:
-            DataError: the object is gone, shorter than `stop`, of another version, or must not be read.
+            DataError: the object is gone, shorter than `stop`, of another version, or reading it is not permitted.
         """
 
     def info(self, name: str) -> ObjectInfo | None:
@@ -115,7 +115,7 @@ class WritableStore(Store, Protocol):
         """Write or replace an object, whole or not at all, and create the folders above it.
 
         Raises:
-            ReadOnly: the store must not be written.
+            ReadOnly: writing is not permitted.
         """
 
     def upload(self, name: str, path: Path) -> None:

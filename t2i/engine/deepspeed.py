@@ -33,11 +33,17 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from t2i.engine.engine import BUCKET_NUMEL, MicroSteps, Piece, Shards, SkipUpdate, StepResult, check_update
+from t2i.engine.engine import (
+    BUCKET_NUMEL,
+    PERSISTENT_NUMEL,
+    MicroSteps,
+    Piece,
+    Shards,
+    SkipUpdate,
+    StepResult,
+    check_update,
+)
 from t2i.engine.optimizer import Optimizer
-
-PERSISTENT_NUMEL = 100_000
-"""Parameters up to this size stay whole on every rank under ZeRO-3."""
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
 

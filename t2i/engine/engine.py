@@ -66,6 +66,8 @@ class Piece(NamedTuple):
 
 
 BUCKET_NUMEL = 1 << 25
+PERSISTENT_NUMEL = 100_000
+"""Parameters up to this size stay whole on every rank under ZeRO-3."""
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from t2i.config.base import ConfigError
 from t2i.config.run import RunConfig
 from t2i.config.train import STAND_IN, ObjectiveConfig
 from t2i.diffusion.perceptual import EfficientNetLite, Lpips, cosine_distance
-from t2i.engine.deepspeed import PERSISTENT_NUMEL
+from t2i.engine.engine import PERSISTENT_NUMEL
 from t2i.models.layers import muon_takes
 from t2i.models.pixeldit import ClassPixelDiT, PixelDiT
 from t2i.models.pixelgen import PixelGen

@@ -75,7 +75,7 @@ def mirror_of(config: RunConfig, stage_dir: StageDir) -> WritableStore | None:
     """The store that a stage's checkpoints are copied to, if there is one.
 
     Raises:
-        DataError: it cannot be opened.
+        UserError: it cannot be opened, or its folder not made.
     """
     saving = config.checkpoint
     if saving.mirror is None:
@@ -110,8 +110,8 @@ def resume(
         )
     if faults:
         raise CheckpointError(
-            f"no checkpoint in {stage_dir.checkpoints} can be used: {'; '.join(faults)}; remove them to start "
-            "the stage anew"
+            f"no checkpoint in {stage_dir.checkpoints} can be used: {'; '.join(faults)}; move them away "
+            "to start the stage anew"
         )
     init, previous = config.init, stage_dir.previous
     if init.source == "scratch" or (init.source == "previous" and previous is None):

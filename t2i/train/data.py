@@ -220,6 +220,7 @@ def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: st
 
     Raises:
         DataError: it is missing, empty, malformed, or too large to be indexed at the start.
+        StoreError: the network or a disk failed for longer than the retries last.
     """
     options = config.store_options(source)
     key = (source.name, url, manifest, source.class_folders, options)

@@ -62,7 +62,11 @@ class Terminal:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, whole or not at all: the rest of a torn one would spoil the next line."""
+    """Append a line to a file, whole or not at all: the rest of a torn one would spoil the next line.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
     content = f"{line}\n".encode()
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -300,12 +304,12 @@ class JsonLines:
         self.keep(lambda line: (line["stage"], line["step"]) != (stage, step) or line["kind"] not in kinds)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Remove all lines but those that are `wanted`, atomically."""
+        """Remove all lines but those that are `wanted`, atomically. Raises OSError if the disk does not take it."""
         kept = [line for line in self.lines() if wanted(line)]
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; numbers that are not finite become null."""
+        """Append one line; numbers that are not finite become null. Raises as `append_line`."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         append_line(self.path, json.dumps(line))
 

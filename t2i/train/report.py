@@ -183,7 +183,10 @@ def _counters(run: Run) -> str:
     counted = {stage.name: counters[-1] for stage in run.stages if (counters := stage.of("counters"))}
     reasons = {reason for counters in counted.values() for reason in counters}
     rows = [
-        [reason.replace("_", " "), *(number(counters.get(reason, 0)) for counters in counted.values())]
+        [
+            {"bad": "bad content, in all"}.get(reason, reason.replace("_", " ")),
+            *(number(counters.get(reason, 0)) for counters in counted.values()),
+        ]
         for reason in sorted(reasons - {"kind", "stage", "step", "time", "samples"})
     ]
     if not rows:

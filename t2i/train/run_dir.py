@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from t2i.config.run import RunConfig
 from t2i.distributed import World
 from t2i.engine.checkpoint import checkpoints
 from t2i.source import describe_source, installed_versions
-from t2i.train.build import stand_ins
-from t2i.train.data import StageData
 from t2i.train.metrics import JsonLines
+
+if TYPE_CHECKING:
+    from t2i.train.data import StageData
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def write_environment(
     config: RunConfig, stage: RunConfig, data: StageData, parameters: int, world_size: int, devices: str
 ) -> None:
     """Write environment.json: versions, devices, source code, and stand-ins and licences of all stages so far."""
+    from t2i.train.build import stand_ins  # the engines, which reading a run does without
+
     path = config.directory / "environment.json"
     before: dict[str, Any] = {"stand_ins": [], "data": []}
     if path.exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,11 +207,12 @@ class Trainer:
         return None
 
     def close(self) -> None:
-        """End the metrics, let a checkpoint under way be finished, and release threads and memory."""
-        self.observer.close()
-        self.saver.close()
-        self.data.close()
-        self.engine.close()
+        """Let a checkpoint under way be finished, and release threads and memory; all of it, whatever fails."""
+        with ExitStack() as closing:
+            closing.callback(self.engine.close)
+            closing.callback(self.observer.close)  # may wait for W&B, which the checkpoint does not
+            closing.callback(self.data.close)
+            closing.callback(self.saver.close)
 
     # Around the loop
 

@@ -346,3 +346,10 @@ def test_what_is_read_as_a_stranger_is_written_as_oneself(monkeypatch: pytest.Mo
     words = "shapes --out o --count 1 --anonymous true --requester_pays true --retry_minutes 7"
     assert launch.pack.main(words.split()) == 2
     assert seen == [StoreOptions(retry_minutes=7)]
+
+
+@pytest.mark.parametrize("job", ["compare", "inspect_data", "index", "pack"])
+def test_jobs_without_networks_import_none(job: str) -> None:
+    code = f"import sys, launch.{job}; print({{'deepspeed', 't2i.pipeline', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -110,7 +110,9 @@ def parse_manifest(text: str | bytes | bytearray, where: str) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{where}: the manifest is truncated or malformed: {error}") from error
     if kind != FORMAT:
-        raise CheckpointError(f"{where}: format {kind}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{where}: format {kind}, this version reads {FORMAT}: resume with the version that wrote it"
+        )
     if written != _digest(body):
         raise CheckpointError(f"{where}: the manifest was changed: its checksum does not match")
     for part in body["parts"]:
@@ -215,7 +217,7 @@ class Checkpoint:
 
 
 def newest(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, if one is given from before that step, and what is wrong with newer ones."""
+    """The newest intact checkpoint, or None, and what is wrong with newer ones; `before`: only of earlier steps."""
     faults = []
     for path in reversed([path for path in checkpoints(folder) if before is None or step_of(path) < before]):
         try:

@@ -399,7 +399,7 @@ class CheckpointWriter:
                 break
             if self._abandoned.is_set() or time.monotonic() > deadline:
                 reason = "failed" if self._abandoned.is_set() else f"not done after {COMMIT_TIMEOUT_S:g} s"
-                raise _CommitFailed(f"rank {first_of(sorted(missing))}: {reason}")
+                raise _CommitFailed(f"rank{'s' if len(missing) > 1 else ''} {first_of(sorted(missing))}: {reason}")
             time.sleep(POLL_S)
         if failed:
             raise _CommitFailed(self._report(job, min(failed), "failed").read_text() or f"rank {min(failed)}: failed")
