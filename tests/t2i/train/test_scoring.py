@@ -123,7 +123,7 @@ def test_a_tasks_prompts_are_spread_over_its_own() -> None:
     ],
 )
 def test_a_stage_ends_when_its_best_score_has_not_risen(scores: Scores, expected: bool) -> None:
-    assert promotes(scores, gain=0.02, steps=200) == expected
+    assert promotes(scores, min_delta=0.02, patience=200) == expected
 
 
 def test_it_ends_at_the_step_of_the_score_alone(tmp_path: Path) -> None:
