@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import TiffImageFile
 
 Pixels = NDArray[np.uint8]
 _Mode = Literal["L", "RGB", "CMYK"]
@@ -87,7 +88,7 @@ def _gray32(image: Image.Image) -> Pixels:
 def _is_negative(image: Image.Image) -> bool:
     """Whether 0 is white, which Pillow takes into account only up to 8 bits."""
     photometric_interpretation = 262
-    return image.format == "TIFF" and image.tag_v2.get(photometric_interpretation) == 0  # type: ignore[attr-defined]
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(photometric_interpretation) == 0
 
 
 def _image(pixels: Pixels) -> Image.Image:

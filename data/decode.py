@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from data.color import Pixels, flatten, to_srgb
 from data.errors import BadSample, Filtered, UserError
@@ -215,7 +216,7 @@ def _open_other(data: bytes) -> _Opened:
         return _Opened(image.height, image.width, _orientation(png.exif, png.xmp), partial(_load_png, data))
     image = _open_by_pillow(data)
     exif, xmp = image.info.get("exif"), image.info.pop("xmp", None)
-    if image.format == "TIFF" and _EXIF_ORIENTATION in image.tag_v2:  # type: ignore[attr-defined]
+    if isinstance(image, TiffImageFile) and _EXIF_ORIENTATION in image.tag_v2:
         exif = xmp = None  # Pillow has done it
     return _Opened(image.height, image.width, _orientation(exif, xmp), partial(_load_by_pillow, data, image))
 
@@ -250,8 +251,8 @@ def _load_png(data: bytes, _: tuple[int, int]) -> tuple[Pixels, int, bytes | Non
 
 
 def _load_by_pillow(data: bytes, image: Image.Image, _: tuple[int, int]) -> tuple[Pixels, int, bytes | None]:
-    if image.format == "TIFF":
-        _check_jpegs(data, image.tag_v2)  # type: ignore[attr-defined]
+    if isinstance(image, TiffImageFile):
+        _check_jpegs(data, image.tag_v2)
     image.load()
     pixels, icc = flatten(image, image.info.get("icc_profile"))
     return pixels, 1, icc

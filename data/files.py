@@ -6,6 +6,7 @@ U+2028, form feed and NEL, at which `str.splitlines` also splits, are part of a 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -133,10 +134,13 @@ def refuse_existing(path: Path, where: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable."""
+    """Make a file's content, or a folder's list of names, durable: the latter where its file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -141,6 +141,7 @@ def begin_or_resume(
     metadata: Mapping[str, Any] = _NOTHING,
     what: str = "images made with other settings",
     advice: str = "give another name",
+    where: str = "",
 ) -> None:
     """Write the manifest of a new, empty folder, or see that the one that is there is of the same work.
 
@@ -150,18 +151,20 @@ def begin_or_resume(
         metadata: what else to write to the manifest; it is not compared.
         what: the folder holds, in words, where the fingerprint is another.
         advice: ends the sentence of an error.
+        where: begins it; by default --out with the folder.
 
     Raises:
         UserError: the folder holds other files or other work, or cannot be written.
     """
     folder = manifest.parent
-    with name_in_errors(f"--out {folder}"):
+    where = where or f"--out {folder}"
+    with name_in_errors(where):
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.exists():
             files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
             if (other := next(files, None)) is not None:
                 name = other.relative_to(folder)
-                raise UserError(f"--out {folder}: holds {name}, which this job has not written: {advice}")
+                raise UserError(f"{where}: holds {name}, which this job has not written: {advice}")
             write_json(manifest, {**metadata, **fingerprint})
             return
         try:
@@ -169,7 +172,7 @@ def begin_or_resume(
         except (ValueError, AttributeError) as error:
             raise UserError(f"{manifest}: is not what this job writes: give another name") from error
     if differ := changes(begun, json.loads(json.dumps(dict(fingerprint)))):
-        raise UserError(f"--out {folder}: holds {what} ({', '.join(differ)}): {advice}")
+        raise UserError(f"{where}: holds {what} ({', '.join(differ)}): {advice}")
 
 
 def begin_scores(out: Path, job: str, images: Path, **more: int) -> None:

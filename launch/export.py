@@ -33,11 +33,11 @@ def export(model: PathText, /, out: PathText) -> None:
         out: The file to write: .ckpt, or .pth of PixelDiT for text to image.
     """
     file, folder = Path(out), Path(model)
-    refuse_existing(file, "out")
+    refuse_existing(file, "--out")
     raw, ema = read_model(folder, "raw"), read_model(folder, "ema")
     exported = export_weights(raw.config, raw.tensors, ema.tensors)
-    with name_in_errors(f"out {out}"), FileLock(lock_beside(file), f"out {out}"):
-        refuse_existing(file, "out")
+    with name_in_errors(f"--out {out}"), FileLock(lock_beside(file), f"--out {out}"):
+        refuse_existing(file, "--out")
         # An open file, since torch.save to a path raises no OSError for a full disk.
         with atomic_path(file) as partial, partial.open("wb") as opened:
             torch.save(exported.content, opened)

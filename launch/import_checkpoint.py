@@ -64,7 +64,7 @@ def import_checkpoint(
             trained.
     """
     folder = Path(out)
-    refuse_existing(folder, "out")
+    refuse_existing(folder, "--out")
     run_config, checkpoint = load_config(Path(config)), Checkpoint(Path(file))
     check_kind(checkpoint, run_config.model)  # before a text encoder is loaded
     if run_config.model.text_padding != "attend":
@@ -74,7 +74,7 @@ def import_checkpoint(
         )
     trained = trained_resolution(checkpoint, run_config.model.patch_size)
     if trained is not None and resolution not in (None, trained):
-        raise ConfigError(f"resolution {resolution}: the checkpoint was trained at {trained}: leave it out")
+        raise ConfigError(f"--resolution {resolution}: the checkpoint was trained at {trained}: leave it out")
     settings = _settings(run_config, trained or resolution, config)
     device = torch.device("cpu")
     conditioner = build_conditioner(settings, device, choose_dtype(settings.engine.dtype, device))
@@ -82,8 +82,8 @@ def import_checkpoint(
     null = _null_caption(conditioner, null_attention, settings, imported.report)
     check_finite([(NULL_CAPTION, null)], f"text.model {settings.text.model}")
     aside = folder.with_name(f".{folder.name}.importing")
-    with name_in_errors(f"out {out}"), FileLock(lock_beside(folder), f"out {out}"):
-        refuse_existing(folder, "out")
+    with name_in_errors(f"--out {out}"), FileLock(lock_beside(folder), f"--out {out}"):
+        refuse_existing(folder, "--out")
         shutil.rmtree(aside, ignore_errors=True)
         write_model(aside, settings, imported.raw, imported.ema, null)
         write_json(aside / "import.json", asdict(imported.report))
@@ -101,7 +101,7 @@ def _null_caption(conditioner: Conditioner, attention: NullAttention, settings: 
             )
         return null_caption(conditioner, attention)
     if attention != "mean":
-        raise ConfigError(f"null_attention {attention} does nothing for class to image: leave it at mean")
+        raise ConfigError(f"--null_attention {attention} does nothing for class to image: leave it at mean")
     return conditioner.null_caption()
 
 

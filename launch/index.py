@@ -36,13 +36,13 @@ def index(sources: list[PathText], /, options: StoreOptions, out: PathText | Non
         workers: Shards that are read at a time.
     """
     if workers < 1:
-        raise UserError(f"workers is {workers}: it should be at least 1")
+        raise UserError(f"--workers is {workers}: it should be at least 1")
     if out is None and len(sources) > 1:
-        raise UserError(f"out is not given: it should name the manifest, as there are {len(sources)} sources")
+        raise UserError(f"--out is not given: it should name the manifest, as there are {len(sources)} sources")
     stores = [open_store(source, options) for source in sources]
     out = out or f"{stores[0].url}/{MANIFEST}"
     if "://" not in out:
-        with name_in_errors(f"out is {out}"):
+        with name_in_errors(f"--out is {out}"):
             Path(out).parent.mkdir(parents=True, exist_ok=True)
     built = build_manifest(stores, *open_place(out, options), workers)
     corrupt = ""

@@ -129,7 +129,7 @@ def inspect_data(source: PathText | None = None, /, *, options: Options) -> None
         _print_order(job, options.order, options.checkpoint)
         return
     if options.checkpoint is not None:
-        raise UserError("checkpoint is set: it goes with --order N, which continues from it")
+        raise UserError("--checkpoint is set: it goes with --order N, which continues from it")
     _write_page(job, _choose_source(job.data.sources, options.source), options)
 
 
@@ -138,7 +138,7 @@ def inspect_data(source: PathText | None = None, /, *, options: Options) -> None
 
 def _of_source(url: str, options: Options) -> _Job:
     if options.source is not None:
-        raise UserError("source is set: it chooses among a config's sources; --name names SOURCE")
+        raise UserError("--source is set: it chooses among a config's sources; --name names SOURCE")
     given = {name: getattr(options, name) for name in (*_OF_SOURCE, *_OF_ORDER, *_OF_IMAGES)}
     given = {name: value for name, value in given.items() if value is not None}
     source = {"name": url.rstrip("/").rpartition("/")[2] or "source", "url": url, "index": options.manifest}
@@ -167,7 +167,7 @@ def _of_config(options: Options) -> _Job:
     for name in fixed:
         if getattr(options, name) != getattr(Options, name):
             why = "--order reads all of a stage's" if name == "source" else "with --config, the config says it"
-            raise UserError(f"{name} is set: {why}; leave it out")
+            raise UserError(f"--{name} is set: {why}; leave it out")
     assert options.config is not None
     run = load_config(Path(options.config))
     number = _stage_number(run, options.stage)
@@ -222,7 +222,7 @@ def _open(data: DataConfig, source: SourceConfig) -> Source:
 
 def _write_page(job: _Job, chosen: SourceConfig, options: Options) -> None:
     if options.sheet < 0:
-        raise UserError(f"sheet is {options.sheet}: it should be 0 or more")
+        raise UserError(f"--sheet is {options.sheet}: it should be 0 or more")
     source = _open(job.data, chosen)
     samples = None if options.samples == "all" else options.samples
     total = min(samples or sys.maxsize, int(source.index.counts.sum()))
@@ -248,9 +248,9 @@ def _replacing(out: str) -> Iterator[TextIO]:
     """A file that replaces `out` once it is complete; whether it can be written is known before anything is read."""
     path = Path(out)
     if "://" in out or path.is_dir():
-        raise UserError(f"out is {out}: it should be a local file to write")
+        raise UserError(f"--out is {out}: it should be a local file to write")
     with ExitStack() as stack:
-        with name_in_errors(f"out is {out}"):
+        with name_in_errors(f"--out is {out}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = stack.enter_context(atomic_path(path))
             file = stack.enter_context(partial.open("w", encoding="utf-8"))

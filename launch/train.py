@@ -11,7 +11,7 @@ import torch
 
 from data.errors import EXIT_RESUMABLE, FAILED
 from evaluation.geneval.detectors import GenEvalScorer, Name, build_detector, prompts_for
-from launch.cli import config_parser, read_config
+from launch.cli import config_parser, read_config, values_of
 from launch.preemption import preemption
 from launch.process import joined_world
 from t2i.config.base import ConfigError
@@ -39,13 +39,13 @@ def build_scorer(config: ScoringConfig, device: torch.device) -> Scorer:
 def train(description: str, only: int | None, default_config: str = DEFAULT_CONFIG) -> None:
     """Parse the command line, join the ranks, and train one stage (`only`, from 0) or all."""
     parser = config_parser(description, default_config)
-    # Without a value it is "", so that the sentence below is said in place of the parser's.
     extension = "train a finished stage on, to the train.steps that the config has now"
     parser.add_argument("--extend", metavar="STAGE", nargs="?", const="", help=extension)
+    named = values_of(sys.argv[1:]).get("extend")
+    if named is not None and (not named or named.startswith("--")):  # before --print_config prints
+        raise ConfigError("--extend: name the stage that is to be trained for longer")
     config, options = read_config(parser, sys.argv[1:], only)
     extend = options["extend"]
-    if extend == "":
-        raise ConfigError("--extend: name the stage that is to be trained for longer")
     preemption.limit(config.timeouts.wall_clock_minutes)
 
     def stop_reason() -> str | None:

@@ -118,7 +118,7 @@ def _open_parquet(store: Store, info: ObjectInfo) -> pq.ParquetFile:
         buffer = max(_BUFFER, store.readahead)
         file = pa.PythonFile(ObjectFile(store, info), mode="r")
         table = pq.ParquetFile(file, pre_buffer=False, buffer_size=buffer)
-        table.schema_arrow  # noqa: B018 (raises on a type that Arrow does not know)
+        _ = table.schema_arrow  # raises on a type that Arrow does not know
     except (pa.ArrowException, OSError) as fault:
         kind = None if (head := beginning(store, info)).startswith(b"PAR1") else kind_of(head)
         words = f"it is {kind}" if kind else " ".join(str(fault).split())

@@ -230,9 +230,8 @@ class Verdicts:
             UserError: it holds verdicts of another detector, or cannot be written.
         """
         settings = {"detector": self._detector.identity, "thresholds": asdict(self._detector.thresholds)}
-        begin_or_resume(
-            self._folder / "settings.json", settings, what="verdicts of another detector", advice="remove it"
-        )
+        what, where = "verdicts of another detector", f"--out {self._out}: {self._folder}"
+        begin_or_resume(self._folder / "settings.json", settings, what=what, advice="remove it", where=where)
         return [number for number in range(len(self._prompts)) if not self._is_known(number)]
 
     def judge(self, numbers: Iterable[int], advance: Callable[[], object]) -> None:

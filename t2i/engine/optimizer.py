@@ -59,7 +59,7 @@ class OffloadDir:
         if numel == 0:  # an empty file cannot be mapped
             return torch.zeros(0)
         field, size = f"engine.offload_dir {self.folder}", 4 * numel
-        with name_in_errors(f"{field}: the optimizer's state"):
+        with name_in_errors(field, "used for the optimizer's state"):
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
             if size > free:  # else the disk would be filled before the system refuses

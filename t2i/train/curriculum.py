@@ -416,6 +416,6 @@ def _notices(
     notices = [f"on {devices}", *stand_ins(stage.objective)]
     if first:
         notices = [extension, *notices] if extension is not None else notices
-        notices += [f"source {shard.source!r}: {shard.shard}: {shard.detail}" for shard in data.damage]
+        notices += [f"source {shard.source!r}: {shard.shard}: {shard.detail}" for shard in data.corruption]
     noise = noisy_ema(stage, first=stage_dir.previous is None)
     return [*notices, noise] if noise is not None else notices

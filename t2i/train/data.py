@@ -38,12 +38,12 @@ _WORST_NAMED = 3
 class DataIterator:
     """One stage's batches on this rank; bad samples are listed in quarantine.jsonl.
 
-    `step` is the number of batches consumed: lines of quarantine.jsonl after it are removed. `damage` lists the shards
-    that end early.
+    `step` is the number of batches consumed: lines of quarantine.jsonl after it are removed. `corruption` lists
+    the shards that end early.
     """
 
     def __init__(
-        self, loader: Loader, world: World, config: RunConfig, stage: str, step: int, damage: Sequence[Quarantined]
+        self, loader: Loader, world: World, config: RunConfig, stage: str, step: int, corruption: Sequence[Quarantined]
     ) -> None:
         self._loader, self._world, self._stage = loader, world, stage
         self._max_bad_fraction = config.data.max_bad_fraction
@@ -52,8 +52,8 @@ class DataIterator:
         if world.is_rank0:
             with self._events.tolerate_disk_errors("quarantine.jsonl"):
                 self._quarantine.rewind(stage, step)
-            self._write([{"stage": stage, "step": 0, **asdict(shard)} for shard in (damage if step == 0 else ())])
-        self._damaged = len(damage)
+            self._write([{"stage": stage, "step": 0, **asdict(shard)} for shard in (corruption if step == 0 else ())])
+        self._corrupt_shards = len(corruption)
         self._pending: list[dict[str, Any]] = []
         self._state = loader.state_dict()
 
@@ -129,8 +129,8 @@ class DataIterator:
             if self._world.is_rank0:
                 self._write(pending)
         self._pending = []
-        if self._damaged:
-            counters["damaged_shards"] = self._damaged
+        if self._corrupt_shards:
+            counters["corrupt_shards"] = self._corrupt_shards
         return dict(counters), dict(retries)
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -142,7 +142,7 @@ class DataIterator:
         shards = Counter(
             f"{line['source']}/{line['shard']}"
             for line in self._quarantine.lines()
-            if line["stage"] == self._stage and line["reason"] != "damaged_tar"
+            if line["stage"] == self._stage and line["reason"] != "corrupt_tar"
         )
         worst = ", ".join(f"{name} ({count})" for name, count in shards.most_common(_WORST_NAMED))
         return (
@@ -165,7 +165,7 @@ class StageData:
     sources: list[Source]
     val_sources: list[Source]
     """Read by validation; empty: no validation."""
-    damage: list[Quarantined]
+    corruption: list[Quarantined]
     """Where and why each shard that ends early does so."""
 
     def val_samples(self, config: RunConfig) -> ValidationSet | None:
@@ -232,9 +232,9 @@ def open_source(config: DataConfig, source: SourceConfig, url: str, manifest: st
     return Source(opened[key], source.weight, source.filters)
 
 
-def _damage(sources: list[Source]) -> list[Quarantined]:
+def _corruption(sources: list[Source]) -> list[Quarantined]:
     return [
-        Quarantined(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "damaged_tar", detail)
+        Quarantined(index.name, index.names[shard], None, int(index.offsets(shard)[-1]), "corrupt_tar", detail)
         for index in (source.index for source in sources)
         for shard, detail in sorted(index.corruption.items())
     ]
@@ -277,6 +277,6 @@ def open_data(config: RunConfig, stage: str, opened: Opened) -> StageData:
     ]
     for source in (*sources, *val_sources):
         _check_classes(source, sources, config)
-    data = StageData(sources, val_sources, _damage([*sources, *val_sources]))
+    data = StageData(sources, val_sources, _corruption([*sources, *val_sources]))
     data.val_samples(config)  # if it is too small, fail before the stages that come first
     return data

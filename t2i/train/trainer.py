@@ -121,7 +121,7 @@ class Trainer:
             self.balance.load_state_dict(resumed.balance)
         self._skipped = SkippedFile(config.directory, stage_dir.name, self.guard.events) if world.is_rank0 else None
         loader = data.loader(config, stage_dir.name, world, resumed.data)
-        self.data = DataIterator(loader, world, config, stage_dir.name, self.step, data.damage)
+        self.data = DataIterator(loader, world, config, stage_dir.name, self.step, data.corruption)
 
         # Checkpoints and metrics
         self.saver = Saver(

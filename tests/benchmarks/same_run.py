@@ -46,7 +46,8 @@ RENAMED: dict[str, dict[str, str]] = {
     "code": {},  # what is started, and where batches are seen: "data.loader:Loader.take"
     "config": {"guard": "spike_guard"},
     "files": {},  # in the run's folder: "metrics.jsonl"
-    "lines": {"set_aside": "bad", "veto": "skipped_update", "skip": "skipped_batch"},  # in .jsonl files
+    "lines": {"set_aside": "bad", "veto": "skipped_update", "skip": "skipped_batch",
+              "damaged_tar": "corrupt_tar", "damaged_shards": "corrupt_shards"},  # in .jsonl files
     "batch": {"set_aside": "bad"},
     "manifest": {"updates": "optimizer_steps", "value": "param", "vetoed": "skipped_steps", "set_aside": "bad",
                  "state.guard.skipped": "state.guard.skipped_ranges"},

@@ -3,8 +3,10 @@ absent; locks."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -176,3 +178,21 @@ def test_a_lock_that_is_let_go_while_another_waits_is_held_once(tmp_path: Path) 
     got[0].release()
     FileLock(path, "it").release()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_folders_that_cannot_be_synced_hold_files_all_the_same(tmp_path: Path, monkeypatch, number: int) -> None:
+    refusing, fsync = [True, False], os.fsync
+
+    def of(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) is refusing[0]:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of)
+    atomic_write(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"
+    refusing.reverse()  # a file's content is another matter
+    with pytest.raises(OSError, match=os.strerror(number)):
+        atomic_write(tmp_path / "b", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

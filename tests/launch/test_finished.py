@@ -155,6 +155,8 @@ def test_a_stage_that_others_went_on_from_is_not_extended(attempt) -> None:
     [
         (("--extend", "nowhere"), "--extend nowhere: this command trains low, high"),
         (("--extend",), "--extend: name the stage"),
+        (("--extend", "--print_config"), "--extend: name the stage"),
+        (("--extend=", "--train.steps", "6"), "--extend: name the stage"),
         (("--extend", "high", "--optimizer.clip_grad_norm", "2"), "stage low was trained with optimizer.clip_grad"),
     ],
 )

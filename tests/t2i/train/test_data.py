@@ -20,7 +20,7 @@ from t2i.train.data import DataIterator
 from t2i.train.metrics import JsonLines
 
 RANKS = Path(__file__).with_name("data_iterator_ranks.py")
-DAMAGE = Quarantined("source", "00009.tar", None, 512, "damaged_tar", "cut off")
+CORRUPTION = Quarantined("source", "00009.tar", None, 512, "corrupt_tar", "cut off")
 
 
 def iterator_of(folder: Path, bad: int, max_bad_fraction: float) -> DataIterator:
@@ -33,10 +33,10 @@ def iterator_of(folder: Path, bad: int, max_bad_fraction: float) -> DataIterator
     config = RunConfig.model_validate(
         {"root": folder.parent, "name": folder.name, "data": {"max_bad_fraction": max_bad_fraction}}
     )
-    return DataIterator(loader, World(0, 1, torch.device("cpu")), config, "s", 0, [DAMAGE])
+    return DataIterator(loader, World(0, 1, torch.device("cpu")), config, "s", 0, [CORRUPTION])
 
 
-def test_what_is_set_aside_is_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
+def test_bad_samples_are_listed_with_shard_key_offset_and_reason(tmp_path: Path) -> None:
     iterator = iterator_of(tmp_path, bad=2, max_bad_fraction=1.0)
     for step in range(1, 5):
         iterator.next(step)
